@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write permutations into a model's weights, so that nothing is permuted at run time."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from nm_permute_plugin.maths.permutation import (
+    Permutation,
+    check_permutation,
+    expand_heads,
+    invert,
+)
+from nm_permute_plugin.specs.spec import Axis, ResolvedSpec, Space
+
+Write = Callable[[nn.Module, str, Tensor], None]
+"""``write(owner, name, tensor)`` stores a parameter's new value. Offloaded modules need
+their host's own way."""
+
+
+def write_in_place(owner: nn.Module, name: str, tensor: Tensor) -> None:
+    """Overwrite a parameter that lives in its module; tied names see the change."""
+    with torch.no_grad():
+        getattr(owner, name).copy_(tensor)
+
+
+def fold(
+    model: nn.Module,
+    resolved: ResolvedSpec,
+    perms: Mapping[str, Permutation],
+    write: Write = write_in_place,
+) -> None:
+    """
+    Reorder every parameter by the permutations of the spaces its axes name.
+
+    The model computes the same function. A tied parameter is moved once; spaces without
+    a permutation stay as they are. ``fold`` with ``invert_all(perms)`` is the inverse,
+    bit for bit.
+
+    :param perms: by space, ``new[j] = old[perm[j]]``
+    :param write: how a new value is stored
+    :raises ValueError: for an unknown space, or an index vector that is no permutation
+        of the space, or one that leaves its wall; nothing has been written then
+    """
+    for name, perm in perms.items():
+        if name not in resolved.spaces:
+            raise ValueError(
+                f"the model has no space {name!r}; it has {', '.join(resolved.spaces)}"
+            )
+        _check(perm, resolved.spaces[name])
+    for parameter in resolved.parameters:
+        moved = [
+            (dim, axis, axis.space)
+            for dim, axis in enumerate(parameter.axes)
+            if axis.space is not None and axis.space in perms
+        ]
+        if not moved:
+            continue
+        owner_name, _, leaf = parameter.names[0].rpartition(".")
+        owner = model.get_submodule(owner_name)
+        tensor = getattr(owner, leaf).detach()
+        for dim, axis, name in moved:
+            space = resolved.spaces[name]
+            index = _index(axis, perms[name], space, tensor.shape[dim])
+            tensor = tensor.index_select(dim, index.to(tensor.device))
+        write(owner, leaf, tensor)
+
+
+def invert_all(perms: Mapping[str, Permutation]) -> dict[str, Permutation]:
+    """The permutations that undo ``perms``."""
+    return {name: invert(perm) for name, perm in perms.items()}
+
+
+def _check(perm: Permutation, space: Space) -> None:
+    if len(perm) != space.size:
+        raise ValueError(
+            f"space {space.name} has {space.size} channels, its permutation {len(perm)}"
+        )
+    check_permutation(perm, f"the permutation of space {space.name}")
+    old = torch.arange(space.size, device=perm.device)
+    if not torch.equal(perm // space.wall, old // space.wall):
+        raise ValueError(
+            f"the permutation of space {space.name} moves a channel out of its run of "
+            f"{space.wall}: attention heads keep their own channels"
+        )
+
+
+def _index(axis: Axis, perm: Permutation, space: Space, length: int) -> Permutation:
+    if not axis.heads:
+        return perm
+    return expand_heads(perm, space.wall, length // space.size)

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run a model with masked weights, with gradients for the masks and frozen weights."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class MaskedLinear(torch.autograd.Function):
+    """
+    ``x (W * mask)^T + b``. The masked weight is made anew in backward, never stored.
+
+    The gradient of the mask is the gradient of the masked weight times ``W``: to first
+    order, what the loss loses when the mask opens by one.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, mask)
+        return F.linear(x, weight * mask.to(weight.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, weight, mask = ctx.saved_tensors
+        grad_x = grad_mask = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ (weight * mask.to(weight.dtype))
+        if ctx.needs_input_grad[3]:
+            of_weight = grad.flatten(0, -2).T @ x.flatten(0, -2)
+            grad_mask = (of_weight * weight).to(mask.dtype)
+        return grad_x, None, None, grad_mask
+
+
+@contextmanager
+def masked(
+    model: nn.Module, masks: Mapping[str, Float[Tensor, "out in"]]
+) -> Iterator[None]:
+    """
+    Let the named linears multiply by their masks while the context lasts.
+
+    :param masks: by module name, one where a weight is kept, between 0 and 1 while soft
+    """
+    previous: list[tuple[nn.Module, Callable[..., Tensor] | None]] = []
+    try:
+        for name, mask in masks.items():
+            module = model.get_submodule(name)
+            previous.append((module, module.__dict__.get("forward")))
+            module.__dict__["forward"] = partial(_forward, module, mask)
+        yield
+    finally:
+        for module, forward in previous:
+            if forward is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = forward
+
+
+def _forward(module: nn.Linear, mask: Tensor, x: Tensor) -> Tensor:
+    return MaskedLinear.apply(x, module.weight, module.bias, mask)

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""N:M masks that depend differentiably on an assignment of channels."""
+
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nm_permute_plugin.maths.assignment import order_by
+from nm_permute_plugin.maths.masks import at_rank, group_ranks
+from nm_permute_plugin.maths.pattern import NMPattern
+
+Assignment = Float[Tensor, "blocks size columns"]
+"""Share of each channel in each column: a place (``columns == size``) or a group."""
+
+
+def permuted_mask(
+    score: Float[Tensor, "rows blocks size"], places: Assignment, pattern: NMPattern
+) -> Float[Tensor, "rows blocks size"]:
+    """
+    The N:M mask of permuted scores, brought back to the channels as they stand.
+
+    ``mask = top_N(S P) P^T``; the top-N is exact forward, and has the gradient of
+    N times the softmax inside each group backward (PermLLM,
+    https://arxiv.org/abs/2510.10136, eq. 8). Scores are taken relative to their group.
+
+    :param places: soft, or hard with a straight-through gradient; square blocks
+    """
+    permuted = torch.einsum("rbi,bij->rbj", score, places)
+    groups = rearrange(permuted, "r b (g m) -> r b g m", m=pattern.m)
+    scale = groups.detach().mean(-1, keepdim=True).clamp_min(1e-12)
+    soft = pattern.n * torch.softmax(groups / scale, dim=-1)
+    hard = (group_ranks(groups.detach()) < pattern.n).to(soft.dtype)
+    mask = rearrange(hard + soft - soft.detach(), "r b g m -> r b (g m)")
+    return torch.einsum("rbj,bij->rbi", mask, places)
+
+
+class InsertionMask(torch.autograd.Function):
+    """
+    The N:M mask under a hard grouping; its gradient knows what every move would do.
+
+    Forward: keep the top N of every group. Backward: ``insertion_costs``, as the gradient
+    of the assignment's entry (channel, group).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        score: Float[Tensor, "rows blocks size"],
+        groups: Assignment,
+        column: Int[Tensor, "blocks size"],
+        pattern: NMPattern,
+    ) -> Float[Tensor, "rows blocks size"]:
+        ctx.save_for_backward(score, column)
+        ctx.pattern = pattern
+        return grouped_mask(score, column, pattern)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        score, column = ctx.saved_tensors
+        return None, insertion_costs(score, grads[0], column, ctx.pattern), None, None
+
+
+def grouped_mask(
+    score: Float[Tensor, "rows blocks size"],
+    column: Int[Tensor, "blocks size"],
+    pattern: NMPattern,
+) -> Float[Tensor, "rows blocks size"]:
+    """The N:M mask of scores whose channels are grouped by ``column``, 1 where kept."""
+    order = order_by(column).expand_as(score)
+    grouped = rearrange(score.gather(-1, order), "r b (g m) -> r b g m", m=pattern.m)
+    kept = rearrange(group_ranks(grouped) < pattern.n, "r b g m -> r b (g m)")
+    return torch.zeros_like(score).scatter_(-1, order, kept.to(score.dtype))
+
+
+def insertion_costs(
+    score: Float[Tensor, "rows blocks size"],
+    grad: Float[Tensor, "rows blocks size"],
+    column: Int[Tensor, "blocks size"],
+    pattern: NMPattern,
+    elements: int = 1 << 26,
+) -> Float[Tensor, "blocks size groups"]:
+    """
+    The first-order change of the loss when channel ``c`` joins group ``g``.
+
+    Relative to c being in no group: where c would be kept, its own mask gradient less
+    that of the weight it pushes out, ``sum_r [s_rc > t_rg] (G_rc - G_r,out(g))``. ``t``
+    is the N-th best score among the M-1 channels that would be c's companions: for c's
+    own group those that are there; for another group any M-1 of its M with equal chance,
+    which makes ``t`` the (N+1)-th best with chance N/M, else the N-th.
+
+    :param grad: of the loss with respect to the mask
+    :param column: the group of each channel
+    :param elements: of the largest intermediate tensor; more rows go in parts
+    """
+    rows, blocks, size = score.shape
+    count = size // pattern.m
+    costs = torch.zeros(blocks, size, count, dtype=torch.float32, device=score.device)
+    own = torch.zeros(blocks, size, dtype=torch.float32, device=score.device)
+    order = order_by(column)
+    last, first_out = pattern.n - 1, pattern.n
+    step = max(1, elements // (blocks * size * count))
+    for start in range(0, rows, step):
+        s, g = score[start : start + step], grad[start : start + step]
+        index = order.expand_as(s)
+        grouped = rearrange(s.gather(-1, index), "r b (g m) -> r b g m", m=pattern.m)
+        grads = rearrange(g.gather(-1, index), "r b (g m) -> r b g m", m=pattern.m)
+        ranks = group_ranks(grouped)
+        for rank, chance in ((first_out, pattern.density), (last, 1 - pattern.density)):
+            threshold, pushed_out = at_rank(grouped, ranks, rank), at_rank(grads, ranks, rank)
+            enters = s[..., None] > threshold[:, :, None]
+            change = g[..., None] - pushed_out[:, :, None]
+            costs += chance * (change * enters).sum(0)
+        group = column.expand_as(s)
+        kept = s >= at_rank(grouped, ranks, last).gather(-1, group)
+        loser = at_rank(grads, ranks, first_out).gather(-1, group)
+        own += ((g - loser) * kept).sum(0)
+    return costs.scatter_(-1, column[..., None], own[..., None])

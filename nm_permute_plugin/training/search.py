@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A good order without gradients: channel allocation, then exact assignment."""
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nm_permute_plugin.maths.assignment import assign
+from nm_permute_plugin.maths.masks import at_rank, group_ranks, retained_score
+from nm_permute_plugin.maths.pattern import NMPattern
+from nm_permute_plugin.maths.permutation import Permutation, from_blocks
+
+Score = Float[Tensor, "rows channels"]
+
+
+def search_order(
+    score: Score,
+    pattern: NMPattern,
+    wall: int | None = None,
+    rounds: int = 12,
+    seed: int = 0,
+) -> Permutation:
+    """
+    An order of the channels whose N:M mask retains more score than the order as it is.
+
+    Channel allocation and assignment after RIA (Zhang et al., ICLR 2024, section 4), for
+    all readers of a space at once: their score matrices stand one below the other. Each
+    round takes one channel out of every group and puts all of them back by the best
+    assignment, so the retained score never falls; groups are never worse than the better
+    of the two starts, dealt and as they are.
+
+    :param score: of every weight that reads the space, one column a channel
+    :param wall: channels stay inside their run of so many; all may mix by default
+    :param rounds: assignments; a round that gains nothing for ``m`` times ends it
+    :param seed: of the choice which channels leave their groups
+    :raises ValueError: if M does not divide the wall
+    """
+    channels = score.shape[1]
+    wall = wall or channels
+    if wall % pattern.m:
+        raise ValueError(f"M={pattern.m} does not divide the {wall} channels of a run")
+    generator = torch.Generator().manual_seed(seed)
+    blocks = [
+        _search_block(block, pattern, rounds, generator)
+        for block in rearrange(score, "rows (wall size) -> wall rows size", size=wall)
+    ]
+    return from_blocks(torch.stack(blocks))
+
+
+def insertion_gain(
+    inserted: Float[Tensor, "rows some"], threshold: Float[Tensor, "rows groups"]
+) -> Float[Tensor, "some groups"]:
+    """
+    The score gained by each channel in each group, summed over the rows.
+
+    A channel that joins M-1 others adds ``relu(s - t)``, t the N-th largest of those
+    others, and ``relu(s - t) = (|s - t| + s - t) / 2``: an L1 distance matrix does it.
+
+    >>> insertion_gain(torch.tensor([[3.0], [1.0]]), torch.tensor([[1.0], [2.0]]))
+    tensor([[2.]])
+    """
+    distance = torch.cdist(inserted.T.contiguous(), threshold.T.contiguous(), p=1.0)
+    return (distance + inserted.sum(0)[:, None] - threshold.sum(0)) / 2
+
+
+def deal(score: Score, m: int) -> Int[Tensor, " channels"]:
+    """
+    RIA's channel allocation: channels sorted by their sum, dealt to the groups in turn.
+
+    Every second deal runs backwards, so that strong channels do not meet.
+
+    >>> deal(torch.tensor([[4.0, 3.0, 2.0, 1.0]]), m=2)
+    tensor([0, 3, 1, 2])
+    """
+    ranked = torch.argsort(score.sum(0), descending=True, stable=True)
+    dealt = rearrange(ranked, "(m group) -> m group", m=m).clone()
+    dealt[1::2] = dealt[1::2].flip(-1)
+    return rearrange(dealt, "m group -> (group m)")
+
+
+def _search_block(
+    score: Score, pattern: NMPattern, rounds: int, generator: torch.Generator
+) -> Int[Tensor, " channels"]:
+    """Search over the channels of one wall."""
+    as_they_are = torch.arange(score.shape[1], device=score.device)
+    starts = [as_they_are, deal(score, pattern.m)]
+    order = max(starts, key=lambda start: retained_score(score[:, start], pattern))
+    groups = rearrange(order, "(group m) -> group m", m=pattern.m)
+    idle = 0
+    for _ in range(rounds):
+        shuffled = _shuffle_inside(groups, generator)
+        leaving, staying = shuffled[:, 0], shuffled[:, 1:]
+        companions = score[:, staying]
+        threshold = at_rank(companions, group_ranks(companions), pattern.n - 1)
+        gain = insertion_gain(score[:, leaving], threshold)
+        target = assign(gain[None])[0]
+        before = gain.diagonal().sum()
+        after = gain.gather(1, target[:, None]).sum()
+        idle = idle + 1 if after <= before * (1 + 1e-6) else 0
+        groups = torch.cat([leaving[torch.argsort(target)][:, None], staying], dim=1)
+        if idle == pattern.m:
+            break
+    return rearrange(groups.sort(dim=-1).values, "group m -> (group m)")
+
+
+def _shuffle_inside(
+    groups: Int[Tensor, "group m"], generator: torch.Generator
+) -> Int[Tensor, "group m"]:
+    keys = torch.rand(groups.shape, generator=generator).to(groups.device)
+    return groups.gather(1, keys.argsort(dim=1))

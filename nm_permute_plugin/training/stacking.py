@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All readers of a space as one matrix: their scores stand one below the other."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from nm_permute_plugin.maths.masks import nm_mask
+from nm_permute_plugin.maths.pattern import NMPattern
+from nm_permute_plugin.maths.permutation import Permutation, invert
+from nm_permute_plugin.specs.spec import Space
+
+
+@dataclass(frozen=True)
+class StackedScore:
+    """
+    The scores of every weight that reads a space, one column a channel.
+
+    :param rows: how many rows each reader has, in the order of ``space.readers``
+    """
+
+    space: Space
+    score: Float[Tensor, "rows channels"]
+    rows: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls, space: Space, scores: Mapping[str, Float[Tensor, "out in"]]
+    ) -> "StackedScore":
+        """:param scores: by the name of the linear; every reader of the space has one"""
+        views = [reader.view(scores[reader.name]) for reader in space.readers]
+        return cls(space, torch.cat(views), tuple(len(view) for view in views))
+
+    def split(
+        self, stacked: Shaped[Tensor, "rows channels"]
+    ) -> dict[str, Shaped[Tensor, "out in"]]:
+        """A stacked matrix, reader by reader."""
+        parts = stacked.split(list(self.rows))
+        return {
+            reader.name: reader.unview(part)
+            for reader, part in zip(self.space.readers, parts, strict=True)
+        }
+
+    def masks(
+        self, order: Permutation, pattern: NMPattern
+    ) -> dict[str, Shaped[Tensor, "out in"]]:
+        """The N:M masks of all readers under an order, in the channels' old places."""
+        kept = nm_mask(self.score[:, order], pattern)[:, invert(order)]
+        return self.split(kept.to(self.score.dtype))
