@@ -80,7 +80,6 @@ def insertion_costs(
     grad: Float[Tensor, "rows blocks size"],
     column: Int[Tensor, "blocks size"],
     pattern: NMPattern,
-    elements: int = 1 << 26,
 ) -> Float[Tensor, "blocks size groups"]:
     """
     The first-order change of the loss when channel ``c`` joins group ``g``.
@@ -93,7 +92,6 @@ def insertion_costs(
 
     :param grad: of the loss with respect to the mask
     :param column: the group of each channel
-    :param elements: of the largest intermediate tensor; more rows go in parts
     """
     rows, blocks, size = score.shape
     count = size // pattern.m
@@ -101,6 +99,8 @@ def insertion_costs(
     own = torch.zeros(blocks, size, dtype=torch.float32, device=score.device)
     order = order_by(column)
     last, first_out = pattern.n - 1, pattern.n
+    # Rows go in parts: small enough for a CPU's cache, large enough to fill a GPU.
+    elements = 1 << (20 if score.device.type == "cpu" else 26)
     step = max(1, elements // (blocks * size * count))
     for start in range(0, rows, step):
         s, g = score[start : start + step], grad[start : start + step]
@@ -112,7 +112,7 @@ def insertion_costs(
             threshold, pushed_out = at_rank(grouped, ranks, rank), at_rank(grads, ranks, rank)
             enters = s[..., None] > threshold[:, :, None]
             change = g[..., None] - pushed_out[:, :, None]
-            costs += chance * (change * enters).sum(0)
+            costs += chance * torch.where(enters, change, 0.0).sum(0)
         group = column.expand_as(s)
         kept = s >= at_rank(grouped, ranks, last).gather(-1, group)
         loser = at_rank(grads, ranks, first_out).gather(-1, group)
