@@ -35,6 +35,7 @@ class LearnSettings:
     :param learning_rate: of AdamW, on the logits
     :param temperature: of the Sinkhorn matching, at the first and at the last step
     :param block_size: channels that may mix; a multiple of M
+    :param groups: instead of ``block_size``: into how many blocks a space is cut
     :param relaxation: ``insertion``: hard groups, the gradient of every single move;
         ``straight_through``: hard places, the soft matching's gradient (PermLLM);
         ``soft``: soft places while training, hard at the end (arXiv 2601.22980)
@@ -49,6 +50,7 @@ class LearnSettings:
     learning_rate: float = 0.02
     temperature: tuple[float, float] = (1.0, 0.1)
     block_size: int = 64
+    groups: int | None = None
     relaxation: Relaxation = "insertion"
     loss: LossWeights = LossWeights()
     sinkhorn_iterations: int = 10
@@ -76,7 +78,11 @@ class LearnableOrder(nn.Module):
         super().__init__()
         self.stacked, self.pattern, self.settings = stacked, pattern, settings
         score = stacked.score
-        size = fitting_block(settings.block_size, stacked.space.wall, pattern.m)
+        wall = stacked.space.wall
+        wanted = settings.block_size
+        if settings.groups is not None:
+            wanted = max(pattern.m, wall // settings.groups)
+        size = fitting_block(wanted, wall, pattern.m)
         self.start = start.to(score.device)
         self.back = invert(self.start)
         self.score = rearrange(score[:, self.start], "r (b s) -> r b s", s=size)

@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Orders of channels that make N:M (2:4) pruning lose less.
+
+Importing this package makes ``LearnablePermutationModifier`` known to the recipes of
+llm-compressor, without importing llm-compressor.
+"""
+
+from nm_permute_plugin._registration import register_when_imported
+
+register_when_imported()

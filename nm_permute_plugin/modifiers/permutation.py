@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The modifier that a recipe names: order, fold and prune in one step."""
+
+from typing import Literal
+
+from compressed_tensors.offload import disable_onloading, update_offload_parameter
+from compressed_tensors.utils import match_name, match_named_modules
+from llmcompressor.core import Event, State, active_session
+from llmcompressor.modifiers import Modifier
+from llmcompressor.utils.helpers import DisableQuantization
+from loguru import logger
+from pydantic import Field, PrivateAttr, model_validator
+from torch import nn
+
+from nm_permute_plugin.maths.pattern import NMPattern
+from nm_permute_plugin.maths.scores import ScoreName
+from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
+from nm_permute_plugin.specs.spec import ResolvedSpec, resolve
+from nm_permute_plugin.training.learn import LearnSettings, Relaxation
+from nm_permute_plugin.training.objective import LossWeights
+from nm_permute_plugin.training.pipeline import (
+    Method,
+    OrderSettings,
+    Record,
+    permute_and_prune,
+)
+from nm_permute_plugin.training.text import rows_of, split_text
+
+Family = Literal["residual", "hidden", "value"]
+DEFAULT_IGNORE = ["lm_head"]
+
+
+class LearnablePermutationModifier(Modifier):
+    """
+    Finds an order of the model's channels in which N:M pruning loses little, writes the
+    order into the weights (the model computes the same function, nothing is permuted at
+    run time), and prunes. After https://arxiv.org/abs/2601.22980, restricted to orders
+    that fold exactly.
+
+    Sample recipe:
+
+    ```yaml
+    prune_stage:
+      permutation_modifiers:
+        LearnablePermutationModifier:
+          mask_structure: "2:4"
+          score: wanda
+          method: learned
+          ignore: ["lm_head"]
+    ```
+
+    Lifecycle:
+
+    - on_initialize: match targets, resolve the permutation spec, refuse what cannot be
+    - on_calibration_start: measure the dense model, find the order, fold it, prune
+    - on_finalize: report
+
+    :param mask_structure: N:M, N weights kept of every M input channels
+    :param score: which weights are worth keeping: wanda, ria or magnitude
+    :param method: learned (starts from the search), search (no gradients) or identity
+        (the plain score, in the order as it is)
+    :param spaces: the kinds of channels that may change places
+    :param targets: the linears to prune, as names, `re:` patterns or class names
+    :param ignore: the linears that stay dense
+    :param prune: False folds the order only, for a pruning modifier that follows
+    :param spec: a permutation spec for an architecture that is not known
+    :param steps: optimiser steps
+    :param batch_size: rows of calibration text a step
+    :param learning_rate: of AdamW, on the logits
+    :param temperature_start: of the matching, at the first step
+    :param temperature_end: of the matching, at the last step
+    :param block_size: channels that mix with each other; a multiple of M
+    :param groups: instead of block_size: into how many blocks a space is cut
+    :param relaxation: insertion (hard groups, the gradient of every single move),
+        straight_through (hard places) or soft (soft places, hard at the end)
+    :param divergence_weight: of the divergence from the dense model's predictions
+    :param cross_entropy_weight: of the next-token loss of the text itself
+    :param hidden_weight: of the Smooth-L1 distance of all hidden states
+    :param cosine_weight: of the cosine distance of the final hidden states
+    :param weight_decay: of AdamW, on the logits
+    :param search_rounds: rounds of assignment of the search
+    :param held_back: share of the calibration rows that only judge
+    :param evaluate_every: steps between two looks at the held-back rows
+    :param seed: of every random choice
+    """
+
+    mask_structure: str = "2:4"
+    score: ScoreName = "wanda"
+    method: Method = "learned"
+    spaces: list[Family] = Field(default=["residual", "hidden", "value"], min_length=1)
+    targets: list[str] = Field(default=["Linear"], min_length=1)
+    ignore: list[str] = DEFAULT_IGNORE
+    prune: bool = True
+    spec: dict[str, str] | None = None
+    steps: int = Field(default=200, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    learning_rate: float = Field(default=0.02, gt=0)
+    temperature_start: float = Field(default=1.0, gt=0)
+    temperature_end: float = Field(default=0.1, gt=0)
+    block_size: int = Field(default=64, ge=2)
+    groups: int | None = Field(default=None, ge=1)
+    relaxation: Relaxation = "insertion"
+    divergence_weight: float = Field(default=1.0, ge=0)
+    cross_entropy_weight: float = Field(default=0.0, ge=0)
+    hidden_weight: float = Field(default=0.0, ge=0)
+    cosine_weight: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    search_rounds: int = Field(default=12, ge=1)
+    held_back: float = Field(default=0.1, gt=0, lt=1)
+    evaluate_every: int = Field(default=20, ge=1)
+    seed: int = 0
+
+    _prunable: list[str] = PrivateAttr(default_factory=list)
+    _resolved: ResolvedSpec | None = PrivateAttr(default=None)
+    _record: Record | None = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _fields_make_sense_together(self) -> "LearnablePermutationModifier":
+        pattern = NMPattern.parse(self.mask_structure)
+        if self.block_size % pattern.m:
+            raise ValueError(
+                f"block_size={self.block_size} must be a multiple of M={pattern.m} in "
+                f"mask_structure={self.mask_structure!r}"
+            )
+        if self.temperature_end > self.temperature_start:
+            raise ValueError(
+                f"the temperature falls while learning, but temperature_end="
+                f"{self.temperature_end} is above temperature_start="
+                f"{self.temperature_start}"
+            )
+        weights = (
+            self.divergence_weight,
+            self.cross_entropy_weight,
+            self.hidden_weight,
+            self.cosine_weight,
+        )
+        if not any(weights):
+            raise ValueError("all weights of the loss are 0: nothing would be learned")
+        if self.method == "identity" and not self.prune:
+            raise ValueError("method: identity with prune: false would change nothing")
+        return self
+
+    @property
+    def record(self) -> Record | None:
+        """What the run did; None before it ran."""
+        return self._record
+
+    def on_initialize(self, state: State, **kwargs: object) -> bool:
+        model = state.model
+        self._prunable = _match(model, self.targets, self.ignore)
+        spec = self.spec if self.spec is not None else spec_of(model)
+        # Offloaded tensors are handed out as fresh copies; ties show only without.
+        with disable_onloading():
+            self._resolved = resolve(
+                model,
+                spec,
+                NMPattern.parse(self.mask_structure),
+                self._prunable,
+                head_dim_of(model.config.get_text_config()),
+            )
+        for name in self._resolved.unordered:
+            logger.info(f"{name}: pruned in the order as it is, no space orders it")
+        return True
+
+    def on_calibration_start(
+        self, state: State, event: Event, **kwargs: object
+    ) -> None:
+        self._refuse_shared_pass()
+        if self._resolved is None:
+            raise RuntimeError("on_calibration_start ran before on_initialize")
+        model = state.model
+        vocabulary = model.get_input_embeddings().num_embeddings
+        rows = rows_of(state.data.calib, vocabulary)
+        text = split_text(rows, self.batch_size, self.held_back, self.seed)
+        logger.info(
+            f"{self.method} order for {self.mask_structure} {self.score}: "
+            f"{len(self._prunable)} linears, {text.tokens} tokens to train on"
+        )
+        with DisableQuantization(model):
+            self._record = permute_and_prune(
+                model,
+                self._resolved,
+                self._prunable,
+                text,
+                self._settings(),
+                write=update_offload_parameter,
+            )
+
+    def on_finalize(self, state: State, **kwargs: object) -> bool:
+        if self._record is None:
+            raise RuntimeError(
+                "LearnablePermutationModifier never ran: the pipeline sent no "
+                "calibration start. Use oneshot's pipeline='independent'."
+            )
+        before, after = self._record.retained
+        logger.info(
+            f"retained score {before:.4f} -> {after:.4f}, logits moved by the fold "
+            f"{self._record.fold_error:.1e}"
+        )
+        return True
+
+    def _refuse_shared_pass(self) -> None:
+        """A modifier in the same pass would use statistics from before the fold."""
+        sharing = [
+            type(modifier).__name__
+            for modifier in active_session().lifecycle.recipe.modifiers
+            if modifier is not self
+        ]
+        if sharing:
+            raise ValueError(
+                f"{', '.join(sharing)} would share one calibration pass with "
+                "LearnablePermutationModifier and use input norms from before the "
+                "channels moved. Call oneshot with pipeline='independent' (its default)."
+            )
+
+    def _settings(self) -> OrderSettings:
+        pattern = NMPattern.parse(self.mask_structure)
+        learn = LearnSettings(
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            temperature=(self.temperature_start, self.temperature_end),
+            block_size=self.block_size,
+            groups=self.groups,
+            relaxation=self.relaxation,
+            loss=LossWeights(
+                divergence=self.divergence_weight,
+                cross_entropy=self.cross_entropy_weight,
+                hidden=self.hidden_weight,
+                cosine=self.cosine_weight,
+            ),
+            evaluate_every=self.evaluate_every,
+            weight_decay=self.weight_decay,
+            seed=self.seed,
+        )
+        return OrderSettings(
+            pattern=pattern,
+            score=self.score,
+            method=self.method,
+            families=tuple(self.spaces),
+            search_rounds=self.search_rounds,
+            learn=learn,
+            prune=self.prune,
+        )
+
+
+def _match(model: nn.Module, targets: list[str], ignore: list[str]) -> list[str]:
+    """The names of the linears to prune; every target and every ignore must match."""
+    names = [name for name, _ in model.named_modules()]
+    for pattern in ignore if ignore != DEFAULT_IGNORE else ():
+        known = any(match_name(name, pattern) for name in names)
+        if not known and not list(match_named_modules(model, [pattern])):
+            raise ValueError(
+                f"ignore pattern {pattern!r} matches no module of the model; module "
+                f"names look like {_example(names)!r}, patterns start with 're:'"
+            )
+    for pattern in targets:
+        if not list(match_named_modules(model, [pattern])):
+            raise ValueError(
+                f"target {pattern!r} matches no module of the model; use 'Linear', a "
+                f"name like {_example(names)!r}, or a pattern that starts with 're:'"
+            )
+    matched = list(match_named_modules(model, targets, ignore))
+    for name, module in matched:
+        if not isinstance(module, nn.Linear):
+            raise ValueError(
+                f"target {name} is a {type(module).__name__}; only Linear modules can "
+                "be pruned N:M. Narrow `targets`, or add it to `ignore`."
+            )
+    if not matched:
+        raise ValueError(
+            f"`ignore` {ignore} takes away all that `targets` {targets} matches"
+        )
+    return [name for name, _ in matched]
+
+
+def _example(names: list[str]) -> str:
+    return max(names, key=lambda name: name.count("."))

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole way in memory: statistics, scores, order, exact fold, N:M mask."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from loguru import logger
+from torch import Tensor, nn
+
+from nm_permute_plugin.maths.masks import nm_mask, retained_score
+from nm_permute_plugin.maths.pattern import NMPattern
+from nm_permute_plugin.maths.permutation import Permutation
+from nm_permute_plugin.maths.scores import ScoreName, score_weight
+from nm_permute_plugin.specs.fold import Write, fold, invert_all, write_in_place
+from nm_permute_plugin.specs.spec import ResolvedSpec
+from nm_permute_plugin.training.learn import Learned, LearnSettings, learn_orders
+from nm_permute_plugin.training.search import search_order
+from nm_permute_plugin.training.stacking import StackedScore
+from nm_permute_plugin.training.statistics import Batch, input_norms, on_device
+from nm_permute_plugin.training.text import Text
+
+Method = Literal["learned", "search", "identity"]
+
+FOLD_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+"""Largest relative change of the logits that rounding explains, by dtype; 0.05 below."""
+
+
+@dataclass(frozen=True)
+class OrderSettings:
+    """
+    What to do to a model.
+
+    :param method: ``identity`` keeps the order, ``search`` needs no gradients, ``learned``
+        starts from the search
+    :param families: the kinds of spaces that are reordered
+    :param search_rounds: rounds of assignment a space
+    :param prune: False folds the order and leaves the weights dense
+    """
+
+    pattern: NMPattern
+    score: ScoreName = "wanda"
+    method: Method = "learned"
+    families: tuple[str, ...] = ("residual", "hidden", "value")
+    search_rounds: int = 12
+    learn: LearnSettings = field(default_factory=LearnSettings)
+    prune: bool = True
+
+
+@dataclass
+class Record:
+    """
+    What a run did, with its figures.
+
+    :param perms: by space, ``new[j] = old[perm[j]]``
+    :param fold_error: relative change of the dense logits by the fold, on text
+    :param retained: share of the total score that the masks keep, before and after
+    :param seconds: by stage
+    """
+
+    perms: dict[str, Permutation]
+    fold_error: float
+    retained: tuple[float, float]
+    seconds: dict[str, float]
+    history: list[dict[str, float]]
+
+
+def permute_and_prune(
+    model: nn.Module,
+    resolved: ResolvedSpec,
+    prunable: Sequence[str],
+    text: Text,
+    settings: OrderSettings,
+    write: Write = write_in_place,
+) -> Record:
+    """
+    Order the channels, fold the order exactly, and zero what the N:M mask drops.
+
+    Statistics come from the dense model. After the fold the dense model's logits are
+    compared with those before; if they differ by more than rounding explains, the fold is
+    undone and refused.
+
+    :param prunable: names of the linears to prune
+    :param write: how a parameter's new value is stored
+    :raises ValueError: for a model that is sparse already, and for bad statistics
+    :raises RuntimeError: if the fold changes the function of the model
+    """
+    refuse_sparse(model, prunable, settings.pattern)
+    clock = _Clock()
+    norms = input_norms(model, prunable, text.train) if settings.score != "magnitude" else {}
+    clock.lap("statistics")
+    scores = _scores(model, prunable, settings.score, norms)
+    found = _find_orders(model, resolved, scores, text, settings, clock)
+    before = _retained(resolved, scores, {}, settings.pattern)
+    after = _retained(resolved, scores, found.perms, settings.pattern)
+    del scores
+    fold_error = _fold_checked(model, resolved, found.perms, text.train[0], write)
+    logger.info(f"folded {len(found.perms)} orders; logits moved by {fold_error:.1e}")
+    clock.lap("fold")
+    if settings.prune:
+        norms = permuted_norms(resolved, norms, found.perms)
+        _prune(model, prunable, norms, settings, write)
+        clock.lap("prune")
+    return Record(
+        found.perms, fold_error, (before, after), clock.seconds, found.history
+    )
+
+
+def refuse_sparse(
+    model: nn.Module, prunable: Sequence[str], pattern: NMPattern
+) -> None:
+    """
+    Refuse a model whose weights are zero already where a mask would put zeros.
+
+    :raises ValueError: naming the first linear with as many zeros as the pattern asks for
+    """
+    for name in prunable:
+        weight = model.get_submodule(name).weight.detach()
+        zeros = float((weight == 0).float().mean())
+        if zeros >= 1 - pattern.density:
+            raise ValueError(
+                f"{name} is sparse already: {zeros:.0%} of its weights are zero. Start "
+                "from the dense model, or add the layer to `ignore`."
+            )
+
+
+def permuted_norms(
+    resolved: ResolvedSpec,
+    norms: Mapping[str, Float[Tensor, " in"]],
+    perms: Mapping[str, Permutation],
+) -> dict[str, Float[Tensor, " in"]]:
+    """Input norms in the order of the folded model's input channels."""
+    moved = dict(norms)
+    for space in resolved.spaces.values():
+        for reader in space.readers:
+            if space.name in perms and reader.name in norms:
+                view = reader.view(norms[reader.name][None])
+                moved[reader.name] = reader.unview(view[:, perms[space.name]])[0]
+    return moved
+
+
+class _Clock:
+    """Seconds by stage, one log line a stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = now - self._last
+        self._last = now
+        logger.info(f"{stage}: {self.seconds[stage]:.1f} s")
+
+
+def _scores(
+    model: nn.Module,
+    prunable: Sequence[str],
+    score: ScoreName,
+    norms: Mapping[str, Float[Tensor, " in"]],
+) -> dict[str, Float[Tensor, "out in"]]:
+    return {
+        name: score_weight(
+            score, model.get_submodule(name).weight.detach(), norms.get(name)
+        )
+        for name in prunable
+    }
+
+
+def _find_orders(
+    model: nn.Module,
+    resolved: ResolvedSpec,
+    scores: Mapping[str, Float[Tensor, "out in"]],
+    text: Text,
+    settings: OrderSettings,
+    clock: _Clock,
+) -> Learned:
+    """The orders of the chosen families' spaces, by the chosen method."""
+    stacks = {
+        name: StackedScore.of(space, scores)
+        for name, space in resolved.spaces.items()
+        if space.readers and space.family in settings.families
+    }
+    if settings.method == "identity":
+        return Learned({})
+    perms = {
+        name: search_order(
+            stack.score,
+            settings.pattern,
+            stack.space.wall,
+            settings.search_rounds,
+            settings.learn.seed,
+        )
+        for name, stack in stacks.items()
+    }
+    clock.lap("search")
+    if settings.method == "search":
+        return Learned(perms)
+    ordered = {reader.name for s in stacks.values() for reader in s.space.readers}
+    others = {
+        name: nm_mask(score, settings.pattern).to(score.dtype)
+        for name, score in scores.items()
+        if name not in ordered
+    }
+    learned = learn_orders(
+        model,
+        stacks,
+        perms,
+        others,
+        text.train,
+        text.held_back,
+        settings.pattern,
+        settings.learn,
+    )
+    clock.lap("learn")
+    return learned
+
+
+def _retained(
+    resolved: ResolvedSpec,
+    scores: Mapping[str, Float[Tensor, "out in"]],
+    perms: Mapping[str, Permutation],
+    pattern: NMPattern,
+) -> float:
+    """The share of the whole score that the masks keep."""
+    scores = dict(scores)
+    total = sum(float(score.double().sum()) for score in scores.values())
+    for space in resolved.spaces.values():
+        for reader in space.readers:
+            if space.name in perms:
+                view = reader.view(scores[reader.name])
+                scores[reader.name] = view[:, perms[space.name]]
+    kept = sum(retained_score(score, pattern) for score in scores.values())
+    return kept / total
+
+
+def _fold_checked(
+    model: nn.Module,
+    resolved: ResolvedSpec,
+    perms: Mapping[str, Permutation],
+    probe: Batch,
+    write: Write,
+) -> float:
+    """Fold, and return the relative change of the logits; undo a fold that is wrong."""
+    before = _logits(model, probe)
+    fold(model, resolved, perms, write)
+    after = _logits(model, probe)
+    error = float((after - before).norm() / before.norm())
+    dtype = next(model.parameters()).dtype
+    if not error <= FOLD_TOLERANCE.get(dtype, 0.05):
+        fold(model, resolved, invert_all(perms), write)
+        raise RuntimeError(
+            f"folding changed the model's logits by {error:.1e} (relative), more than "
+            f"rounding in {dtype} explains: the permutation spec does not fit this "
+            "model. The weights are as they were; correct `spec:` in the recipe."
+        )
+    return error
+
+
+def _logits(model: nn.Module, probe: Batch) -> Tensor:
+    with torch.no_grad():
+        batch = {name: tensor[:1] for name, tensor in on_device(probe, model).items()}
+        return model(**batch, use_cache=False).logits.double()
+
+
+def _prune(
+    model: nn.Module,
+    prunable: Sequence[str],
+    norms: Mapping[str, Float[Tensor, " in"]],
+    settings: OrderSettings,
+    write: Write,
+) -> None:
+    for name in prunable:
+        module = model.get_submodule(name)
+        weight = module.weight.detach()
+        score = score_weight(settings.score, weight, norms.get(name))
+        write(module, "weight", weight.masked_fill(~nm_mask(score, settings.pattern), 0))
