@@ -16,8 +16,9 @@ from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.scores import ScoreName
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
 from nm_permute_plugin.specs.spec import ResolvedSpec, resolve
-from nm_permute_plugin.training.learn import LearnSettings, Relaxation
+from nm_permute_plugin.training.learn import LearnSettings
 from nm_permute_plugin.training.objective import LossWeights
+from nm_permute_plugin.training.orders import OrderShape, Relaxation
 from nm_permute_plugin.training.pipeline import (
     Method,
     OrderSettings,
@@ -66,13 +67,16 @@ class LearnablePermutationModifier(Modifier):
     :param spec: a permutation spec for an architecture that is not known
     :param steps: optimiser steps
     :param batch_size: rows of calibration text a step
-    :param learning_rate: of AdamW, on the logits
+    :param learning_rate: of AdamW, on the logits; falls linearly to 0
     :param temperature_start: of the matching, at the first step
     :param temperature_end: of the matching, at the last step
     :param block_size: channels that mix with each other; a multiple of M
     :param groups: instead of block_size: into how many blocks a space is cut
     :param relaxation: insertion (hard groups, the gradient of every single move),
         straight_through (hard places) or soft (soft places, hard at the end)
+    :param start_logit: how firmly a channel starts in its place
+    :param sinkhorn_iterations: row and column normalisations of the matching
+    :param row_limit: rows of a space that weigh the moves of a step; all by default
     :param divergence_weight: of the divergence from the dense model's predictions
     :param cross_entropy_weight: of the next-token loss of the text itself
     :param hidden_weight: of the Smooth-L1 distance of all hidden states
@@ -94,12 +98,15 @@ class LearnablePermutationModifier(Modifier):
     spec: dict[str, str] | None = None
     steps: int = Field(default=200, ge=1)
     batch_size: int = Field(default=8, ge=1)
-    learning_rate: float = Field(default=0.02, gt=0)
+    learning_rate: float = Field(default=0.01, gt=0)
     temperature_start: float = Field(default=1.0, gt=0)
     temperature_end: float = Field(default=0.1, gt=0)
     block_size: int = Field(default=64, ge=2)
     groups: int | None = Field(default=None, ge=1)
     relaxation: Relaxation = "insertion"
+    start_logit: float = Field(default=0.3, ge=0)
+    sinkhorn_iterations: int = Field(default=10, ge=1)
+    row_limit: int | None = Field(default=None, ge=1)
     divergence_weight: float = Field(default=1.0, ge=0)
     cross_entropy_weight: float = Field(default=0.0, ge=0)
     hidden_weight: float = Field(default=0.0, ge=0)
@@ -219,9 +226,14 @@ class LearnablePermutationModifier(Modifier):
             steps=self.steps,
             learning_rate=self.learning_rate,
             temperature=(self.temperature_start, self.temperature_end),
-            block_size=self.block_size,
-            groups=self.groups,
-            relaxation=self.relaxation,
+            shape=OrderShape(
+                block_size=self.block_size,
+                groups=self.groups,
+                relaxation=self.relaxation,
+                start_logit=self.start_logit,
+                sinkhorn_iterations=self.sinkhorn_iterations,
+                row_limit=self.row_limit,
+            ),
             loss=LossWeights(
                 divergence=self.divergence_weight,
                 cross_entropy=self.cross_entropy_weight,

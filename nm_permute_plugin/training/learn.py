@@ -4,110 +4,45 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
-from einops import rearrange
-from jaxtyping import Float, Int
 from loguru import logger
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nm_permute_plugin.maths.assignment import assign, order_by
 from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.maths.permutation import Permutation, compose, from_blocks, invert
-from nm_permute_plugin.maths.sinkhorn import annealed, sinkhorn
+from nm_permute_plugin.maths.permutation import Permutation
+from nm_permute_plugin.maths.sinkhorn import annealed
 from nm_permute_plugin.training.masking import masked
 from nm_permute_plugin.training.objective import LossWeights, loss, run
-from nm_permute_plugin.training.relaxation import InsertionMask, permuted_mask
+from nm_permute_plugin.training.orders import LearnableOrders, OrderShape
 from nm_permute_plugin.training.stacking import StackedScore
 from nm_permute_plugin.training.statistics import Batch, on_device
-
-Relaxation = Literal["insertion", "straight_through", "soft"]
 
 
 @dataclass(frozen=True)
 class LearnSettings:
     """
-    How an order is learned.
+    How orders are learned.
 
     :param steps: optimiser steps
-    :param learning_rate: of AdamW, on the logits
-    :param temperature: of the Sinkhorn matching, at the first and at the last step
-    :param block_size: channels that may mix; a multiple of M
-    :param groups: instead of ``block_size``: into how many blocks a space is cut
-    :param relaxation: ``insertion``: hard groups, the gradient of every single move;
-        ``straight_through``: hard places, the soft matching's gradient (PermLLM);
-        ``soft``: soft places while training, hard at the end (arXiv 2601.22980)
+    :param learning_rate: of AdamW, on the logits; falls linearly to 0
+    :param weight_decay: of AdamW, on the logits
+    :param temperature: of the matching, at the first and at the last step
+    :param shape: how an order is parametrised
     :param loss: weights of the loss
-    :param sinkhorn_iterations: row and column normalisations
-    :param start_logit: how firmly a channel starts in its place
     :param evaluate_every: steps between two looks at the held-back text
     :param seed: of the order of the batches
     """
 
     steps: int = 200
-    learning_rate: float = 0.02
-    temperature: tuple[float, float] = (1.0, 0.1)
-    block_size: int = 64
-    groups: int | None = None
-    relaxation: Relaxation = "insertion"
-    loss: LossWeights = LossWeights()
-    sinkhorn_iterations: int = 10
-    start_logit: float = 1.0
-    evaluate_every: int = 20
+    learning_rate: float = 0.01
     weight_decay: float = 0.0
+    temperature: tuple[float, float] = (1.0, 0.1)
+    shape: OrderShape = field(default_factory=OrderShape)
+    loss: LossWeights = field(default_factory=LossWeights)
+    evaluate_every: int = 20
     seed: int = 0
-
-
-class LearnableOrder(nn.Module):
-    """
-    The order of one space while it is learned.
-
-    :param stacked: the scores of all readers
-    :param start: the order to begin with
-    """
-
-    def __init__(
-        self,
-        stacked: StackedScore,
-        start: Permutation,
-        pattern: NMPattern,
-        settings: LearnSettings,
-    ) -> None:
-        super().__init__()
-        self.stacked, self.pattern, self.settings = stacked, pattern, settings
-        score = stacked.score
-        wall = stacked.space.wall
-        wanted = settings.block_size
-        if settings.groups is not None:
-            wanted = max(pattern.m, wall // settings.groups)
-        size = fitting_block(wanted, wall, pattern.m)
-        self.start = start.to(score.device)
-        self.back = invert(self.start)
-        self.score = rearrange(score[:, self.start], "r (b s) -> r b s", s=size)
-        grouped = settings.relaxation == "insertion"
-        columns = size // pattern.m if grouped else size
-        here = torch.arange(size, device=score.device) * columns // size
-        own = nn.functional.one_hot(here, columns).float() * settings.start_logit
-        self.logits = nn.Parameter(own.repeat(self.score.shape[1], 1, 1))
-
-    def order(self) -> Permutation:
-        """The order as it stands, hard."""
-        return compose(self.start, from_blocks(order_by(assign(self.logits))))
-
-    def masks(self, temperature: float) -> dict[str, Float[Tensor, "out in"]]:
-        """The masks of all readers, with gradients for the logits."""
-        soft = sinkhorn(self.logits, temperature, self.settings.sinkhorn_iterations)
-        if self.settings.relaxation == "insertion":
-            column = assign(self.logits)
-            mask = InsertionMask.apply(self.score, soft, column, self.pattern)
-        else:
-            if self.settings.relaxation == "straight_through":
-                hard = nn.functional.one_hot(assign(soft), soft.shape[-1])
-                soft = hard + soft - soft.detach()
-            mask = permuted_mask(self.score, soft, self.pattern)
-        return self.stacked.split(rearrange(mask, "r b s -> r (b s)")[:, self.back])
 
 
 @dataclass
@@ -115,9 +50,9 @@ class Learned:
     """
     What learning leaves.
 
-    :param perms: by space, the best order by the held-back text
-    :param history: one entry a look: step, training loss, held-back loss, temperature
-        and the share of channels that changed their group since the start
+    :param perms: by space, the best orders by the held-back text
+    :param history: one entry a look: step, held-back loss and, from the first step on,
+        training loss and temperature
     """
 
     perms: dict[str, Permutation]
@@ -137,12 +72,12 @@ def learn_orders(
     """
     Learn one order a space, so that the pruned model stays close to the dense one.
 
-    The start is looked at first, so what comes back is never worse than the start on
-    the held-back text. Weights are frozen. The same seed gives the same orders.
+    The start is looked at first, so what comes back is never worse than the start on the
+    held-back text. Weights are frozen. The same seed gives the same orders.
 
     :param stacks: by space
     :param start: by space
-    :param other_masks: of pruned linears whose inputs no space orders, by module
+    :param other_masks: of pruned linears whose inputs no learned space orders, by module
     :param train: batches, used in random order, again and again
     :param held_back: batches that decide which order is kept; never trained on
     :raises ValueError: if a loss is not finite, or there is nothing to train on
@@ -152,18 +87,19 @@ def learn_orders(
             f"learning needs text to train on and text held back, got {len(train)} and "
             f"{len(held_back)} batches; give the run more calibration samples"
         )
-    orders = {
-        name: LearnableOrder(stack, start[name], pattern, settings)
-        for name, stack in stacks.items()
-    }
+    dtype = next(model.parameters()).dtype
+    orders = LearnableOrders(stacks, start, pattern, settings.shape, dtype)
     optimizer = torch.optim.AdamW(
-        [order.logits for order in orders.values()],
+        orders.parameters(),
         lr=settings.learning_rate,
         weight_decay=settings.weight_decay,
     )
+    schedule = torch.optim.lr_scheduler.LinearLR(
+        optimizer, 1.0, 1 / settings.steps, total_iters=settings.steps
+    )
 
     def look() -> tuple[float, dict[str, Permutation]]:
-        perms = {name: order.order() for name, order in orders.items()}
+        perms = orders.perms()
         masks = dict(other_masks)
         for name, stack in stacks.items():
             masks |= stack.masks(perms[name], pattern)
@@ -175,29 +111,29 @@ def learn_orders(
     bar = tqdm(range(1, settings.steps + 1), desc="Learning the order")
     with frozen(model), torch.enable_grad():
         for step in bar:
-            temperature = annealed(step - 1, settings.steps, *settings.temperature)
-            value = _train_step(
-                model, orders, other_masks, next(batches), temperature, settings
+            tau = annealed(step - 1, settings.steps, *settings.temperature)
+            value = _backward(
+                model,
+                {**other_masks, **orders.masks(tau, step)},
+                next(batches),
+                settings.loss,
             )
             optimizer.step()
             optimizer.zero_grad()
-            bar.set_postfix(loss=f"{value:.4f}", best=f"{best:.4f}", tau=f"{temperature:.3f}")
+            schedule.step()
+            bar.set_postfix(loss=f"{value:.4f}", best=f"{best:.4f}", tau=f"{tau:.3f}")
             if step % settings.evaluate_every and step != settings.steps:
                 continue
             held, perms = look()
             learned.history.append(
-                {
-                    "step": step,
-                    "loss": value,
-                    "held_back": held,
-                    "temperature": temperature,
-                }
+                {"step": step, "held_back": held, "loss": value, "temperature": tau}
             )
             if held < best:
                 best, learned.perms = held, perms
+    first = learned.history[0]["held_back"]
     logger.info(
-        f"learned {len(orders)} orders in {settings.steps} steps: held-back loss "
-        f"{learned.history[0]['held_back']:.4f} -> {best:.4f}"
+        f"learned {len(stacks)} orders in {settings.steps} steps: held-back loss "
+        f"{first:.4f} -> {best:.4f}"
     )
     return learned
 
@@ -208,7 +144,11 @@ def mean_loss(
     batches: Sequence[Batch],
     weights: LossWeights,
 ) -> float:
-    """The loss of the model under the masks, the mean over the batches."""
+    """
+    The loss of the model under the masks, the mean over the batches.
+
+    :raises ValueError: if it is not finite
+    """
     total = 0.0
     with torch.no_grad():
         for batch in batches:
@@ -216,33 +156,30 @@ def mean_loss(
             dense = run(model, batch, weights)
             with masked(model, masks):
                 total += float(loss(run(model, batch, weights), dense, batch, weights))
+    _check_finite(total, "held-back")
     return total / len(batches)
 
 
-def _train_step(
-    model: nn.Module,
-    orders: Mapping[str, LearnableOrder],
-    other_masks: Mapping[str, Tensor],
-    batch: Batch,
-    temperature: float,
-    settings: LearnSettings,
+def _backward(
+    model: nn.Module, masks: Mapping[str, Tensor], batch: Batch, weights: LossWeights
 ) -> float:
-    """One forward and backward pass; the gradients stay in the logits."""
+    """One forward and backward pass; the gradients stay behind the masks."""
     batch = on_device(batch, model)
     with torch.no_grad():
-        dense = run(model, batch, settings.loss)
-    masks = dict(other_masks)
-    for order in orders.values():
-        masks |= order.masks(temperature)
+        dense = run(model, batch, weights)
     with masked(model, masks):
-        value = loss(run(model, batch, settings.loss), dense, batch, settings.loss)
-        value.backward()
-    if not bool(torch.isfinite(value)):
+        value = loss(run(model, batch, weights), dense, batch, weights)
+        _check_finite(float(value.detach()), "training")
+        value.backward()  # type: ignore[no-untyped-call]
+    return float(value.detach())
+
+
+def _check_finite(value: float, which: str) -> None:
+    if not torch.isfinite(torch.tensor(value)):
         raise ValueError(
-            f"the training loss is {value.item()}; load the model in bfloat16 or float32 "
-            "and check the calibration data"
+            f"the {which} loss is {value}; load the model in bfloat16 or float32 and "
+            "check the calibration data"
         )
-    return float(value)
 
 
 def _shuffled(batches: Sequence[Batch], seed: int) -> Iterator[Batch]:
@@ -264,13 +201,3 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-def fitting_block(block_size: int, wall: int, m: int) -> int:
-    """
-    The largest multiple of M that divides the wall and is no larger than asked for.
-
-    >>> fitting_block(64, 576, 4), fitting_block(64, 60, 4)
-    (64, 60)
-    """
-    return max(s for s in range(m, min(block_size, wall) + 1, m) if wall % s == 0)

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,7 +25,7 @@ class MaskedLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor
     ) -> Tensor:
         ctx.save_for_backward(x, weight, mask)
-        return F.linear(x, weight * mask.to(weight.dtype), bias)
+        return F.linear(x, weight * mask, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -33,21 +33,22 @@ class MaskedLinear(torch.autograd.Function):
         x, weight, mask = ctx.saved_tensors
         grad_x = grad_mask = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ (weight * mask.to(weight.dtype))
+            grad_x = grad @ (weight * mask)
         if ctx.needs_input_grad[3]:
             of_weight = grad.flatten(0, -2).T @ x.flatten(0, -2)
-            grad_mask = (of_weight * weight).to(mask.dtype)
+            grad_mask = of_weight * weight
         return grad_x, None, None, grad_mask
 
 
 @contextmanager
 def masked(
-    model: nn.Module, masks: Mapping[str, Float[Tensor, "out in"]]
+    model: nn.Module, masks: Mapping[str, Shaped[Tensor, "out in"]]
 ) -> Iterator[None]:
     """
     Let the named linears multiply by their masks while the context lasts.
 
-    :param masks: by module name, one where a weight is kept, between 0 and 1 while soft
+    :param masks: by module name, 1 or True where a weight is kept, between 0 and 1 while
+        soft; a mask that needs gradients has the weight's dtype
     """
     previous: list[tuple[nn.Module, Callable[..., Tensor] | None]] = []
     try:

@@ -18,7 +18,7 @@ from nm_permute_plugin.maths.scores import ScoreName, score_weight
 from nm_permute_plugin.specs.fold import Write, fold, invert_all, write_in_place
 from nm_permute_plugin.specs.spec import ResolvedSpec
 from nm_permute_plugin.training.learn import Learned, LearnSettings, learn_orders
-from nm_permute_plugin.training.search import search_order
+from nm_permute_plugin.training.search import search_orders
 from nm_permute_plugin.training.stacking import StackedScore
 from nm_permute_plugin.training.statistics import Batch, input_norms, on_device
 from nm_permute_plugin.training.text import Text
@@ -186,22 +186,15 @@ def _find_orders(
     }
     if settings.method == "identity":
         return Learned({})
-    perms = {
-        name: search_order(
-            stack.score,
-            settings.pattern,
-            stack.space.wall,
-            settings.search_rounds,
-            settings.learn.seed,
-        )
-        for name, stack in stacks.items()
-    }
+    perms = search_orders(
+        stacks, settings.pattern, settings.search_rounds, settings.learn.seed
+    )
     clock.lap("search")
     if settings.method == "search":
         return Learned(perms)
     ordered = {reader.name for s in stacks.values() for reader in s.space.readers}
     others = {
-        name: nm_mask(score, settings.pattern).to(score.dtype)
+        name: nm_mask(score, settings.pattern)
         for name, score in scores.items()
         if name not in ordered
     }

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """N:M masks that depend differentiably on an assignment of channels."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nm_permute_plugin.maths.assignment import order_by
 from nm_permute_plugin.maths.masks import at_rank, group_ranks
 from nm_permute_plugin.maths.pattern import NMPattern
+from nm_permute_plugin.maths.permutation import Permutation, invert
 
 Assignment = Float[Tensor, "blocks size columns"]
 """Share of each channel in each column: a place (``columns == size``) or a group."""
@@ -37,6 +39,29 @@ def permuted_mask(
     return torch.einsum("rbj,bij->rbi", mask, places)
 
 
+@dataclass(frozen=True)
+class RowSample:
+    """
+    Which rows weigh the moves of a step: ``offset``, ``offset + stride``, and so on.
+
+    All rows make the mask. A space has far more rows than a step's gradient has signal.
+    """
+
+    offset: int = 0
+    stride: int = 1
+
+    @classmethod
+    def of_step(cls, rows: int, limit: int | None, step: int) -> "RowSample":
+        """
+        At most ``limit`` rows, other ones each step.
+
+        >>> RowSample.of_step(rows=100, limit=40, step=4)
+        RowSample(offset=1, stride=3)
+        """
+        stride = 1 if limit is None else -(-rows // limit)
+        return cls(step % stride, stride)
+
+
 class InsertionMask(torch.autograd.Function):
     """
     The N:M mask under a hard grouping; its gradient knows what every move would do.
@@ -52,27 +77,47 @@ class InsertionMask(torch.autograd.Function):
         groups: Assignment,
         column: Int[Tensor, "blocks size"],
         pattern: NMPattern,
+        sample: RowSample,
+        dtype: torch.dtype,
     ) -> Float[Tensor, "rows blocks size"]:
         ctx.save_for_backward(score, column)
-        ctx.pattern = pattern
-        return grouped_mask(score, column, pattern)
+        ctx.pattern, ctx.sample = pattern, sample
+        return grouped_mask(score, column, pattern).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         score, column = ctx.saved_tensors
-        return None, insertion_costs(score, grads[0], column, ctx.pattern), None, None
+        rows = slice(ctx.sample.offset, None, ctx.sample.stride)
+        costs = insertion_costs(score[rows], grads[0][rows], column, ctx.pattern)
+        return None, costs, None, None, None, None
 
 
 def grouped_mask(
     score: Float[Tensor, "rows blocks size"],
     column: Int[Tensor, "blocks size"],
     pattern: NMPattern,
-) -> Float[Tensor, "rows blocks size"]:
-    """The N:M mask of scores whose channels are grouped by ``column``, 1 where kept."""
+) -> Bool[Tensor, "rows blocks size"]:
+    """The N:M mask of scores whose channels are grouped by ``column``."""
     order = order_by(column).expand_as(score)
     grouped = rearrange(score.gather(-1, order), "r b (g m) -> r b g m", m=pattern.m)
     kept = rearrange(group_ranks(grouped) < pattern.n, "r b g m -> r b (g m)")
-    return torch.zeros_like(score).scatter_(-1, order, kept.to(score.dtype))
+    return torch.zeros_like(kept).scatter_(-1, order, kept)
+
+
+class Reorder(torch.autograd.Function):
+    """``matrix[:, perm]``, whose gradient is a plain reordering too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, matrix: Float[Tensor, "rows channels"], perm: Permutation
+    ) -> Float[Tensor, "rows channels"]:
+        ctx.save_for_backward(perm)
+        return matrix[:, perm]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (perm,) = ctx.saved_tensors
+        return grads[0][:, invert(perm)], None
 
 
 def insertion_costs(
@@ -103,7 +148,7 @@ def insertion_costs(
     elements = 1 << (20 if score.device.type == "cpu" else 26)
     step = max(1, elements // (blocks * size * count))
     for start in range(0, rows, step):
-        s, g = score[start : start + step], grad[start : start + step]
+        s, g = score[start : start + step], grad[start : start + step].float()
         index = order.expand_as(s)
         grouped = rearrange(s.gather(-1, index), "r b (g m) -> r b g m", m=pattern.m)
         grads = rearrange(g.gather(-1, index), "r b (g m) -> r b g m", m=pattern.m)

@@ -1,17 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """A good order without gradients: channel allocation, then exact assignment."""
 
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm import tqdm
 
 from nm_permute_plugin.maths.assignment import assign
 from nm_permute_plugin.maths.masks import at_rank, group_ranks, retained_score
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import Permutation, from_blocks
+from nm_permute_plugin.training.stacking import StackedScore
 
 Score = Float[Tensor, "rows channels"]
+
+
+def search_orders(
+    stacks: Mapping[str, StackedScore], pattern: NMPattern, rounds: int, seed: int
+) -> dict[str, Permutation]:
+    """
+    ``search_order`` of every space, several spaces at a time.
+
+    The exact assignments run on the CPU and leave Python's lock free: threads pay.
+    """
+
+    def search(stack: StackedScore) -> Permutation:
+        return search_order(stack.score, pattern, stack.space.wall, rounds, seed)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = tqdm(
+            pool.map(search, stacks.values()), "Searching the order", total=len(stacks)
+        )
+        return dict(zip(stacks, found, strict=True))
 
 
 def search_order(

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from nm_permute_plugin.maths.masks import nm_mask
@@ -46,7 +46,6 @@ class StackedScore:
 
     def masks(
         self, order: Permutation, pattern: NMPattern
-    ) -> dict[str, Shaped[Tensor, "out in"]]:
+    ) -> dict[str, Bool[Tensor, "out in"]]:
         """The N:M masks of all readers under an order, in the channels' old places."""
-        kept = nm_mask(self.score[:, order], pattern)[:, invert(order)]
-        return self.split(kept.to(self.score.dtype))
+        return self.split(nm_mask(self.score[:, order], pattern)[:, invert(order)])

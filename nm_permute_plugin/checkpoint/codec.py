@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A 2:4 weight <-> the tensors ``compressed``, ``bitmask``, ``shape``, bit by bit."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from jaxtyping import Bool, Int, UInt8
+from torch import Tensor
+
+WORDS = {
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float8_e4m3fn: torch.int8,
+    torch.int8: torch.int8,
+}
+"""The dtypes that are stored, with the integers of the same width that stand in for
+them: bits are moved, values are never looked at."""
+
+# Which two of four weights are stored, by which are not zero (bit i: weight i). Where
+# fewer than two are left the choice is free; it is the one that the format's first
+# implementation made on CPUs, so that files agree byte for byte. 0: not 2:4.
+_STORED = (12, 5, 10, 3, 12, 5, 6, 0, 12, 9, 10, 0, 12, 0, 0, 0)
+_CPU_OCTETS = 1 << 15  # what fits a core's cache
+_GPU_OCTETS = 1 << 24  # what fits a GPU's memory: about 1 GB of scratch
+
+
+@dataclass(frozen=True)
+class Sparse24:
+    """
+    A 2:4 weight as stored on disk.
+
+    :param compressed: [out, in / 2], the stored weights of every row, in order
+    :param bitmask: uint8 [out, ceil(in / 8)], a bit for every weight, the lowest first,
+        set where the weight is stored: two of every four
+    :param shape: int64 [2, 1], that of the dense weight
+    """
+
+    compressed: Tensor
+    bitmask: Tensor
+    shape: Tensor
+
+
+def compress(weight: Tensor, name: str = "weight") -> Sparse24:
+    """
+    The stored form of a 2:4 weight; ``decompress`` gives back the same bits.
+
+    A weight counts as zero when all its bits are: NaN, denormals and -0.0 are stored.
+    A product with a mask leaves -0.0 behind, more than a group can store;
+    ``clear_negative_zeros`` makes them +0.0.
+
+    :param weight: [out, in], ``in`` a multiple of 4
+    :param name: what messages call it
+    :raises ValueError: if it is not 2:4 sparse, naming row and channels, or its shape
+        or dtype cannot be stored
+
+    >>> stored = compress(torch.tensor([[0.0, 5.0, 6.0, 0.0]]))
+    >>> stored.compressed, stored.bitmask
+    (tensor([[5., 6.]]), tensor([[6]], dtype=torch.uint8))
+    """
+    if weight.dtype not in WORDS:
+        raise ValueError(
+            f"{name} is {weight.dtype}, which the 2:4 format does not store; convert "
+            f"it to one of {', '.join(str(known) for known in WORDS)}, or leave it."
+        )
+    if weight.dim() != 2 or weight.shape[1] % 4:
+        raise ValueError(
+            f"{name} has the shape {tuple(weight.shape)}; the 2:4 format stores "
+            "[out, in] with `in` a multiple of 4. Leave it dense."
+        )
+    rows, columns = weight.shape
+    words = weight.detach().contiguous().view(WORDS[weight.dtype])
+    values = words.new_empty(rows, columns // 2)
+    bitmask = words.new_empty(rows, -(-columns // 8), dtype=torch.uint8)
+    if columns % 8 == 0:
+        _compress_octets(words.view(-1, 8), values.view(-1, 4), bitmask.view(-1))
+    else:
+        padded = torch.nn.functional.pad(words, (0, 4))
+        wide = words.new_empty(rows, columns // 2 + 2)
+        _compress_octets(padded.view(-1, 8), wide.view(-1, 4), bitmask.view(-1))
+        values.copy_(wide[:, :-2])
+        bitmask[:, -1] = torch.where(bitmask[:, -1] > 0, bitmask[:, -1] & 15, 0)
+    if not bool(bitmask.all()):
+        raise ValueError(_violation(weight, name))
+    return Sparse24(
+        compressed=values.view(weight.dtype),
+        bitmask=bitmask,
+        shape=torch.tensor([[rows], [columns]], device=weight.device),
+    )
+
+
+def decompress(
+    compressed: Tensor,
+    bitmask: Tensor,
+    shape: Tensor | Sequence[int],
+    name: str = "weight",
+) -> Tensor:
+    """
+    The dense weight of stored tensors, on their device; weights not stored are +0.0.
+
+    :param name: what messages call it
+    :raises ValueError: if the shapes or dtypes do not belong together, or a group of
+        four does not have exactly two bits in the bitmask, naming row and channels
+
+    >>> bits = torch.tensor([[6]], dtype=torch.uint8)
+    >>> decompress(torch.tensor([[5.0, 6.0]]), bits, (1, 4))
+    tensor([[0., 5., 6., 0.]])
+    """
+    rows, columns = check_stored(compressed, bitmask, shape, name)
+    if not bool(_tables(str(bitmask.device)).valid[_whole(bitmask, columns)].all()):
+        raise ValueError(_bad_population(bitmask, columns, name))
+    values = compressed.detach().contiguous().view(WORDS[compressed.dtype])
+    if columns % 8 == 0:
+        words = values.new_zeros(rows, columns)
+        _decompress_octets(values.view(-1, 4), bitmask.reshape(-1), words.view(-1, 8))
+        return words.view(compressed.dtype)
+    wide = torch.nn.functional.pad(values, (0, 2))
+    words = values.new_zeros(rows, columns + 4)
+    whole = _whole(bitmask, columns).to(torch.uint8)
+    _decompress_octets(wide.view(-1, 4), whole.view(-1), words.view(-1, 8))
+    return words[:, :columns].contiguous().view(compressed.dtype)
+
+
+def check_stored(
+    compressed: Tensor,
+    bitmask: Tensor,
+    shape: Tensor | Sequence[int],
+    name: str = "weight",
+) -> tuple[int, int]:
+    """
+    The dense shape, once the stored tensors' shapes and dtypes are seen to agree.
+
+    :raises ValueError: if they do not
+    """
+    if compressed.dtype not in WORDS or bitmask.dtype != torch.uint8:
+        raise ValueError(
+            f"{name}: compressed is {compressed.dtype} and bitmask {bitmask.dtype}; "
+            f"needed are one of {', '.join(str(dtype) for dtype in WORDS)}, and "
+            "torch.uint8. The checkpoint is damaged, or not of this format."
+        )
+    if isinstance(shape, Tensor) and shape.is_floating_point():
+        raise ValueError(f"{name}: shape is {shape.dtype}, it must hold whole numbers")
+    sizes = shape.flatten().tolist() if isinstance(shape, Tensor) else list(shape)
+    if len(sizes) != 2 or min(sizes) < 0 or sizes[1] % 4:
+        raise ValueError(
+            f"{name}: shape says {sizes}; a 2:4 weight is [out, in] with `in` a "
+            "multiple of 4. The checkpoint is damaged."
+        )
+    rows, columns = int(sizes[0]), int(sizes[1])
+    expected = [(rows, columns // 2), (rows, -(-columns // 8))]
+    if [tuple(compressed.shape), tuple(bitmask.shape)] != expected:
+        raise ValueError(
+            f"{name}: shape says {sizes}, so compressed should be {expected[0]} and "
+            f"bitmask {expected[1]}; they are {tuple(compressed.shape)} and "
+            f"{tuple(bitmask.shape)}. The checkpoint is damaged."
+        )
+    return rows, columns
+
+
+def clear_negative_zeros(weight: Tensor) -> Tensor:
+    """
+    The weight with +0.0 for every -0.0, which a product with a mask leaves behind.
+
+    >>> clear_negative_zeros(torch.tensor([[-0.0, -1.0]]))
+    tensor([[ 0., -1.]])
+    """
+    if not weight.is_floating_point():
+        return weight
+    words = weight.detach().contiguous().view(WORDS[weight.dtype])
+    return words.masked_fill(words == torch.iinfo(words.dtype).min, 0).view(
+        weight.dtype
+    )
+
+
+def nonzero_bits(weight: Tensor) -> Bool[Tensor, "*shape"]:
+    """True where any bit of the weight is set: -0.0 is no zero here, NaN neither."""
+    return weight.detach().contiguous().view(WORDS[weight.dtype]) != 0
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """By the eight bits of two groups: what is stored, where, and if it may be so."""
+
+    stored: UInt8[Tensor, "256"]
+    places: Int[Tensor, "256 4"]
+    valid: Bool[Tensor, "256"]
+
+
+@lru_cache(maxsize=16)
+def _tables(device: str) -> _Tables:
+    """The tables on a device, by the device's name."""
+    byte = range(256)
+    low, high = [_STORED[b & 15] for b in byte], [_STORED[b >> 4] for b in byte]
+    stored = [a | b << 4 if a and b else 0 for a, b in zip(low, high, strict=True)]
+    places = [[i for i in range(8) if b >> i & 1] for b in byte]
+    valid = [(b & 15).bit_count() == 2 == (b >> 4).bit_count() for b in byte]
+    index = [p if ok else [0, 1, 4, 5] for p, ok in zip(places, valid, strict=True)]
+    return _Tables(
+        stored=torch.tensor(stored, dtype=torch.uint8, device=device),
+        places=torch.tensor(index, dtype=torch.int64, device=device),
+        valid=torch.tensor(valid, device=device),
+    )
+
+
+def _compress_octets(
+    words: Int[Tensor, "octets 8"],
+    values: Int[Tensor, "octets 4"],
+    bitmask: UInt8[Tensor, " octets"],
+) -> None:
+    """Fill in values and bits of every two groups; where one is not 2:4, no bits."""
+    tables = _tables(str(words.device))
+    for part in _parts(words):
+        # eight bytes of 0 or 1, multiplied so that their bits meet in the top byte
+        flags = (words[part] != 0).view(torch.int64)
+        present = (flags.mul(0x0102040810204080) >> 56).bitwise_and_(255).view(-1)
+        torch.index_select(tables.stored, 0, present, out=bitmask[part])
+        places = tables.places.index_select(0, bitmask[part].int())
+        torch.gather(words[part], 1, places, out=values[part])
+
+
+def _decompress_octets(
+    values: Int[Tensor, "octets 4"],
+    bitmask: UInt8[Tensor, " octets"],
+    words: Int[Tensor, "octets 8"],
+) -> None:
+    """Put the values of every two groups at their bits' places among zeros."""
+    tables = _tables(str(words.device))
+    for part in _parts(words):
+        places = tables.places.index_select(0, bitmask[part].int())
+        words[part].scatter_(1, places, values[part])
+
+
+def _parts(words: Tensor) -> Iterator[slice]:
+    size = _CPU_OCTETS if words.device.type == "cpu" else _GPU_OCTETS
+    return (slice(at, at + size) for at in range(0, len(words), size))
+
+
+def _whole(bitmask: Tensor, columns: int) -> Tensor:
+    """The bytes as indices; half a byte at a row's end gets the two bits of padding."""
+    whole = bitmask.int()
+    if columns % 8:
+        high = whole[:, -1] >> 4
+        whole[:, -1] += torch.where(high == 0, 0x30, 0xF0 - (high << 4))
+    return whole
+
+
+def _violation(weight: Tensor, name: str) -> str:
+    flags = nonzero_bits(weight)
+    counts = flags.view(len(weight), -1, 4).sum(-1)
+    row, group = (counts > 2).nonzero()[0].tolist()
+    four = weight[row, 4 * group : 4 * group + 4]
+    found = f"row {row}, channels {4 * group}..{4 * group + 3} hold"
+    if int((four.float() != 0).sum()) <= 2:
+        return (
+            f"{name}: {found} -0.0 beside two other weights, and only two of four can "
+            "be stored. Apply `clear_negative_zeros` first."
+        )
+    return (
+        f"{name} is not 2:4 sparse: {found} {int(counts[row, group])} non-zeros. Prune "
+        "it first, or add it to `ignore`."
+    )
+
+
+def _bad_population(bitmask: Tensor, columns: int, name: str) -> str:
+    shifts = torch.arange(8, device=bitmask.device)
+    bits = (bitmask.int().unsqueeze(-1) >> shifts & 1).flatten(1)
+    if bool(bits[:, columns:].any()):
+        row = int(bits[:, columns:].any(-1).nonzero()[0])
+        return (
+            f"{name}: row {row} of the bitmask has bits beyond its {columns} channels. "
+            "The checkpoint is damaged."
+        )
+    counts = bits[:, :columns].view(len(bits), -1, 4).sum(-1)
+    row, group = (counts != 2).nonzero()[0].tolist()
+    return (
+        f"{name}: row {row} of the bitmask has {int(counts[row, group])} bits for "
+        f"channels {4 * group}..{4 * group + 3}; it must have two. The checkpoint is "
+        "damaged."
+    )

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``sparsity_config`` block of a checkpoint's ``config.json``."""
+
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from nm_permute_plugin.maths.pattern import NMPattern
+
+QUANT_METHOD = "compressed-tensors"
+LAYOUT_VERSION = "0.14.0"
+"""The compressed-tensors version whose layout is written."""
+
+SparseFormat = Literal["sparse-24-bitmask", "sparse-bitmask"]
+Format = Literal["dense", "sparse-24-bitmask", "sparse-bitmask"]
+Json = dict[str, object]
+
+_HOLDERS = ("quantization_config", "compression_config")
+_BLOCK = "sparsity_config"
+_NO_QUANTIZATION = {"quant_method", "version", _BLOCK, "transform_config"}
+
+
+class SparsityConfig(BaseModel):
+    """
+    What is sparse in a checkpoint, and how it is stored.
+
+    :param format: how the sparse weights are stored
+    :param sparsity_structure: ``"2:4"``, or another N:M of ``sparse-bitmask``
+    :param global_sparsity: the share of zeros in the whole model, 0 to 1
+    :param targets: module names, class names (``Linear``) or ``re:`` patterns that are
+        sparse; None for every one
+    :param ignore: those that are dense all the same
+    :param registry_requires_subclass: a leftover that the format's first readers write
+
+    >>> SparsityConfig(targets=("Linear",), ignore=("lm_head",)).sparsity_structure
+    '2:4'
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Format = "sparse-24-bitmask"
+    sparsity_structure: str = "2:4"
+    global_sparsity: float = Field(default=0.0, ge=0.0, le=1.0)
+    targets: tuple[str, ...] | None = None
+    ignore: tuple[str, ...] = ()
+    registry_requires_subclass: bool = False
+
+    @field_validator("ignore", mode="before")
+    @classmethod
+    def _none_is_empty(cls, value: object) -> object:
+        return () if value is None else value
+
+    @field_validator("sparsity_structure", mode="before")
+    @classmethod
+    def _lower(cls, value: object) -> object:
+        return "unstructured" if value is None else str(value).lower()
+
+    @property
+    def pattern(self) -> NMPattern | None:
+        """The N:M pattern; None where no pattern is promised."""
+        if self.sparsity_structure in ("unstructured", "0:0"):
+            return None
+        return NMPattern.parse(self.sparsity_structure)
+
+    def promises(self, module: str, kind: str = "Linear") -> bool:
+        """
+        Whether a module is said to be sparse.
+
+        :param module: its name
+        :param kind: its class
+
+        >>> config = SparsityConfig(targets=("Linear",), ignore=("lm_head",))
+        >>> config.promises("model.layers.0.mlp.up_proj"), config.promises("lm_head")
+        (True, False)
+        """
+        if any(_names(entry, module, kind) for entry in self.ignore):
+            return False
+        return self.targets is None or any(
+            _names(entry, module, kind) for entry in self.targets
+        )
+
+    def to_json(self) -> Json:
+        """The block as it stands in ``config.json``."""
+        return self.model_dump(mode="json")
+
+
+def read_sparsity_config(config: Mapping[str, object]) -> SparsityConfig | None:
+    """
+    The block of a whole ``config.json``, or of the quantization config in it.
+
+    :return: None where there is none, or an empty one
+    :raises ValueError: if the block is not understood, naming its field
+
+    >>> read_sparsity_config({"model_type": "llama"}) is None
+    True
+    """
+    holder = quantization_config(config)
+    block = (config if holder is None else holder).get(_BLOCK)
+    if not block:
+        return None
+    try:
+        return SparsityConfig.model_validate(block)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise ValueError(
+            f"config.json: {_BLOCK}.{field} is {first['input']!r}: {first['msg']}. The "
+            "checkpoint is of another format, or a newer one."
+        ) from error
+
+
+def quantization_config(config: Mapping[str, object]) -> Mapping[str, object] | None:
+    """The quantization config of a ``config.json``, by its new or its old name."""
+    for name in _HOLDERS:
+        holder = config.get(name)
+        if isinstance(holder, Mapping):
+            return holder
+    return None
+
+
+def quantization_format(config: Mapping[str, object]) -> str | None:
+    """
+    How quantized weights are stored, ``"float-quantized"`` say; None without any.
+
+    >>> quantization_format({"quantization_config": {"sparsity_config": {}}}) is None
+    True
+    """
+    holder = quantization_config(config)
+    if holder is None or not set(holder) - _NO_QUANTIZATION:
+        return None
+    return str(holder.get("format", holder.get("quant_method", "unknown")))
+
+
+def with_sparsity_config(
+    config: Mapping[str, object], sparsity: SparsityConfig | None
+) -> Json:
+    """
+    A ``config.json`` with another block, or without one; quantization is kept.
+
+    :param sparsity: None takes the block out, and with it a quantization config that
+        held nothing else
+
+    >>> config = with_sparsity_config({}, SparsityConfig())
+    >>> with_sparsity_config(config, None)
+    {}
+    """
+    holder = dict(quantization_config(config) or {})
+    new = {name: value for name, value in config.items() if name not in _HOLDERS}
+    quantized = quantization_format(config) is not None
+    if sparsity is not None:
+        fresh = {"quant_method": QUANT_METHOD, "version": LAYOUT_VERSION}
+        block: Json = {**fresh, **holder, _BLOCK: sparsity.to_json()}
+    elif quantized:
+        block = {**holder, _BLOCK: {}} if _BLOCK in holder else holder
+    else:
+        return new
+    return {**new, "quantization_config": block}
+
+
+def _names(entry: str, module: str, kind: str) -> bool:
+    if entry.startswith("re:"):
+        return re.match(entry.removeprefix("re:"), module) is not None
+    return entry in (module, kind)

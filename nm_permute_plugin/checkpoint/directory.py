@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint directory as one mapping from tensor names to tensors."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nm_permute_plugin.checkpoint.bitmask import decompress_any
+from nm_permute_plugin.checkpoint.codec import decompress
+from nm_permute_plugin.checkpoint.config import Format, Json
+from nm_permute_plugin.checkpoint.shards import DamagedError, Layout, Shard, open_shard
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PARTS: dict[Format, tuple[str, ...]] = {
+    "dense": ("weight",),
+    "sparse-24-bitmask": ("compressed", "bitmask", "shape"),
+    "sparse-bitmask": ("compressed", "bitmask", "row_offsets", "shape"),
+}
+"""The tensors that hold the weight of a module, by how it is stored."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """
+    A directory whose index and headers have been read and found consistent.
+
+    :param config: ``config.json``
+    :param index: the index file of a sharded checkpoint, None for a single file
+    :param shards: the files, by name
+    :param where: the file of each tensor
+    :param formats: how each module's weight is stored
+    """
+
+    path: Path
+    config: Json
+    index: Json | None
+    shards: tuple[Shard, ...]
+    where: Mapping[str, Shard]
+    formats: Mapping[str, Format]
+
+    def read(self, name: str) -> Tensor:
+        """
+        A tensor as it is stored.
+
+        :raises DamagedError: if its bytes are not those that were written
+        """
+        return self.where[name].read(name)
+
+    def matrices(self) -> list[str]:
+        """The modules whose weight has two axes, in the order of the files."""
+        return [
+            module
+            for module, stored in self.formats.items()
+            if stored != "dense" or len(self._layout(module).shape) == 2
+        ]
+
+    def file(self, module: str) -> Path:
+        """Where the values of a module's weight are."""
+        return self.where[f"{module}.{PARTS[self.formats[module]][0]}"].path
+
+    def dense_layout(self, module: str) -> tuple[torch.dtype, tuple[int, int]]:
+        """The dtype and the dense shape of a matrix, without reading its values."""
+        layout = self._layout(module)
+        sizes = list(layout.shape)
+        if self.formats[module] != "dense":
+            sizes = self.read(f"{module}.shape").flatten().tolist()
+        if len(sizes) != 2 or min(sizes) < 0:
+            raise DamagedError(f"{self.file(module)}: {module}.shape says {sizes}")
+        rows, columns = sizes
+        return layout.dtype, (rows, columns)
+
+    def _layout(self, module: str) -> Layout:
+        name = f"{module}.{PARTS[self.formats[module]][0]}"
+        return self.where[name].tensors[name]
+
+    def weight(self, module: str) -> Tensor:
+        """
+        The dense weight of a module, however it is stored.
+
+        :raises DamagedError: if its tensors do not belong together, naming the file
+        """
+        stored = self.formats[module]
+        parts = {part: self.read(f"{module}.{part}") for part in PARTS[stored]}
+        try:
+            if stored == "sparse-24-bitmask":
+                return decompress(**parts, name=module)
+            if stored == "sparse-bitmask":
+                return decompress_any(**parts, name=module)
+        except ValueError as error:
+            raise DamagedError(f"{self.file(module)}: {error}") from error
+        return parts["weight"]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """
+    Read config, index and headers of a checkpoint, and check that they agree.
+
+    :raises DamagedError: if a file is missing or damaged, or they do not agree, naming
+        file and tensor
+    """
+    config = read_json(path / "config.json")
+    index = None if (path / SINGLE).exists() else read_json(path / INDEX)
+    named = _weight_map(path, index)
+    files = sorted({SINGLE} if named is None else set(named.values()))
+    shards = tuple(open_shard(path / file) for file in files)
+    where: dict[str, Shard] = {}
+    for shard in shards:
+        for name in shard.tensors:
+            if name in where:
+                raise DamagedError(
+                    f"{name} is both in {where[name].path} and in {shard.path}"
+                )
+            where[name] = shard
+    if named is not None:
+        _compare(path / INDEX, named, where)
+    return Checkpoint(path, config, index, shards, where, stored_formats(where))
+
+
+def stored_formats(names: Mapping[str, Shard]) -> dict[str, Format]:
+    """
+    How each module's weight is stored, by the names of a checkpoint's tensors.
+
+    :raises DamagedError: for a weight that is only partly there, or there twice
+    """
+    formats: dict[str, Format] = {}
+    for name in names:
+        module, _, part = name.rpartition(".")
+        if part == "weight":
+            formats.setdefault(module, "dense")
+        if part not in ("compressed", "bitmask"):
+            continue
+        file = names[name].path
+        general = f"{module}.row_offsets" in names
+        stored: Format = "sparse-bitmask" if general else "sparse-24-bitmask"
+        for other in PARTS[stored]:
+            if f"{module}.{other}" not in names:
+                raise DamagedError(
+                    f"{file}: has {name}, but {module}.{other} is missing"
+                )
+        if f"{module}.weight" in names:
+            raise DamagedError(f"{file}: has {name}, and {module}.weight beside it")
+        formats[module] = stored
+    return formats
+
+
+def read_json(path: Path) -> Json:
+    """
+    A JSON file that holds an object.
+
+    :raises DamagedError: if it is missing or does not
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise DamagedError(f"{path} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise DamagedError(f"{path} must hold an object, it holds a {type(content)}")
+    return content
+
+
+def _weight_map(path: Path, index: Json | None) -> dict[str, str] | None:
+    if index is None:
+        return None
+    named = index.get("weight_map")
+    if not isinstance(named, dict) or not named:
+        raise DamagedError(f"{path / INDEX} has no weight_map")
+    for name, file in named.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise DamagedError(f"{path / INDEX}: {name} is said to be in {file!r}")
+    return named
+
+
+def _compare(index: Path, named: Mapping[str, str], where: Mapping[str, Shard]) -> None:
+    for name, file in named.items():
+        if name not in where:
+            raise DamagedError(f"{index} says that {name} is in {file}, it is not")
+        if where[name].path.name != file:
+            raise DamagedError(
+                f"{index} says that {name} is in {file}, it is in "
+                f"{where[name].path.name}"
+            )
+    for name, shard in where.items():
+        if name not in named:
+            raise DamagedError(f"{index} has no entry for {name} of {shard.path.name}")

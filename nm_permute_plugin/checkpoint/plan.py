@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a conversion will store sparse and what not, before it writes anything."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nm_permute_plugin.checkpoint.codec import (
+    WORDS,
+    clear_negative_zeros,
+    nonzero_bits,
+)
+from nm_permute_plugin.checkpoint.config import (
+    Format,
+    SparsityConfig,
+    quantization_format,
+)
+from nm_permute_plugin.checkpoint.directory import Checkpoint
+from nm_permute_plugin.maths.pattern import NMPattern
+
+HEAD = "lm_head"
+TWO_FOUR = NMPattern(2, 4)
+
+_EIGHT_BIT = ("float-quantized", "int-quantized", "naive-quantized")
+_EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings", "embed_positions")
+_WORDS_OF_FLAGS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    The parts of a conversion.
+
+    :param nonzeros: the modules to store sparse, with their non-zeros
+    :param dense: the other matrices, and why
+    :param clear: whether -0.0 becomes +0.0
+    """
+
+    format: Format
+    pattern: NMPattern
+    nonzeros: Mapping[str, int]
+    dense: Mapping[str, str]
+    clear: bool
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    format: Format,
+    modules: Collection[str] | None,
+    pattern: NMPattern = TWO_FOUR,
+    clear: bool = False,
+) -> Plan:
+    """
+    Look at every matrix that may be stored sparse.
+
+    :param modules: those that must be; None for all that follow the pattern, embeddings
+        aside
+    :raises ValueError: if one of ``modules`` is missing or does not follow the pattern,
+        or the format does not store the pattern
+    """
+    if format == "sparse-24-bitmask" and pattern != TWO_FOUR:
+        raise ValueError(
+            f"{format} stores 2:4 and not {pattern}; use sparse-bitmask, or dense"
+        )
+    names = checkpoint.matrices()
+    unknown = sorted(set(modules or ()) - set(names))
+    quantized = quantization_format(checkpoint.config)
+    reason = None
+    if format == "dense":
+        reason = "asked for"
+    elif quantized is not None and quantized not in _EIGHT_BIT:
+        reason = f"{quantized} stays as it is: sparse formats store 8 bits and more"
+        names, unknown = sorted({*names, *(modules or ())}), []
+    if unknown:
+        raise ValueError(
+            f"{checkpoint.path} has no weight matrix for {', '.join(unknown)}"
+        )
+    if reason is not None:
+        return Plan(format, pattern, {}, dict.fromkeys(names, reason), clear)
+    nonzeros: dict[str, int] = {}
+    dense: dict[str, str] = {}
+    for module in names:
+        if modules is not None and module not in modules:
+            dense[module] = "not asked for"
+        elif modules is None and is_embedding(module):
+            dense[module] = "an embedding"
+        else:
+            weight = checkpoint.weight(module)
+            clears = clear and weight.dtype in WORDS
+            found = _count(clear_negative_zeros(weight) if clears else weight, pattern)
+            if isinstance(found, int):
+                nonzeros[module] = found
+            elif modules is None:
+                dense[module] = found
+            else:
+                raise ValueError(
+                    f"{checkpoint.file(module)}: {module}.weight cannot be stored as "
+                    f"{format}: {found}. Prune it first, or leave it out."
+                )
+    return Plan(format, pattern, nonzeros, dense, clear)
+
+
+def is_embedding(module: str) -> bool:
+    """Whether a module is a table of embeddings, by its name."""
+    return module.rpartition(".")[2] in _EMBEDDINGS
+
+
+def sparsity_config(checkpoint: Checkpoint, plan: Plan) -> SparsityConfig | None:
+    """The block that says what the plan does; None where nothing is stored sparse."""
+    if not plan.nonzeros:
+        return None
+    # Old readers leave out of a class only the names that they know: where any Linear
+    # but the head is dense, every sparse module is named.
+    others = [name for name in plan.dense if name != HEAD and not is_embedding(name)]
+    simple = not others and not any(
+        name == HEAD or is_embedding(name) for name in plan.nonzeros
+    )
+    return SparsityConfig(
+        format=plan.format,
+        sparsity_structure=str(plan.pattern),
+        global_sparsity=global_sparsity(checkpoint, plan),
+        targets=("Linear",) if simple else tuple(plan.nonzeros),
+        ignore=(HEAD,) if simple else (),
+    )
+
+
+def global_sparsity(checkpoint: Checkpoint, plan: Plan) -> float:
+    """The zeros of the sparse modules as a share of all weights of the model."""
+    total = zeros = 0
+    for name, shard in checkpoint.where.items():
+        module, _, part = name.rpartition(".")
+        if part in ("compressed", "bitmask", "row_offsets") or part.endswith("_scale"):
+            continue
+        stored = checkpoint.formats.get(module, "dense") != "dense"
+        size = shard.tensors[name].numel
+        if part == "shape" and stored:
+            size = int(checkpoint.read(name).prod())
+        total += size
+        if part in ("weight", "shape") and module in plan.nonzeros:
+            zeros += size - plan.nonzeros[module]
+    return round(zeros / total, 6) if total else 0.0
+
+
+def find_excess(weight: Tensor, pattern: NMPattern) -> tuple[int, int, int] | None:
+    """
+    The first group with more than N weights that are not +0.0: row, channel, weights.
+
+    >>> find_excess(torch.tensor([[-0.0, 1.0, 2.0, 0.0]]), NMPattern(2, 4))
+    (0, 0, 3)
+    """
+    counts = _group_counts(weight, pattern.m)
+    if not bool((counts > pattern.n).any()):
+        return None
+    row, group = (counts > pattern.n).nonzero()[0].tolist()
+    return row, group * pattern.m, int(counts[row, group])
+
+
+def _group_counts(weight: Tensor, m: int) -> Tensor:
+    flags = nonzero_bits(weight)
+    word = _WORDS_OF_FLAGS.get(m)
+    if word is None:
+        return flags.view(len(weight), -1, m).sum(-1, dtype=torch.int16)
+    # the bytes of a word, 0 or 1 each, are added up in its top byte
+    ones = 0x0101010101010101 & (1 << 8 * m) - 1
+    return flags.view(word).mul(ones) >> 8 * (m - 1)
+
+
+def _count(weight: Tensor, pattern: NMPattern) -> int | str:
+    """The non-zeros of a weight that follows the pattern, or why it does not."""
+    if weight.dtype not in WORDS or weight.shape[1] % pattern.m:
+        return f"{weight.dtype} {list(weight.shape)}"
+    found = find_excess(weight, pattern)
+    if found is None:
+        return int(nonzero_bits(weight).sum())
+    row, channel, count = found
+    group = weight[row, channel : channel + pattern.m].float()
+    negative = int((group != 0).sum()) <= pattern.n
+    return (
+        f"not {pattern}: row {row}, channels {channel}..{channel + pattern.m - 1} hold "
+        f"{count} non-zeros" + (", some of them -0.0" if negative else "")
+    )

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Safetensors files: read a tensor at a time, write a tensor at a time, with checksums.
+
+The safetensors package holds a whole file in memory to write it, and does not notice a
+changed byte. The files here are ordinary ones; beside ``{"format": "pt"}`` their
+metadata holds a CRC-32 of every tensor, which other readers pass over.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+CHECKSUMS = "nm_permute.crc32"
+"""The key of a file's metadata that holds the checksums."""
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F64": torch.float64,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LARGEST_HEADER = 100_000_000  # what the safetensors package accepts
+_PIECE = 1 << 24
+
+
+class DamagedError(ValueError):
+    """A checkpoint that is not whole: the message names the file and the tensor."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a header says of a tensor: dtype, shape and its bytes in the data."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """
+    A safetensors file whose header has been read and found whole.
+
+    :param data: where the tensors' bytes begin
+    :param tensors: by name
+    :param metadata: the header's ``__metadata__``
+    :param checksums: CRC-32 by name; None for a file without them
+    """
+
+    path: Path
+    data: int
+    tensors: Mapping[str, Layout]
+    metadata: Mapping[str, str]
+    checksums: Mapping[str, int] | None
+
+    def read(self, name: str) -> Tensor:
+        """
+        A tensor of the file, with its checksum compared where there is one.
+
+        :raises DamagedError: if its bytes are not those that were written
+        """
+        layout = self.tensors[name]
+        content = bytearray(layout.end - layout.start)
+        with self.path.open("rb") as file:
+            file.seek(self.data + layout.start)
+            if file.readinto(content) != len(content):
+                raise DamagedError(f"{self.path}: {name} is cut off")
+        if self.checksums is not None and self.checksums[name] != zlib.crc32(
+            content, _seed(name, layout)
+        ):
+            raise DamagedError(
+                f"{self.path}: the bytes of {name} are not those that were written "
+                "(CRC-32). Fetch or make the checkpoint again."
+            )
+        if not content:
+            return torch.empty(layout.shape, dtype=layout.dtype)
+        return torch.frombuffer(content, dtype=layout.dtype).view(layout.shape)
+
+    def check(self) -> None:
+        """
+        Compare every checksum, without holding more than a piece of a tensor.
+
+        :raises DamagedError: at the first that does not agree
+        """
+        if self.checksums is None:
+            return
+        with self.path.open("rb") as file:
+            for name, layout in self.tensors.items():
+                file.seek(self.data + layout.start)
+                found, left = _seed(name, layout), layout.end - layout.start
+                while left and (piece := file.read(min(left, _PIECE))):
+                    found, left = zlib.crc32(piece, found), left - len(piece)
+                if left or found != self.checksums[name]:
+                    raise DamagedError(
+                        f"{self.path}: the bytes of {name} are not those that were "
+                        "written (CRC-32). Fetch or make the checkpoint again."
+                    )
+
+
+def open_shard(path: Path) -> Shard:
+    """
+    Read a file's header and check that header and file belong together.
+
+    :raises DamagedError: for a file that is missing, cut off, or whose header is not
+        one, naming the tensor where there is one
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _LARGEST_HEADER):
+                raise DamagedError(
+                    f"{path} is cut off: it has {size} bytes, and its header alone "
+                    f"should have {length}"
+                )
+            header = json.loads(file.read(length).decode())
+        metadata = header.pop("__metadata__", {})
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise TypeError("metadata must be text")
+        tensors = {name: _layout(entry) for name, entry in header.items()}
+        sums = metadata.get(CHECKSUMS)
+        checksums = None if sums is None else _checksums(json.loads(sums))
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read: {error.strerror}") from error
+    except (AttributeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise DamagedError(f"{path}: its header is damaged ({error})") from error
+    except DamagedError:
+        raise
+    except ValueError as error:
+        raise DamagedError(f"{path}: its header is damaged ({error})") from error
+    _check_layout(path, tensors, size - 8 - length)
+    if checksums is not None and set(checksums) != set(tensors):
+        odd = sorted(set(checksums) ^ set(tensors))
+        raise DamagedError(
+            f"{path}: checksums and tensors name different things: {', '.join(odd)}"
+        )
+    return Shard(path, 8 + length, tensors, metadata, checksums)
+
+
+class ShardWriter:
+    """
+    Writes a safetensors file tensor by tensor, in any order; a context manager.
+
+    :param tensors: dtype and shape of everything that will be written
+    :param metadata: kept beside the checksums
+    :raises OSError: if the file cannot be written, naming file and tensor
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        metadata: Mapping[str, str],
+    ) -> None:
+        self._path = path
+        self._metadata = {k: v for k, v in metadata.items() if k != CHECKSUMS}
+        self._sums: dict[str, int] = {}
+        self._layouts: dict[str, Layout] = {}
+        at = 0
+        # widest elements first, as the safetensors package does: all are aligned
+        for name in sorted(
+            tensors, key=lambda name: (-tensors[name][0].itemsize, name)
+        ):
+            dtype, shape = tensors[name]
+            size = torch.Size(shape).numel() * dtype.itemsize
+            self._layouts[name] = Layout(dtype, shape, at, at + size)
+            at += size
+        self._data = len(self._header())
+
+    def __enter__(self) -> "ShardWriter":
+        self._file = self._path.open("xb", buffering=0)
+        return self
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """
+        Put a tensor at its place in the file.
+
+        :raises ValueError: if its dtype or shape is not the one that was announced
+        """
+        layout = self._layouts[name]
+        if (tensor.dtype, tuple(tensor.shape)) != (layout.dtype, layout.shape):
+            raise ValueError(
+                f"{name} was announced as {layout.dtype} {layout.shape}, and is "
+                f"{tensor.dtype} {tuple(tensor.shape)}"
+            )
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        content = flat.view(torch.uint8).numpy().data if len(flat) else b""
+        self._sums[name] = zlib.crc32(content, _seed(name, layout))
+        self._put(content, self._data + layout.start, name)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._file:
+            if kind is None:
+                missing = sorted(self._layouts.keys() - self._sums.keys())
+                if missing:
+                    raise ValueError(f"{self._path}: never written: {missing}")
+                self._put(self._header(), 0, "its header")
+                os.fsync(self._file.fileno())
+
+    def _put(self, content: bytes | memoryview, at: int, name: str) -> None:
+        try:
+            self._file.seek(at)
+            left = memoryview(content)
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{name} could not be written to {self._path.name}: {error.strerror}",
+            ) from error
+
+    def _header(self) -> bytes:
+        """The header; as long before the checksums are known as after."""
+        sums = {name: f"{self._sums.get(name, 0):08x}" for name in self._layouts}
+        metadata = {**self._metadata, CHECKSUMS: json.dumps(sums)}
+        entries = {
+            name: {
+                "dtype": _NAMES[layout.dtype],
+                "shape": list(layout.shape),
+                "data_offsets": [layout.start, layout.end],
+            }
+            for name, layout in self._layouts.items()
+        }
+        text = json.dumps({"__metadata__": metadata, **entries}).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+
+def _layout(entry: Mapping[str, object]) -> Layout:
+    if set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise KeyError(f"an entry holds {', '.join(entry)}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(shape, list) or not isinstance(offsets, list):
+        raise TypeError("shape and offsets must be lists")
+    numbers = [*shape, *offsets]
+    if len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in numbers):
+        raise TypeError(f"shape {shape}, offsets {offsets}")
+    return Layout(DTYPES[str(dtype)], tuple(shape), *offsets)
+
+
+def _checksums(sums: Mapping[str, str]) -> dict[str, int]:
+    return {name: int(value, 16) for name, value in sums.items()}
+
+
+def _check_layout(path: Path, tensors: Mapping[str, Layout], size: int) -> None:
+    """The tensors fill the data one after the other, without gap or overlap."""
+    at = 0
+    for name, layout in sorted(
+        tensors.items(), key=lambda item: (item[1].start, item[1].end)
+    ):
+        length = layout.numel * layout.dtype.itemsize
+        if layout.start != at or layout.end - layout.start != length:
+            raise DamagedError(
+                f"{path}: {name}, {layout.dtype} {list(layout.shape)}, should fill "
+                f"{length} bytes from {at}; its header says "
+                f"{layout.start} to {layout.end}"
+            )
+        at = layout.end
+        if at > size:
+            raise DamagedError(
+                f"{path} is cut off: {name} should end at byte {at} of the data, which "
+                f"has {size}"
+            )
+    if at != size:
+        raise DamagedError(f"{path} has {size - at} bytes that belong to no tensor")
+
+
+def _seed(name: str, layout: Layout) -> int:
+    """A checksum also covers what the header says of the tensor."""
+    return zlib.crc32(f"{name} {_NAMES[layout.dtype]} {layout.shape}".encode())

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turn a finished checkpoint from one format into another, shard by shard."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from loguru import logger
+from torch import Tensor
+
+from nm_permute_plugin.checkpoint import replace
+from nm_permute_plugin.checkpoint.bitmask import compress_any
+from nm_permute_plugin.checkpoint.codec import clear_negative_zeros, compress
+from nm_permute_plugin.checkpoint.config import Format, Json, with_sparsity_config
+from nm_permute_plugin.checkpoint.directory import (
+    INDEX,
+    PARTS,
+    Checkpoint,
+    open_checkpoint,
+    read_json,
+)
+from nm_permute_plugin.checkpoint.legacy import legacy_config, legacy_tokenizer_config
+from nm_permute_plugin.checkpoint.plan import (
+    TWO_FOUR,
+    Plan,
+    global_sparsity,
+    make_plan,
+    sparsity_config,
+)
+from nm_permute_plugin.checkpoint.shards import Shard, ShardWriter, open_shard
+from nm_permute_plugin.maths.pattern import NMPattern
+
+Announced = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """
+    What a conversion did.
+
+    :param format: the format that was asked for
+    :param compressed: the modules that are stored sparse now
+    :param dense: the matrices that are not, and why
+    :param bytes_before: what the weight files of the source take on disk
+    :param bytes_after: those of the target
+    :param global_sparsity: the zeros of the sparse modules, as a share of all weights
+    """
+
+    format: Format
+    compressed: tuple[str, ...]
+    dense: Mapping[str, str]
+    bytes_before: int
+    bytes_after: int
+    global_sparsity: float
+
+
+def convert(
+    source: Path | str,
+    target: Path | str,
+    format: Format,
+    *,
+    modules: Collection[str] | None = None,
+    pattern: NMPattern = TWO_FOUR,
+    clear_zeros: bool = False,
+    legacy: bool = False,
+    overwrite: bool = False,
+) -> Conversion:
+    """
+    Write a checkpoint again in another format; no stored weight changes a bit.
+
+    Shards stay shards, and one matrix at a time is in memory. The target appears when
+    it is complete; whatever goes wrong before, the old one stays as it is. Source and
+    target may be the same directory. 4-bit and other packed quantizations stay as they
+    are, and ``dense`` of the result says so.
+
+    :param source: a directory with ``config.json`` and safetensors
+    :param modules: those that must be stored sparse; None for every matrix that follows
+        the pattern, embeddings aside
+    :param pattern: 2:4, or another for the format ``sparse-bitmask``
+    :param clear_zeros: store -0.0 as +0.0, which a product with a mask leaves behind
+    :param legacy: config and tokenizer for transformers 4 and vLLM up to 0.18.1
+    :param overwrite: replace a target that is not the source and not empty
+    :raises ValueError: if the source is damaged, a module of ``modules`` is missing or
+        does not follow the pattern, or the format cannot store the pattern
+    :raises FileExistsError: if the target holds something and ``overwrite`` is not set
+    :raises OSError: if the target cannot be written, the disk being full for example
+    """
+    source, target = Path(source).resolve(), Path(target).resolve()
+    checkpoint = open_checkpoint(source)
+    plan = make_plan(checkpoint, format, modules, pattern, clear_zeros)
+    config = with_sparsity_config(checkpoint.config, sparsity_config(checkpoint, plan))
+    if legacy:
+        config = legacy_config(config)
+    before = sum(shard.path.stat().st_size for shard in checkpoint.shards)
+    names = [shard.path.name for shard in checkpoint.shards]
+    with replace.directory(source, target, [*names, INDEX], overwrite) as fresh:
+        for shard in checkpoint.shards:
+            _write_shard(checkpoint, plan, shard, fresh / shard.path.name)
+        after = sum((fresh / name).stat().st_size for name in names)
+        if checkpoint.index is not None:
+            replace.write_json(fresh / INDEX, _index(checkpoint.index, fresh, names))
+        replace.write_json(fresh / "config.json", config)
+        tokenizer = fresh / "tokenizer_config.json"
+        if legacy and tokenizer.exists():
+            replace.write_json(tokenizer, legacy_tokenizer_config(read_json(tokenizer)))
+    logger.info(
+        f"{target}: {len(plan.nonzeros)} matrices as {format}, {len(plan.dense)} as "
+        f"they were; {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB"
+    )
+    return Conversion(
+        format=format,
+        compressed=tuple(plan.nonzeros),
+        dense=plan.dense,
+        bytes_before=before,
+        bytes_after=after,
+        global_sparsity=global_sparsity(checkpoint, plan),
+    )
+
+
+def _write_shard(checkpoint: Checkpoint, plan: Plan, shard: Shard, path: Path) -> None:
+    """Write a shard of the target; a sparse module goes where its values were."""
+    copied: Announced = {}
+    modules = []
+    for name, layout in shard.tensors.items():
+        module, _, part = name.rpartition(".")
+        stored = checkpoint.formats.get(module, "dense")
+        parts = PARTS[stored]
+        if part not in parts or (stored == "dense" and module not in plan.nonzeros):
+            copied[name] = (layout.dtype, layout.shape)
+        elif part == parts[0]:
+            modules.append(module)
+    announced = dict(copied)
+    for module in modules:
+        announced |= _announce(checkpoint, plan, module)
+    with ShardWriter(path, announced, {"format": "pt", **shard.metadata}) as out:
+        for name in copied:
+            out.write(name, shard.read(name))
+        for module in modules:
+            made = _encode(plan, module, checkpoint.weight(module))
+            for name, tensor in made.items():
+                out.write(name, tensor)
+
+
+def _announce(checkpoint: Checkpoint, plan: Plan, module: str) -> Announced:
+    """The tensors of a module as the target stores it, before they are made."""
+    dtype, (rows, columns) = checkpoint.dense_layout(module)
+    if module not in plan.nonzeros:
+        return {f"{module}.weight": (dtype, (rows, columns))}
+    bits = (torch.uint8, (rows, -(-columns // 8)))
+    if plan.format == "sparse-24-bitmask":
+        return {
+            f"{module}.compressed": (dtype, (rows, columns // 2)),
+            f"{module}.bitmask": bits,
+            f"{module}.shape": (torch.int64, (2, 1)),
+        }
+    return {
+        f"{module}.compressed": (dtype, (plan.nonzeros[module],)),
+        f"{module}.bitmask": bits,
+        f"{module}.row_offsets": (torch.int64, (rows,)),
+        f"{module}.shape": (torch.int64, (2,)),
+    }
+
+
+def _encode(plan: Plan, module: str, weight: Tensor) -> dict[str, Tensor]:
+    """The tensors of a module as the target stores it."""
+    if module not in plan.nonzeros:
+        return {f"{module}.weight": weight}
+    if plan.clear:
+        weight = clear_negative_zeros(weight)
+    encode = compress if plan.format == "sparse-24-bitmask" else compress_any
+    stored = encode(weight, f"{module}.weight")
+    return {f"{module}.{part}": getattr(stored, part) for part in PARTS[plan.format]}
+
+
+def _index(old: Json, fresh: Path, names: list[str]) -> Json:
+    shards = [open_shard(fresh / name) for name in names]
+    size = sum(shard.path.stat().st_size - shard.data for shard in shards)
+    weight_map = {name: shard.path.name for shard in shards for name in shard.tensors}
+    metadata = old.get("metadata")
+    kept = metadata if isinstance(metadata, dict) else {}
+    return {
+        **old,
+        "metadata": {**kept, "total_size": size},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
