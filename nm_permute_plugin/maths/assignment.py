@@ -29,7 +29,9 @@ def assign(
     capacity = rows // columns
     matrices = benefit.detach().float().cpu().numpy().repeat(capacity, axis=-1)
     chosen = [linear_sum_assignment(matrix, maximize=True)[1] for matrix in matrices]
-    return torch.stack([torch.as_tensor(c) for c in chosen]).to(benefit.device) // capacity
+    return (
+        torch.stack([torch.as_tensor(c) for c in chosen]).to(benefit.device) // capacity
+    )
 
 
 def order_by(column: Int[Tensor, "blocks rows"]) -> Int[Tensor, "blocks rows"]:

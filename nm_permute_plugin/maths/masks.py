@@ -79,9 +79,7 @@ def retained_score(score: Float[Tensor, "out in"], pattern: NMPattern) -> float:
     return float(score.masked_fill(~nm_mask(score, pattern), 0).double().sum())
 
 
-def find_violation(
-    weight: Tensor, pattern: NMPattern
-) -> tuple[int, int, int] | None:
+def find_violation(weight: Tensor, pattern: NMPattern) -> tuple[int, int, int] | None:
     """
     The first group that holds more than ``n`` non-zeros, as (row, channel, non-zeros).
 

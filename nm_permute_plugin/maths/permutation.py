@@ -58,7 +58,9 @@ def from_blocks(blocks: Int[Tensor, "blocks size"]) -> Permutation:
     return rearrange(blocks + starts, "blocks size -> (blocks size)")
 
 
-def expand_heads(perm: Permutation, head_dim: int, queries: int) -> Permutation:
+def expand_heads(
+    perm: Permutation, head_dim: int, queries: int
+) -> Int[Tensor, " expanded"]:
     """
     Follow an order inside key/value heads across the query heads that share them.
 
@@ -78,7 +80,9 @@ def expand_heads(perm: Permutation, head_dim: int, queries: int) -> Permutation:
         raise ValueError(
             f"the permutation moves a channel out of its head of {head_dim} channels"
         )
-    return from_blocks(repeat(inside, "head dim -> (head queries) dim", queries=queries))
+    return from_blocks(
+        repeat(inside, "head dim -> (head queries) dim", queries=queries)
+    )
 
 
 def same_groups(first: Permutation, second: Permutation, m: int) -> bool:

@@ -53,4 +53,4 @@ def annealed(step: int, steps: int, start: float, end: float) -> float:
     """
     if steps < 2:
         return end
-    return start * (end / start) ** (step / (steps - 1))
+    return start * math.pow(end / start, step / (steps - 1))

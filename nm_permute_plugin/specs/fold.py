@@ -4,6 +4,7 @@
 from collections.abc import Callable, Mapping
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from nm_permute_plugin.maths.permutation import (
@@ -86,7 +87,9 @@ def _check(perm: Permutation, space: Space) -> None:
         )
 
 
-def _index(axis: Axis, perm: Permutation, space: Space, length: int) -> Permutation:
+def _index(
+    axis: Axis, perm: Permutation, space: Space, length: int
+) -> Int[Tensor, " expanded"]:
     if not axis.heads:
         return perm
     return expand_heads(perm, space.wall, length // space.size)

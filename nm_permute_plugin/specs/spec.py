@@ -140,7 +140,9 @@ def resolve(
     for parameter, shape in claimed:
         for axis, length in zip(parameter.axes, shape, strict=True):
             if axis.space is not None:
-                kind = sizes[axis.space].heads if axis.heads else sizes[axis.space].plain
+                kind = (
+                    sizes[axis.space].heads if axis.heads else sizes[axis.space].plain
+                )
                 kind[parameter.names[0]] = length
     spaces = {name: _space(name, found, head_dim) for name, found in sizes.items()}
     readers, unordered = _readers(claimed, spaces, pattern, set(prunable))
@@ -162,8 +164,8 @@ def _claim(
     names: dict[int, list[str]] = defaultdict(list)
     tensors: dict[int, Tensor] = {}
     for name, tensor in _all_parameters(model):
-        names[id(tensor)].append(name)
-        tensors[id(tensor)] = tensor
+        names[_identity(tensor)].append(name)
+        tensors[_identity(tensor)] = tensor
     used: set[str] = set()
     claimed = []
     for key, aliases in names.items():
@@ -186,14 +188,22 @@ def _claim(
     return claimed
 
 
+def _identity(tensor: Tensor) -> int:
+    """The same for tensors that share storage; offloaded ones have none."""
+    return id(tensor) if tensor.is_meta else tensor.data_ptr()
+
+
 def _axes_of(
     name: str,
     tensor: Tensor,
     lines: list[tuple[re.Pattern[str], str, str]],
     used: set[str],
 ) -> tuple[Axis, ...]:
-    matches = [(line, words, found) for pattern, line, words in lines
-               if (found := pattern.fullmatch(name))]
+    matches = [
+        (line, words, found)
+        for pattern, line, words in lines
+        if (found := pattern.fullmatch(name))
+    ]
     if len(matches) != 1:
         claims = ", ".join(repr(line) for line, _, _ in matches) or "no line"
         raise ValueError(
@@ -221,7 +231,9 @@ def _axis(word: str, numbers: dict[str, str], name: str) -> Axis:
     space, _, suffix = word.partition(":")
     for key, number in numbers.items():
         space = space.replace("{" + key + "}", number)
-    if suffix not in ("", "heads") or not re.fullmatch(r"[a-z_]+(\.[a-z0-9_]+)*", space):
+    if suffix not in ("", "heads") or not re.fullmatch(
+        r"[a-z_]+(\.[a-z0-9_]+)*", space
+    ):
         raise ValueError(
             f"parameter {name}: {word!r} is no word of a permutation spec; write '_', "
             "'residual', 'hidden.{i}' or 'value.{i}:heads'"
@@ -236,8 +248,13 @@ def _pattern(line: str) -> re.Pattern[str]:
     for inside, after in zip(parts[1::2], parts[2::2], strict=True):
         if "," in inside:
             out.append("(?:" + "|".join(map(re.escape, inside.split(","))) + ")")
-        else:
+        elif inside.isidentifier() and f"(?P<{inside}>" not in "".join(out):
             out.append(rf"(?P<{inside}>\d+)")
+        else:
+            raise ValueError(
+                f"the spec's line {line!r} has {{{inside}}}, which is no new name of a "
+                "number; write {i}, or {a,b} for one of several names"
+            )
         out.append(re.escape(after))
     return re.compile("".join(out))
 

@@ -56,7 +56,7 @@ class Learned:
     """
 
     perms: dict[str, Permutation]
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: list[dict[str, int | float]] = field(default_factory=list)
 
 
 def learn_orders(
@@ -170,7 +170,7 @@ def _backward(
     with masked(model, masks):
         value = loss(run(model, batch, weights), dense, batch, weights)
         _check_finite(float(value.detach()), "training")
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
     return float(value.detach())
 
 

@@ -55,15 +55,28 @@ def masked(
         for name, mask in masks.items():
             module = model.get_submodule(name)
             previous.append((module, module.__dict__.get("forward")))
-            module.__dict__["forward"] = partial(_forward, module, mask)
+            module.__dict__["forward"] = partial(_forward, linear(model, name), mask)
         yield
     finally:
-        for module, forward in previous:
+        for module, forward in reversed(previous):
             if forward is None:
                 del module.__dict__["forward"]
             else:
                 module.__dict__["forward"] = forward
 
 
+def linear(model: nn.Module, name: str) -> nn.Linear:
+    """
+    The linear of that name.
+
+    :raises ValueError: if the module is something else
+    """
+    module = model.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise ValueError(f"{name} is a {type(module).__name__}, not a Linear")
+    return module
+
+
 def _forward(module: nn.Linear, mask: Tensor, x: Tensor) -> Tensor:
-    return MaskedLinear.apply(x, module.weight, module.bias, mask)
+    out: Tensor = MaskedLinear.apply(x, module.weight, module.bias, mask)
+    return out

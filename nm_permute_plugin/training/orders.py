@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 from nm_permute_plugin.maths.assignment import assign, order_by
 from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.maths.permutation import Permutation, compose, from_blocks, invert
+from nm_permute_plugin.maths.permutation import (
+    Permutation,
+    compose,
+    from_blocks,
+    invert,
+)
 from nm_permute_plugin.maths.sinkhorn import sinkhorn
 from nm_permute_plugin.training.relaxation import (
     InsertionMask,
@@ -110,7 +115,9 @@ class LearnableOrders(nn.Module):
             for name, blocks in self.blocks.items()
         }
 
-    def masks(self, temperature: float, step: int) -> dict[str, Float[Tensor, "out in"]]:
+    def masks(
+        self, temperature: float, step: int
+    ) -> dict[str, Float[Tensor, "out in"]]:
         """
         The masks of all readers, by linear, with gradients for the logits.
 
@@ -121,10 +128,9 @@ class LearnableOrders(nn.Module):
             size: sinkhorn(logits, temperature, iterations)
             for size, logits in self.logits.items()
         }
-        grouped = self.shape.relaxation == "insertion"
         hards = {
-            size: assign(self.logits[size] if grouped else soft)
-            for size, soft in softs.items()
+            size: assign(logits)
+            for size, logits in self.logits.items()
         }
         soft, hard = self._by_space(softs), self._by_space(hards)
         masks: dict[str, Tensor] = {}

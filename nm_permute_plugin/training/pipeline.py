@@ -18,6 +18,7 @@ from nm_permute_plugin.maths.scores import ScoreName, score_weight
 from nm_permute_plugin.specs.fold import Write, fold, invert_all, write_in_place
 from nm_permute_plugin.specs.spec import ResolvedSpec
 from nm_permute_plugin.training.learn import Learned, LearnSettings, learn_orders
+from nm_permute_plugin.training.masking import linear
 from nm_permute_plugin.training.search import search_orders
 from nm_permute_plugin.training.stacking import StackedScore
 from nm_permute_plugin.training.statistics import Batch, input_norms, on_device
@@ -65,7 +66,7 @@ class Record:
     fold_error: float
     retained: tuple[float, float]
     seconds: dict[str, float]
-    history: list[dict[str, float]]
+    history: list[dict[str, int | float]]
 
 
 def permute_and_prune(
@@ -90,7 +91,11 @@ def permute_and_prune(
     """
     refuse_sparse(model, prunable, settings.pattern)
     clock = _Clock()
-    norms = input_norms(model, prunable, text.train) if settings.score != "magnitude" else {}
+    norms = (
+        input_norms(model, prunable, text.train)
+        if settings.score != "magnitude"
+        else {}
+    )
     clock.lap("statistics")
     scores = _scores(model, prunable, settings.score, norms)
     found = _find_orders(model, resolved, scores, text, settings, clock)
@@ -118,7 +123,7 @@ def refuse_sparse(
     :raises ValueError: naming the first linear with as many zeros as the pattern asks for
     """
     for name in prunable:
-        weight = model.get_submodule(name).weight.detach()
+        weight = linear(model, name).weight.detach()
         zeros = float((weight == 0).float().mean())
         if zeros >= 1 - pattern.density:
             raise ValueError(
@@ -163,9 +168,7 @@ def _scores(
     norms: Mapping[str, Float[Tensor, " in"]],
 ) -> dict[str, Float[Tensor, "out in"]]:
     return {
-        name: score_weight(
-            score, model.get_submodule(name).weight.detach(), norms.get(name)
-        )
+        name: score_weight(score, linear(model, name).weight.detach(), norms.get(name))
         for name in prunable
     }
 
@@ -256,7 +259,8 @@ def _fold_checked(
 def _logits(model: nn.Module, probe: Batch) -> Tensor:
     with torch.no_grad():
         batch = {name: tensor[:1] for name, tensor in on_device(probe, model).items()}
-        return model(**batch, use_cache=False).logits.double()
+        logits: Tensor = model(**batch, use_cache=False).logits
+        return logits.double()
 
 
 def _prune(
@@ -267,7 +271,9 @@ def _prune(
     write: Write,
 ) -> None:
     for name in prunable:
-        module = model.get_submodule(name)
+        module = linear(model, name)
         weight = module.weight.detach()
         score = score_weight(settings.score, weight, norms.get(name))
-        write(module, "weight", weight.masked_fill(~nm_mask(score, settings.pattern), 0))
+        write(
+            module, "weight", weight.masked_fill(~nm_mask(score, settings.pattern), 0)
+        )

@@ -154,12 +154,15 @@ def insertion_costs(
         grads = rearrange(g.gather(-1, index), "r b (g m) -> r b g m", m=pattern.m)
         ranks = group_ranks(grouped)
         for rank, chance in ((first_out, pattern.density), (last, 1 - pattern.density)):
-            threshold, pushed_out = at_rank(grouped, ranks, rank), at_rank(grads, ranks, rank)
+            threshold, pushed_out = (
+                at_rank(grouped, ranks, rank),
+                at_rank(grads, ranks, rank),
+            )
             enters = s[..., None] > threshold[:, :, None]
             change = g[..., None] - pushed_out[:, :, None]
             costs += chance * torch.where(enters, change, 0.0).sum(0)
         group = column.expand_as(s)
-        kept = s >= at_rank(grouped, ranks, last).gather(-1, group)
+        kept = s > at_rank(grouped, ranks, first_out).gather(-1, group)
         loser = at_rank(grads, ranks, first_out).gather(-1, group)
         own += ((g - loser) * kept).sum(0)
     return costs.scatter_(-1, column[..., None], own[..., None])

@@ -57,7 +57,7 @@ def search_order(
 
     :param score: of every weight that reads the space, one column a channel
     :param wall: channels stay inside their run of so many; all may mix by default
-    :param rounds: assignments; a round that gains nothing for ``m`` times ends it
+    :param rounds: assignments
     :param seed: of the choice which channels leave their groups
     :raises ValueError: if M does not divide the wall
     """
@@ -112,20 +112,13 @@ def _search_block(
     starts = [as_they_are, deal(score, pattern.m)]
     order = max(starts, key=lambda start: retained_score(score[:, start], pattern))
     groups = rearrange(order, "(group m) -> group m", m=pattern.m)
-    idle = 0
     for _ in range(rounds):
         shuffled = _shuffle_inside(groups, generator)
         leaving, staying = shuffled[:, 0], shuffled[:, 1:]
         companions = score[:, staying]
         threshold = at_rank(companions, group_ranks(companions), pattern.n - 1)
-        gain = insertion_gain(score[:, leaving], threshold)
-        target = assign(gain[None])[0]
-        before = gain.diagonal().sum()
-        after = gain.gather(1, target[:, None]).sum()
-        idle = idle + 1 if after <= before * (1 + 1e-6) else 0
+        target = assign(insertion_gain(score[:, leaving], threshold)[None])[0]
         groups = torch.cat([leaving[torch.argsort(target)][:, None], staying], dim=1)
-        if idle == pattern.m:
-            break
     return rearrange(groups.sort(dim=-1).values, "group m -> (group m)")
 
 

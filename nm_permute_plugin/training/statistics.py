@@ -27,6 +27,7 @@ def input_norms(
     :raises ValueError: if there are no tokens, if an activation is not finite, or if a
         linear never ran
     """
+    linears = list(linears)
     sums: dict[str, Tensor] = {}
     seen: dict[str, Tensor] = {}
     hooks = [
@@ -50,7 +51,9 @@ def input_norms(
         raise ValueError("the calibration data holds no tokens; give the run a dataset")
     for name in linears:
         if name not in sums:
-            raise ValueError(f"{name} never ran on the calibration data: add it to `ignore`")
+            raise ValueError(
+                f"{name} never ran on the calibration data: add it to `ignore`"
+            )
         if not bool(torch.isfinite(sums[name]).all()):
             channel = int((~torch.isfinite(sums[name])).nonzero()[0])
             raise ValueError(

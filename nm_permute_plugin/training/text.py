@@ -57,7 +57,9 @@ def rows_of(batches: Iterable[Batch] | None, vocabulary: int) -> list[Row]:
                 "input_ids; tokenize the dataset first"
             )
         kept = token_mask(batch)
-        rows += [row[mask].cpu() for row, mask in zip(batch["input_ids"], kept, strict=True)]
+        rows += [
+            row[mask].cpu() for row, mask in zip(batch["input_ids"], kept, strict=True)
+        ]
     rows = [row for row in rows if len(row) > 1]
     tokens = sum(len(row) for row in rows)
     if tokens < FEWEST_TOKENS:

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``nm-permute``: parse, call, print."""
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Orders of channels that make N:M (2:4) pruning of language models lose less.",
+)
+
+TextFiles = Annotated[
+    list[Path] | None,
+    typer.Option("--text", help="Plain text to calibrate and train on; repeatable."),
+]
+Device = Annotated[
+    str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")
+]
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the results; a new one if left out.")
+    ] = None,
+    text: TextFiles = None,
+    device: Device = None,
+) -> None:
+    """Prune a real model that comes with a package, by every method; print the table."""
+    with _clear_errors():
+        from nm_permute_plugin.cli.demo import Budget, run_demo
+        from nm_permute_plugin.cli.embedded import embedded_text, split_parts
+
+        folder = out or Path(tempfile.mkdtemp(prefix="nm-permute-demo-"))
+        parts = split_parts(_read(text)) if text else embedded_text()
+        rows = run_demo(folder, parts, Budget(), device or _device())
+    from nm_permute_plugin.evaluation.report import markdown
+
+    _print_table(markdown(rows))
+    typer.echo(f"All files are in {folder}")
+
+
+@app.command()
+def prune(
+    model: Annotated[Path, typer.Argument(help="Folder of the dense model.")],
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
+    out: Annotated[
+        Path, typer.Argument(help="Folder of the checkpoint, new or empty.")
+    ],
+    text: TextFiles = None,
+    samples: Annotated[int, typer.Option(help="Rows of calibration text.")] = 512,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a row.")] = 1024,
+    device: Device = None,
+) -> None:
+    """Run a recipe with LearnablePermutationModifier on a model."""
+    with _clear_errors():
+        if not text:
+            raise ValueError("give calibration text: --text FILE, once or more")
+        texts = [_read([file]) for file in text]
+        for path in (model, recipe):
+            if not path.exists():
+                raise FileNotFoundError(f"{path} does not exist")
+        from nm_permute_plugin.cli.prune import calibration_rows, prune_checkpoint
+
+        rows = calibration_rows(model, texts, samples, sequence_length)
+        minutes = prune_checkpoint(model, recipe, out, rows, device)
+    typer.echo(f"{out}: {len(rows) * sequence_length} tokens, {minutes:.1f} minutes")
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of the checkpoint.")],
+    text: TextFiles = None,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint of the same score and pattern, order as it is."),
+    ] = None,
+    dense: Annotated[
+        Path | None, typer.Option(help="The model before pruning, for the gap closed.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows at a time.")] = 1,
+    device: Device = None,
+) -> None:
+    """Perplexity of a checkpoint on a text; with --base and --dense the gap closed."""
+    with _clear_errors():
+        if not text:
+            raise ValueError("give text to evaluate on: --text FILE, once or more")
+        if (base is None) != (dense is None):
+            raise ValueError("the gap closed needs both --base and --dense")
+        content = _read(text)
+        folders = {"checkpoint": checkpoint}
+        if base is not None and dense is not None:
+            folders |= {"base": base, "dense": dense}
+        for folder in folders.values():
+            if not (folder / "config.json").exists():
+                raise FileNotFoundError(
+                    f"{folder} holds no checkpoint (no config.json)"
+                )
+        from nm_permute_plugin.evaluation.perplexity import (
+            evaluate_checkpoint,
+            gap_closed,
+            tokenize,
+        )
+
+        values = {}
+        for name, folder in folders.items():
+            tokens = tokenize(folder, content)
+            values[name] = evaluate_checkpoint(
+                folder, tokens, sequence_length, device or _device(), batch_size
+            )
+            typer.echo(
+                f"{folder}: perplexity {values[name]:.2f} "
+                f"(windows of {sequence_length} tokens, {len(tokens)} tokens)"
+            )
+        if base is not None:
+            gap = gap_closed(values["checkpoint"], values["base"], values["dense"])
+            typer.echo(f"gap closed: {gap:.1%}")
+
+
+def _read(files: list[Path]) -> str:
+    """The files' text; an empty or unreadable one is an error that names it."""
+    texts = []
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"text file {file} does not exist")
+        content = file.read_text(encoding="utf-8")
+        if not content.strip():
+            raise ValueError(f"text file {file} is empty")
+        texts.append(content)
+    return "\n\n".join(texts)
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _print_table(table: str) -> None:
+    """A drawn table on a terminal, Markdown where the output is read by a program."""
+    if sys.stdout.isatty():
+        Console().print(Markdown(table))
+    else:
+        typer.echo(table)
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """One line an error that the user can mend, and a non-zero exit."""
+    try:
+        yield
+    except (ValueError, OSError, NotImplementedError, ModuleNotFoundError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error

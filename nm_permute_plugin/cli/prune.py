@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run a recipe on a model folder and leave a finished checkpoint, or nothing."""
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from llmcompressor import oneshot, reset_session
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nm_permute_plugin.evaluation.perplexity import tokenize
+from nm_permute_plugin.modifiers.recipe import read_recipe
+
+
+def prune_checkpoint(
+    model: str | Path,
+    recipe: Path,
+    out: Path,
+    rows: Sequence[Sequence[int]],
+    device: str | None = None,
+) -> float:
+    """
+    ``oneshot`` with a recipe, into a folder that appears only when all went well.
+
+    :param rows: calibration text, one list of token ids a row
+    :param device: where the model runs; the first CUDA device if there is one
+    :return: minutes from loading to saving
+    :raises ValueError: for a recipe that llm-compressor would not read completely
+    :raises FileExistsError: if ``out`` holds files already
+    :raises OSError: if ``out`` cannot be written
+    """
+    read_recipe(recipe)
+    unfinished = _reserve(out)
+    started = time.perf_counter()
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        loaded = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        reset_session()
+        oneshot(
+            model=loaded,
+            tokenizer=AutoTokenizer.from_pretrained(model),
+            recipe=str(recipe),
+            dataset=Dataset.from_dict({"input_ids": [list(row) for row in rows]}),
+            max_seq_length=max(map(len, rows)),
+            num_calibration_samples=len(rows),
+            shuffle_calibration_samples=False,
+            output_dir=str(unfinished),
+        )
+        os.replace(unfinished, out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return (time.perf_counter() - started) / 60
+
+
+def calibration_rows(
+    model: str | Path, texts: Sequence[str], samples: int, sequence_length: int
+) -> list[list[int]]:
+    """
+    Rows of ``sequence_length`` tokens, spread evenly over the texts.
+
+    :param samples: rows at most
+    :raises ValueError: if the texts are empty or fill not even two rows
+    """
+    if not any(text.strip() for text in texts):
+        raise ValueError("the calibration text is empty")
+    tokens = tokenize(model, "\n\n".join(texts))
+    count = len(tokens) // sequence_length
+    if count < 2:
+        raise ValueError(
+            f"the calibration text has {len(tokens)} tokens, fewer than two rows of "
+            f"{sequence_length}: give more text or a smaller --sequence-length"
+        )
+    rows = tokens[: count * sequence_length].view(count, sequence_length)
+    if count > samples:
+        rows = rows[torch.linspace(0, count - 1, samples).long()]
+    chosen: list[list[int]] = rows.tolist()
+    return chosen
+
+
+def _reserve(out: Path) -> Path:
+    """An empty folder beside ``out``, made before the long work starts."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not an empty folder; name another")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as error:
+        raise OSError(f"cannot write to {out.parent}: {error.strerror}") from error

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token perplexity of a checkpoint, read back from disk."""
+
+import math
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def perplexity(
+    model: nn.Module,
+    tokens: Int[Tensor, " tokens"],
+    sequence_length: int = 2048,
+    batch_size: int = 1,
+) -> float:
+    """
+    ``exp`` of the mean negative log-likelihood of one token stream.
+
+    The stream is cut into windows of ``sequence_length`` that do not overlap; every token
+    of a window but the first is predicted from those before it. The rest that fills no
+    window is left out. Figures of different lengths, or tokenizers, do not compare.
+
+    :raises ValueError: if the stream fills no window, or the likelihood is not finite
+    """
+    count = len(tokens) // sequence_length
+    if count == 0:
+        raise ValueError(
+            f"the text has {len(tokens)} tokens, less than one window of "
+            f"{sequence_length}: give more text or a smaller --sequence-length"
+        )
+    windows = tokens[: count * sequence_length].view(count, sequence_length)
+    device = next(model.parameters()).device
+    total = 0.0
+    with torch.no_grad():
+        for batch in tqdm(windows.split(batch_size), desc="Perplexity", leave=False):
+            batch = batch.to(device)
+            logits = model(input_ids=batch, use_cache=False).logits
+            for row, targets in zip(logits[:, :-1], batch[:, 1:], strict=True):
+                total += float(F.cross_entropy(row.float(), targets, reduction="sum"))
+    mean = total / (count * (sequence_length - 1))
+    if not math.isfinite(mean):
+        raise ValueError(f"the mean negative log-likelihood is {mean}: broken weights")
+    return math.exp(mean)
+
+
+def gap_closed(ours: float, base: float, dense: float) -> float:
+    """
+    The share of the log-perplexity that pruning costs ``base`` and not ``ours``.
+
+    :param ours: perplexity of the method to judge
+    :param base: perplexity of the same score and pattern, in the order as it is
+    :param dense: perplexity of the model before pruning
+    :raises ValueError: if ``base`` lost nothing, so that there is no gap
+
+    >>> round(gap_closed(ours=20.0, base=40.0, dense=10.0), 3)
+    0.5
+    """
+    if base <= dense:
+        raise ValueError(f"no gap to close: base perplexity {base} <= dense {dense}")
+    return (math.log(base) - math.log(ours)) / (math.log(base) - math.log(dense))
+
+
+def tokenize(checkpoint: str | Path, text: str) -> Int[Tensor, " tokens"]:
+    """The text as one stream of the checkpoint's tokens, without special tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def load_checkpoint(checkpoint: str | Path, device: str) -> nn.Module:
+    """A causal language model as it is on disk, in its own dtype."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
+    loaded: nn.Module = model.to(device).eval()
+    return loaded
+
+
+def evaluate_checkpoint(
+    checkpoint: str | Path,
+    tokens: Int[Tensor, " tokens"],
+    sequence_length: int,
+    device: str,
+    batch_size: int = 1,
+) -> float:
+    """Perplexity of the checkpoint as it is read back from disk."""
+    model = load_checkpoint(checkpoint, device)
+    return perplexity(model, tokens, sequence_length, batch_size)

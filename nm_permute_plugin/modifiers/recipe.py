@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read a recipe strictly: llm-compressor drops what it does not recognise in silence."""
+
+import re
+from pathlib import Path
+
+import yaml
+from llmcompressor.recipe import Recipe
+
+OURS = "LearnablePermutationModifier"
+
+
+def read_recipe(path: Path) -> str:
+    """
+    The text of a recipe that llm-compressor parses completely.
+
+    :raises ValueError: if it is no YAML mapping, if llm-compressor would leave out a
+        modifier that stands in it, or if it has no ``LearnablePermutationModifier``
+    """
+    text = path.read_text()
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {path} is no YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"recipe {path} holds no stages; see recipes/ for examples")
+    _refuse_empty_bodies(document, path)
+    written = _named_modifiers(document)
+    parsed = [type(m).__name__ for m in Recipe.create_instance(text).modifiers]
+    dropped = sorted(set(written) - set(parsed))
+    if dropped:
+        raise ValueError(
+            f"recipe {path}: llm-compressor would leave out {', '.join(dropped)} without "
+            "a word. Put modifiers under '<name>_stage:' and '<group>_modifiers:'."
+        )
+    if OURS not in parsed:
+        raise ValueError(
+            f"recipe {path} holds no {OURS} (it holds {', '.join(parsed) or 'nothing'}); "
+            "use `llmcompressor.oneshot` for other recipes"
+        )
+    return text
+
+
+def _named_modifiers(node: object) -> list[str]:
+    """Every key of the document that is a modifier's name."""
+    if isinstance(node, list):
+        return [name for item in node for name in _named_modifiers(item)]
+    if not isinstance(node, dict):
+        return []
+    own = [key for key in node if re.fullmatch(r"[A-Z]\w*Modifier", str(key))]
+    return own + [name for value in node.values() for name in _named_modifiers(value)]
+
+
+def _refuse_empty_bodies(node: object, path: Path) -> None:
+    if not isinstance(node, dict):
+        return
+    for key, value in node.items():
+        if str(key).endswith("Modifier") and value is None:
+            raise ValueError(
+                f"recipe {path}: {key} has an empty body, which llm-compressor cannot "
+                "read; give it at least one field"
+            )
+        _refuse_empty_bodies(value, path)

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny checkpoints as llm-compressor leaves them, and how to compare tensors."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nm_permute_plugin.checkpoint.codec import WORDS
+
+KINDS = ["bf16", "fp16", "fp8", "int8"]
+Tensors = dict[str, Tensor]
+MakeDense = Callable[..., Path]
+
+
+def quantize(path: Path, kind: str) -> None:
+    """Turn the linears of a checkpoint into 8 bits, as llm-compressor stores them."""
+    from compressed_tensors.quantization import (
+        QuantizationConfig,
+        preset_name_to_scheme,
+    )
+
+    largest, dtype = (
+        (448.0, torch.float8_e4m3fn) if kind == "fp8" else (127.0, torch.int8)
+    )
+    for file in path.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in [n for n in tensors if "_proj.weight" in n]:
+            weight = tensors[name].float()
+            scale = (weight.abs().amax(1, keepdim=True) / largest).to(torch.bfloat16)
+            values = (weight / scale.float()).clamp(-largest, largest)
+            tensors[name] = (values if fp8 else values.round()).to(dtype)
+            tensors[f"{name}_scale"] = scale
+        save_file(tensors, file, {"format": "pt"})
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        content = json.loads(index.read_text())
+        content["weight_map"] = {
+            name: file.name
+            for file in path.glob("*.safetensors")
+            for name in load_file(file)
+        }
+        index.write_text(json.dumps(content))
+    scheme = preset_name_to_scheme(
+        "FP8_DYNAMIC" if kind == "fp8" else "W8A8", ["Linear"]
+    )
+    quantization = QuantizationConfig(
+        config_groups={"group_0": scheme},
+        ignore=["lm_head"],
+        format="float-quantized" if fp8 else "int-quantized",
+        quantization_status="compressed",
+    )
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {
+        "version": "0.19.0",
+        **quantization.model_dump(mode="json"),
+        "sparsity_config": {},
+        "transform_config": {},
+    }
+    (path / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def tensors_of(path: Path) -> Tensors:
+    """Every tensor of a checkpoint directory, by the safetensors package."""
+    return {
+        k: v
+        for f in sorted(path.glob("*.safetensors"))
+        for k, v in load_file(f).items()
+    }
+
+
+def assert_same_bits(left: Tensor, right: Tensor) -> None:
+    """Two tensors agree in dtype, shape and every bit."""
+    assert left.dtype == right.dtype
+    assert left.shape == right.shape
+    words = WORDS.get(left.dtype, left.dtype)
+    assert torch.equal(left.contiguous().view(words), right.contiguous().view(words))
+
+
+def assert_same_tensors(left: Tensors, right: Tensors) -> None:
+    """Two sets of tensors agree in names and bits."""
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert_same_bits(tensor, right[name])

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One table of architectures and options: the spec resolves and describes them right."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
+
+TABLE = [
+    pytest.param("llama", {}, id="llama-gqa"),
+    pytest.param("llama", {"num_key_value_heads": 4}, id="llama-mha"),
+    pytest.param("llama", {"num_key_value_heads": 1}, id="llama-mqa"),
+    pytest.param("llama", {"tie_word_embeddings": True}, id="llama-tied"),
+    pytest.param(
+        "llama", {"attention_bias": True, "mlp_bias": True}, id="llama-biases"
+    ),
+    pytest.param(
+        "llama",
+        {
+            "hidden_size": 36,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "head_dim": 4,
+            "tie_word_embeddings": True,
+        },
+        id="llama-nine-heads-tied",
+    ),
+    pytest.param("mistral", {}, id="mistral-gqa"),
+    pytest.param(
+        "mistral", {"num_key_value_heads": 1, "head_dim": 12}, id="mistral-mqa"
+    ),
+    pytest.param("qwen2", {}, id="qwen2-gqa"),
+    pytest.param(
+        "qwen2",
+        {"num_key_value_heads": 4, "tie_word_embeddings": True},
+        id="qwen2-mha-tied",
+    ),
+    pytest.param(
+        "qwen2",
+        {"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 1},
+        id="qwen2-three-heads-mqa",
+    ),
+    pytest.param("qwen3", {}, id="qwen3-gqa"),
+    pytest.param(
+        "qwen3",
+        {"head_dim": 16, "tie_word_embeddings": True},
+        id="qwen3-wide-heads-tied",
+    ),
+    pytest.param(
+        "qwen3",
+        {"attention_bias": True, "num_key_value_heads": 4},
+        id="qwen3-mha-biases",
+    ),
+]
+
+
+@pytest.mark.parametrize(("architecture", "options"), TABLE)
+def test_every_parameter_has_its_axes(
+    tiny_model, resolve_model, architecture: str, options: dict
+) -> None:
+    model = tiny_model(architecture, **options)
+    resolved = resolve_model(model)
+    found = {name: p.axes for p in resolved.parameters for name in p.names}
+    assert set(found) == {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    shapes = {name: model.get_parameter(name).shape for name in found}
+    assert {name: len(axes) for name, axes in found.items()} == {
+        name: len(shape) for name, shape in shapes.items()
+    }
+    assert resolved.unordered == ()
+
+
+@pytest.mark.parametrize(("architecture", "options"), TABLE)
+def test_spaces_have_the_sizes_and_walls_of_the_config(
+    tiny_model, resolve_model, architecture: str, options: dict
+) -> None:
+    model = tiny_model(architecture, **options)
+    config, head_dim = model.config, head_dim_of(model.config)
+    spaces = resolve_model(model).spaces
+    value = config.num_key_value_heads * head_dim
+    assert {name: (space.size, space.wall) for name, space in spaces.items()} == {
+        "residual": (config.hidden_size, config.hidden_size),
+        "hidden.0": (config.intermediate_size, config.intermediate_size),
+        "hidden.1": (config.intermediate_size, config.intermediate_size),
+        "value.0": (value, head_dim),
+        "value.1": (value, head_dim),
+    }
+    assert {space.family for space in spaces.values()} == {
+        "residual",
+        "hidden",
+        "value",
+    }
+
+
+@pytest.mark.parametrize(("architecture", "options"), TABLE)
+def test_every_pruned_linear_reads_one_space(
+    tiny_model, resolve_model, architecture: str, options: dict
+) -> None:
+    model = tiny_model(architecture, **options)
+    spaces = resolve_model(model).spaces
+    readers = {name: {r.name for r in space.readers} for name, space in spaces.items()}
+    layers = [f"model.layers.{i}" for i in range(2)]
+    assert readers == {
+        "residual": {
+            f"{layer}.{part}"
+            for layer in layers
+            for part in (
+                "self_attn.q_proj",
+                "self_attn.k_proj",
+                "self_attn.v_proj",
+                "mlp.gate_proj",
+                "mlp.up_proj",
+            )
+        },
+        "hidden.0": {"model.layers.0.mlp.down_proj"},
+        "hidden.1": {"model.layers.1.mlp.down_proj"},
+        "value.0": {"model.layers.0.self_attn.o_proj"},
+        "value.1": {"model.layers.1.self_attn.o_proj"},
+    }
+    queries = model.config.num_attention_heads // model.config.num_key_value_heads
+    assert [r.queries for r in spaces["value.1"].readers] == [queries]
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_tied_embeddings_are_one_parameter(
+    tiny_model, resolve_model, tied: bool
+) -> None:
+    resolved = resolve_model(tiny_model("llama", tie_word_embeddings=tied))
+    together = ("model.embed_tokens.weight", "lm_head.weight")
+    assert (together in [p.names for p in resolved.parameters]) == tied
+
+
+def test_an_unknown_architecture_is_refused_with_the_way_out() -> None:
+    config = GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16, n_positions=8)
+    with pytest.raises(NotImplementedError, match=r"GPT2LMHeadModel.*`spec:`"):
+        spec_of(GPT2LMHeadModel(config))
+
+
+def test_a_plain_module_is_refused_by_its_class() -> None:
+    with pytest.raises(NotImplementedError, match="no permutation spec for Linear"):
+        spec_of(torch.nn.Linear(2, 2))
+
+
+def test_the_head_dim_is_stated_or_computed(tiny_model) -> None:
+    assert head_dim_of(tiny_model("qwen3", head_dim=16).config) == 16
+    assert head_dim_of(tiny_model("qwen2").config) == 8
+
+
+def test_a_config_without_heads_has_no_head_dim() -> None:
+    assert head_dim_of(object()) is None

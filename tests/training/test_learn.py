@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learning never loses on held-back text, repeats itself, and touches no weight."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nm_permute_plugin.maths.pattern import NMPattern
+from nm_permute_plugin.maths.permutation import check_permutation, from_blocks
+from nm_permute_plugin.training.learn import (
+    Learned,
+    LearnSettings,
+    frozen,
+    learn_orders,
+    mean_loss,
+)
+from nm_permute_plugin.training.objective import LossWeights
+from nm_permute_plugin.training.orders import OrderShape, Relaxation
+from nm_permute_plugin.training.stacking import StackedScore
+
+RELAXATIONS = get_args(Relaxation)
+TWO_OF_FOUR = NMPattern(2, 4)
+FAST = LearnSettings(
+    steps=4, evaluate_every=2, learning_rate=0.1, shape=OrderShape(block_size=16)
+)
+
+
+@dataclass
+class Task:
+    """A tiny model, the scores of its spaces, an order to start from, and text."""
+
+    model: nn.Module
+    stacks: dict[str, StackedScore]
+    start: dict[str, Tensor]
+    train: list[dict[str, Tensor]]
+    held_back: list[dict[str, Tensor]]
+
+    def learn(self, settings: LearnSettings, **changes) -> Learned:
+        arguments = {
+            "stacks": self.stacks,
+            "start": self.start,
+            "other_masks": {},
+            "train": self.train,
+            "held_back": self.held_back,
+        } | changes
+        return learn_orders(
+            self.model, pattern=TWO_OF_FOUR, settings=settings, **arguments
+        )
+
+    def loss_of(self, perms: dict[str, Tensor], weights: LossWeights) -> float:
+        """The loss on the held-back text under the masks of an order."""
+        masks: dict[str, Tensor] = {}
+        for name, stack in self.stacks.items():
+            masks |= stack.masks(perms[name], TWO_OF_FOUR)
+        return mean_loss(self.model, masks, self.held_back, weights)
+
+
+def fast(relaxation: Relaxation, **changes) -> LearnSettings:
+    """Few steps with the given relaxation."""
+    return replace(FAST, shape=replace(FAST.shape, relaxation=relaxation), **changes)
+
+
+def text(rows: int, seed: int) -> list[dict[str, Tensor]]:
+    """Batches of two rows of eight tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(48, (rows, 8), generator=generator)
+    return [{"input_ids": part} for part in tokens.split(2)]
+
+
+def stacks_of(
+    model: nn.Module, resolve_model, spaces: list[str]
+) -> dict[str, StackedScore]:
+    scores = {
+        name: module.weight.detach().abs()
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    resolved = resolve_model(model)
+    return {name: StackedScore.of(resolved.spaces[name], scores) for name in spaces}
+
+
+@pytest.fixture
+def task(tiny_model, resolve_model) -> Task:
+    """Every kind of space, with shared key/value heads, in the order as it is."""
+    model = tiny_model("llama")
+    stacks = stacks_of(model, resolve_model, ["residual", "hidden.0", "value.0"])
+    start = {name: torch.arange(stack.space.size) for name, stack in stacks.items()}
+    return Task(model, stacks, start, text(8, seed=1), text(4, seed=2))
+
+
+@pytest.fixture
+def planted(tiny_model, resolve_model) -> Callable[[str], Task]:
+    """
+    A task whose start is scrambled and whose identity order is (nearly) perfect.
+
+    In every row of the reader, two of every four neighbours are all but zero.
+    """
+
+    def make(family: str) -> Task:
+        model = tiny_model("llama", num_key_value_heads=4)
+        generator = torch.Generator().manual_seed(3)
+        part = "mlp.down_proj" if family == "hidden" else "self_attn.o_proj"
+        for layer in range(2):
+            weight = model.get_submodule(f"model.layers.{layer}.{part}").weight
+            keys = torch.rand(*weight.shape, generator=generator)
+            ranks = keys.unflatten(1, (-1, 4)).argsort(-1).argsort(-1).flatten(1)
+            with torch.no_grad():
+                weight.mul_(torch.where(ranks < 2, 1.5, 0.01))
+        spaces = [f"{family}.0", f"{family}.1"]
+        stacks = stacks_of(model, resolve_model, spaces)
+        start = {
+            name: from_blocks(
+                torch.rand(
+                    stack.space.size // stack.space.wall,
+                    stack.space.wall,
+                    generator=generator,
+                ).argsort()
+            )
+            for name, stack in stacks.items()
+        }
+        return Task(model, stacks, start, text(16, seed=1), text(8, seed=2))
+
+    return make
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("relaxation", RELAXATIONS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_kept_order_is_the_best_that_was_seen(
+    task: Task, relaxation: Relaxation, seed: int
+) -> None:
+    settings = fast(relaxation, seed=seed, steps=6)
+    learned = task.learn(settings)
+    looks = [entry["held_back"] for entry in learned.history]
+    kept = task.loss_of(learned.perms, settings.loss)
+    assert kept == pytest.approx(min(looks), rel=1e-6)
+    assert looks[0] == pytest.approx(task.loss_of(task.start, settings.loss), rel=1e-6)
+    assert kept <= looks[0]
+    for name, perm in learned.perms.items():
+        check_permutation(perm)
+        wall = task.stacks[name].space.wall
+        assert torch.equal(perm // wall, torch.arange(len(perm)) // wall)
+
+
+@pytest.mark.parametrize("relaxation", RELAXATIONS)
+def test_a_step_that_spoils_the_order_is_not_kept(
+    task: Task, relaxation: Relaxation
+) -> None:
+    # A wild first step on one batch: whatever it does, the start is there to return to.
+    settings = fast(relaxation, learning_rate=50.0, steps=1)
+    learned = task.learn(settings, train=text(2, seed=9))
+    before = task.loss_of(task.start, settings.loss)
+    assert task.loss_of(learned.perms, settings.loss) <= before * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("relaxation", RELAXATIONS)
+def test_the_same_seed_gives_the_same_orders(
+    task: Task, relaxation: Relaxation
+) -> None:
+    settings = fast(relaxation)
+    first = task.learn(settings)
+    torch.rand(5)  # The caller's own random numbers do not count.
+    again = task.learn(settings)
+    assert first.history == again.history
+    for name, perm in first.perms.items():
+        assert torch.equal(perm, again.perms[name])
+
+
+def test_another_seed_takes_the_batches_in_another_order(task: Task) -> None:
+    losses = [
+        [entry["loss"] for entry in task.learn(replace(FAST, seed=seed)).history[1:]]
+        for seed in range(3)
+    ]
+    assert losses[0] != losses[1] or losses[0] != losses[2]
+
+
+@pytest.mark.parametrize("family", ["hidden", "value"])
+@pytest.mark.parametrize("relaxation", RELAXATIONS)
+def test_a_planted_order_is_approached(
+    planted: Callable[[str], Task], family: str, relaxation: Relaxation
+) -> None:
+    task = planted(family)
+    settings = LearnSettings(
+        steps=150,
+        learning_rate=0.03,
+        evaluate_every=5,
+        shape=OrderShape(block_size=48, relaxation=relaxation),
+    )
+    best = task.loss_of(
+        {name: torch.arange(len(perm)) for name, perm in task.start.items()},
+        settings.loss,
+    )
+    before = task.loss_of(task.start, settings.loss)
+    after = task.loss_of(task.learn(settings).perms, settings.loss)
+    assert best < 0.05 * before
+    assert after < 0.75 * before
+
+
+@pytest.mark.parametrize("relaxation", RELAXATIONS)
+def test_weights_and_their_gradients_are_left_alone(
+    task: Task, relaxation: Relaxation
+) -> None:
+    frozen_before = task.model.model.norm.weight
+    frozen_before.requires_grad_(False)
+    before = weights_of(task.model)
+    task.learn(fast(relaxation))
+    after = task.model.state_dict()
+    assert [n for n, t in before.items() if not torch.equal(after[n], t)] == []
+    for parameter in task.model.parameters():
+        assert parameter.grad is None
+        assert parameter.requires_grad == (parameter is not frozen_before)
+    assert [m for m in task.model.modules() if "forward" in m.__dict__] == []
+
+
+def test_a_model_learns_offloaded_what_it_learns_in_memory(
+    task: Task, tmp_path
+) -> None:
+    offload = pytest.importorskip("compressed_tensors.offload")
+    expected = task.learn(FAST)
+    for module in list(task.model.modules()):
+        if len(module._parameters):
+            offload.offload_module(module, "cpu", "disk", offload_dir=str(tmp_path))
+    found = task.learn(FAST)
+    assert found.history == expected.history
+    for name, perm in expected.perms.items():
+        assert torch.equal(found.perms[name], perm)
+
+
+def test_looks_are_recorded_with_their_step_and_temperature(task: Task) -> None:
+    settings = replace(FAST, steps=5, evaluate_every=2, temperature=(2.0, 0.5))
+    history = task.learn(settings).history
+    assert [entry["step"] for entry in history] == [0, 2, 4, 5]
+    assert history[-1]["temperature"] == pytest.approx(0.5)
+    assert history[1]["temperature"] == pytest.approx(2.0 * 0.25**0.25)
+
+
+def test_every_part_of_the_loss_can_be_learned_from(task: Task) -> None:
+    weights = LossWeights(divergence=0.5, cross_entropy=0.5, hidden=1.0, cosine=1.0)
+    learned = task.learn(replace(FAST, loss=weights))
+    before = task.loss_of(task.start, weights)
+    assert task.loss_of(learned.perms, weights) <= before * (1 + 1e-6)
+
+
+def test_masks_of_other_linears_stay_on(task: Task) -> None:
+    other = {"model.layers.1.mlp.down_proj": torch.zeros(32, 48)}
+    with_other = task.learn(FAST, other_masks=other).history[0]["held_back"]
+    without = task.learn(FAST).history[0]["held_back"]
+    masks = dict(other)
+    for name, stack in task.stacks.items():
+        masks |= stack.masks(task.start[name], TWO_OF_FOUR)
+    expected = mean_loss(task.model, masks, task.held_back, FAST.loss)
+    assert with_other == pytest.approx(expected, rel=1e-6)
+    assert with_other != pytest.approx(without, rel=1e-3)
+
+
+@pytest.mark.parametrize("missing", ["train", "held_back"])
+def test_missing_text_is_refused(task: Task, missing: str) -> None:
+    with pytest.raises(ValueError, match="text to train on and text held back"):
+        task.learn(FAST, **{missing: []})
+
+
+def of_padding() -> list[dict[str, Tensor]]:
+    """A batch without one token that counts: its mean loss is not a number."""
+    (batch,) = text(2, seed=4)
+    return [batch | {"attention_mask": torch.zeros(2, 8, dtype=torch.int64)}]
+
+
+def test_a_training_loss_that_is_not_finite_is_refused(task: Task) -> None:
+    with pytest.raises(ValueError, match="training loss is nan"):
+        task.learn(FAST, train=of_padding())
+    assert all(parameter.requires_grad for parameter in task.model.parameters())
+    assert [m for m in task.model.modules() if "forward" in m.__dict__] == []
+
+
+def test_a_held_back_loss_that_is_not_finite_is_refused(task: Task) -> None:
+    with pytest.raises(ValueError, match="held-back loss is nan"):
+        task.learn(FAST, held_back=of_padding())
+
+
+def test_a_broken_model_is_refused(task: Task) -> None:
+    with torch.no_grad():
+        task.model.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="loss is nan"):
+        task.learn(FAST)
+
+
+def test_channels_move_inside_their_blocks_only(task: Task) -> None:
+    learned = task.learn(
+        replace(FAST, learning_rate=1.0, shape=OrderShape(block_size=8))
+    )
+    for perm in learned.perms.values():
+        assert torch.equal(perm // 8, torch.arange(len(perm)) // 8)
+
+
+def test_frozen_weights_are_freed_after_an_exception(task: Task) -> None:
+    with frozen(task.model):
+        assert not any(p.requires_grad for p in task.model.parameters())
+    with pytest.raises(KeyError), frozen(task.model):
+        raise KeyError
+    assert all(p.requires_grad for p in task.model.parameters())

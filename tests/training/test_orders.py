@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Orders as parameters: where they start, what their masks are, how blocks are cut."""
+
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nm_permute_plugin.maths.pattern import NMPattern
+from nm_permute_plugin.maths.permutation import check_permutation, same_groups
+from nm_permute_plugin.training.masking import masked
+from nm_permute_plugin.training.orders import LearnableOrders, OrderShape, Relaxation
+from nm_permute_plugin.training.stacking import StackedScore
+
+RELAXATIONS = get_args(Relaxation)
+TWO_OF_FOUR = NMPattern(2, 4)
+SHAPE = OrderShape(block_size=16)
+
+
+@pytest.fixture
+def model(tiny_model) -> nn.Module:
+    return tiny_model("llama")
+
+
+@pytest.fixture
+def stacks(model: nn.Module, resolve_model) -> dict[str, StackedScore]:
+    """Every space of a model with shared key/value heads."""
+    scores = {
+        name: module.weight.detach().abs()
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    spaces = resolve_model(model).spaces
+    return {name: StackedScore.of(space, scores) for name, space in spaces.items()}
+
+
+@pytest.fixture
+def start(model: nn.Module, resolve_model, legal_perms) -> dict[str, Tensor]:
+    return legal_perms(resolve_model(model))
+
+
+def _readers(stack: StackedScore) -> list[str]:
+    return [reader.name for reader in stack.space.readers]
+
+
+@pytest.mark.parametrize("relaxation", RELAXATIONS)
+def test_orders_start_where_they_are_told(
+    stacks, start, relaxation: Relaxation
+) -> None:
+    shape = replace(SHAPE, relaxation=relaxation)
+    perms = LearnableOrders(stacks, start, TWO_OF_FOUR, shape, torch.float32).perms()
+    assert set(perms) == set(start)
+    for name, perm in perms.items():
+        assert same_groups(perm, start[name], 4)
+
+
+@pytest.mark.parametrize("relaxation", RELAXATIONS)
+def test_whatever_the_logits_orders_stay_legal(
+    stacks, start, generator: torch.Generator, relaxation: Relaxation
+) -> None:
+    shape = replace(SHAPE, relaxation=relaxation)
+    orders = LearnableOrders(stacks, start, TWO_OF_FOUR, shape, torch.float32)
+    with torch.no_grad():
+        for logits in orders.parameters():
+            logits.normal_(generator=generator)
+    for name, perm in orders.perms().items():
+        check_permutation(perm)
+        wall = stacks[name].space.wall
+        size = shape.size_in(wall, 4)
+        assert torch.equal(perm // wall, torch.arange(len(perm)) // wall)
+        # Inside a block, the channels are those that the start put there.
+        blocks, begun = perm.reshape(-1, size), start[name].reshape(-1, size)
+        assert torch.equal(blocks.sort(-1).values, begun.sort(-1).values)
+        assert not same_groups(perm, start[name], 4)
+
+
+@pytest.mark.parametrize("relaxation", ["insertion", "straight_through"])
+@pytest.mark.parametrize("temperature", [1.0, 0.1], ids=["warm", "cold"])
+def test_what_is_trained_is_what_is_kept(
+    stacks,
+    start,
+    generator: torch.Generator,
+    relaxation: Relaxation,
+    temperature: float,
+) -> None:
+    """The hard order of a training step and the order that a look judges are one."""
+    shape = replace(SHAPE, relaxation=relaxation)
+    orders = LearnableOrders(stacks, start, TWO_OF_FOUR, shape, torch.float32)
+    with torch.no_grad():
+        for logits in orders.parameters():
+            logits.normal_(generator=generator)
+    perms, found = orders.perms(), orders.masks(temperature, step=0)
+    assert {linear for stack in stacks.values() for linear in _readers(stack)} == set(
+        found
+    )
+    assert all(mask.requires_grad for mask in found.values())
+    different = [
+        linear
+        for name, stack in stacks.items()
+        for linear, mask in stack.masks(perms[name], TWO_OF_FOUR).items()
+        if not torch.allclose(found[linear], mask.float(), rtol=0, atol=1e-4)
+    ]
+    assert different == []
+
+
+@pytest.mark.parametrize("relaxation", RELAXATIONS)
+def test_masks_have_the_dtype_of_the_weights(
+    stacks, start, relaxation: Relaxation
+) -> None:
+    shape = replace(SHAPE, relaxation=relaxation)
+    orders = LearnableOrders(stacks, start, TWO_OF_FOUR, shape, torch.bfloat16)
+    masks = orders.masks(1.0, step=0)
+    assert {mask.dtype for mask in masks.values()} == {torch.bfloat16}
+    sum(mask.float().square().sum() for mask in masks.values()).backward()
+    assert all(logits.grad.dtype == torch.float32 for logits in orders.parameters())
+
+
+def test_soft_masks_keep_n_of_m_on_the_average(
+    stacks, start, generator: torch.Generator
+) -> None:
+    shape = replace(SHAPE, relaxation="soft", sinkhorn_iterations=100)
+    orders = LearnableOrders(stacks, start, TWO_OF_FOUR, shape, torch.float32)
+    with torch.no_grad():
+        for logits in orders.parameters():
+            logits.normal_(generator=generator)
+    for mask in orders.masks(1.0, step=0).values():
+        assert float(mask.detach().min()) >= -1e-5
+        assert float(mask.detach().max()) <= 1 + 1e-5
+        assert float(mask.detach().mean()) == pytest.approx(0.5, abs=1e-4)
+
+
+@pytest.mark.parametrize("relaxation", RELAXATIONS)
+def test_logits_get_gradients_through_the_model(
+    model: nn.Module, stacks, start, tokens: Tensor, relaxation: Relaxation
+) -> None:
+    shape = replace(SHAPE, relaxation=relaxation)
+    orders = LearnableOrders(stacks, start, TWO_OF_FOUR, shape, torch.float32)
+    with masked(model, orders.masks(1.0, step=0)):
+        model(tokens, use_cache=False).logits.square().sum().backward()
+    for logits in orders.parameters():
+        assert bool(torch.isfinite(logits.grad).all())
+        assert float((logits.grad != 0).float().mean()) > 0.9
+
+
+def test_blocks_of_one_size_share_their_logits_and_keep_their_own_order(
+    stacks, start
+) -> None:
+    orders = LearnableOrders(stacks, start, TWO_OF_FOUR, SHAPE, torch.float32)
+    # residual: 2 blocks of 16, hidden: 3 of 16 a layer; value: 2 heads of 8 a layer.
+    shapes = {tuple(logits.shape) for logits in orders.parameters()}
+    assert shapes == {(8, 16, 4), (4, 8, 2)}
+    alone = {
+        name: LearnableOrders(
+            {name: stack}, {name: start[name]}, TWO_OF_FOUR, SHAPE, torch.float32
+        ).masks(1.0, step=0)
+        for name, stack in stacks.items()
+    }
+    together = orders.masks(1.0, step=0)
+    for masks in alone.values():
+        assert [n for n, m in masks.items() if not torch.equal(m, together[n])] == []
+
+
+@pytest.mark.parametrize("m", [2, 4, 8])
+@pytest.mark.parametrize("wall", [8, 24, 48, 64])
+@pytest.mark.parametrize("wanted", [8, 20, 64, 999])
+def test_a_block_is_the_largest_that_fits(wanted: int, wall: int, m: int) -> None:
+    fits = [
+        s for s in range(1, wall + 1) if wall % s == 0 and s % m == 0 and s <= wanted
+    ]
+    assert OrderShape(block_size=wanted).size_in(wall, m) == max(fits)
+
+
+@pytest.mark.parametrize(("groups", "size"), [(1, 48), (4, 12), (5, 8), (999, 4)])
+def test_groups_cut_a_run_into_so_many_blocks_or_more(groups: int, size: int) -> None:
+    assert OrderShape(groups=groups).size_in(48, 4) == size
