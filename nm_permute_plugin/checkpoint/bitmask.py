@@ -111,10 +111,11 @@ def decompress_any(
 def _pack(flags: Bool[Tensor, "out in"]) -> UInt8[Tensor, "out bytes"]:
     padded = torch.nn.functional.pad(flags, (0, -flags.shape[1] % 8))
     weights = 1 << torch.arange(8, device=flags.device)
-    octets = padded.view(len(flags), -1, 8)
+    octets = padded.view(len(flags), padded.shape[1] // 8, 8)
     return (octets * weights).sum(-1).to(torch.uint8)
 
 
 def _unpack(bitmask: UInt8[Tensor, "out bytes"]) -> Bool[Tensor, "out bits"]:
     places = torch.arange(8, device=bitmask.device, dtype=torch.uint8)
-    return torch.flatten((bitmask.unsqueeze(-1) >> places & 1).bool(), 1)
+    bits = (bitmask.unsqueeze(-1) >> places & 1).bool()
+    return bits.view(len(bitmask), 8 * bitmask.shape[1])

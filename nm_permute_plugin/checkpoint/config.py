@@ -151,7 +151,7 @@ def with_sparsity_config(
     quantized = quantization_format(config) is not None
     if sparsity is not None:
         fresh = {"quant_method": QUANT_METHOD, "version": LAYOUT_VERSION}
-        block: Json = {**fresh, **holder, _BLOCK: sparsity.to_json()}
+        block: Json = {**(holder or fresh), _BLOCK: sparsity.to_json()}
     elif quantized:
         block = {**holder, _BLOCK: {}} if _BLOCK in holder else holder
     else:

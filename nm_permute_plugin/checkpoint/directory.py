@@ -70,7 +70,8 @@ class Checkpoint:
         if self.formats[module] != "dense":
             sizes = self.read(f"{module}.shape").flatten().tolist()
         if len(sizes) != 2 or min(sizes) < 0:
-            raise DamagedError(f"{self.file(module)}: {module}.shape says {sizes}")
+            name = f"{module}.shape"
+            raise DamagedError(self.file(module), f"{name} says {sizes}", name)
         rows, columns = sizes
         return layout.dtype, (rows, columns)
 
@@ -92,7 +93,7 @@ class Checkpoint:
             if stored == "sparse-bitmask":
                 return decompress_any(**parts, name=module)
         except ValueError as error:
-            raise DamagedError(f"{self.file(module)}: {error}") from error
+            raise DamagedError(self.file(module), str(error), module) from error
         return parts["weight"]
 
 
@@ -113,7 +114,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         for name in shard.tensors:
             if name in where:
                 raise DamagedError(
-                    f"{name} is both in {where[name].path} and in {shard.path}"
+                    shard.path, f"{name} is in {where[name].path.name} too", name
                 )
             where[name] = shard
     if named is not None:
@@ -140,10 +141,10 @@ def stored_formats(names: Mapping[str, Shard]) -> dict[str, Format]:
         for other in PARTS[stored]:
             if f"{module}.{other}" not in names:
                 raise DamagedError(
-                    f"{file}: has {name}, but {module}.{other} is missing"
+                    file, f"has {name}, but no {module}.{other}", f"{module}.{other}"
                 )
         if f"{module}.weight" in names:
-            raise DamagedError(f"{file}: has {name}, and {module}.weight beside it")
+            raise DamagedError(file, f"has {name}, and {module}.weight beside it", name)
         formats[module] = stored
     return formats
 
@@ -157,11 +158,11 @@ def read_json(path: Path) -> Json:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DamagedError(f"{path} cannot be read: {error.strerror}") from error
+        raise DamagedError(path, f"cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise DamagedError(f"{path} is no JSON: {error}") from error
+        raise DamagedError(path, f"is no JSON: {error}") from error
     if not isinstance(content, dict):
-        raise DamagedError(f"{path} must hold an object, it holds a {type(content)}")
+        raise DamagedError(path, f"must hold an object, it holds a {type(content)}")
     return content
 
 
@@ -170,22 +171,23 @@ def _weight_map(path: Path, index: Json | None) -> dict[str, str] | None:
         return None
     named = index.get("weight_map")
     if not isinstance(named, dict) or not named:
-        raise DamagedError(f"{path / INDEX} has no weight_map")
+        raise DamagedError(path / INDEX, "has no weight_map")
     for name, file in named.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise DamagedError(f"{path / INDEX}: {name} is said to be in {file!r}")
+            raise DamagedError(path / INDEX, f"{name} is said to be in {file!r}", name)
     return named
 
 
 def _compare(index: Path, named: Mapping[str, str], where: Mapping[str, Shard]) -> None:
     for name, file in named.items():
         if name not in where:
-            raise DamagedError(f"{index} says that {name} is in {file}, it is not")
+            raise DamagedError(index, f"says that {name} is in {file}, it is not", name)
         if where[name].path.name != file:
             raise DamagedError(
-                f"{index} says that {name} is in {file}, it is in "
-                f"{where[name].path.name}"
+                index,
+                f"says that {name} is in {file}, it is in {where[name].path.name}",
+                name,
             )
     for name, shard in where.items():
         if name not in named:
-            raise DamagedError(f"{index} has no entry for {name} of {shard.path.name}")
+            raise DamagedError(index, f"has no {name}, as {shard.path.name} has", name)

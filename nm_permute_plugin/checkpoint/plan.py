@@ -107,8 +107,12 @@ def is_embedding(module: str) -> bool:
     return module.rpartition(".")[2] in _EMBEDDINGS
 
 
-def sparsity_config(checkpoint: Checkpoint, plan: Plan) -> SparsityConfig | None:
-    """The block that says what the plan does; None where nothing is stored sparse."""
+def sparsity_config(plan: Plan, zeros: float) -> SparsityConfig | None:
+    """
+    The block that says what the plan does; None where nothing is stored sparse.
+
+    :param zeros: the share of zeros in the whole model
+    """
     if not plan.nonzeros:
         return None
     # Old readers leave out of a class only the names that they know: where any Linear
@@ -120,7 +124,7 @@ def sparsity_config(checkpoint: Checkpoint, plan: Plan) -> SparsityConfig | None
     return SparsityConfig(
         format=plan.format,
         sparsity_structure=str(plan.pattern),
-        global_sparsity=global_sparsity(checkpoint, plan),
+        global_sparsity=zeros,
         targets=("Linear",) if simple else tuple(plan.nonzeros),
         ignore=(HEAD,) if simple else (),
     )
@@ -150,8 +154,11 @@ def find_excess(weight: Tensor, pattern: NMPattern) -> tuple[int, int, int] | No
     >>> find_excess(torch.tensor([[-0.0, 1.0, 2.0, 0.0]]), NMPattern(2, 4))
     (0, 0, 3)
     """
-    counts = _group_counts(weight, pattern.m)
-    if not bool((counts > pattern.n).any()):
+    return _first_excess(_group_counts(weight, pattern.m), pattern)
+
+
+def _first_excess(counts: Tensor, pattern: NMPattern) -> tuple[int, int, int] | None:
+    if not counts.numel() or int(counts.max()) <= pattern.n:
         return None
     row, group = (counts > pattern.n).nonzero()[0].tolist()
     return row, group * pattern.m, int(counts[row, group])
@@ -171,9 +178,10 @@ def _count(weight: Tensor, pattern: NMPattern) -> int | str:
     """The non-zeros of a weight that follows the pattern, or why it does not."""
     if weight.dtype not in WORDS or weight.shape[1] % pattern.m:
         return f"{weight.dtype} {list(weight.shape)}"
-    found = find_excess(weight, pattern)
+    counts = _group_counts(weight, pattern.m)
+    found = _first_excess(counts, pattern)
     if found is None:
-        return int(nonzero_bits(weight).sum())
+        return int(counts.sum())
     row, channel, count = found
     group = weight[row, channel : channel + pattern.m].float()
     negative = int((group != 0).sum()) <= pattern.n

@@ -7,6 +7,7 @@ metadata holds a CRC-32 of every tensor, which other readers pass over.
 """
 
 import json
+import math
 import os
 import zlib
 from collections.abc import Mapping
@@ -44,7 +45,19 @@ _PIECE = 1 << 24
 
 
 class DamagedError(ValueError):
-    """A checkpoint that is not whole: the message names the file and the tensor."""
+    """
+    A checkpoint that is not whole.
+
+    :param path: the file
+    :param reason: what is wrong with it, naming the tensor where there is one
+    :param tensor: that tensor, empty where the whole file is meant
+    """
+
+    def __init__(self, path: Path, reason: str, tensor: str = "") -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+        self.tensor = tensor
 
 
 @dataclass(frozen=True)
@@ -58,7 +71,7 @@ class Layout:
 
     @property
     def numel(self) -> int:
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -89,14 +102,11 @@ class Shard:
         with self.path.open("rb") as file:
             file.seek(self.data + layout.start)
             if file.readinto(content) != len(content):
-                raise DamagedError(f"{self.path}: {name} is cut off")
+                raise DamagedError(self.path, f"{name} is cut off", name)
         if self.checksums is not None and self.checksums[name] != zlib.crc32(
             content, _seed(name, layout)
         ):
-            raise DamagedError(
-                f"{self.path}: the bytes of {name} are not those that were written "
-                "(CRC-32). Fetch or make the checkpoint again."
-            )
+            raise self._changed(name)
         if not content:
             return torch.empty(layout.shape, dtype=layout.dtype)
         return torch.frombuffer(content, dtype=layout.dtype).view(layout.shape)
@@ -116,10 +126,15 @@ class Shard:
                 while left and (piece := file.read(min(left, _PIECE))):
                     found, left = zlib.crc32(piece, found), left - len(piece)
                 if left or found != self.checksums[name]:
-                    raise DamagedError(
-                        f"{self.path}: the bytes of {name} are not those that were "
-                        "written (CRC-32). Fetch or make the checkpoint again."
-                    )
+                    raise self._changed(name)
+
+    def _changed(self, name: str) -> DamagedError:
+        return DamagedError(
+            self.path,
+            f"the bytes of {name} are not those that were written (CRC-32). Fetch or "
+            "make the checkpoint again.",
+            name,
+        )
 
 
 def open_shard(path: Path) -> Shard:
@@ -135,8 +150,9 @@ def open_shard(path: Path) -> Shard:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _LARGEST_HEADER):
                 raise DamagedError(
-                    f"{path} is cut off: it has {size} bytes, and its header alone "
-                    f"should have {length}"
+                    path,
+                    f"is cut off: it has {size} bytes, and its header alone should "
+                    f"have {length}",
                 )
             header = json.loads(file.read(length).decode())
         metadata = header.pop("__metadata__", {})
@@ -146,18 +162,18 @@ def open_shard(path: Path) -> Shard:
         sums = metadata.get(CHECKSUMS)
         checksums = None if sums is None else _checksums(json.loads(sums))
     except OSError as error:
-        raise DamagedError(f"{path} cannot be read: {error.strerror}") from error
-    except (AttributeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise DamagedError(f"{path}: its header is damaged ({error})") from error
+        raise DamagedError(path, f"cannot be read: {error.strerror}") from error
     except DamagedError:
         raise
-    except ValueError as error:
-        raise DamagedError(f"{path}: its header is damaged ({error})") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DamagedError(path, f"its header is damaged ({error})") from error
     _check_layout(path, tensors, size - 8 - length)
     if checksums is not None and set(checksums) != set(tensors):
         odd = sorted(set(checksums) ^ set(tensors))
         raise DamagedError(
-            f"{path}: checksums and tensors name different things: {', '.join(odd)}"
+            path,
+            f"checksums and tensors name different things: {', '.join(odd)}",
+            odd[0],
         )
     return Shard(path, 8 + length, tensors, metadata, checksums)
 
@@ -187,7 +203,7 @@ class ShardWriter:
             tensors, key=lambda name: (-tensors[name][0].itemsize, name)
         ):
             dtype, shape = tensors[name]
-            size = torch.Size(shape).numel() * dtype.itemsize
+            size = math.prod(shape) * dtype.itemsize
             self._layouts[name] = Layout(dtype, shape, at, at + size)
             at += size
         self._data = len(self._header())
@@ -281,18 +297,21 @@ def _check_layout(path: Path, tensors: Mapping[str, Layout], size: int) -> None:
         length = layout.numel * layout.dtype.itemsize
         if layout.start != at or layout.end - layout.start != length:
             raise DamagedError(
-                f"{path}: {name}, {layout.dtype} {list(layout.shape)}, should fill "
-                f"{length} bytes from {at}; its header says "
-                f"{layout.start} to {layout.end}"
+                path,
+                f"{name}, {layout.dtype} {list(layout.shape)}, should fill {length} "
+                f"bytes from {at}; its header says {layout.start} to {layout.end}",
+                name,
             )
         at = layout.end
         if at > size:
             raise DamagedError(
-                f"{path} is cut off: {name} should end at byte {at} of the data, which "
-                f"has {size}"
+                path,
+                f"is cut off: {name} should end at byte {at} of the data, which has "
+                f"{size}",
+                name,
             )
     if at != size:
-        raise DamagedError(f"{path} has {size - at} bytes that belong to no tensor")
+        raise DamagedError(path, f"{size - at} bytes belong to no tensor")
 
 
 def _seed(name: str, layout: Layout) -> int:

@@ -96,7 +96,7 @@ def verify(
     try:
         checkpoint = open_checkpoint(path)
     except DamagedError as error:
-        return Report((), _file_faults(path) or (_fault(path, str(error)),))
+        return Report((), _file_faults(path) or (_fault(error),))
     pattern = pattern or (sparsity and sparsity.pattern) or NMPattern(2, 4)
     promised = _promised(checkpoint, sparsity, modules)
     faults = [
@@ -108,7 +108,7 @@ def verify(
         try:
             weight = checkpoint.weight(module)
         except DamagedError as error:
-            faults.append(_fault(checkpoint.file(module), str(error), module))
+            faults.append(_fault(error))
             continue
         row = _row(checkpoint, module, weight, pattern, module in promised)
         rows.append(row)
@@ -223,7 +223,7 @@ def _other_faults(checkpoint: Checkpoint) -> Iterator[Fault]:
         try:
             tensor = shard.read(name)
         except DamagedError as error:
-            yield _fault(shard.path, str(error), name)
+            yield _fault(error)
             continue
         if not tensor.is_floating_point():
             continue
@@ -242,19 +242,19 @@ def _file_faults(path: Path) -> tuple[Fault, ...]:
         try:
             named = read_json(path / INDEX).get("weight_map")
         except DamagedError as error:
-            return (Fault(INDEX, "", str(error)),)
+            return (_fault(error),)
         files = set(named.values()) if isinstance(named, dict) else set()
     faults = []
     for file in sorted(name for name in files if isinstance(name, str)):
         try:
             open_shard(path / file)
         except DamagedError as error:
-            faults.append(Fault(file, "", str(error)))
+            faults.append(_fault(error))
     return tuple(faults)
 
 
-def _fault(path: Path, message: str, tensor: str = "") -> Fault:
-    return Fault(path.name, tensor, message.removeprefix(f"{path}: "))
+def _fault(error: DamagedError) -> Fault:
+    return Fault(error.path.name, error.tensor, error.reason)
 
 
 def _values(tensor: Tensor) -> Tensor:

@@ -89,7 +89,8 @@ def convert(
     source, target = Path(source).resolve(), Path(target).resolve()
     checkpoint = open_checkpoint(source)
     plan = make_plan(checkpoint, format, modules, pattern, clear_zeros)
-    config = with_sparsity_config(checkpoint.config, sparsity_config(checkpoint, plan))
+    zeros = global_sparsity(checkpoint, plan)
+    config = with_sparsity_config(checkpoint.config, sparsity_config(plan, zeros))
     if legacy:
         config = legacy_config(config)
     before = sum(shard.path.stat().st_size for shard in checkpoint.shards)
@@ -114,7 +115,7 @@ def convert(
         dense=plan.dense,
         bytes_before=before,
         bytes_after=after,
-        global_sparsity=global_sparsity(checkpoint, plan),
+        global_sparsity=zeros,
     )
 
 

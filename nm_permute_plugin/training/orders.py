@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The orders of all spaces as parameters: logits that say which channels go together."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from nm_permute_plugin.maths.assignment import assign, order_by
@@ -70,12 +71,9 @@ class OrderShape:
         return size // m if self.relaxation == "insertion" else size
 
 
-class LearnableOrders(nn.Module):
+class LearnableOrders:
     """
     The orders of all spaces while they are learned.
-
-    Blocks of one size share one tensor of logits, whatever space they belong to: one
-    matching and one assignment a step serve them all.
 
     :param stacks: the scores of all readers, by space
     :param start: the orders to begin with, by space
@@ -90,30 +88,25 @@ class LearnableOrders(nn.Module):
         shape: OrderShape,
         dtype: torch.dtype,
     ) -> None:
-        super().__init__()
-        self.pattern, self.shape, self.dtype = pattern, shape, dtype
-        self.blocks = {
-            name: _Blocks.of(stack, start[name], pattern, shape)
-            for name, stack in stacks.items()
-        }
-        self.logits = nn.ParameterDict()
-        for size in sorted({blocks.size for blocks in self.blocks.values()}):
-            sharing = [b for b in self.blocks.values() if b.size == size]
-            columns = shape.columns(size, pattern.m)
-            own = torch.arange(size, device=sharing[0].score.device) * columns // size
-            firm = nn.functional.one_hot(own, columns).float() * shape.start_logit
-            count = sum(blocks.count for blocks in sharing)
-            self.logits[str(size)] = nn.Parameter(firm.repeat(count, 1, 1))
+        alike: dict[tuple[int, int], list[StackedScore]] = defaultdict(list)
+        for stack in stacks.values():
+            size = shape.size_in(stack.space.wall, pattern.m)
+            alike[len(stack.score), size].append(stack)
+        self.bundles = [
+            _Bundle(same, start, size, pattern, shape, dtype)
+            for (_, size), same in alike.items()
+        ]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The logits, [blocks, size, columns], one tensor for all spaces of a shape."""
+        return [bundle.logits for bundle in self.bundles]
 
     def perms(self) -> dict[str, Permutation]:
         """The orders as they stand, hard, by space."""
-        columns = self._by_space(
-            {size: assign(logits) for size, logits in self.logits.items()}
-        )
-        return {
-            name: compose(blocks.start, from_blocks(order_by(columns[name])))
-            for name, blocks in self.blocks.items()
-        }
+        found: dict[str, Permutation] = {}
+        for bundle in self.bundles:
+            found |= bundle.perms()
+        return found
 
     def masks(
         self, temperature: float, step: int
@@ -123,77 +116,87 @@ class LearnableOrders(nn.Module):
 
         :param step: chooses the rows that weigh the moves
         """
-        iterations = self.shape.sinkhorn_iterations
-        softs = {
-            size: sinkhorn(logits, temperature, iterations)
-            for size, logits in self.logits.items()
-        }
-        hards = {
-            size: assign(logits)
-            for size, logits in self.logits.items()
-        }
-        soft, hard = self._by_space(softs), self._by_space(hards)
-        masks: dict[str, Tensor] = {}
-        for name, blocks in self.blocks.items():
-            mask = self._mask(blocks.score, soft[name], hard[name], step)
-            whole = Reorder.apply(rearrange(mask, "r b s -> r (b s)"), blocks.back)
-            masks |= blocks.stacked.split(whole)
+        masks: dict[str, Float[Tensor, "out in"]] = {}
+        for bundle in self.bundles:
+            masks |= bundle.masks(temperature, step)
+        return masks
+
+
+class _Bundle(nn.Module):
+    """
+    Spaces with equally many rows and blocks of one size, side by side in one tensor.
+
+    All layers of a model have the same shape: one matching, one assignment and one mask
+    serve them together.
+    """
+
+    start: Permutation
+    back: Permutation
+    score: Float[Tensor, "rows blocks size"]
+
+    def __init__(
+        self,
+        stacks: list[StackedScore],
+        start: Mapping[str, Permutation],
+        size: int,
+        pattern: NMPattern,
+        shape: OrderShape,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.stacks, self.pattern, self.shape, self.dtype = (
+            stacks,
+            pattern,
+            shape,
+            dtype,
+        )
+        self.widths = [stack.space.size for stack in stacks]
+        score = torch.cat([stack.score for stack in stacks], dim=1)
+        offsets = [sum(self.widths[:i]) for i in range(len(stacks))]
+        starts = [
+            start[stack.space.name].to(score.device) + offset
+            for stack, offset in zip(stacks, offsets, strict=True)
+        ]
+        whole = torch.cat(starts)
+        self.register_buffer("start", whole)
+        self.register_buffer("back", invert(whole))
+        blocks = rearrange(score[:, whole], "r (b s) -> r b s", s=size)
+        self.register_buffer("score", blocks)
+        columns = shape.columns(size, pattern.m)
+        own = torch.arange(size, device=score.device) * columns // size
+        firm = nn.functional.one_hot(own, columns).float() * shape.start_logit
+        self.logits = nn.Parameter(firm.repeat(blocks.shape[1], 1, 1))
+
+    def perms(self) -> dict[str, Permutation]:
+        whole = compose(self.start, from_blocks(order_by(assign(self.logits))))
+        parts, offset = {}, 0
+        for stack, width in zip(self.stacks, self.widths, strict=True):
+            parts[stack.space.name] = whole[offset : offset + width] - offset
+            offset += width
+        return parts
+
+    def masks(
+        self, temperature: float, step: int
+    ) -> dict[str, Float[Tensor, "out in"]]:
+        soft = sinkhorn(self.logits, temperature, self.shape.sinkhorn_iterations)
+        mask = rearrange(self._mask(soft, step), "r b s -> r (b s)")
+        parts = Reorder.apply(mask, self.back).split(self.widths, dim=1)
+        masks: dict[str, Float[Tensor, "out in"]] = {}
+        for stack, part in zip(self.stacks, parts, strict=True):
+            masks |= stack.split(part)
         return masks
 
     def _mask(
-        self,
-        score: Float[Tensor, "rows blocks size"],
-        soft: Float[Tensor, "blocks size columns"],
-        hard: Int[Tensor, "blocks size"],
-        step: int,
+        self, soft: Float[Tensor, "blocks size columns"], step: int
     ) -> Float[Tensor, "rows blocks size"]:
+        hard = assign(self.logits)
         if self.shape.relaxation == "insertion":
-            sample = RowSample.of_step(len(score), self.shape.row_limit, step)
+            sample = RowSample.of_step(len(self.score), self.shape.row_limit, step)
             mask: Tensor = InsertionMask.apply(
-                score, soft, hard, self.pattern, sample, self.dtype
+                self.score, soft, hard, self.pattern, sample, self.dtype
             )
             return mask
         if self.shape.relaxation == "straight_through":
             places = nn.functional.one_hot(hard, soft.shape[-1])
             soft = places + soft - soft.detach()
-        return permuted_mask(score, soft, self.pattern).to(self.dtype)
-
-    def _by_space(self, by_size: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Cut tensors that hold the blocks of all spaces of one size."""
-        parts: dict[str, Tensor] = {}
-        for size, tensor in by_size.items():
-            names = [n for n, b in self.blocks.items() if str(b.size) == size]
-            counts = [self.blocks[name].count for name in names]
-            parts |= dict(zip(names, tensor.split(counts), strict=True))
-        return parts
-
-
-@dataclass(frozen=True)
-class _Blocks:
-    """One space, its scores in the order of the start, cut into blocks."""
-
-    stacked: StackedScore
-    start: Permutation
-    back: Permutation
-    score: Float[Tensor, "rows blocks size"]
-
-    @classmethod
-    def of(
-        cls,
-        stacked: StackedScore,
-        start: Permutation,
-        pattern: NMPattern,
-        shape: OrderShape,
-    ) -> "_Blocks":
-        size = shape.size_in(stacked.space.wall, pattern.m)
-        start = start.to(stacked.score.device)
-        score = rearrange(stacked.score[:, start], "r (b s) -> r b s", s=size)
-        return cls(stacked, start, invert(start), score)
-
-    @property
-    def size(self) -> int:
-        return self.score.shape[2]
-
-    @property
-    def count(self) -> int:
-        return self.score.shape[1]
+        return permuted_mask(self.score, soft, self.pattern).to(self.dtype)

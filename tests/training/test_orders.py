@@ -144,13 +144,13 @@ def test_logits_get_gradients_through_the_model(
         assert float((logits.grad != 0).float().mean()) > 0.9
 
 
-def test_blocks_of_one_size_share_their_logits_and_keep_their_own_order(
+def test_spaces_of_one_shape_share_their_logits_and_keep_their_own_order(
     stacks, start
 ) -> None:
     orders = LearnableOrders(stacks, start, TWO_OF_FOUR, SHAPE, torch.float32)
     # residual: 2 blocks of 16, hidden: 3 of 16 a layer; value: 2 heads of 8 a layer.
     shapes = {tuple(logits.shape) for logits in orders.parameters()}
-    assert shapes == {(8, 16, 4), (4, 8, 2)}
+    assert shapes == {(2, 16, 4), (6, 16, 4), (4, 8, 2)}
     alone = {
         name: LearnableOrders(
             {name: stack}, {name: start[name]}, TWO_OF_FOUR, SHAPE, torch.float32
