@@ -8,12 +8,13 @@ Usage::
 
 PYTHON is an interpreter with compressed-tensors 0.14.0.1; without it only our side is
 timed. Both sides run on one thread, in turns of this one run. The second table is the
-peak memory of converting a synthetic checkpoint of four shards, in its own process.
+peak memory of converting a synthetic checkpoint of four shards, in a process of its
+own and on one thread.
 """
 
 import argparse
 import json
-import resource
+import os
 import shutil
 import subprocess
 import sys
@@ -114,11 +115,18 @@ def make_checkpoint(path: Path, gigabytes: float) -> None:
     (path / "config.json").write_text("{}")
 
 
+def peak_memory() -> float:
+    """The most that this process has had in memory, in GB (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024 / 1e9
+
+
 def measure_convert(folder: Path) -> None:
     """Convert there and back; print seconds, sizes and this process's peak memory."""
     source = folder / "dense"
     largest = max(file.stat().st_size for file in source.glob("*.safetensors")) / 1e9
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    before = peak_memory()
     for name, origin, form in [
         ("sparse", source, "sparse-24-bitmask"),
         ("back", folder / "sparse", "dense"),
@@ -126,7 +134,7 @@ def measure_convert(folder: Path) -> None:
         started = time.perf_counter()
         done = convert(origin, folder / name, form)
         took = time.perf_counter() - started
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        peak = peak_memory()
         print(
             f"to {form}: {done.bytes_before / 1e9:.2f} -> {done.bytes_after / 1e9:.2f} "
             f"GB ({done.bytes_after / done.bytes_before:.4f}) in {took:.1f} s; peak "
@@ -153,7 +161,9 @@ def main() -> None:
         try:
             make_checkpoint(folder / "dense", arguments.gigabytes)
             command = [sys.executable, __file__, "--measure", str(folder)]
-            subprocess.run(command, check=True)
+            os.sync()
+            one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+            subprocess.run(command, check=True, env=one_thread)
         finally:
             shutil.rmtree(folder)
 

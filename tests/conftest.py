@@ -2,17 +2,23 @@
 """What all tests share: the hypothesis profile, a seeded generator and tiny models."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from einops import rearrange
 from hypothesis import settings
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -42,6 +48,7 @@ CLASSES = {
 
 TinyModel = Callable[..., PreTrainedModel]
 LegalPerms = Callable[..., dict[str, Tensor]]
+Checkpoint = Callable[..., Path]
 
 
 @pytest.fixture
@@ -79,6 +86,97 @@ def tokens() -> Tensor:
     """Three rows of twelve tokens that every tiny model knows."""
     generator = torch.Generator().manual_seed(5)
     return torch.randint(VOCABULARY, (3, 12), generator=generator)
+
+
+@pytest.fixture
+def tiny_checkpoint(tmp_path: Path, tiny_model: TinyModel) -> Checkpoint:
+    """A factory: the folder of a tiny random model and of a tokenizer that fits it."""
+
+    def save(architecture: str = "llama", name: str = "dense", **options) -> Path:
+        return _save(tiny_model(architecture, **options), tmp_path / name)
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def trained_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny model that has learned ``chain_rows``: pruning hurts it."""
+    with torch.random.fork_rng(devices=[]):
+        model = _tiny_model("llama").train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+        for step in range(120):
+            rows = _chain_rows(16, 32, seed=step)
+            model(rows, labels=rows).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return _save(model.eval(), tmp_path_factory.mktemp("trained") / "dense")
+
+
+@pytest.fixture(scope="session")
+def chain_rows() -> Callable[..., Tensor]:
+    """A factory: rows of tokens where nine of ten follow from the one before."""
+    return _chain_rows
+
+
+@pytest.fixture(scope="session")
+def words() -> Callable[[Tensor], str]:
+    """A factory: the text that a tiny checkpoint's tokenizer turns into the tokens."""
+    return lambda tokens: " ".join(f"w{token}" for token in tokens.flatten().tolist())
+
+
+@pytest.fixture
+def run_oneshot(chain_rows) -> Callable[..., PreTrainedModel]:
+    """A factory: the model of a folder after ``oneshot``, which saves it to ``out``."""
+
+    def run(
+        folder: Path,
+        recipe: object,
+        out: Path | None = None,
+        rows: list[list[int]] | None = None,
+        **options: object,
+    ) -> PreTrainedModel:
+        from datasets import Dataset
+        from llmcompressor import oneshot
+
+        ids = chain_rows(12, 32, seed=999).tolist() if rows is None else rows
+        return oneshot(
+            **{
+                "model": AutoModelForCausalLM.from_pretrained(folder, dtype="auto"),
+                "tokenizer": AutoTokenizer.from_pretrained(folder),
+                "recipe": recipe,
+                "dataset": Dataset.from_dict({"input_ids": ids}),
+                "max_seq_length": 64,
+                "num_calibration_samples": len(ids),
+                "shuffle_calibration_samples": False,
+                "output_dir": None if out is None else str(out),
+            }
+            | options
+        )
+
+    return run
+
+
+@pytest.fixture
+def assert_exactly() -> Callable[..., None]:
+    """A check: every linear but the named ones keeps exactly N of M, those are dense."""
+
+    def check(
+        model: nn.Module, pattern: str = "2:4", dense: tuple[str, ...] = ("lm_head",)
+    ) -> None:
+        n, m = map(int, pattern.split(":"))
+        linears = {
+            name: module.weight.detach()
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+        kept = {
+            name: rearrange(weight != 0, "out (group m) -> out group m", m=m).sum(-1)
+            for name, weight in linears.items()
+        }
+        assert [x for x in kept if x not in dense and bool((kept[x] != n).any())] == []
+        assert [x for x in dense if bool((kept[x] != m).any())] == []
+
+    return check
 
 
 def _tiny_model(
@@ -138,3 +236,25 @@ def _legal_perms(resolved: ResolvedSpec, seed: int = 0) -> dict[str, Tensor]:
         )
         for name, space in resolved.spaces.items()
     }
+
+
+def _save(model: PreTrainedModel, folder: Path) -> Path:
+    words = models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="w0", pad_token="w1", eos_token="w2"
+    ).save_pretrained(folder)
+    return folder
+
+
+def _chain_rows(count: int, length: int, seed: int) -> Tensor:
+    """Tokens that follow one fixed cycle-like map, with one jump in ten."""
+    follows = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(VOCABULARY, (count, length), generator=generator)
+    jumps = torch.rand(count, length, generator=generator) < 0.1
+    for i in range(1, length):
+        rows[:, i] = torch.where(jumps[:, i], rows[:, i], follows[rows[:, i - 1]])
+    return rows

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -28,12 +28,9 @@ def input_norms(
         linear never ran
     """
     linears = list(linears)
-    sums: dict[str, Tensor] = {}
-    seen: dict[str, Tensor] = {}
+    squares = _Squares()
     hooks = [
-        model.get_submodule(name).register_forward_pre_hook(
-            partial(_add_squares, sums, seen, name)
-        )
+        model.get_submodule(name).register_forward_pre_hook(partial(squares.add, name))
         for name in linears
     ]
     tokens = 0
@@ -41,14 +38,16 @@ def input_norms(
         with torch.no_grad():
             for batch in tqdm(batches, desc="Measuring input norms"):
                 batch = on_device(batch, model)
-                seen["mask"] = token_mask(batch)
-                tokens += int(seen["mask"].sum())
+                counted = token_mask(batch)
+                tokens += int(counted.sum())
+                squares.padding = None if bool(counted.all()) else ~counted
                 model(**batch, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
     if tokens == 0:
         raise ValueError("the calibration data holds no tokens; give the run a dataset")
+    sums = squares.sums
     for name in linears:
         if name not in sums:
             raise ValueError(
@@ -76,13 +75,20 @@ def token_mask(batch: Batch) -> Tensor:
     return torch.ones_like(batch["input_ids"], dtype=torch.bool)
 
 
-def _add_squares(
-    sums: dict[str, Tensor],
-    seen: dict[str, Tensor],
-    name: str,
-    module: nn.Module,
-    inputs: tuple[Tensor, ...],
-) -> None:
-    kept = inputs[0].detach()[seen["mask"]].float()
-    total = kept.square().sum(dim=0)
-    sums[name] = sums[name] + total if name in sums else total
+class _Squares:
+    """
+    Sums of squares of the inputs of linears, in float32.
+
+    :ivar padding: the tokens of the batch at hand that do not count, if there are any
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Float[Tensor, " in"]] = {}
+        self.padding: Bool[Tensor, "rows tokens"] | None = None
+
+    def add(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        squares = inputs[0].detach().float().square()
+        if self.padding is not None:
+            squares = squares.masked_fill(self.padding[..., None], 0)
+        total = squares.flatten(0, -2).sum(dim=0)
+        self.sums[name] = self.sums[name] + total if name in self.sums else total

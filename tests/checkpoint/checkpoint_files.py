@@ -23,9 +23,8 @@ def quantize(path: Path, kind: str) -> None:
         preset_name_to_scheme,
     )
 
-    largest, dtype = (
-        (448.0, torch.float8_e4m3fn) if kind == "fp8" else (127.0, torch.int8)
-    )
+    fp8 = kind == "fp8"
+    largest, dtype = (448.0, torch.float8_e4m3fn) if fp8 else (127.0, torch.int8)
     for file in path.glob("*.safetensors"):
         tensors = load_file(file)
         for name in [n for n in tensors if "_proj.weight" in n]:

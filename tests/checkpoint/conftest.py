@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny 2:4 checkpoints on disk, as llm-compressor leaves them: zeros stored."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_files import MakeDense, quantize
 from torch import nn
 
 from nm_permute_plugin.maths.masks import nm_mask
 from nm_permute_plugin.maths.pattern import NMPattern
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the helpers beside the tests
+from checkpoint_files import MakeDense, quantize  # noqa: E402
 
 TWO_FOUR = NMPattern(2, 4)
 
