@@ -121,7 +121,9 @@ def chain_rows() -> Callable[..., Tensor]:
 @pytest.fixture(scope="session")
 def words() -> Callable[[Tensor], str]:
     """A factory: the text that a tiny checkpoint's tokenizer turns into the tokens."""
-    return lambda tokens: " ".join(f"w{token}" for token in tokens.flatten().tolist())
+    return lambda tokens: " ".join(
+        f"w{token:02}" for token in tokens.flatten().tolist()
+    )
 
 
 @pytest.fixture
@@ -239,12 +241,14 @@ def _legal_perms(resolved: ResolvedSpec, seed: int = 0) -> dict[str, Tensor]:
 
 
 def _save(model: PreTrainedModel, folder: Path) -> Path:
-    words = models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0")
+    words = models.WordLevel(
+        {f"w{i:02}": i for i in range(VOCABULARY)}, unk_token="w00"
+    )
     tokenizer = Tokenizer(words)
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     model.save_pretrained(folder)
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="w0", pad_token="w1", eos_token="w2"
+        tokenizer_object=tokenizer, unk_token="w00", pad_token="w01", eos_token="w02"
     ).save_pretrained(folder)
     return folder
 

@@ -90,7 +90,7 @@ def _classes() -> tuple[type, type]:
             made[0].sparsity = read_sparsity_config(inner)
             return made if return_unused_kwargs else made[0]
 
-    class Decompress(ConversionOps):  # type: ignore[misc]
+    class Decompress(ConversionOps):
         """The stored tensors of one module -> its dense weight."""
 
         def convert(

@@ -27,10 +27,10 @@ class Budget:
     :param batch_size: rows a step
     """
 
-    rows: int = 72
+    rows: int = 44
     sequence_length: int = 512
-    windows: int = 16
-    steps: int = 30
+    windows: int = 12
+    steps: int = 24
     batch_size: int = 2
 
     def __str__(self) -> str:

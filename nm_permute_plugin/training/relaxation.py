@@ -158,9 +158,10 @@ def insertion_costs(
                 at_rank(grouped, ranks, rank),
                 at_rank(grads, ranks, rank),
             )
-            enters = s[..., None] > threshold[:, :, None]
-            change = g[..., None] - pushed_out[:, :, None]
-            costs += chance * torch.where(enters, change, 0.0).sum(0)
+            # Kept in floating point: several times faster on a CPU than a boolean.
+            enters = torch.sub(s[..., None], threshold[:, :, None]).gt_(0)
+            change = torch.sub(g[..., None], pushed_out[:, :, None])
+            costs += chance * change.mul_(enters).sum(0)
         group = column.expand_as(s)
         kept = s > at_rank(grouped, ranks, first_out).gather(-1, group)
         loser = at_rank(grads, ranks, first_out).gather(-1, group)

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run leaves a finished checkpoint, or nothing at all."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from nm_permute_plugin.cli.prune import calibration_rows, prune_checkpoint
+
+ROWS = [list(range(32))] * 10
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.fixture
+def before(tiny_checkpoint, recipe: Path, tmp_path: Path) -> list[str]:
+    """What the working folder holds at first: the model and the recipe."""
+    tiny_checkpoint()
+    return listing(tmp_path)
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "empty"])
+def test_a_run_writes_the_folder_and_nothing_beside_it(
+    before: list[str], recipe: Path, tmp_path: Path, assert_exactly, there: bool
+) -> None:
+    out = tmp_path / "out"
+    if there:
+        out.mkdir()
+    minutes = prune_checkpoint(tmp_path / "dense", recipe, out, ROWS, "cpu")
+    assert minutes > 0
+    names = [path.name for path in out.iterdir()]
+    assert {"config.json", "model.safetensors", "recipe.yaml"} <= set(names)
+    assert {"tokenizer.json", "tokenizer_config.json"} <= set(names)
+    kept = [name for name in listing(tmp_path) if not name.startswith("out")]
+    assert kept == before
+    assert_exactly(AutoModelForCausalLM.from_pretrained(out))
+
+
+def test_missing_parents_are_made(
+    before: list[str], recipe: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "a" / "b" / "out"
+    prune_checkpoint(tmp_path / "dense", recipe, out, ROWS, "cpu")
+    assert (out / "model.safetensors").exists()
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_the_folder_may_be_read_by_whom_a_plain_one_may(
+    before: list[str], recipe: Path, tmp_path: Path
+) -> None:
+    plain, out = tmp_path / "plain", tmp_path / "out"
+    plain.mkdir()
+    prune_checkpoint(tmp_path / "dense", recipe, out, ROWS, "cpu")
+    assert oct(out.stat().st_mode) == oct(plain.stat().st_mode)
+
+
+def test_a_link_to_an_empty_folder_is_filled(
+    before: list[str], recipe: Path, tmp_path: Path
+) -> None:
+    real, out = tmp_path / "real", tmp_path / "out"
+    real.mkdir()
+    out.symlink_to(real)
+    prune_checkpoint(tmp_path / "dense", recipe, out, ROWS, "cpu")
+    assert (out / "model.safetensors").exists()
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(
+    before: list[str], recipe: Path, full_disk: Path
+) -> None:
+    # A mounted volume cannot be renamed onto; the work of hours would be lost.
+    with pytest.raises(OSError, match="is a mount point"):
+        prune_checkpoint(recipe.parent / "dense", recipe, full_disk, ROWS, "cpu")
+    assert list(full_disk.iterdir()) == []
+
+
+def test_a_folder_that_holds_files_is_refused_and_left_alone(
+    before: list[str], recipe: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="exists and is not an empty folder"):
+        prune_checkpoint(tmp_path / "dense", recipe, out, ROWS, "cpu")
+    assert listing(tmp_path) == sorted([*before, "out", "out/mine.txt"])
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(
+    before: list[str], recipe: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(FileExistsError, match=r"recipe\.yaml exists and is not"):
+        prune_checkpoint(tmp_path / "dense", recipe, recipe, ROWS, "cpu")
+    assert listing(tmp_path) == before
+
+
+def test_a_folder_that_cannot_be_made_is_refused(
+    before: list[str], recipe: Path, tmp_path: Path
+) -> None:
+    # Root may write anywhere, but not below a regular file.
+    with pytest.raises(OSError, match=r"cannot write to .*recipe\.yaml"):
+        prune_checkpoint(tmp_path / "dense", recipe, recipe / "out", ROWS, "cpu")
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [([[1, 48] * 20] * 10, "token 48"), ([[1, 2, 3]] * 10, "holds 30 tokens")],
+    ids=["unknown token", "too few"],
+)
+def test_a_failure_in_the_middle_leaves_nothing(
+    before: list[str], recipe: Path, tmp_path: Path, rows, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        prune_checkpoint(tmp_path / "dense", recipe, tmp_path / "out", rows, "cpu")
+    assert listing(tmp_path) == before
+
+
+def test_a_model_that_is_none_leaves_nothing(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "dense").mkdir()
+    before = listing(tmp_path)
+    with pytest.raises((OSError, ValueError)):
+        prune_checkpoint(tmp_path / "dense", recipe, tmp_path / "out", ROWS, "cpu")
+    assert listing(tmp_path) == before
+
+
+def test_a_bad_recipe_is_refused_before_the_model_is_read(
+    recipe: Path, tmp_path: Path
+) -> None:
+    recipe.write_text("prune: {}")
+    with pytest.raises(ValueError, match=r"recipe\.yaml"):
+        prune_checkpoint(tmp_path / "none", recipe, tmp_path / "out", ROWS, "cpu")
+    assert listing(tmp_path) == ["recipe.yaml"]
+
+
+def test_a_full_disk_is_an_os_error_and_leaves_nothing(
+    before: list[str], recipe: Path, full_disk: Path
+) -> None:
+    model = recipe.parent / "dense"
+    with pytest.raises(OSError, match="No space left|os error 28"):
+        prune_checkpoint(model, recipe, full_disk / "out", ROWS, "cpu")
+    assert list(full_disk.iterdir()) == []
+    assert os.statvfs(full_disk).f_bfree > 0
+
+
+def test_rows_are_cut_one_after_the_other(tiny_checkpoint, chain_rows, words) -> None:
+    tokens = chain_rows(1, 70, seed=0)[0]
+    rows = calibration_rows(tiny_checkpoint(), [words(tokens)], 99, 20)
+    assert torch.equal(torch.tensor(rows), tokens[:60].view(3, 20))
+
+
+def test_rows_are_spread_evenly_over_all_texts(
+    tiny_checkpoint, chain_rows, words
+) -> None:
+    texts = [words(chain_rows(1, 400, seed=seed)) for seed in range(2)]
+    folder = tiny_checkpoint()
+    every = calibration_rows(folder, texts, samples=99, sequence_length=20)
+    some = calibration_rows(folder, texts, samples=5, sequence_length=20)
+    assert len(every) == 40
+    assert some == [every[i] for i in (0, 9, 19, 29, 39)]
+
+
+@pytest.mark.parametrize("texts", [[], [""], [" \n\n", "\t"]])
+def test_text_of_blanks_is_refused(tiny_checkpoint, texts: list[str]) -> None:
+    with pytest.raises(ValueError, match="calibration text is empty"):
+        calibration_rows(tiny_checkpoint(), texts, 8, 16)
+
+
+def test_text_of_less_than_two_rows_is_refused(tiny_checkpoint) -> None:
+    with pytest.raises(ValueError, match="has 31 tokens, fewer than two rows of 16"):
+        calibration_rows(tiny_checkpoint(), ["w05 " * 31], 8, 16)

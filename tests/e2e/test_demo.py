@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo on the real pretrained model, with a budget of a minute or two."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from nm_permute_plugin.cli.demo import METHODS, Budget, run_demo
+from nm_permute_plugin.cli.embedded import embedded_text
+from nm_permute_plugin.maths.masks import find_violation
+from nm_permute_plugin.maths.pattern import NMPattern
+
+SMALL = Budget(rows=12, sequence_length=256, windows=8, steps=4, batch_size=1)
+
+
+@pytest.mark.slow
+def test_every_method_of_the_demo_leaves_a_measured_2of4_checkpoint(
+    tmp_path: Path,
+) -> None:
+    rows = run_demo(tmp_path, embedded_text(), SMALL, "cpu")
+    by_method = {row.method: row.perplexity for row in rows}
+    assert list(by_method) == ["dense", *METHODS]
+    assert by_method["dense"] < by_method["search"] < by_method["wanda"]
+    assert by_method["dense"] < by_method["learned"] < by_method["wanda"]
+    assert by_method["wanda"] < by_method["magnitude"]
+
+    for method in METHODS:
+        tensors = load_file(tmp_path / method / "model.safetensors")
+        pruned = [n for n in tensors if n.endswith("_proj.weight")]
+        assert len(pruned) == 210
+        broken = [n for n in pruned if find_violation(tensors[n], NMPattern(2, 4))]
+        assert broken == []
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert [row["method"] for row in record["rows"]] == list(by_method)

@@ -1,0 +1,375 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The modifier's fields round-trip and are checked; its life in ``oneshot``."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from llmcompressor.core import active_session
+from llmcompressor.recipe import Recipe
+from pydantic import ValidationError
+from transformers import AutoModelForCausalLM, OlmoConfig, OlmoForCausalLM
+
+from nm_permute_plugin.modifiers import LearnablePermutationModifier as Modifier
+from nm_permute_plugin.specs.architectures import LLAMA
+
+NOT_DEFAULT = {
+    "mask_structure": "4:8",
+    "score": "ria",
+    "method": "search",
+    "spaces": ["hidden"],
+    "targets": ["re:.*mlp.*_proj$"],
+    "ignore": ["re:.*gate_proj$"],
+    "prune": False,
+    "spec": {"model.norm.weight": "residual", "model.layers.{i}.{a,b}.bias?": "_"},
+    "steps": 7,
+    "batch_size": 3,
+    "learning_rate": 0.5,
+    "temperature_start": 0.75,
+    "temperature_end": 0.25,
+    "block_size": 16,
+    "groups": 2,
+    "relaxation": "soft",
+    "start_logit": 1.5,
+    "sinkhorn_iterations": 4,
+    "row_limit": 128,
+    "divergence_weight": 0.1,
+    "cross_entropy_weight": 0.2,
+    "hidden_weight": 0.3,
+    "cosine_weight": 0.4,
+    "weight_decay": 0.01,
+    "search_rounds": 2,
+    "held_back": 0.25,
+    "evaluate_every": 5,
+    "seed": 11,
+}
+
+SEARCH = """
+prune_stage:
+  permutation_modifiers:
+    LearnablePermutationModifier:
+      method: search
+"""
+WANDA = """
+  sparsity_modifiers:
+    WandaPruningModifier:
+      sparsity: 0.5
+      mask_structure: "2:4"
+      targets: ["Linear"]
+      ignore: ["lm_head"]
+"""
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+
+
+def assert_untouched(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> None:
+    after = weights_of(model)
+    assert [
+        n for n, tensor in before.items() if not torch.equal(after[n], tensor)
+    ] == []
+
+
+def test_the_table_of_other_values_names_every_field_of_ours() -> None:
+    ours = set(Modifier.model_fields) - set(Modifier.__bases__[0].model_fields)
+    assert set(NOT_DEFAULT) == ours
+    default = Modifier()
+    assert [n for n, v in NOT_DEFAULT.items() if getattr(default, n) == v] == []
+
+
+@pytest.mark.parametrize("fields", [{}, NOT_DEFAULT], ids=["default", "not default"])
+def test_fields_survive_yaml(fields: dict[str, object]) -> None:
+    modifier = Modifier(**fields)
+    read = Modifier.model_validate(
+        yaml.safe_load(yaml.safe_dump(modifier.model_dump()))
+    )
+    assert read == modifier
+    assert read.model_dump() == modifier.model_dump()
+
+
+@pytest.mark.parametrize("fields", [{}, NOT_DEFAULT], ids=["default", "not default"])
+def test_fields_survive_the_recipe_that_the_host_saves(
+    fields: dict[str, object], tmp_path: Path
+) -> None:
+    modifier = Modifier(**fields)
+    Recipe.from_modifiers(modifier, "prune").yaml(str(tmp_path / "recipe.yaml"))
+    (read,) = Recipe.create_instance(str(tmp_path / "recipe.yaml")).modifiers
+    assert type(read) is Modifier
+    for name in NOT_DEFAULT:
+        assert getattr(read, name) == getattr(modifier, name), name
+
+
+def test_a_misspelt_field_is_refused() -> None:
+    with pytest.raises(ValidationError, match="learning_rat\n"):
+        Modifier(learning_rat=0.1)
+
+
+REFUSED = {
+    "3:2 keeps more than there are": ({"mask_structure": "3:2"}, "0 < N < M"),
+    "2:0 has no group": ({"mask_structure": "2:0"}, "0 < N < M"),
+    "0:4 keeps nothing": ({"mask_structure": "0:4"}, "0 < N < M"),
+    "4:4 prunes nothing": ({"mask_structure": "4:4"}, "0 < N < M"),
+    "words are no pattern": ({"mask_structure": "two of four"}, "form 'N:M'"),
+    "a block cuts a group": ({"block_size": 6}, "multiple of M=4"),
+    "a block cuts an 8": ({"block_size": 12, "mask_structure": "4:8"}, "M=8"),
+    "the temperature rises": (
+        {"temperature_start": 0.1, "temperature_end": 0.2},
+        "temperature_end=0.2 is above temperature_start=0.1",
+    ),
+    "no loss": ({"divergence_weight": 0}, "all weights of the loss are 0"),
+    "nothing to do": (
+        {"method": "identity", "prune": False},
+        "identity with prune: false would change nothing",
+    ),
+    "an unknown method": ({"method": "magic"}, "'learned', 'search' or 'identity'"),
+    "an unknown score": ({"score": "taste"}, "score"),
+    "an unknown space": ({"spaces": ["query"]}, "spaces"),
+    "no spaces": ({"spaces": []}, "spaces"),
+    "no targets": ({"targets": []}, "targets"),
+    "no steps": ({"steps": 0}, "steps"),
+    "a temperature of 0": ({"temperature_end": 0}, "temperature_end"),
+    "a negative weight": ({"hidden_weight": -1}, "hidden_weight"),
+    "all rows held back": ({"held_back": 1}, "held_back"),
+}
+
+
+@pytest.mark.parametrize(("fields", "message"), REFUSED.values(), ids=REFUSED)
+def test_fields_that_make_no_sense_are_refused(
+    fields: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Modifier(**fields)
+
+
+@pytest.mark.parametrize("method", ["identity", "search", "learned"])
+def test_the_record_tells_what_was_done(tiny_checkpoint, run_oneshot, method) -> None:
+    modifier = Modifier(method=method, steps=2, evaluate_every=1, block_size=16)
+    assert modifier.record is None
+    run_oneshot(tiny_checkpoint(), [modifier])
+    record = modifier.record
+    before, after = record.retained
+    assert 0.5 < before <= after < 1
+    if method == "identity":
+        assert record.perms == {}
+        assert record.fold_error == 0
+        assert before == after
+    else:
+        assert set(record.perms) == {
+            "residual", "hidden.0", "hidden.1", "value.0", "value.1"
+        }  # fmt: skip
+        assert 0 < record.fold_error < 1e-5
+    looks = [look["step"] for look in record.history]
+    assert looks == ([0, 1, 2] if method == "learned" else [])
+
+
+def test_only_the_named_spaces_are_ordered(tiny_checkpoint, run_oneshot) -> None:
+    modifier = Modifier(method="search", spaces=["value"])
+    run_oneshot(tiny_checkpoint(), [modifier])
+    assert set(modifier.record.perms) == {"value.0", "value.1"}
+
+
+def test_targets_and_ignore_choose_the_linears(
+    tiny_checkpoint, run_oneshot, assert_exactly
+) -> None:
+    modifier = Modifier(
+        method="search",
+        targets=["re:.*_proj$", "lm_head"],
+        ignore=["re:.*(attn|up_proj)"],
+    )
+    model = run_oneshot(tiny_checkpoint(), [modifier])
+    dense = [
+        f"model.layers.{i}.{name}"
+        for i in (0, 1)
+        for name in ("mlp.up_proj", *(f"self_attn.{x}_proj" for x in "qkvo"))
+    ]
+    assert_exactly(model, dense=tuple(dense))
+
+
+def test_the_order_of_the_whole_pass_is_repeated_by_its_seed(
+    tiny_checkpoint, run_oneshot
+) -> None:
+    folder = tiny_checkpoint()
+    fields = {"steps": 4, "evaluate_every": 1, "learning_rate": 0.1, "block_size": 16}
+    runs = [run_oneshot(folder, [Modifier(seed=seed, **fields)]) for seed in (3, 3, 4)]
+    first, again, other = map(weights_of, runs)
+    assert [name for name in first if not torch.equal(first[name], again[name])] == []
+    assert [name for name in first if not torch.equal(first[name], other[name])] != []
+
+
+def test_two_modifiers_in_one_pass_are_refused(tiny_checkpoint, run_oneshot) -> None:
+    folder = tiny_checkpoint()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    before = weights_of(model)
+    with pytest.raises(ValueError, match="WandaPruningModifier would share one"):
+        run_oneshot(folder, SEARCH + WANDA, model=model, pipeline="sequential")
+    assert_untouched(model, before)
+
+
+def test_alone_the_sequential_pipeline_does_the_same(
+    tiny_checkpoint, run_oneshot, assert_exactly
+) -> None:
+    folder = tiny_checkpoint()
+    alone = run_oneshot(folder, SEARCH, pipeline="sequential")
+    assert_exactly(alone)
+    assert_untouched(alone, weights_of(run_oneshot(folder, SEARCH)))
+
+
+def test_a_run_that_never_calibrates_is_refused_at_its_end() -> None:
+    with pytest.raises(RuntimeError, match="never ran"):
+        Modifier().on_finalize(active_session().state)
+
+
+def test_nothing_hangs_on_the_model_afterwards(tiny_checkpoint, run_oneshot) -> None:
+    model = run_oneshot(tiny_checkpoint(), [Modifier(steps=1, block_size=16)])
+    hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
+    assert sum(hooks) == 0
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.fixture
+def olmo(tiny_checkpoint) -> Path:
+    """The folder of a model whose class has no spec; its norms have no weights."""
+    folder = tiny_checkpoint(name="olmo")
+    config = OlmoConfig(
+        vocab_size=48,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        OlmoForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_an_unknown_architecture_is_refused(olmo: Path, run_oneshot) -> None:
+    with pytest.raises(NotImplementedError, match="OlmoForCausalLM.*`spec:`"):
+        run_oneshot(olmo, SEARCH)
+
+
+def test_a_spec_from_yaml_makes_an_architecture_known(
+    olmo: Path, run_oneshot, assert_exactly
+) -> None:
+    recipe = yaml.safe_load(SEARCH)
+    fields = recipe["prune_stage"]["permutation_modifiers"]
+    fields["LearnablePermutationModifier"]["spec"] = {
+        line: words
+        for line, words in LLAMA.items()
+        if "norm" not in line and not line.endswith("?")
+    }
+    model = run_oneshot(olmo, yaml.safe_dump(recipe))
+    assert type(model).__name__ == "OlmoForCausalLM"
+    assert_exactly(model)
+
+
+MATCHES = {
+    "a target": ({"targets": ["re:nothing"]}, "target 're:nothing' matches no module"),
+    "a second target": ({"targets": ["Linear", "Conv9d"]}, "target 'Conv9d'"),
+    "an ignore": ({"ignore": ["lm_haed"]}, "ignore pattern 'lm_haed' matches no"),
+    "a second ignore": ({"ignore": ["lm_head", "re:x$"]}, "ignore pattern 're:x\\$'"),
+    "no linear": ({"targets": ["re:.*embed.*"]}, "embed_tokens is a Embedding; only"),
+    "all ignored": ({"ignore": ["Linear"]}, "takes away all that `targets`"),
+    "a pattern too wide": ({"mask_structure": "2:16", "block_size": 16}, "M=16"),
+    "a spec without a line": (
+        {"spec": {"model.norm.weight": "residual"}},
+        "is claimed by no line of the permutation spec",
+    ),
+}
+
+
+@pytest.mark.parametrize(("fields", "message"), MATCHES.values(), ids=MATCHES)
+def test_what_does_not_fit_the_model_is_refused(
+    tiny_checkpoint, run_oneshot, fields: dict[str, object], message: str
+) -> None:
+    folder = tiny_checkpoint()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    before = weights_of(model)
+    with pytest.raises(ValueError, match=message):
+        run_oneshot(folder, [Modifier(method="search", **fields)], model=model)
+    assert_untouched(model, before)
+
+
+def test_a_default_ignore_may_match_nothing(tiny_checkpoint, run_oneshot) -> None:
+    # A base model without a head would be refused by its default otherwise.
+    modifier = Modifier(method="search")
+    assert modifier.ignore == ["lm_head"]
+    run_oneshot(tiny_checkpoint(tie_word_embeddings=True), [modifier])
+    assert modifier.record.fold_error < 1e-5
+
+
+def test_a_model_that_is_sparse_already_is_refused(
+    tiny_checkpoint, run_oneshot, tmp_path: Path
+) -> None:
+    run_oneshot(tiny_checkpoint(), SEARCH, tmp_path / "sparse")
+    with pytest.raises(ValueError, match="q_proj is sparse already: 50% of its"):
+        run_oneshot(tmp_path / "sparse", SEARCH)
+
+
+CALIBRATION = {
+    "too few tokens": ([[1, 2, 3]] * 5, "holds 15 tokens in 5 rows; at least 256"),
+    "one row": ([list(range(48)) * 6], "has 1 row; at least 2"),
+    "an unknown token": (
+        [list(range(48))] * 11 + [[1, 48, 2]],
+        "token 48, but the model knows only 48 tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize(("rows", "message"), CALIBRATION.values(), ids=CALIBRATION)
+def test_bad_calibration_data_is_refused(
+    tiny_checkpoint, run_oneshot, rows: list[list[int]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_oneshot(tiny_checkpoint(), SEARCH, rows=rows, max_seq_length=512)
+
+
+def test_missing_calibration_data_is_refused(tiny_checkpoint, run_oneshot) -> None:
+    # Without text no method runs: the fold is measured on text too.
+    with pytest.raises(ValueError, match="no calibration data.*a --text FILE.$"):
+        run_oneshot(tiny_checkpoint(), SEARCH, dataset=None)
+
+
+def test_activations_that_are_not_finite_are_refused(
+    tiny_checkpoint, run_oneshot
+) -> None:
+    folder = tiny_checkpoint()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight[3] = float("nan")
+    with pytest.raises(ValueError, match=r"enter model\.layers\.0\.self_attn\.q_proj"):
+        run_oneshot(folder, SEARCH, model=model)
+
+
+WRONG = {
+    "a norm that does not move": {"model.norm.weight": "_"},
+    "rows of q and k that rotate": {
+        "model.layers.{i}.self_attn.{q,k}_proj.weight": None,
+        "model.layers.{i}.self_attn.q_proj.weight": "value.{i}:heads residual",
+        "model.layers.{i}.self_attn.k_proj.weight": "value.{i} residual",
+    },
+    "a gate without its up": {
+        "model.layers.{i}.mlp.{gate,up}_proj.weight": None,
+        "model.layers.{i}.mlp.gate_proj.weight": "hidden.{i} residual",
+        "model.layers.{i}.mlp.up_proj.weight": "_ residual",
+    },
+}
+
+
+@pytest.mark.parametrize("changes", WRONG.values(), ids=WRONG)
+def test_a_spec_that_changes_the_function_is_undone_and_refused(
+    tiny_checkpoint, run_oneshot, changes: dict[str, str | None]
+) -> None:
+    spec = {line: words for line, words in (LLAMA | changes).items() if words}
+    folder = tiny_checkpoint()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    before = weights_of(model)
+    with pytest.raises(RuntimeError, match="does not fit this model.*correct `spec:`"):
+        run_oneshot(folder, [Modifier(method="search", spec=spec)], model=model)
+    assert_untouched(model, before)

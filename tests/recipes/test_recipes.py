@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every shipped recipe is what its file name says, and has its row in the README."""
+
+import re
+from pathlib import Path
+
+import pytest
+from llmcompressor.recipe import Recipe
+
+from nm_permute_plugin.modifiers import LearnablePermutationModifier
+from nm_permute_plugin.modifiers.recipe import read_recipe
+
+FOLDER = Path(__file__).parents[2] / "recipes"
+FILES = sorted(FOLDER.glob("*.yaml"))
+
+NAME = re.compile(r"(\d+)of(\d+)_([a-z]+)(?:_then_([a-z0-9]+))?")
+
+
+def test_there_are_recipes() -> None:
+    assert {"2of4_learned", "2of4_search", "2of4_wanda"} <= {f.stem for f in FILES}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_recipe_yields_what_its_name_says(file: Path) -> None:
+    found = NAME.fullmatch(file.stem)
+    assert found, "recipes are named <n>of<m>_<method or score>[_then_<modifier>]"
+    n, m, word, follows = found.groups()
+    first, *others = Recipe.create_instance(read_recipe(file)).modifiers
+    assert type(first) is LearnablePermutationModifier
+    assert first.mask_structure == f"{n}:{m}"
+    if word in ("learned", "search"):
+        assert (first.method, first.score) == (word, "wanda")
+    else:
+        assert (first.method, first.score) == ("identity", word)
+    assert first.ignore == ["lm_head"]
+    names = [type(modifier).__name__.lower() for modifier in others]
+    assert len(names) == (follows is not None)
+    assert all(name.startswith(follows) for name in names)
+    prunes = [m for m in others if hasattr(m, "mask_structure")]
+    assert first.prune == (not prunes)
+    assert all(m.mask_structure == first.mask_structure for m in prunes)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_recipe_has_its_row_in_the_readme(file: Path) -> None:
+    lines = (FOLDER / "README.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("|") and file.name in line]
+    assert len(rows) == 1
+
+
+def test_the_readme_names_no_recipe_that_is_not_there() -> None:
+    named = re.findall(r"\b\w+\.yaml\b", (FOLDER / "README.md").read_text())
+    assert {name for name in named if NAME.match(name)} == {f.name for f in FILES}

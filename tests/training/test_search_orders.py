@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Searching several spaces at once is searching each of them alone."""
+
+import torch
+from torch import Tensor
+
+from nm_permute_plugin.maths.masks import retained_score
+from nm_permute_plugin.maths.pattern import NMPattern
+from nm_permute_plugin.specs.spec import Reader, Space
+from nm_permute_plugin.training.search import search_order, search_orders
+from nm_permute_plugin.training.stacking import StackedScore
+
+TWO_OF_FOUR = NMPattern(2, 4)
+
+
+def stacks_of(count: int) -> dict[str, StackedScore]:
+    """Spaces of different sizes; every second one has walls of 8 channels."""
+    generator = torch.Generator().manual_seed(7)
+    stacks = {}
+    for i in range(count):
+        size = 16 + 8 * i
+        space = Space(f"hidden.{i}", size, 8 if i % 2 else size, (Reader(f"down.{i}"),))
+        score = torch.randn(12, size, generator=generator).exp()
+        stacks[space.name] = StackedScore.of(space, {f"down.{i}": score})
+    return stacks
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert list(first) == list(second)
+    assert [n for n in first if not torch.equal(first[n], second[n])] == []
+
+
+def test_spaces_searched_at_once_equal_spaces_searched_alone() -> None:
+    stacks = stacks_of(6)
+    alone = {
+        name: search_order(stack.score, TWO_OF_FOUR, stack.space.wall, 5, seed=2)
+        for name, stack in stacks.items()
+    }
+    assert_same(search_orders(stacks, TWO_OF_FOUR, rounds=5, seed=2), alone)
+
+
+def test_threads_change_nothing_from_run_to_run() -> None:
+    runs = [search_orders(stacks_of(8), TWO_OF_FOUR, 6, seed=0) for _ in range(3)]
+    assert_same(runs[0], runs[1])
+    assert_same(runs[0], runs[2])
+
+
+def test_channels_stay_inside_their_walls() -> None:
+    stacks = stacks_of(4)
+    for name, order in search_orders(stacks, TWO_OF_FOUR, 6, seed=0).items():
+        wall = stacks[name].space.wall
+        assert torch.equal(order // wall, torch.arange(len(order)) // wall)
+
+
+def test_every_space_retains_more_than_before() -> None:
+    stacks = stacks_of(4)
+    for name, order in search_orders(stacks, TWO_OF_FOUR, 6, seed=0).items():
+        score = stacks[name].score
+        before = retained_score(score, TWO_OF_FOUR)
+        assert retained_score(score[:, order], TWO_OF_FOUR) > before
+
+
+def test_no_spaces_have_no_orders() -> None:
+    assert search_orders({}, TWO_OF_FOUR, rounds=3, seed=0) == {}
