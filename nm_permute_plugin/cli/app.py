@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast, get_args
 
 import typer
 from rich.console import Console
@@ -125,6 +125,76 @@ def evaluate(
         if base is not None:
             gap = gap_closed(values["checkpoint"], values["base"], values["dense"])
             typer.echo(f"gap closed: {gap:.1%}")
+
+
+@app.command()
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of the checkpoint.")],
+    pattern: Annotated[
+        str | None,
+        typer.Option(help="Demand this pattern of every matrix, '2:4' for example."),
+    ] = None,
+) -> None:
+    """Check that a checkpoint is whole and as sparse as its config promises."""
+    with _clear_errors():
+        from nm_permute_plugin.checkpoint.verify import verify as verify_checkpoint
+        from nm_permute_plugin.maths.pattern import NMPattern
+
+        demanded = NMPattern.parse(pattern) if pattern else None
+        report = verify_checkpoint(checkpoint, pattern=demanded)
+    lines = [
+        "| module | format | dtype | shape | zeros | sparse |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in report.rows:
+        shape = " x ".join(map(str, row.shape))
+        dtype = str(row.dtype).removeprefix("torch.")
+        cells = [row.module, row.format, dtype, shape, f"{row.zeros:.1%}"]
+        cells.append("yes" if row.sparse else "no")
+        lines.append(f"| {' | '.join(cells)} |")
+    _print_table("\n".join(lines))
+    for fault in report.faults:
+        typer.echo(f"fault: {fault.file} {fault.tensor}: {fault.message}", err=True)
+    if not report.good:
+        raise typer.Exit(1)
+    typer.echo(f"{checkpoint}: {len(report.rows)} matrices, no fault")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Folder of the checkpoint.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write, new or empty.")],
+    format: Annotated[
+        str, typer.Option(help="dense, sparse-24-bitmask or sparse-bitmask.")
+    ] = "sparse-24-bitmask",
+    pattern: Annotated[str, typer.Option(help="For sparse-bitmask.")] = "2:4",
+    legacy: Annotated[
+        bool, typer.Option(help="Config as transformers 4 and vLLM <= 0.18.1 read it.")
+    ] = False,
+) -> None:
+    """Write a checkpoint in another format, without changing a value."""
+    with _clear_errors():
+        from nm_permute_plugin.checkpoint.config import Format
+        from nm_permute_plugin.checkpoint.writer import convert as convert_checkpoint
+        from nm_permute_plugin.maths.pattern import NMPattern
+
+        if format not in get_args(Format):
+            raise ValueError(
+                f"format {format!r} is unknown; use {', '.join(get_args(Format))}"
+            )
+        done = convert_checkpoint(
+            source,
+            target,
+            cast(Format, format),
+            pattern=NMPattern.parse(pattern),
+            legacy=legacy,
+        )
+    typer.echo(
+        f"{target}: {len(done.compressed)} modules as {done.format}, "
+        f"{done.bytes_before / 1e6:.1f} MB -> {done.bytes_after / 1e6:.1f} MB"
+    )
+    for module, reason in done.dense.items():
+        typer.echo(f"dense: {module}: {reason}")
 
 
 def _read(files: list[Path]) -> str:

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from nm_permute_plugin.checkpoint.reader import register_reader
+
 
 def perplexity(
     model: nn.Module,
@@ -73,7 +75,8 @@ def tokenize(checkpoint: str | Path, text: str) -> Int[Tensor, " tokens"]:
 
 
 def load_checkpoint(checkpoint: str | Path, device: str) -> nn.Module:
-    """A causal language model as it is on disk, in its own dtype."""
+    """A causal language model as it is on disk, sparse formats included."""
+    register_reader()
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
     loaded: nn.Module = model.to(device).eval()
     return loaded

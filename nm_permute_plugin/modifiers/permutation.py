@@ -14,6 +14,7 @@ from torch import nn
 
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.scores import ScoreName
+from nm_permute_plugin.modifiers.save import convert_on_save
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
 from nm_permute_plugin.specs.spec import ResolvedSpec, resolve
 from nm_permute_plugin.training.learn import LearnSettings
@@ -64,6 +65,8 @@ class LearnablePermutationModifier(Modifier):
     :param targets: the linears to prune, as names, `re:` patterns or class names
     :param ignore: the linears that stay dense
     :param prune: False folds the order only, for a pruning modifier that follows
+    :param format: how the checkpoint is saved: dense (zeros stored, loads everywhere) or
+        sparse-24-bitmask (2:4 only, smaller; needs this plugin to load)
     :param spec: a permutation spec for an architecture that is not known
     :param steps: optimiser steps
     :param batch_size: rows of calibration text a step
@@ -95,6 +98,7 @@ class LearnablePermutationModifier(Modifier):
     targets: list[str] = Field(default=["Linear"], min_length=1)
     ignore: list[str] = DEFAULT_IGNORE
     prune: bool = True
+    format: Literal["dense", "sparse-24-bitmask"] = "dense"
     spec: dict[str, str] | None = None
     steps: int = Field(default=200, ge=1)
     batch_size: int = Field(default=8, ge=1)
@@ -143,6 +147,10 @@ class LearnablePermutationModifier(Modifier):
         )
         if not any(weights):
             raise ValueError("all weights of the loss are 0: nothing would be learned")
+        if self.format != "dense" and pattern != NMPattern(2, 4):
+            raise ValueError(
+                f"format {self.format} stores 2:4 only, not {pattern}; use format: dense"
+            )
         if self.method == "identity" and not self.prune:
             raise ValueError("method: identity with prune: false would change nothing")
         return self
@@ -199,6 +207,8 @@ class LearnablePermutationModifier(Modifier):
                 "LearnablePermutationModifier never ran: the pipeline sent no "
                 "calibration start. Use oneshot's pipeline='independent'."
             )
+        if self.format != "dense":
+            convert_on_save(state.model, self.format, self._prunable)
         before, after = self._record.retained
         logger.info(
             f"retained score {before:.4f} -> {after:.4f}, logits moved by the fold "
