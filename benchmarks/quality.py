@@ -13,7 +13,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,6 +28,7 @@ from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
 from nm_permute_plugin.specs.spec import resolve
 from nm_permute_plugin.training.learn import LearnSettings
+from nm_permute_plugin.training.orders import OrderShape
 from nm_permute_plugin.training.pipeline import OrderSettings, permute_and_prune
 from nm_permute_plugin.training.text import Text, rows_of, split_text
 
@@ -46,6 +46,8 @@ def main() -> None:
     torch.manual_seed(0)
     rows = _rows(args)
     test = tokenize(args.model, "\n\n".join(f.read_text() for f in args.test))
+    if args.windows is not None:
+        test = test[: args.windows * args.window]
     dense = _perplexity(args.model, test, args)
     print(f"{_hardware(args.device)}; {len(rows)} rows of {args.sequence_length} tokens")
     print(f"test windows of {args.window} tokens; dense perplexity {dense:.2f}")
@@ -87,7 +89,12 @@ def _run(
         model, spec_of(model), pattern, prunable, head_dim_of(model.config)
     )
     text: Text = split_text(rows, args.batch_size, args.held_back, seed)
-    learn = replace(LearnSettings(), steps=args.steps, seed=seed)
+    learn = LearnSettings(
+        steps=args.steps,
+        learning_rate=args.learning_rate,
+        shape=OrderShape(row_limit=args.row_limit),
+        seed=seed,
+    )
     settings = OrderSettings(pattern, score=score, method=how, learn=learn)
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -169,6 +176,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--sequence-length", type=int, default=1024)
     parser.add_argument("--window", type=int, default=2048)
+    parser.add_argument("--windows", type=int, help="the first ones only; all if absent")
+    parser.add_argument("--row-limit", type=int, help="see LearnablePermutationModifier")
+    parser.add_argument("--learning-rate", type=float, default=0.01)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--held-back", type=float, default=0.01)
     parser.add_argument("--steps", type=int, default=200)

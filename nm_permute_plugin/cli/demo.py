@@ -23,6 +23,7 @@ class Budget:
     :param rows: of calibration and training text, the held-back ones included
     :param sequence_length: tokens of a row, and of a window of the test
     :param windows: of the test
+    :param search_rounds: of assignment, for search and as the start of learned
     :param steps: of learning
     :param batch_size: rows a step
     """
@@ -30,6 +31,7 @@ class Budget:
     rows: int = 44
     sequence_length: int = 512
     windows: int = 12
+    search_rounds: int = 12
     steps: int = 24
     batch_size: int = 2
 
@@ -91,6 +93,8 @@ def _checkpoints(
 
 def _recipe(fields: dict[str, object], budget: Budget) -> str:
     body = {"mask_structure": "2:4", **fields}
+    if fields["method"] != "identity":
+        body["search_rounds"] = budget.search_rounds
     if fields["method"] == "learned":
         body |= {
             "steps": budget.steps,

@@ -74,7 +74,7 @@ def search_order(
 
 
 def insertion_gain(
-    inserted: Float[Tensor, "rows some"], threshold: Float[Tensor, "rows groups"]
+    inserted: Float[Tensor, "some rows"], threshold: Float[Tensor, "groups rows"]
 ) -> Float[Tensor, "some groups"]:
     """
     The score gained by each channel in each group, summed over the rows.
@@ -82,11 +82,11 @@ def insertion_gain(
     A channel that joins M-1 others adds ``relu(s - t)``, t the N-th largest of those
     others, and ``relu(s - t) = (|s - t| + s - t) / 2``: an L1 distance matrix does it.
 
-    >>> insertion_gain(torch.tensor([[3.0], [1.0]]), torch.tensor([[1.0], [2.0]]))
+    >>> insertion_gain(torch.tensor([[3.0, 1.0]]), torch.tensor([[1.0, 2.0]]))
     tensor([[2.]])
     """
-    distance = torch.cdist(inserted.T.contiguous(), threshold.T.contiguous(), p=1.0)
-    return (distance + inserted.sum(0)[:, None] - threshold.sum(0)) / 2
+    distance = torch.cdist(inserted, threshold, p=1.0)
+    return (distance + inserted.sum(1)[:, None] - threshold.sum(1)) / 2
 
 
 def deal(score: Score, m: int) -> Int[Tensor, " channels"]:
@@ -112,12 +112,13 @@ def _search_block(
     starts = [as_they_are, deal(score, pattern.m)]
     order = max(starts, key=lambda start: retained_score(score[:, start], pattern))
     groups = rearrange(order, "(group m) -> group m", m=pattern.m)
+    table = score.T.contiguous()
     for _ in range(rounds):
         shuffled = _shuffle_inside(groups, generator)
         leaving, staying = shuffled[:, 0], shuffled[:, 1:]
-        companions = score[:, staying]
+        companions = rearrange(table[staying], "group other rows -> group rows other")
         threshold = at_rank(companions, group_ranks(companions), pattern.n - 1)
-        target = assign(insertion_gain(score[:, leaving], threshold)[None])[0]
+        target = assign(insertion_gain(table[leaving], threshold)[None])[0]
         groups = torch.cat([leaving[torch.argsort(target)][:, None], staying], dim=1)
     return rearrange(groups.sort(dim=-1).values, "group m -> (group m)")
 

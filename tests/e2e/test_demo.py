@@ -12,7 +12,9 @@ from nm_permute_plugin.cli.embedded import embedded_text
 from nm_permute_plugin.maths.masks import find_violation
 from nm_permute_plugin.maths.pattern import NMPattern
 
-SMALL = Budget(rows=12, sequence_length=256, windows=8, steps=4, batch_size=1)
+SMALL = Budget(
+    rows=12, sequence_length=256, windows=8, search_rounds=2, steps=4, batch_size=1
+)
 
 
 @pytest.mark.slow

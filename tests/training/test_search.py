@@ -140,7 +140,7 @@ def test_the_insertion_gain_is_the_sum_of_what_exceeds_the_threshold(
     inserted = torch.rand(rows, channels, generator=generator)
     threshold = torch.rand(rows, groups, generator=generator)
     direct = (inserted.double()[:, :, None] - threshold.double()[:, None]).relu().sum(0)
-    gain = insertion_gain(inserted, threshold)
+    gain = insertion_gain(inserted.T, threshold.T)
     torch.testing.assert_close(gain.double(), direct, rtol=1e-4, atol=1e-4)
 
 
@@ -153,7 +153,7 @@ def test_the_insertion_gain_is_the_change_of_the_retained_score(text: str) -> No
     threshold = ranked[:, pattern.n - 1, None]
     with_it = retained_score(torch.cat([companions, channel], dim=1), pattern)
     without = float(ranked[:, : pattern.n].double().sum())
-    gain = float(insertion_gain(channel, threshold))
+    gain = float(insertion_gain(channel.T, threshold.T))
     assert gain == pytest.approx(with_it - without, rel=1e-4, abs=1e-4)
 
 
