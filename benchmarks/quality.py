@@ -49,7 +49,9 @@ def main() -> None:
     if args.windows is not None:
         test = test[: args.windows * args.window]
     dense = _perplexity(args.model, test, args)
-    print(f"{_hardware(args.device)}; {len(rows)} rows of {args.sequence_length} tokens")
+    print(
+        f"{_hardware(args.device)}; {len(rows)} rows of {args.sequence_length} tokens"
+    )
     print(f"test windows of {args.window} tokens; dense perplexity {dense:.2f}")
     results: list[dict[str, object]] = []
     for method in args.methods:
@@ -176,8 +178,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--sequence-length", type=int, default=1024)
     parser.add_argument("--window", type=int, default=2048)
-    parser.add_argument("--windows", type=int, help="the first ones only; all if absent")
-    parser.add_argument("--row-limit", type=int, help="see LearnablePermutationModifier")
+    parser.add_argument(
+        "--windows", type=int, help="the first ones only; all if absent"
+    )
+    parser.add_argument(
+        "--row-limit", type=int, help="see LearnablePermutationModifier"
+    )
     parser.add_argument("--learning-rate", type=float, default=0.01)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--held-back", type=float, default=0.01)

@@ -3,10 +3,8 @@
 
 import importlib
 import sys
-from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 
 HOST = "llmcompressor"
@@ -27,28 +25,36 @@ def register_when_imported() -> None:
 
 
 class _HostFinder(MetaPathFinder):
-    """Finds the host as it would be found without us, then waits for its end."""
+    """
+    Finds the host as it would be found without us, then waits for its end.
+
+    Stays until the host has run: transformers, say, asks for the spec of a package and
+    imports it much later.
+    """
 
     def find_spec(
         self,
         fullname: str,
-        path: Sequence[str] | None,
+        path: object,
         target: ModuleType | None = None,
     ) -> ModuleSpec | None:
         if fullname != HOST:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(HOST)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _RegisteringLoader(spec.loader)
-        return spec
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(HOST, None, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _RegisteringLoader(spec.loader, self)
+                return spec
+        return None
 
 
 class _RegisteringLoader(Loader):
     """The host's own loader, with our registration behind it."""
 
-    def __init__(self, loader: Loader) -> None:
+    def __init__(self, loader: Loader, finder: MetaPathFinder) -> None:
         self._loader = loader
+        self._finder = finder
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -58,4 +64,6 @@ class _RegisteringLoader(Loader):
             module.__spec__.loader = self._loader
         module.__loader__ = self._loader
         self._loader.exec_module(module)
+        if self._finder in sys.meta_path:
+            sys.meta_path.remove(self._finder)
         importlib.import_module(MODIFIERS)

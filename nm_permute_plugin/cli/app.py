@@ -57,8 +57,12 @@ def prune(
         Path, typer.Argument(help="Folder of the checkpoint, new or empty.")
     ],
     text: TextFiles = None,
-    samples: Annotated[int, typer.Option(help="Rows of calibration text.")] = 512,
-    sequence_length: Annotated[int, typer.Option(help="Tokens of a row.")] = 1024,
+    samples: Annotated[
+        int, typer.Option(min=2, help="Rows of calibration text.")
+    ] = 512,
+    sequence_length: Annotated[
+        int, typer.Option(min=2, help="Tokens of a row.")
+    ] = 1024,
     device: Device = None,
 ) -> None:
     """Run a recipe with LearnablePermutationModifier on a model."""
@@ -80,7 +84,9 @@ def prune(
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of the checkpoint.")],
     text: TextFiles = None,
-    sequence_length: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+    sequence_length: Annotated[
+        int, typer.Option(min=2, help="Tokens of a window.")
+    ] = 2048,
     base: Annotated[
         Path | None,
         typer.Option(help="Checkpoint of the same score and pattern, order as it is."),
@@ -88,7 +94,7 @@ def evaluate(
     dense: Annotated[
         Path | None, typer.Option(help="The model before pruning, for the gap closed.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows at a time.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 1,
     device: Device = None,
 ) -> None:
     """Perplexity of a checkpoint on a text; with --base and --dense the gap closed."""
@@ -203,7 +209,10 @@ def _read(files: list[Path]) -> str:
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"text file {file} does not exist")
-        content = file.read_text(encoding="utf-8")
+        try:
+            content = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"text file {file} is no UTF-8 text: {error}") from error
         if not content.strip():
             raise ValueError(f"text file {file} is empty")
         texts.append(content)
@@ -229,6 +238,6 @@ def _clear_errors() -> Iterator[None]:
     """One line an error that the user can mend, and a non-zero exit."""
     try:
         yield
-    except (ValueError, OSError, NotImplementedError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error

@@ -2,6 +2,8 @@
 """The whole way on the embedded real model: every method once, one table."""
 
 import json
+import resource
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,6 +62,7 @@ def run_demo(out: Path, text: Parts, budget: Budget, device: str) -> list[Row]:
     :param out: a folder; takes the dense model, the checkpoints and ``results.json``
     """
     logger.info(f"demo: {budget}, seed 0, on {device}")
+    started = time.perf_counter()
     dense = write_embedded_model(out / "dense")
     rows = calibration_rows(dense, [text.train], budget.rows, budget.sequence_length)
     test = tokenize(dense, text.test)[: budget.windows * budget.sequence_length]
@@ -74,6 +77,10 @@ def run_demo(out: Path, text: Parts, budget: Budget, device: str) -> list[Row]:
         gap = gap_of(results[-1], results)
         closed = "" if gap is None else f", gap closed {gap:.1%}"
         logger.info(f"{method}: perplexity {value:.2f}{closed}")
+    minutes = (time.perf_counter() - started) / 60
+    # Kilobytes on Linux: the only unit that the system gives.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    logger.info(f"demo: {minutes:.1f} minutes, peak memory {peak:.1f} GiB")
     record = {"budget": asdict(budget), "rows": [asdict(row) for row in results]}
     (out / "results.json").write_text(json.dumps(record, indent=2) + "\n")
     return results

@@ -28,7 +28,7 @@ def write_embedded_model(folder: Path) -> Path:
     :return: the folder, which is left alone if it holds the model already
     :raises ModuleNotFoundError: with the command that installs the model's package
     """
-    if (folder / "config.json").exists():
+    if (folder / "model.safetensors").exists():
         return folder
     source = _package_folder()
     model = AutoModelForCausalLM.from_pretrained(
@@ -40,8 +40,8 @@ def write_embedded_model(folder: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
     # The GGUF names another end of text than the model was trained with.
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
-    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
     return folder
 
 
@@ -49,22 +49,26 @@ def embedded_text() -> Parts:
     """
     Python's own language reference, which every CPython carries (``pydoc_data``).
 
-    Sections repeat each other, so each paragraph counts once. The last tenth is the test.
+    Sections repeat each other; ``split_parts`` counts each paragraph once.
     """
-    paragraphs = list(
-        dict.fromkeys(
-            paragraph
-            for _, text in sorted(topics.items())
-            for paragraph in text.split("\n\n")
-            if paragraph.strip()
-        )
-    )
-    return split_parts("\n\n".join(paragraphs))
+    return split_parts("\n\n".join(text for _, text in sorted(topics.items())))
 
 
 def split_parts(text: str) -> Parts:
-    """The first nine tenths of the paragraphs to train on, the last tenth to test."""
-    paragraphs = text.split("\n\n")
+    """
+    The first nine tenths of the paragraphs to train on, the last tenth to test.
+
+    A paragraph that comes again is left out: nothing is both trained on and tested.
+
+    :raises ValueError: if there are fewer than two different paragraphs
+    """
+    stripped = (paragraph.strip("\n") for paragraph in text.split("\n\n"))
+    paragraphs = list(dict.fromkeys(p for p in stripped if p.strip()))
+    if len(paragraphs) < 2:
+        raise ValueError(
+            f"the text has {len(paragraphs)} paragraph; at least 2, with an empty line "
+            "between them, are needed to train on one part and test with the other"
+        )
     cut = len(paragraphs) * 9 // 10
     return Parts("\n\n".join(paragraphs[:cut]), "\n\n".join(paragraphs[cut:]))
 

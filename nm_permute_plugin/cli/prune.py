@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from llmcompressor import oneshot, reset_session
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nm_permute_plugin.evaluation.perplexity import tokenize
@@ -35,7 +36,9 @@ def prune_checkpoint(
     :raises OSError: if ``out`` cannot be written
     """
     read_recipe(recipe)
-    unfinished = _reserve(out)
+    out = out.resolve()
+    reserved = _reserve(out)
+    unfinished = reserved / out.name
     started = time.perf_counter()
     try:
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
@@ -52,8 +55,11 @@ def prune_checkpoint(
             output_dir=str(unfinished),
         )
         os.replace(unfinished, out)
+    except SafetensorError as error:
+        # Weights that cannot be written, to a full disk say, are no OSError there.
+        raise OSError(f"cannot write the checkpoint {out}: {error}") from error
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(reserved, ignore_errors=True)
     return (time.perf_counter() - started) / 60
 
 
@@ -83,9 +89,11 @@ def calibration_rows(
 
 
 def _reserve(out: Path) -> Path:
-    """An empty folder beside ``out``, made before the long work starts."""
+    """An empty folder beside ``out``, made before the long work starts; ours alone."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists and is not an empty folder; name another")
+    if os.path.ismount(out):
+        raise OSError(f"{out} is a mount point; name a folder inside of it")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))

@@ -13,6 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nm_permute_plugin.checkpoint.reader import register_reader
 
+MOST_NATS = 700.0
+"""Above this, a mean negative log-likelihood is no float's exponent."""
+
 
 def perplexity(
     model: nn.Module,
@@ -27,8 +30,11 @@ def perplexity(
     of a window but the first is predicted from those before it. The rest that fills no
     window is left out. Figures of different lengths, or tokenizers, do not compare.
 
-    :raises ValueError: if the stream fills no window, or the likelihood is not finite
+    :raises ValueError: if the stream fills no window, if a window predicts nothing, or if
+        the likelihood is not finite
     """
+    if sequence_length < 2:
+        raise ValueError(f"a window needs at least 2 tokens, not {sequence_length}")
     count = len(tokens) // sequence_length
     if count == 0:
         raise ValueError(
@@ -45,7 +51,7 @@ def perplexity(
             for row, targets in zip(logits[:, :-1], batch[:, 1:], strict=True):
                 total += float(F.cross_entropy(row.float(), targets, reduction="sum"))
     mean = total / (count * (sequence_length - 1))
-    if not math.isfinite(mean):
+    if not mean < MOST_NATS:
         raise ValueError(f"the mean negative log-likelihood is {mean}: broken weights")
     return math.exp(mean)
 

@@ -123,6 +123,7 @@ class LearnablePermutationModifier(Modifier):
 
     _prunable: list[str] = PrivateAttr(default_factory=list)
     _resolved: ResolvedSpec | None = PrivateAttr(default=None)
+    _started: bool = PrivateAttr(default=False)
     _record: Record | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
@@ -180,6 +181,7 @@ class LearnablePermutationModifier(Modifier):
     def on_calibration_start(
         self, state: State, event: Event, **kwargs: object
     ) -> None:
+        self._started = True
         self._refuse_shared_pass()
         if self._resolved is None:
             raise RuntimeError("on_calibration_start ran before on_initialize")
@@ -202,6 +204,8 @@ class LearnablePermutationModifier(Modifier):
             )
 
     def on_finalize(self, state: State, **kwargs: object) -> bool:
+        if self._record is None and self._started:
+            return False  # the run was refused; its own error says why
         if self._record is None:
             raise RuntimeError(
                 "LearnablePermutationModifier never ran: the pipeline sent no "

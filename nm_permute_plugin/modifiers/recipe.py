@@ -2,6 +2,7 @@
 """Read a recipe strictly: llm-compressor drops what it does not recognise in silence."""
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import yaml
@@ -27,7 +28,7 @@ def read_recipe(path: Path) -> str:
     _refuse_empty_bodies(document, path)
     written = _named_modifiers(document)
     parsed = [type(m).__name__ for m in Recipe.create_instance(text).modifiers]
-    dropped = sorted(set(written) - set(parsed))
+    dropped = sorted(Counter(written) - Counter(parsed))
     if dropped:
         raise ValueError(
             f"recipe {path}: llm-compressor would leave out {', '.join(dropped)} without "

@@ -86,7 +86,8 @@ def permute_and_prune(
 
     :param prunable: names of the linears to prune
     :param write: how a parameter's new value is stored
-    :raises ValueError: for a model that is sparse already, and for bad statistics
+    :raises ValueError: for a model that is sparse already, for bad statistics, and for
+        logits that are not finite
     :raises RuntimeError: if the fold changes the function of the model
     """
     refuse_sparse(model, prunable, settings.pattern)
@@ -242,6 +243,11 @@ def _fold_checked(
 ) -> float:
     """Fold, and return the relative change of the logits; undo a fold that is wrong."""
     before = _logits(model, probe)
+    if not bool(before.isfinite().all()):
+        raise ValueError(
+            "the dense model's logits are not finite; check its weights, and load it in "
+            "bfloat16 or float32"
+        )
     fold(model, resolved, perms, write)
     after = _logits(model, probe)
     error = float((after - before).norm() / before.norm())

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nm_permute_plugin.training.statistics import Batch, token_mask
 
-Row = Int[Tensor, " tokens"]
+Row = Int[Tensor, " _tokens"]  # rows differ in length: the axis is not compared
 
 FEWEST_TOKENS = 256
 """Below this, input norms say nothing."""
@@ -47,7 +47,7 @@ def rows_of(batches: Iterable[Batch] | None, vocabulary: int) -> list[Row]:
     if batches is None:
         raise ValueError(
             "there is no calibration data: give `oneshot` a dataset (or `nm-permute "
-            "prune` a --text FILE), or use score: magnitude with method: identity"
+            "prune` a --text FILE)"
         )
     rows: list[Row] = []
     for batch in batches:
@@ -67,12 +67,12 @@ def rows_of(batches: Iterable[Batch] | None, vocabulary: int) -> list[Row]:
             f"the calibration data holds {tokens} tokens in {len(rows)} rows; at least "
             f"{FEWEST_TOKENS} are needed, and many thousands make good statistics"
         )
-    largest = max(int(row.max()) for row in rows)
-    if largest >= vocabulary:
-        raise ValueError(
-            f"the calibration data holds token {largest}, but the model knows only "
-            f"{vocabulary} tokens: the tokenizer is another model's"
-        )
+    for token in (min(int(r.min()) for r in rows), max(int(r.max()) for r in rows)):
+        if not 0 <= token < vocabulary:
+            raise ValueError(
+                f"the calibration data holds token {token}, but the model knows only "
+                f"{vocabulary} tokens, from 0 on: the tokenizer is another model's"
+            )
     return rows
 
 
@@ -83,7 +83,7 @@ def split_text(
     Deal rows into training and held-back batches.
 
     :param batch_size: rows of a batch
-    :param held_back: the share of rows that only judge, at least one row
+    :param held_back: the share of rows that only judge; at least one row, never all
     :raises ValueError: if there are fewer than two rows
     """
     if len(rows) < 2:
@@ -93,7 +93,7 @@ def split_text(
         )
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(rows), generator=generator).tolist()
-    judges = max(1, round(held_back * len(rows)))
+    judges = min(max(1, round(held_back * len(rows))), len(rows) - 1)
     held, train = order[:judges], order[judges:]
     return Text(
         _batches([rows[i] for i in train], batch_size),

@@ -45,6 +45,10 @@ NOT_DEFAULT = {
     "seed": 11,
 }
 
+# The sparse format stores 2:4 only: it goes with no other pattern.
+FORMAT = {"format": "sparse-24-bitmask"}
+FIELDS = {"default": {}, "not default": NOT_DEFAULT, "sparse format": FORMAT}
+
 SEARCH = """
 prune_stage:
   permutation_modifiers:
@@ -74,12 +78,12 @@ def assert_untouched(model: torch.nn.Module, before: dict[str, torch.Tensor]) ->
 
 def test_the_table_of_other_values_names_every_field_of_ours() -> None:
     ours = set(Modifier.model_fields) - set(Modifier.__bases__[0].model_fields)
-    assert set(NOT_DEFAULT) == ours
+    assert set(NOT_DEFAULT) | set(FORMAT) == ours
     default = Modifier()
     assert [n for n, v in NOT_DEFAULT.items() if getattr(default, n) == v] == []
 
 
-@pytest.mark.parametrize("fields", [{}, NOT_DEFAULT], ids=["default", "not default"])
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 def test_fields_survive_yaml(fields: dict[str, object]) -> None:
     modifier = Modifier(**fields)
     read = Modifier.model_validate(
@@ -89,7 +93,7 @@ def test_fields_survive_yaml(fields: dict[str, object]) -> None:
     assert read.model_dump() == modifier.model_dump()
 
 
-@pytest.mark.parametrize("fields", [{}, NOT_DEFAULT], ids=["default", "not default"])
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 def test_fields_survive_the_recipe_that_the_host_saves(
     fields: dict[str, object], tmp_path: Path
 ) -> None:
@@ -97,7 +101,7 @@ def test_fields_survive_the_recipe_that_the_host_saves(
     Recipe.from_modifiers(modifier, "prune").yaml(str(tmp_path / "recipe.yaml"))
     (read,) = Recipe.create_instance(str(tmp_path / "recipe.yaml")).modifiers
     assert type(read) is Modifier
-    for name in NOT_DEFAULT:
+    for name in (*NOT_DEFAULT, *FORMAT):
         assert getattr(read, name) == getattr(modifier, name), name
 
 
@@ -123,6 +127,11 @@ REFUSED = {
         {"method": "identity", "prune": False},
         "identity with prune: false would change nothing",
     ),
+    "a format that stores 2:4": (
+        {"mask_structure": "4:8"} | FORMAT,
+        "2:4 only, not 4:8",
+    ),
+    "an unknown format": ({"format": "sparse"}, "format"),
     "an unknown method": ({"method": "magic"}, "'learned', 'search' or 'identity'"),
     "an unknown score": ({"score": "taste"}, "score"),
     "an unknown space": ({"spaces": ["query"]}, "spaces"),

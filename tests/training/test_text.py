@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -82,6 +82,7 @@ def test_the_last_token_of_the_table_and_the_fewest_tokens_are_enough() -> None:
     st.floats(0, 1, exclude_min=True, exclude_max=True),
     st.integers(0, 99),
 )
+@example(count=2, batch_size=1, held_back=0.9, seed=0)
 def test_every_row_trains_or_judges_and_never_both(
     count: int, batch_size: int, held_back: float, seed: int
 ) -> None:
