@@ -51,3 +51,14 @@ def test_a_recipe_has_its_row_in_the_readme(file: Path) -> None:
 def test_the_readme_names_no_recipe_that_is_not_there() -> None:
     named = re.findall(r"\b\w+\.yaml\b", (FOLDER / "README.md").read_text())
     assert {name for name in named if NAME.match(name)} == {f.name for f in FILES}
+
+
+def test_the_recipe_that_the_readme_shows_is_the_default(tmp_path: Path) -> None:
+    readme = (FOLDER.parent / "README.md").read_text()
+    (shown,) = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
+    (tmp_path / "shown.yaml").write_text(shown)
+    parsed = Recipe.create_instance(read_recipe(tmp_path / "shown.yaml")).modifiers
+    default = Recipe.create_instance(read_recipe(FOLDER / "2of4_learned.yaml"))
+    assert [m.model_dump() for m in parsed] == [
+        m.model_dump() for m in default.modifiers
+    ]
