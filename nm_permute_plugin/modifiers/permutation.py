@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The modifier that a recipe names: order, fold and prune in one step."""
 
+from importlib.metadata import version
+from pathlib import Path
 from typing import Literal
 
 from compressed_tensors.offload import disable_onloading, update_offload_parameter
@@ -12,9 +14,11 @@ from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
 from torch import nn
 
+from nm_permute_plugin.checkpoint.record import write_record
+from nm_permute_plugin.checkpoint.writer import convert
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.scores import ScoreName
-from nm_permute_plugin.modifiers.save import convert_on_save
+from nm_permute_plugin.modifiers.save import after_save
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
 from nm_permute_plugin.specs.spec import ResolvedSpec, resolve
 from nm_permute_plugin.training.learn import LearnSettings
@@ -30,6 +34,7 @@ from nm_permute_plugin.training.text import rows_of, split_text
 
 Family = Literal["residual", "hidden", "value"]
 DEFAULT_IGNORE = ["lm_head"]
+VERSIONED = ("nm-permute-plugin", "llmcompressor", "transformers", "torch")
 
 
 class LearnablePermutationModifier(Modifier):
@@ -55,7 +60,8 @@ class LearnablePermutationModifier(Modifier):
 
     - on_initialize: match targets, resolve the permutation spec, refuse what cannot be
     - on_calibration_start: measure the dense model, find the order, fold it, prune
-    - on_finalize: report
+    - on_finalize: report; every save from then on keeps the run's record in the folder
+      `nm_permute` of the checkpoint, and ends in the chosen format
 
     :param mask_structure: N:M, N weights kept of every M input channels
     :param score: which weights are worth keeping: wanda, ria or magnitude
@@ -211,14 +217,30 @@ class LearnablePermutationModifier(Modifier):
                 "LearnablePermutationModifier never ran: the pipeline sent no "
                 "calibration start. Use oneshot's pipeline='independent'."
             )
-        if self.format != "dense":
-            convert_on_save(state.model, self.format, self._prunable)
+        after_save(state.model, self._finish_checkpoint)
         before, after = self._record.retained
         logger.info(
             f"retained score {before:.4f} -> {after:.4f}, logits moved by the fold "
             f"{self._record.fold_error:.1e}"
         )
         return True
+
+    def _finish_checkpoint(self, folder: Path) -> None:
+        """Leave the run's record, and convert a finished checkpoint in place."""
+        if self._record is None:
+            raise RuntimeError("a checkpoint was saved before the modifier ran")
+        report = {
+            "modifier": self.model_dump(),
+            "versions": {name: version(name) for name in VERSIONED},
+            "pruned": self._prunable,
+            "fold_error": self._record.fold_error,
+            "retained": self._record.retained,
+            "seconds": self._record.seconds,
+            "history": self._record.history,
+        }
+        write_record(folder, self._record.perms, report)
+        if self.format != "dense":
+            convert(folder, folder, self.format, modules=self._prunable)
 
     def _refuse_shared_pass(self) -> None:
         """A modifier in the same pass would use statistics from before the fold."""
