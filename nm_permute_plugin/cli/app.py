@@ -196,9 +196,12 @@ def convert(
             legacy=legacy,
         )
     typer.echo(
-        f"{target}: {len(done.compressed)} modules as {done.format}, "
-        f"{done.bytes_before / 1e6:.1f} MB -> {done.bytes_after / 1e6:.1f} MB"
+        f"{target}: {done.bytes_before / 1e6:.1f} -> {done.bytes_after / 1e6:.1f} MB"
     )
+    if done.format == "dense":
+        typer.echo("every matrix is stored dense")
+        return
+    typer.echo(f"{len(done.compressed)} modules are stored as {done.format}")
     for module, reason in done.dense.items():
         typer.echo(f"dense: {module}: {reason}")
 
