@@ -5,7 +5,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from compressed_tensors.offload import disable_onloading, update_offload_parameter
+from compressed_tensors.offload import (
+    disable_offloading,
+    disable_onloading,
+    update_offload_parameter,
+)
 from compressed_tensors.utils import match_name, match_named_modules
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
@@ -199,7 +203,8 @@ class LearnablePermutationModifier(Modifier):
             f"{self.method} order for {self.mask_structure} {self.score}: "
             f"{len(self._prunable)} linears, {text.tokens} tokens to train on"
         )
-        with DisableQuantization(model):
+        # Weights stay on the device that they are fetched to: each is read many times.
+        with DisableQuantization(model), disable_offloading():
             self._record = permute_and_prune(
                 model,
                 self._resolved,
