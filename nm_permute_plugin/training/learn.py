@@ -112,7 +112,7 @@ def learn_orders(
     with frozen(model), torch.enable_grad():
         for step in bar:
             tau = annealed(step - 1, settings.steps, *settings.temperature)
-            value = _backward(
+            value = backward_step(
                 model,
                 {**other_masks, **orders.masks(tau, step)},
                 next(batches),
@@ -160,7 +160,7 @@ def mean_loss(
     return total / len(batches)
 
 
-def _backward(
+def backward_step(
     model: nn.Module, masks: Mapping[str, Tensor], batch: Batch, weights: LossWeights
 ) -> float:
     """One forward and backward pass; the gradients stay behind the masks."""

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+A step of learning against a plain forward and backward pass of the same model and batch.
+
+    python benchmarks/step.py --rows 8 --sequence-length 1024
+
+The model has SmolLM2-135M's shape, or the one given, and random weights: time and memory
+do not depend on their values. Both sides run in turn; medians are printed with the ratio.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nm_permute_plugin.maths.pattern import NMPattern
+from nm_permute_plugin.specs.architectures import LLAMA
+from nm_permute_plugin.specs.spec import resolve
+from nm_permute_plugin.training.learn import backward_step, frozen
+from nm_permute_plugin.training.objective import LossWeights
+from nm_permute_plugin.training.orders import LearnableOrders, OrderShape
+from nm_permute_plugin.training.stacking import StackedScore
+
+SMOLLM2 = (576, 1536, 30, 9, 3, 49152)
+
+
+def main() -> None:
+    args = _arguments()
+    torch.manual_seed(0)
+    model = _model(args).to(args.device, torch.bfloat16).eval()
+    orders = _orders(model, args.row_limit)
+    shape = (args.rows, args.sequence_length)
+    ids = torch.randint(0, args.shape[5], shape, device=args.device)
+    steps = iter(range(10**6))
+
+    def learn() -> None:
+        masks = orders.masks(temperature=0.5, step=next(steps))
+        with frozen(model), torch.enable_grad():
+            backward_step(model, masks, {"input_ids": ids}, LossWeights())
+
+    def plain() -> None:
+        # Gradients of the activations and of every linear's weight, as a training step.
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    seconds: dict[str, list[float]] = {"learn": [], "plain": []}
+    for turn in range(args.repeats + 1):
+        for name, run in (("learn", learn), ("plain", plain)):
+            elapsed = _timed(run, args.device)
+            if turn:
+                seconds[name].append(elapsed)
+    middle = {name: statistics.median(values) for name, values in seconds.items()}
+    print(f"{args.rows} x {args.sequence_length} tokens, shape {tuple(args.shape)}")
+    print(f"a step of learning {middle['learn']:.3f} s, plain {middle['plain']:.3f} s")
+    print(f"learning / plain: {middle['learn'] / middle['plain']:.2f}")
+    if args.device == "cuda":
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+
+
+def _model(args: argparse.Namespace) -> LlamaForCausalLM:
+    hidden, inner, layers, heads, kv_heads, vocabulary = args.shape
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=hidden,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            vocab_size=vocabulary,
+            tie_word_embeddings=True,
+        )
+    )
+
+
+def _orders(model: LlamaForCausalLM, row_limit: int | None) -> LearnableOrders:
+    pattern = NMPattern(2, 4)
+    scores: dict[str, Tensor] = {
+        name: module.weight.detach().float().abs()
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head"
+    }
+    head_dim = model.config.hidden_size // model.config.num_attention_heads
+    resolved = resolve(model, LLAMA, pattern, list(scores), head_dim)
+    stacks = {n: StackedScore.of(s, scores) for n, s in resolved.spaces.items()}
+    device = next(model.parameters()).device
+    start = {n: torch.arange(s.space.size, device=device) for n, s in stacks.items()}
+    shape = OrderShape(row_limit=row_limit)
+    return LearnableOrders(stacks, start, pattern, shape, torch.bfloat16)
+
+
+def _timed(run: Callable[[], None], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--sequence-length", type=int, default=1024)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--row-limit", type=int, help="see LearnablePermutationModifier"
+    )
+    parser.add_argument(
+        "--shape",
+        type=int,
+        nargs=6,
+        default=SMOLLM2,
+        help="hidden, intermediate, layers, heads, key/value heads, vocabulary",
+    )
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
