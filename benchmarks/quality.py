@@ -60,15 +60,15 @@ def main() -> None:
             result = _run(method, seed, rows, test, args)
             results.append(result)
             print(json.dumps({k: v for k, v in result.items() if k != "history"}))
-    summary = _table(dense, results)
-    print(summary)
-    record = {
-        "hardware": _hardware(args.device),
-        "arguments": {k: str(v) for k, v in vars(args).items()},
-        "dense": dense,
-        "results": results,
-    }
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
+            # After every run: what was measured survives an interruption.
+            record = {
+                "hardware": _hardware(args.device),
+                "arguments": {k: str(v) for k, v in vars(args).items()},
+                "dense": dense,
+                "results": results,
+            }
+            args.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(_table(dense, results))
 
 
 def _run(
