@@ -79,27 +79,6 @@ def retained_score(score: Float[Tensor, "out in"], pattern: NMPattern) -> float:
     return float(score.masked_fill(~nm_mask(score, pattern), 0).double().sum())
 
 
-def find_violation(weight: Tensor, pattern: NMPattern) -> tuple[int, int, int] | None:
-    """
-    The first group that holds more than ``n`` non-zeros, as (row, channel, non-zeros).
-
-    :param weight: [out, in] of any dtype; ``m`` must divide ``in``
-    :return: None where the whole weight follows the pattern
-    :raises ValueError: if ``m`` does not divide ``in``
-
-    >>> find_violation(torch.tensor([[1.0, 2.0, 3.0, 0.0]]), NMPattern(2, 4))
-    (0, 0, 3)
-    """
-    _check_width(weight.shape[-1], pattern)
-    groups = rearrange(weight != 0, "out (group m) -> out group m", m=pattern.m)
-    counts = groups.sum(-1)
-    broken = (counts > pattern.n).nonzero()
-    if len(broken) == 0:
-        return None
-    row, group = broken[0].tolist()
-    return row, group * pattern.m, int(counts[row, group])
-
-
 def _check_width(width: int, pattern: NMPattern) -> None:
     if width % pattern.m:
         raise ValueError(

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from nm_permute_plugin.checkpoint.plan import find_excess
 from nm_permute_plugin.cli.demo import METHODS, Budget, run_demo
 from nm_permute_plugin.cli.embedded import embedded_text
-from nm_permute_plugin.maths.masks import find_violation
 from nm_permute_plugin.maths.pattern import NMPattern
 
 SMALL = Budget(
@@ -32,7 +32,7 @@ def test_every_method_of_the_demo_leaves_a_measured_2of4_checkpoint(
         tensors = load_file(tmp_path / method / "model.safetensors")
         pruned = [n for n in tensors if n.endswith("_proj.weight")]
         assert len(pruned) == 210
-        broken = [n for n in pruned if find_violation(tensors[n], NMPattern(2, 4))]
+        broken = [n for n in pruned if find_excess(tensors[n], NMPattern(2, 4))]
         assert broken == []
     record = json.loads((tmp_path / "results.json").read_text())
     assert [row["method"] for row in record["rows"]] == list(by_method)

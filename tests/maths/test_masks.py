@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from nm_permute_plugin.maths.masks import (
     at_rank,
-    find_violation,
     group_ranks,
     nm_mask,
     retained_score,
@@ -98,7 +97,7 @@ def test_a_score_that_is_not_finite_is_refused_by_row_and_channel(bad: float) ->
         nm_mask(score, NMPattern(2, 4))
 
 
-@pytest.mark.parametrize("judge", [nm_mask, retained_score, find_violation])
+@pytest.mark.parametrize("judge", [nm_mask, retained_score])
 def test_a_width_that_m_does_not_divide_is_refused(judge) -> None:
     with pytest.raises(ValueError, match="M=4 of the pattern 2:4 .* 6 input channels"):
         judge(torch.ones(2, 6), NMPattern(2, 4))
@@ -118,27 +117,3 @@ def test_retained_score_adds_up_in_float64() -> None:
     # 2**24 + 1 has no float32: a float32 sum would lose every one of the ones.
     score = torch.tensor([[2.0**24, 0, 1, 0, 1, 0, 1, 0]])
     assert retained_score(score, NMPattern(1, 2)) == 2.0**24 + 3
-
-
-@pytest.mark.parametrize("text", PATTERNS)
-def test_a_masked_weight_holds_no_violation(
-    text: str, generator: torch.Generator
-) -> None:
-    pattern = NMPattern.parse(text)
-    weight = torch.randn(5, 4 * pattern.m, generator=generator)
-    masked = weight * nm_mask(weight.abs(), pattern)
-    assert find_violation(masked, pattern) is None
-    assert find_violation(weight, pattern) == (0, 0, pattern.m)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=["bf16", "int8"])
-def test_the_first_violation_is_named(dtype: torch.dtype) -> None:
-    weight = torch.zeros(4, 12, dtype=dtype)
-    weight[2, 8:11] = 1
-    weight[3, 0:4] = 1
-    assert find_violation(weight, NMPattern(2, 4)) == (2, 8, 3)
-
-
-def test_fewer_than_n_non_zeros_are_no_violation() -> None:
-    weight = torch.tensor([[0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
-    assert find_violation(weight, NMPattern(2, 4)) is None
