@@ -67,29 +67,38 @@ class InsertionMask(torch.autograd.Function):
     The N:M mask under a hard grouping; its gradient knows what every move would do.
 
     Forward: keep the top N of every group. Backward: ``insertion_costs``, as the gradient
-    of the assignment's entry (channel, group).
+    of the assignment's entry (channel, group), and ``rivalry``, summed over the rows that
+    share a multiplier, as that of the logarithm of the multiplier.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         score: Float[Tensor, "rows blocks size"],
+        log_multiplier: Float[Tensor, "sections blocks size"],
+        sections: tuple[int, ...],
         groups: Assignment,
         column: Int[Tensor, "blocks size"],
         pattern: NMPattern,
         sample: RowSample,
         dtype: torch.dtype,
     ) -> Float[Tensor, "rows blocks size"]:
-        ctx.save_for_backward(score, column)
-        ctx.pattern, ctx.sample = pattern, sample
-        return grouped_mask(score, column, pattern).to(dtype)
+        scaled = multiplied(score, log_multiplier, sections)
+        ctx.save_for_backward(scaled, column)
+        ctx.sections, ctx.pattern, ctx.sample = sections, pattern, sample
+        return grouped_mask(scaled, column, pattern).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        score, column = ctx.saved_tensors
+        scaled, column = ctx.saved_tensors
+        (grad,) = grads
+        of_multiplier = None
+        if ctx.needs_input_grad[1]:
+            rival = rivalry(scaled, grad, column, ctx.pattern).split(ctx.sections)
+            of_multiplier = torch.stack([section.sum(0) for section in rival])
         rows = slice(ctx.sample.offset, None, ctx.sample.stride)
-        costs = insertion_costs(score[rows], grads[0][rows], column, ctx.pattern)
-        return None, costs, None, None, None, None
+        costs = insertion_costs(scaled[rows], grad[rows], column, ctx.pattern)
+        return None, of_multiplier, None, costs, None, None, None, None
 
 
 def grouped_mask(
@@ -102,6 +111,16 @@ def grouped_mask(
     grouped = rearrange(score.gather(-1, order), "r b (g m) -> r b g m", m=pattern.m)
     kept = rearrange(group_ranks(grouped) < pattern.n, "r b g m -> r b (g m)")
     return torch.zeros_like(kept).scatter_(-1, order, kept)
+
+
+def multiplied(
+    score: Float[Tensor, "rows blocks size"],
+    log_multiplier: Float[Tensor, "sections blocks size"],
+    sections: tuple[int, ...],
+) -> Float[Tensor, "rows blocks size"]:
+    """Scores times the multipliers of their section, a run of so many rows."""
+    parts = zip(score.split(list(sections)), log_multiplier.exp(), strict=True)
+    return torch.cat([part * factor for part, factor in parts])
 
 
 class Reorder(torch.autograd.Function):
@@ -118,6 +137,44 @@ class Reorder(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (perm,) = ctx.saved_tensors
         return grads[0][:, invert(perm)], None
+
+
+def rivalry(
+    score: Float[Tensor, "rows blocks size"],
+    grad: Float[Tensor, "rows blocks size"],
+    column: Int[Tensor, "blocks size"],
+    pattern: NMPattern,
+    softness: float = 0.3,
+) -> Float[Tensor, "rows blocks size"]:
+    """
+    The change of the loss when a log-score grows, were the choice a little soft.
+
+    A kept weight's rival is the best that was dropped, a dropped weight's the worst that
+    was kept. The weight is kept with probability ``sigmoid(lead / softness)``, lead the
+    difference of the two log-scores; what is kept otherwise is the rival.
+
+    :param grad: of the loss with respect to the mask
+    :param softness: how far ahead a rival still counts, in units of the log-score
+    """
+    order = order_by(column).expand_as(score)
+
+    def grouped(values: Tensor) -> Tensor:
+        return rearrange(values.gather(-1, order), "r b (g m) -> r b g m", m=pattern.m)
+
+    logs = grouped(score).clamp_min(torch.finfo(score.dtype).tiny).log()
+    grads = grouped(grad).float()
+    ranks = group_ranks(logs)
+    kept = ranks < pattern.n
+
+    def rival(values: Tensor) -> Tensor:
+        best_out = at_rank(values, ranks, pattern.n)[..., None]
+        worst_kept = at_rank(values, ranks, pattern.n - 1)[..., None]
+        return torch.where(kept, best_out, worst_kept)
+
+    chance = torch.sigmoid((logs - rival(logs)) / softness)
+    change = (grads - rival(grads)) * chance * (1 - chance) / softness
+    back = rearrange(change, "r b g m -> r b (g m)")
+    return torch.zeros_like(back).scatter_(-1, order, back)
 
 
 def insertion_costs(
