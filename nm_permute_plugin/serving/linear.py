@@ -36,8 +36,6 @@ class SparseLinear:
     """
 
     def __init__(self, weight: Tensor, plan: Plan, plan_name: str) -> None:
-        self.out_features = len(weight)
-        self.dtype = weight.dtype
         self.plan_name = plan_name
         self.forms = [KERNELS[name].prepare(weight) for name in plan.kernels]
 
@@ -110,7 +108,6 @@ class SparseLinear:
             scale_w,
             bias,
             self.plan_name,
-            self.out_features,
             out_dtype,
         )
         return out

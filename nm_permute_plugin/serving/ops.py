@@ -28,11 +28,10 @@ def sparse24_linear(
     scale_w: Tensor | None,
     bias: Tensor | None,
     plan: str,
-    out_features: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """
-    [tokens, out_features]: the product by the kernel that is fastest for the tokens.
+    [tokens, out]: the product by the kernel that is fastest for the tokens.
 
     :param x: [tokens, in]
     :param forms: the weight as each of the plan's kernels wants it, in their order
@@ -40,10 +39,10 @@ def sparse24_linear(
     """
     chosen = PLANS[plan]
     if not len(x):
-        return x.new_empty(0, out_features, dtype=out_dtype)
+        return x.new_empty(0, chosen.out_features, dtype=out_dtype)
     way = chosen.way(len(x))
     form = forms[chosen.kernels.index(way.kernel)]
-    product = Product(x, out_features, out_dtype, scale_x, scale_w, bias)
+    product = Product(x, chosen.out_features, out_dtype, scale_x, scale_w, bias)
     return KERNELS[way.kernel].run(form, product, way.settings)
 
 
@@ -55,7 +54,6 @@ def _(
     scale_w: Tensor | None,
     bias: Tensor | None,
     plan: str,
-    out_features: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    return x.new_empty(x.shape[0], out_features, dtype=out_dtype)
+    return x.new_empty(x.shape[0], PLANS[plan].out_features, dtype=out_dtype)

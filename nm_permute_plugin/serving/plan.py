@@ -53,8 +53,13 @@ class Bucket(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The kernels for one shape and dtype of weight, by number of tokens."""
+    """
+    The kernels for one shape and dtype of weight, by number of tokens.
 
+    :param out_features: rows of the weight
+    """
+
+    out_features: int
     buckets: list[Bucket]
 
     @property
@@ -79,7 +84,7 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as text; ``from_json`` reads it."""
-        return json.dumps({"buckets": self.buckets}, indent=1)
+        return json.dumps(vars(self), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
@@ -89,12 +94,12 @@ class Plan:
         :raises ValueError: if the text is no plan
         """
         try:
-            return cls(
-                [
-                    Bucket(int(tokens), _way(chosen), [_way(way) for way in fastest])
-                    for tokens, chosen, fastest in json.loads(text)["buckets"]
-                ]
-            )
+            stored = json.loads(text)
+            buckets = [
+                Bucket(int(tokens), _way(chosen), [_way(way) for way in fastest])
+                for tokens, chosen, fastest in stored["buckets"]
+            ]
+            return cls(int(stored["out_features"]), buckets)
         except (KeyError, TypeError) as error:
             raise ValueError(f"no plan of kernels: {error}") from None
 

@@ -48,7 +48,7 @@ def tune(weight: Tensor, kernels: Mapping[str, Kernel]) -> Plan:
                 f"{tuple(weight.shape)}; allowed were {', '.join(kernels)}"
             )
         buckets.append(Bucket(tokens=tokens, chosen=choose(fastest), fastest=fastest))
-    return Plan(buckets=buckets)
+    return Plan(len(weight), buckets)
 
 
 def choose(fastest: list[Way]) -> Way:

@@ -20,7 +20,7 @@ DENSE = Way("dense", (), 1.0)
 @pytest.fixture
 def dense_plan() -> Iterator[str]:
     """The name of a plan that always takes the dense kernel, which runs anywhere."""
-    PLANS["dense"] = Plan([Bucket(8, DENSE, [DENSE])])
+    PLANS["dense"] = Plan(16, [Bucket(8, DENSE, [DENSE])])
     yield "dense"
     del PLANS["dense"]
 
@@ -86,7 +86,7 @@ def test_the_operator_runs_compiled_and_not(
 
     def call(x: torch.Tensor) -> torch.Tensor:
         return sparse24_linear(
-            x, [weight], *scales, product.bias, dense_plan, 16, product.out_dtype
+            x, [weight], *scales, product.bias, dense_plan, product.out_dtype
         )
 
     for run in (call, torch.compile(call, backend="aot_eager", fullgraph=True)):
@@ -97,10 +97,22 @@ def test_the_operator_runs_compiled_and_not(
             assert error(out, exact(weight, product)) < BOUND
 
 
+def test_a_layer_compiles_whole_for_all_numbers_of_tokens(dense_plan: str) -> None:
+    weight = sparse_weight(16, 64, torch.bfloat16)
+    layer = SparseLinear(weight, PLANS[dense_plan], dense_plan)
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda x: layer(x) + 1, backend="aot_eager", fullgraph=True, dynamic=True
+    )
+    for tokens in (2, 5, 9):
+        product = product_of(weight, tokens)
+        assert error(compiled(product.x), exact(weight, product) + 1) < BOUND
+
+
 def test_the_operators_schema_and_fake_hold(dense_plan: str) -> None:
     weight = sparse_weight(16, 64, torch.bfloat16)
     x = product_of(weight, 3).x
-    arguments = (x, [weight], None, None, None, dense_plan, 16, torch.bfloat16)
+    arguments = (x, [weight], None, None, None, dense_plan, torch.bfloat16)
     torch.library.opcheck(
         sparse24_linear, arguments, test_utils=("test_schema", "test_faketensor")
     )

@@ -12,7 +12,7 @@ from nm_permute_plugin.serving.tune import choose
 
 OURS = Way("mma_sp", (1, 16, 1, 1, 1), 50.0)
 DENSE = Way("dense", (), 88.0)
-PLAN = Plan([Bucket(4, OURS, [OURS, DENSE]), Bucket(16, DENSE, [DENSE])])
+PLAN = Plan(16, [Bucket(4, OURS, [OURS, DENSE]), Bucket(16, DENSE, [DENSE])])
 
 
 @pytest.mark.parametrize(

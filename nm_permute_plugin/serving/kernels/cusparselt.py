@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """NVIDIA's library for 2:4 products, with the algorithm searched for each size."""
 
+import logging
 import warnings
 from dataclasses import dataclass
 
@@ -16,11 +17,11 @@ from nm_permute_plugin.serving.kernels.kernel import (
 )
 from nm_permute_plugin.serving.kernels.scaling import scaled
 
-_DEFAULT: Settings = (
-    0,
-    1,
-    -1,
-)  # algorithm, parts of the channels, how they are added up
+logger = logging.getLogger(__name__)
+
+# Settings: algorithm, parts of the channels, how these are added up, and whether the
+# product itself takes the weight's scales.
+_DEFAULT = (0, 1, -1)
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,20 @@ class CuSparseLt:
         return torch._cslt_compress(weight)
 
     def candidates(self, form: Tensor, product: Product) -> list[Settings]:
-        x = _tokens(product.x)
-        alpha, dtype = _alpha(product), _raw_dtype(product)
-        return list(dict.fromkeys((_search(form, x, alpha, dtype), _DEFAULT)))
+        found: list[Settings] = []
+        for fused in (1, 0) if product.scale_w is not None else (0,):
+            try:
+                found += [(*_search(form, product, fused), fused), (*_DEFAULT, fused)]
+            except RuntimeError as error:  # not every version scales every dtype
+                logger.info("no search of cuSPARSELt's algorithms: %s", error)
+        return list(dict.fromkeys(found))
 
     def run(self, form: Tensor, product: Product, settings: Settings) -> Tensor:
-        algorithm, parts, how = settings
+        algorithm, parts, how, fused = settings
         raw = torch._cslt_sparse_mm(
             form,
             _tokens(product.x).t(),
-            alpha=_alpha(product),
+            alpha=_alpha(product, fused),
             out_dtype=_raw_dtype(product),
             transpose_result=True,
             alg_id=algorithm,
@@ -64,7 +69,8 @@ class CuSparseLt:
         )[: len(product.x)]
         if product.scale_x is None:
             return raw
-        return scaled(raw, product.scale_x, None, product.bias, product.out_dtype)
+        scale_w = None if fused else product.scale_w
+        return scaled(raw, product.scale_x, scale_w, product.bias, product.out_dtype)
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -77,22 +83,21 @@ def _raw_dtype(product: Product) -> torch.dtype | None:
     return None if product.scale_x is None else torch.bfloat16
 
 
-def _alpha(product: Product) -> Tensor | None:
+def _alpha(product: Product, fused: int) -> Tensor | None:
     """The weight's scales, a number a row: the library multiplies by them for free."""
-    if product.scale_w is None:
+    if not fused or product.scale_w is None:
         return None
     return product.scale_w.reshape(-1).expand(product.out_features).contiguous()
 
 
-def _search(
-    form: Tensor, x: Tensor, alpha: Tensor | None, dtype: torch.dtype | None
-) -> Settings:
+def _search(form: Tensor, product: Product, fused: int) -> Settings:
     """The library's own choice after trying its algorithms."""
-    arguments = (form, x.t(), None, alpha, dtype, True)
+    x, alpha = _tokens(product.x).t(), _alpha(product, fused)
+    arguments = (form, x, None, alpha, _raw_dtype(product), True)
     bindings = getattr(torch._C, "_cusparselt", None)
     if bindings is not None and hasattr(bindings, "mm_search"):
         algorithm, parts, how, _ = bindings.mm_search(*arguments)
         return int(algorithm), int(parts), int(how)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return (int(torch._cslt_sparse_mm_search(*arguments)), 1, -1)
+        return int(torch._cslt_sparse_mm_search(*arguments)), 1, -1
