@@ -25,9 +25,15 @@ from nm_permute_plugin.serving.kernels.kernel import NARROW
 from nm_permute_plugin.serving.linear import SparseLinear
 from nm_permute_plugin.serving.ops import KERNELS, PLANS
 
-SHAPES = [(32, 128), (96, 384), (1024, 4096), (4096, 1408)]
+SHAPES = {
+    "dense": [(96, 384)],
+    "cusparselt": [(96, 384), (4096, 1408)],
+    "mma_sp": [(32, 128), (96, 384), (1024, 4096), (4096, 1408)],
+    "triton": [(96, 384)],
+}
 FEW = (1, 2, 3, 7, 8, 9, 16, 17, 31, 33, 64)
-MANY = (1, 5, 16, 65, 129, 1000, 4096)
+MANY = (1, 5, 65, 129, 1000, 4096)
+TOKENS = {"dense": MANY, "cusparselt": MANY, "mma_sp": FEW, "triton": (1, 17, 64)}
 
 
 def kernel_is_exact(name: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
@@ -37,7 +43,7 @@ def kernel_is_exact(name: str, dtype: torch.dtype, shape: tuple[int, int]) -> No
     if (reason := kernel.refusal(weight)) is not None:
         raise Skip(reason)
     form = kernel.prepare(weight)
-    for tokens in MANY if name in ("dense", "cusparselt") else FEW:
+    for tokens in TOKENS[name]:
         product = product_of(weight, tokens, bias=tokens % 2 == 1)
         expected = exact(weight, product)
         settings = kernel.candidates(form, product)
@@ -190,7 +196,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     )
     for name in KERNELS
     for kind, dtype in DTYPES.items()
-    for rows, channels in SHAPES
+    for rows, channels in SHAPES[name]
 } | {
     f"{check.__name__} {kind}": partial(check, dtype)
     for check in (layer_is_exact, layer_compiles, layer_is_captured)
@@ -207,6 +213,8 @@ CHECKS: dict[str, Callable[[], None]] = {
 
 def main() -> int:
     """Run every check, print a line each; the number of those that failed."""
+    if not torch.cuda.is_available():
+        sys.exit("gpu_checks.py needs a CUDA device")
     logging.basicConfig(level=logging.WARNING)
     os.environ.setdefault(plan.CACHE, tempfile.mkdtemp())
     failed = 0

@@ -19,10 +19,26 @@ _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float8_e4m3fn: 2, torch.int
 _OUTPUTS = {torch.bfloat16: 0, torch.float16: 1}
 # Blocks of up to 16 warps; the more tokens, the more registers, the fewer warps.
 _SHAPES = {
-    1: [(1, 16, 1, 1), (1, 8, 1, 1), (2, 8, 1, 1), (1, 8, 2, 1), (4, 4, 1, 1)],
-    2: [(1, 16, 1, 1), (1, 8, 1, 1), (2, 8, 1, 1), (1, 8, 2, 1), (4, 4, 1, 1)],
-    4: [(1, 8, 1, 1), (2, 4, 1, 1), (2, 4, 2, 1), (4, 2, 1, 1)],
-    8: [(1, 8, 1, 0), (2, 4, 1, 0), (2, 4, 2, 0), (4, 2, 2, 0)],
+    1: [
+        (1, 16, 1, 1),
+        (1, 8, 1, 1),
+        (2, 8, 1, 1),
+        (1, 16, 1, 2),
+        (1, 8, 1, 4),
+        (2, 4, 1, 4),
+        (1, 8, 2, 2),
+    ],
+    2: [
+        (1, 16, 1, 1),
+        (1, 8, 1, 1),
+        (2, 8, 1, 1),
+        (1, 16, 1, 2),
+        (1, 8, 1, 4),
+        (2, 4, 1, 4),
+        (1, 8, 2, 2),
+    ],
+    4: [(1, 8, 1, 1), (2, 4, 1, 1), (1, 8, 1, 4), (2, 4, 1, 4), (4, 2, 1, 4)],
+    8: [(1, 8, 1, 0), (2, 4, 1, 0), (1, 8, 1, 4), (2, 4, 1, 4), (4, 2, 2, 4)],
 }
 
 
@@ -34,6 +50,12 @@ class Shape(NamedTuple):
     warps_k: int
     cluster: int
     depth: int
+
+    def ring_bytes(self, kind: int) -> int:
+        """The shared memory that holds the chunks loaded ahead."""
+        chunk = ROWS * CHANNELS * 9 // 8 if kind < 2 else ROWS * CHANNELS * 5 // 8
+        ahead = self.depth if self.depth > 1 else 0
+        return self.warps_n * self.warps_k * ahead * chunk
 
 
 @dataclass(frozen=True)
@@ -63,13 +85,12 @@ class MmaSp:
         if tokens > MOST_TOKENS:
             return []
         tiles = next(tiles for tiles in _SHAPES if 8 * tiles >= tokens)
-        clusters = torch.cuda.get_device_capability(form.device) >= (9, 0)
-        chunks = form.shape[1]
+        hopper = torch.cuda.get_device_capability(form.device) >= (9, 0)
         shapes = [
             Shape(tiles, *shape)
             for shape in _SHAPES[tiles]
-            if (clusters or shape[2] == 1) and shape[1] * shape[2] <= chunks
-        ] or [Shape(tiles, 1, 1, 1, 1)]
+            if hopper or (shape[2] == 1 and shape[3] < 2)
+        ]
         with ThreadPoolExecutor() as pool:  # the compiler leaves the interpreter alone
             list(pool.map(lambda shape: _machine_code(*_key(product, shape)), shapes))
         return [tuple(shape) for shape in shapes]
@@ -112,7 +133,7 @@ def _function(
 ) -> nvrtc.Function:
     with torch.cuda.device(device):
         code = _machine_code(architecture, kind, out, shape)
-        return nvrtc.Function(code, "sparse24")
+        return nvrtc.Function(code, "sparse24", shape.ring_bytes(kind))
 
 
 @lru_cache(maxsize=1)

@@ -71,10 +71,12 @@ class Function:
     """
     A function of loaded machine code, on the device that was current then.
 
+    :param shared_bytes: dynamic shared memory of a block
     :raises RuntimeError: if the driver cannot load it
     """
 
-    def __init__(self, code: bytes, name: str) -> None:
+    def __init__(self, code: bytes, name: str, shared_bytes: int = 0) -> None:
+        self._shared_bytes = shared_bytes
         torch.cuda.current_stream()  # makes sure that there is a context
         self._module = ctypes.c_void_p()
         self._function = ctypes.c_void_p()
@@ -82,6 +84,12 @@ class Function:
         _check(
             _driver().cuModuleGetFunction(
                 ctypes.byref(self._function), self._module, name.encode()
+            )
+        )
+        most_dynamic_shared_bytes = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _check(
+            _driver().cuFuncSetAttribute(
+                self._function, most_dynamic_shared_bytes, shared_bytes
             )
         )
 
@@ -106,9 +114,17 @@ class Function:
             *(ctypes.addressof(value) for value in values)
         )
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        launch = _driver().cuLaunchKernel
-        function = self._function
-        _check(launch(function, *grid, 1, threads, 1, 1, 0, stream, pointers, None))
+        _check(
+            _driver().cuLaunchKernel(
+                self._function,
+                *(*grid, 1),
+                *(threads, 1, 1),
+                self._shared_bytes,
+                stream,
+                pointers,
+                None,
+            )
+        )
 
 
 def _check(code: int) -> None:

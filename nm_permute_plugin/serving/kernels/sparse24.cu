@@ -13,7 +13,8 @@
 //   WARPS_N  warps side by side in rows, 32 rows each
 //   WARPS_K  warps that share rows and split the channels
 //   CLUSTER  blocks that share rows and split the channels (1 below sm_90)
-//   DEPTH    chunks that a warp loads ahead (0 or 1)
+//   DEPTH    chunks that a warp loads ahead: 0; 1, in registers; more (sm_90), in shared
+//            memory, by the copy engine
 //   OUT      0 bfloat16, 1 float16
 // and SCALED (0 or 1): out = sum * scale_x[token] * scale_w[row] + bias[row].
 
@@ -138,6 +139,37 @@ __device__ __forceinline__ void load_chunk(uint4 (&a)[PIECES], const uint4* at) 
   for (int i = 0; i < PIECES; i++) a[i] = load_once(at + 32 * i);
 }
 
+#if DEPTH > 1
+#define CHUNK_BYTES (PIECES * 512)
+
+__device__ __forceinline__ uint shared_address(const void* at) {
+  return (uint)__cvta_generic_to_shared(at);
+}
+
+// One lane asks the copy engine for a chunk; whoever waits on the barrier sees it whole.
+__device__ __forceinline__ void fetch(uint4* to, const uint4* from, uint barrier) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
+               "r"(CHUNK_BYTES)
+               : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
+      "l"(__cvta_generic_to_global(from)), "r"(CHUNK_BYTES), "r"(barrier)
+      : "memory");
+}
+
+__device__ __forceinline__ void await(uint barrier, uint parity) {
+  uint done = 0;
+  while (!done)
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;"
+        " selp.u32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+}
+#endif
+
 #if CLUSTER > 1
 #define CLUSTERED __cluster_dims__(1, CLUSTER, 1)
 __device__ __forceinline__ void cluster_sync() {
@@ -181,28 +213,54 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS)
     x_of[n] = x + token * token_bytes + quarter * 16;
   }
   Sum c[2][TILES][4] = {};
-  const uint4* at = packed + ((long long)row_tile * chunks * PIECES) * 32 + lane;
-  const long long chunk_size = PIECES * 32;
+  const uint4* at = packed + (long long)row_tile * chunks * (PIECES * 32);
+  const int chunk_size = PIECES * 32;
 
+#if DEPTH == 1
   uint4 ahead[PIECES];
-  if (DEPTH && inside && first < chunks) load_chunk(ahead, at + first * chunk_size);
+  if (inside && first < chunks) load_chunk(ahead, at + first * chunk_size + lane);
+#elif DEPTH > 1
+  extern __shared__ __align__(128) uint4 all_rings[];
+  __shared__ __align__(8) unsigned long long barriers[WARPS_N * WARPS_K * DEPTH];
+  uint4* ring = all_rings + warp * DEPTH * chunk_size;
+  const uint barrier = shared_address(barriers + warp * DEPTH);
+  if (lane == 0) {
+    for (int i = 0; i < DEPTH; i++)
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier + 8 * i) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    for (int i = 0; i < DEPTH && inside && first + i * stride < chunks; i++)
+      fetch(ring + i * chunk_size, at + (first + i * stride) * chunk_size, barrier + 8 * i);
+  }
+  __syncwarp();
+  int slot = 0, parity = 0;
+#endif
   if (inside)
     for (int chunk = first; chunk < chunks; chunk += stride) {
-      uint4 a[PIECES];
-      if (DEPTH) {
-#pragma unroll
-        for (int i = 0; i < PIECES; i++) a[i] = ahead[i];
-        if (chunk + stride < chunks) load_chunk(ahead, at + (chunk + stride) * chunk_size);
-      } else {
-        load_chunk(a, at + chunk * chunk_size);
-      }
-      const uint meta[4] = {a[VALUES].x, a[VALUES].y, a[VALUES].z, a[VALUES].w};
       uint4 b[TILES][SLICES];
 #pragma unroll
       for (int slice = 0; slice < SLICES; slice++)
 #pragma unroll
         for (int n = 0; n < TILES; n++)
           b[n][slice] = load_cached(x_of[n] + (chunk * SLICES + slice) * 64);
+      uint4 a[PIECES];
+#if DEPTH == 0
+      load_chunk(a, at + chunk * chunk_size + lane);
+#elif DEPTH == 1
+#pragma unroll
+      for (int i = 0; i < PIECES; i++) a[i] = ahead[i];
+      if (chunk + stride < chunks) load_chunk(ahead, at + (chunk + stride) * chunk_size + lane);
+#else
+      await(barrier + 8 * slot, parity);
+      uint4* here = ring + slot * chunk_size;
+#pragma unroll
+      for (int i = 0; i < PIECES; i++) a[i] = here[32 * i + lane];
+      __syncwarp();
+      const int next = chunk + DEPTH * stride;
+      if (lane == 0 && next < chunks) fetch(here, at + next * chunk_size, barrier + 8 * slot);
+      if (++slot == DEPTH) slot = 0, parity ^= 1;
+#endif
+      const uint meta[4] = {a[VALUES].x, a[VALUES].y, a[VALUES].z, a[VALUES].w};
 #pragma unroll
       for (int step = 0; step < STEPS; step++) {
         const uint4 upper = weight_operand(a, step, 0), lower = weight_operand(a, step, 1);
