@@ -13,7 +13,7 @@ from nm_permute_plugin.serving import plan as plans
 from nm_permute_plugin.serving.kernels.kernel import WIDE
 from nm_permute_plugin.serving.ops import KERNELS, PLANS, sparse24_linear
 from nm_permute_plugin.serving.plan import Plan
-from nm_permute_plugin.serving.tune import tune
+from nm_permute_plugin.serving.tune import tune, warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -55,14 +55,22 @@ class SparseLinear:
         if reason is None:
             allowed = _allowed(weight, mode)
             key = f"{tuple(weight.shape)} {weight.dtype} {' '.join(allowed)}"
-            plan = PLANS.get(key) or _plan(weight, allowed)
-            PLANS[key] = plan
+            is_first = key not in PLANS
+            plan = PLANS[key] = PLANS.get(key) or _plan(weight, allowed)
             if plan.kernels == ["dense"]:
                 reason = f"dense is fastest for its shape, {tuple(weight.shape)}"
         if reason is not None:
             _log(name, reason)
             return None
-        return cls(weight, plan, key)
+        layer = cls(weight, plan, key)
+        if is_first:
+            warm_up(
+                weight,
+                lambda p: layer._multiply(
+                    p.x, p.scale_x, p.scale_w, p.bias, p.out_dtype
+                ),
+            )
+        return layer
 
     def __call__(self, x: Tensor) -> Tensor:
         """
@@ -102,13 +110,7 @@ class SparseLinear:
         out_dtype: torch.dtype,
     ) -> Tensor:
         out: Tensor = sparse24_linear(
-            x,
-            self.forms,
-            scale_x,
-            scale_w,
-            bias,
-            self.plan_name,
-            out_dtype,
+            x, self.forms, scale_x, scale_w, bias, self.plan_name, out_dtype
         )
         return out
 

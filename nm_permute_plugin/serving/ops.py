@@ -43,7 +43,8 @@ def sparse24_linear(
     way = chosen.way(len(x))
     form = forms[chosen.kernels.index(way.kernel)]
     product = Product(x, chosen.out_features, out_dtype, scale_x, scale_w, bias)
-    return KERNELS[way.kernel].run(form, product, way.settings)
+    with torch.cuda.device_of(x):
+        return KERNELS[way.kernel].run(form, product, way.settings)
 
 
 @sparse24_linear.register_fake

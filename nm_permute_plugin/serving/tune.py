@@ -3,6 +3,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -49,6 +50,21 @@ def tune(weight: Tensor, kernels: Mapping[str, Kernel]) -> Plan:
             )
         buckets.append(Bucket(tokens=tokens, chosen=choose(fastest), fastest=fastest))
     return Plan(len(weight), buckets)
+
+
+def warm_up(weight: Tensor, call: Callable[[Product], Tensor], most: int = 64) -> None:
+    """
+    Call every bucket of few tokens once, for both output dtypes.
+
+    Our own kernels are compiled and loaded by their first call, which must not come
+    while a CUDA graph is captured.
+    """
+    for tokens in BUCKETS:
+        if tokens <= most:
+            product = sample(weight, tokens)
+            call(product)
+            if weight.dtype not in WIDE:
+                call(replace(product, out_dtype=torch.float16))
 
 
 def choose(fastest: list[Way]) -> Way:

@@ -58,6 +58,17 @@ class Shape(NamedTuple):
         return self.warps_n * self.warps_k * ahead * chunk
 
 
+def shapes(tiles: int, hopper: bool) -> list[Shape]:
+    """
+    The blocks worth trying for up to ``8 * tiles`` tokens.
+
+    :param hopper: whether the card has clusters and the copy engine
+    """
+    enough = min(known for known in _SHAPES if known >= tiles)
+    found = [Shape(enough, *shape) for shape in _SHAPES[enough]]
+    return [s for s in found if hopper or (s.cluster == 1 and s.depth < 2)]
+
+
 @dataclass(frozen=True)
 class MmaSp:
     """The tensor cores' sparse product, for at most 64 tokens."""
@@ -84,23 +95,21 @@ class MmaSp:
         tokens = len(product.x)
         if tokens > MOST_TOKENS:
             return []
-        tiles = next(tiles for tiles in _SHAPES if 8 * tiles >= tokens)
         hopper = torch.cuda.get_device_capability(form.device) >= (9, 0)
-        shapes = [
-            Shape(tiles, *shape)
-            for shape in _SHAPES[tiles]
-            if hopper or (shape[2] == 1 and shape[3] < 2)
-        ]
+        found = shapes(-(-tokens // 8), hopper)
         with ThreadPoolExecutor() as pool:  # the compiler leaves the interpreter alone
-            list(pool.map(lambda shape: _machine_code(*_key(product, shape)), shapes))
-        return [tuple(shape) for shape in shapes]
+            list(pool.map(lambda shape: _machine_code(*_key(product, shape)), found))
+        return [tuple(shape) for shape in found]
 
     def run(self, form: Tensor, product: Product, settings: Settings) -> Tensor:
         shape = Shape(*settings)
         x = product.x.contiguous()
         tokens, rows = len(x), product.out_features
         out = x.new_empty(tokens, rows, dtype=product.out_dtype)
-        scale_x, scale_w = product.scale_x, product.scale_w
+        scale_x, scale_w = (
+            None if scale is None else scale.contiguous()
+            for scale in (product.scale_x, product.scale_w)
+        )
         blocks = -(-rows // (ROWS * shape.warps_n))
         _function(*_key(product, shape), x.device.index)(
             (blocks, shape.cluster),

@@ -13,10 +13,10 @@ from torch import Tensor
 @lru_cache(maxsize=1)
 def _nvrtc() -> ctypes.CDLL:
     """NVIDIA's run-time compiler, the one that torch brings along."""
+    name = f"libnvrtc.so.{(torch.version.cuda or '*').partition('.')[0]}"
     packages = Path(torch.__file__).parents[1] / "nvidia"
     for builtins in packages.glob("*/lib/libnvrtc-builtins.so.*"):
         ctypes.CDLL(str(builtins))  # the compiler asks for it by name alone
-    name = f"libnvrtc.so.{(torch.version.cuda or '').partition('.')[0]}"
     for candidate in (name, *packages.glob(f"*/lib/{name}")):
         try:
             return ctypes.CDLL(str(candidate))

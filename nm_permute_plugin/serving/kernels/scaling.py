@@ -37,8 +37,8 @@ def scaled(
         kernel[(tokens, -(-columns // _COLUMNS))](
             raw,
             out,
-            raw if scale_x is None else scale_x,
-            raw if scale_w is None else scale_w,
+            raw if scale_x is None else scale_x.contiguous(),
+            raw if scale_w is None else scale_w.contiguous(),
             raw if bias is None else bias,
             columns,
             STEP_X=_step(scale_x),
