@@ -15,7 +15,7 @@ from nm_permute_plugin.serving.ops import KERNELS, PLANS, sparse24_linear
 from nm_permute_plugin.serving.plan import Plan
 from nm_permute_plugin.serving.tune import tune, warm_up
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is under its name
 
 Mode = Literal["auto", "memory", "dense"]
 """

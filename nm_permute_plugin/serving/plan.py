@@ -18,7 +18,7 @@ from torch import Tensor
 from nm_permute_plugin.serving.kernels.kernel import Settings
 from nm_permute_plugin.serving.kernels.mma_sp import source
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is under its name
 
 BUCKETS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """The most tokens of each bucket; the last one also serves any more."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from nm_permute_plugin.serving.kernels.kernel import WIDE, Kernel, Product
 from nm_permute_plugin.serving.plan import BUCKETS, Bucket, Plan, Way
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is under its name
 
 # A sparse kernel this much slower than dense is within the noise, and saves memory.
 NOISE = 1.02

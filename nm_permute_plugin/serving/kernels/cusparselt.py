@@ -17,7 +17,7 @@ from nm_permute_plugin.serving.kernels.kernel import (
 )
 from nm_permute_plugin.serving.kernels.scaling import scaled
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is under its name
 
 # Settings: algorithm, parts of the channels, how these are added up, and whether the
 # product itself takes the weight's scales.
