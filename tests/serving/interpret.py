@@ -12,13 +12,12 @@ import os
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
+if __name__ == "__main__" and DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
 from weights import error, exact, product_of, sparse_weight  # noqa: E402
 
 from nm_permute_plugin.serving.kernels.triton_fallback import TritonDecode  # noqa: E402
-from nm_permute_plugin.serving.kernels.triton_scaling import scale_kernel  # noqa: E402
 
 DECODES = [
     (tokens, shape, tile)
@@ -39,6 +38,9 @@ def decode_error(tokens: int, shape: tuple[int, int], tile: tuple[int, int]) -> 
 
 
 def scaling_error(step_x: int, step_w: int, bias: int) -> float:
+    """Scales and bias on whole numbers, by what is a number and what a vector."""
+    from nm_permute_plugin.serving.kernels.triton_scaling import scale_kernel
+
     generator = torch.Generator(DEVICE).manual_seed(3)
     raw = torch.randint(-999, 999, (5, 300), generator=generator, device=DEVICE)
     raw = raw.to(torch.int32)
