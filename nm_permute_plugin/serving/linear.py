@@ -12,7 +12,7 @@ from nm_permute_plugin.checkpoint.codec import clear_negative_zeros, compress
 from nm_permute_plugin.serving import plan as plans
 from nm_permute_plugin.serving.kernels.kernel import WIDE
 from nm_permute_plugin.serving.ops import KERNELS, PLANS, sparse24_linear
-from nm_permute_plugin.serving.plan import Plan
+from nm_permute_plugin.serving.plan import Bucket, Plan, Way
 from nm_permute_plugin.serving.tune import tune, warm_up
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is under its name
@@ -58,7 +58,9 @@ class SparseLinear:
             is_first = key not in PLANS
             plan = PLANS[key] = PLANS.get(key) or _plan(weight, allowed)
             if plan.kernels == ["dense"]:
-                reason = f"dense is fastest for its shape, {tuple(weight.shape)}"
+                reason = (
+                    f"no sparse kernel is faster for its shape, {tuple(weight.shape)}"
+                )
         if reason is not None:
             _log(name, reason)
             return None
@@ -160,7 +162,11 @@ def _plan(weight: Tensor, allowed: list[str]) -> Plan:
     path = plans.key_of(weight, allowed).path
     plan = plans.load(path)
     if plan is None or not set(plan.kernels) <= set(allowed):
-        plan = tune(weight, {name: KERNELS[name] for name in allowed})
+        try:
+            plan = tune(weight, {name: KERNELS[name] for name in allowed})
+        except RuntimeError as error:
+            logger.warning("no sparse kernels for this shape: %s", error)
+            return Plan(len(weight), [Bucket(1, Way("dense", (), 0.0), [])])
         plans.save(plan, path)
     logger.info(
         "kernels for weights of shape %s, %s, by tokens (microseconds):\n%s\n%s",
