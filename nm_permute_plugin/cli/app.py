@@ -95,6 +95,9 @@ def evaluate(
         Path | None, typer.Option(help="The model before pruning, for the gap closed.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 1,
+    card: Annotated[
+        bool, typer.Option("--card", help="Put the result into the model card.")
+    ] = False,
     device: Device = None,
 ) -> None:
     """Perplexity of a checkpoint on a text; with --base and --dense the gap closed."""
@@ -128,9 +131,19 @@ def evaluate(
                 f"{folder}: perplexity {values[name]:.2f} "
                 f"(windows of {sequence_length} tokens, {len(tokens)} tokens)"
             )
+        gap = None
         if base is not None:
             gap = gap_closed(values["checkpoint"], values["base"], values["dense"])
             typer.echo(f"gap closed: {gap:.1%}")
+        if card:
+            from nm_permute_plugin.checkpoint.model_card import Evaluation, add_evaluation
+
+            name = " + ".join(file.name for file in text)
+            used = len(tokenize(checkpoint, content)) // sequence_length
+            row = Evaluation(
+                name, sequence_length, used * sequence_length, values["checkpoint"], gap
+            )
+            add_evaluation(checkpoint, row)
 
 
 @app.command()
