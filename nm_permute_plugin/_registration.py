@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import cast
 
 
 def register_when_imported() -> None:
@@ -65,13 +66,16 @@ class _HostFinder(MetaPathFinder):
     def find_spec(
         self,
         fullname: str,
-        path: Sequence[str] | None,
+        path: object,  # the import system's own sequences, namespace paths among them
         target: ModuleType | None = None,
     ) -> ModuleSpec | None:
         if fullname != self.host:
             return None
+        places = cast("Sequence[str] | None", path)
         for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            spec = None
+            if finder is not self:
+                spec = finder.find_spec(fullname, places, target)
             if spec is not None:
                 if spec.loader is not None:
                     spec.loader = _RegisteringLoader(spec.loader, self)

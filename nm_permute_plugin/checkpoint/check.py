@@ -18,9 +18,7 @@ from nm_permute_plugin.maths.pattern import NMPattern
 AskedFormat = Literal["auto", "dense", "sparse-24-bitmask", "sparse-bitmask"]
 
 
-def check_pattern(
-    path: Path, modules: Collection[str], pattern: NMPattern
-) -> None:
+def check_pattern(path: Path, modules: Collection[str], pattern: NMPattern) -> None:
     """
     Read every module back, one at a time, and see that it follows the pattern.
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is left to do once a pruned model has been saved: check, store, describe."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,7 +48,12 @@ class Finish:
         if format != "dense":
             # pruning modifiers of the host leave -0.0 behind
             convert(
-                folder, folder, format, modules=pruned, pattern=pattern, clear_zeros=True
+                folder,
+                folder,
+                format,
+                modules=pruned,
+                pattern=pattern,
+                clear_zeros=True,
             )
         write_record(folder, self.perms, self.report)
         write_card(folder, replace(self.card, format=format, reason=reason))

@@ -17,7 +17,10 @@ from nm_permute_plugin.maths.pattern import NMPattern
 CARD = "README.md"
 OURS = "<!-- written by nm-permute-plugin -->"
 _BEGIN, _END = "<!-- evaluation -->", "<!-- end of evaluation -->"
-_TABLE = ["| text | window | tokens | perplexity | gap closed |", "|---|---|---|---|---|"]
+_TABLE = [
+    "| text | window | tokens | perplexity | gap closed |",
+    "|---|---|---|---|---|",
+]
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,10 @@ def evaluate(
             gap = gap_closed(values["checkpoint"], values["base"], values["dense"])
             typer.echo(f"gap closed: {gap:.1%}")
         if card:
-            from nm_permute_plugin.checkpoint.model_card import Evaluation, add_evaluation
+            from nm_permute_plugin.checkpoint.model_card import (
+                Evaluation,
+                add_evaluation,
+            )
 
             name = " + ".join(file.name for file in text)
             used = len(tokenize(checkpoint, content)) // sequence_length
