@@ -120,7 +120,7 @@ def keep_foreign_card(folder: Path) -> None:
     path = folder / CARD
     if not path.exists() or OURS in path.read_text(encoding="utf-8", errors="replace"):
         return
-    number, kept = 1, folder / "README.old.md"
+    number, kept = 2, folder / "README.old.md"
     while kept.exists():
         number, kept = number + 1, folder / f"README.old{number}.md"
     path.rename(kept)
