@@ -16,7 +16,8 @@ from nm_permute_plugin.maths.pattern import NMPattern
 
 CARD = "README.md"
 OURS = "<!-- written by nm-permute-plugin -->"
-_BEGIN, _END = "<!-- evaluation -->", "<!-- end of evaluation -->"
+_EVALUATION = ("<!-- evaluation -->", "<!-- end of evaluation -->")
+_STORAGE = ("<!-- storage -->", "<!-- end of storage -->")
 _TABLE = [
     "| text | window | tokens | perplexity | gap closed |",
     "|---|---|---|---|---|",
@@ -74,34 +75,48 @@ def write_card(checkpoint: Path, card: Card) -> None:
             OURS,
             f"# {card.base_model.rpartition('/')[2]}, {_title(card)}",
             _what(card),
-            "## What is sparse, and what is not",
-            _sparse(checkpoint, card),
+            "\n".join(_STORAGE),
             "## Evaluation",
-            "\n".join([_BEGIN, *_TABLE, _END]),
+            "\n".join([_EVALUATION[0], *_TABLE, _EVALUATION[1]]),
             _held_back(card),
-            "## How to load it",
-            _loading(checkpoint, card),
             "## How it was made",
             _making(checkpoint, card),
         ]
     )
     (checkpoint / CARD).write_text(text + "\n", encoding="utf-8")
+    write_storage(checkpoint, card.pruned, card.pattern, card.format, card.reason)
+
+
+def write_storage(
+    checkpoint: Path,
+    pruned: Sequence[str],
+    pattern: NMPattern,
+    format: Format,
+    reason: str,
+) -> None:
+    """
+    Say in a checkpoint's card how it is stored and loaded, in place of what stood there.
+
+    :param reason: why it is stored so
+    :raises ValueError: if the folder has no card of ours
+    """
+    parts = [
+        "## What is sparse, and what is not",
+        _sparse(checkpoint, pruned, pattern, format, reason),
+        "## How to load it",
+        _loading(checkpoint, format),
+    ]
+    _, text = _block(checkpoint, _STORAGE)
+    _replace(checkpoint, text, _STORAGE, "\n\n" + "\n\n".join(parts) + "\n\n")
 
 
 def add_evaluation(checkpoint: Path, row: Evaluation) -> None:
     """
     Put a row into the table of a checkpoint's card, in place of one like it.
 
-    :raises ValueError: if the folder has no card, or one without our table
+    :raises ValueError: if the folder has no card of ours
     """
-    path = checkpoint / CARD
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    if _BEGIN not in text or _END not in text:
-        raise ValueError(
-            f"{path} has no table between {_BEGIN!r} and {_END!r} to put the result in"
-        )
-    before, rest = text.split(_BEGIN, 1)
-    block, after = rest.split(_END, 1)
+    block, text = _block(checkpoint, _EVALUATION)
     name = row.text.replace("|", "/")
     begin = f"| {name} | {row.window} |"
     gap = "" if row.gap is None else f"{row.gap:.1%}"
@@ -111,14 +126,20 @@ def add_evaluation(checkpoint: Path, row: Evaluation) -> None:
         if not line.startswith(begin)
     ]
     line = f"{begin} {row.tokens} | {row.perplexity:.2f} | {gap} |"
-    table = "\n".join([_BEGIN, *_TABLE, *kept, line, _END])
-    path.write_text(f"{before}{table}{after}", encoding="utf-8")
+    table = "\n".join(["", *_TABLE, *kept, line, ""])
+    _replace(checkpoint, text, _EVALUATION, table)
+
+
+def is_ours(checkpoint: Path) -> bool:
+    """Whether the folder has a README.md that was written here."""
+    path = checkpoint / CARD
+    return path.exists() and OURS in path.read_text(encoding="utf-8", errors="replace")
 
 
 def keep_foreign_card(folder: Path) -> None:
     """Move a README.md that we did not write out of the way, and say so."""
     path = folder / CARD
-    if not path.exists() or OURS in path.read_text(encoding="utf-8", errors="replace"):
+    if not path.exists() or is_ours(folder):
         return
     number, kept = 2, folder / "README.old.md"
     while kept.exists():
@@ -162,7 +183,13 @@ def _what(card: Card) -> str:
     )
 
 
-def _sparse(checkpoint: Path, card: Card) -> str:
+def _sparse(
+    checkpoint: Path,
+    pruned: Sequence[str],
+    pattern: NMPattern,
+    format: Format,
+    reason: str,
+) -> str:
     opened = open_checkpoint(checkpoint)
     size = sum(shard.path.stat().st_size for shard in opened.shards) / 1e6
     quantized = quantization_format(opened.config)
@@ -170,16 +197,16 @@ def _sparse(checkpoint: Path, card: Card) -> str:
         "dense": "dense, zeros included",
         "sparse-24-bitmask": "`sparse-24-bitmask` (values and a bitmask)",
         "sparse-bitmask": "`sparse-bitmask` (values and a bitmask)",
-    }[card.format]
-    others = [name for name in opened.matrices() if name not in set(card.pruned)]
+    }[format]
+    others = [name for name in opened.matrices() if name not in set(pruned)]
     lines = [
-        f"- {card.pattern}: {len(card.pruned)} modules: {_families(card.pruned)}",
-        f"- stored {stored}: {card.reason}",
+        f"- {pattern}: {len(pruned)} modules: {_families(pruned)}",
+        f"- stored {stored}: {reason}",
         f"- not sparse: {_families(others) or 'no other matrix'}; biases and norms",
         f"- quantization: {f'`{quantized}`' if quantized else 'none'}",
         f"- weight files: {size:.1f} MB",
     ]
-    return "\n".join(lines if card.pruned else lines[3:])
+    return "\n".join(lines if pruned else lines[3:])
 
 
 def _families(modules: Sequence[str]) -> str:
@@ -208,12 +235,12 @@ def _held_back(card: Card) -> str:
     )
 
 
-def _loading(checkpoint: Path, card: Card) -> str:
+def _loading(checkpoint: Path, format: Format) -> str:
     python = (
         "```python\n{first}from transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto")\n```'
     )
-    if card.format == "dense":
+    if format == "dense":
         known = quantization_format(read_json(checkpoint / "config.json"))
         needs = " with compressed-tensors installed" if known else ""
         return (
@@ -225,7 +252,7 @@ def _loading(checkpoint: Path, card: Card) -> str:
         + python.format(first="import nm_permute_plugin\n")
         + "\n\n- vLLM: `pip install nm-permute-plugin[vllm]`, then `vllm serve FOLDER`"
     )
-    if card.format == "sparse-24-bitmask":
+    if format == "sparse-24-bitmask":
         text += (
             "\n- vLLM up to 0.18.1, on Hopper GPUs, without the plugin: "
             "`nm-permute convert FOLDER OUT --legacy` first"
@@ -250,3 +277,22 @@ def _making(checkpoint: Path, card: Card) -> str:
         "\n\nThe orders, all settings and the figures of the run are in the folder "
         "`nm_permute`; `nm-permute verify FOLDER` checks the files."
     )
+
+
+def _block(checkpoint: Path, marks: tuple[str, str]) -> tuple[str, str]:
+    """What stands between two marks of the card, and the whole card."""
+    path = checkpoint / CARD
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    begin, end = text.find(marks[0]), text.find(marks[1])
+    if not 0 <= begin < end:
+        raise ValueError(
+            f"{path} has no place for this, between {marks[0]!r} and {marks[1]!r}; it "
+            "was not written by nm-permute-plugin, or changed since"
+        )
+    return text[begin + len(marks[0]) : end], text
+
+
+def _replace(checkpoint: Path, text: str, marks: tuple[str, str], new: str) -> None:
+    before, after = text.split(marks[0], 1)[0], text.split(marks[1], 1)[1]
+    card = f"{before}{marks[0]}{new}{marks[1]}{after}"
+    (checkpoint / CARD).write_text(card, encoding="utf-8")

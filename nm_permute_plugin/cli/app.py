@@ -6,11 +6,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, cast, get_args
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
+
+if TYPE_CHECKING:
+    from nm_permute_plugin.checkpoint.config import Format
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -207,10 +210,11 @@ def convert(
         done = convert_checkpoint(
             source,
             target,
-            cast(Format, format),
+            cast("Format", format),
             pattern=NMPattern.parse(pattern),
             legacy=legacy,
         )
+        _tell_the_card(target, done.format if done.compressed else "dense")
     typer.echo(
         f"{target}: {done.bytes_before / 1e6:.1f} -> {done.bytes_after / 1e6:.1f} MB"
     )
@@ -220,6 +224,16 @@ def convert(
     typer.echo(f"{len(done.compressed)} modules are stored as {done.format}")
     for module, reason in done.dense.items():
         typer.echo(f"dense: {module}: {reason}")
+
+
+def _tell_the_card(folder: Path, format: str) -> None:
+    """A card of ours says how the checkpoint is stored now."""
+    from nm_permute_plugin.checkpoint.model_card import is_ours, write_storage
+    from nm_permute_plugin.checkpoint.record import read_promise
+
+    promise = read_promise(folder)
+    if promise is not None and is_ours(folder):
+        write_storage(folder, *promise, cast("Format", format), "converted")
 
 
 def _read(files: list[Path]) -> str:

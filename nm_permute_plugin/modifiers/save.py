@@ -37,6 +37,7 @@ def after_save(model: PreTrainedModel, finish: Callable[[Path], None]) -> None:
             )
         target = Path(save_directory)
         unfinished = target / UNFINISHED
+        is_new = not target.exists()
         if is_source_process():
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
@@ -48,6 +49,8 @@ def after_save(model: PreTrainedModel, finish: Callable[[Path], None]) -> None:
         finally:
             if is_source_process():
                 shutil.rmtree(unfinished, ignore_errors=True)
+                if is_new and not any(target.iterdir()):
+                    target.rmdir()
 
     # llm-compressor wraps every save_pretrained that does not say it has been wrapped.
     save_and_finish.__dict__["_overridden"] = True

@@ -13,6 +13,7 @@ from nm_permute_plugin.checkpoint.model_card import (
     add_evaluation,
     keep_foreign_card,
     write_card,
+    write_storage,
 )
 from nm_permute_plugin.checkpoint.writer import convert
 from nm_permute_plugin.maths.pattern import NMPattern
@@ -106,12 +107,31 @@ def test_an_evaluation_is_added_and_replaced(sparse) -> None:
 
 def test_a_card_without_the_table_is_refused(tmp_path: Path) -> None:
     row = Evaluation("a", 2, 4, 1.0)
-    with pytest.raises(ValueError, match=r"README\.md has no table"):
+    with pytest.raises(ValueError, match=r"README\.md has no place"):
         add_evaluation(tmp_path, row)
     (tmp_path / "README.md").write_text("# Mine\n")
-    with pytest.raises(ValueError, match=r"README\.md has no table"):
+    with pytest.raises(ValueError, match=r"README\.md has no place"):
         add_evaluation(tmp_path, row)
     assert (tmp_path / "README.md").read_text() == "# Mine\n"
+
+
+def test_another_way_of_storing_is_said_and_the_rest_stays(sparse) -> None:
+    path, modules = sparse
+    make_card(path, "sparse-24-bitmask", modules)
+    card = path / "README.md"
+    card.write_text(card.read_text().replace("## Evaluation", "My own words."))
+    add_evaluation(path, Evaluation("c.txt", 2048, 16384, 9.0))
+    before = card.read_text()
+    convert(path, path, "dense")
+    write_storage(path, modules, NMPattern(2, 4), "dense", "converted")
+    text = card.read_text()
+    assert "stored dense, zeros included: converted" in text
+    assert "Without the plugin" not in text
+    assert "My own words." in text
+    assert "| c.txt | 2048 |" in text
+    convert(path, path, "sparse-24-bitmask", modules=modules)
+    write_storage(path, modules, NMPattern(2, 4), "sparse-24-bitmask", "asked for")
+    assert card.read_text() == before
 
 
 def test_foreign_cards_are_kept_each_under_its_own_name(tmp_path: Path) -> None:

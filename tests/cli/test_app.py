@@ -257,7 +257,7 @@ def test_evaluate_puts_its_row_into_the_card(
     assert f"| {test_text.name} | 32 | " in after
     assert f" | {found[1]} |  |" in after
     assert_one_error(
-        evaluate(dense, "--text", test_text, "--card"), r"README\.md has no table"
+        evaluate(dense, "--text", test_text, "--card"), r"README\.md has no place"
     )
 
 

@@ -69,7 +69,7 @@ def test_a_quantizer_that_fills_the_zeros_is_refused(
     both = recipe(format=format) + GPTQ.format(scheme=scheme)
     with pytest.raises(ValueError, match=BROKEN):
         run_oneshot(tiny_checkpoint(**WIDE), both, out)
-    assert [entry.name for entry in out.iterdir()] == []
+    assert not out.exists()
 
 
 def test_a_refused_save_leaves_the_older_checkpoint_as_it_was(
@@ -116,7 +116,7 @@ def test_a_module_that_the_hosts_pruner_leaves_out_is_refused(
         ValueError, match=r"o_proj is not 2:4 any more: row 0, .* hold 4"
     ):
         run_oneshot(tiny_checkpoint(), folded + host, tmp_path / "out")
-    assert not (tmp_path / "out" / "config.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_host_must_prune_the_pattern_that_the_order_is_made_for(
