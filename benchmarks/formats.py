@@ -5,8 +5,9 @@ What does each way of storing the same pruned weights cost, in perplexity and on
     python benchmarks/formats.py MODEL --train brown.txt --test wikitext-2/test.txt
 
 Prunes once with a learned order; every row of the table starts from those weights, is
-written to files and read back from them by transformers. Quantized rows are read with
-``dequantize=False``: weights as they are stored, activations quantized as they pass.
+written to files and read back from them by transformers, as it reads them by default:
+compressed-tensors decompresses the weights at the first pass and goes on rounding the
+activations as the scheme says. 8-bit rows are stored as sparse-24-bitmask.
 """
 
 import argparse
@@ -15,8 +16,15 @@ from pathlib import Path
 
 import torch
 import yaml
+from datasets import Dataset
+from llmcompressor import oneshot, reset_session
+from llmcompressor.modifiers.quantization import QuantizationModifier
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from nm_permute_plugin.checkpoint.check import check_pattern, choose_format
+from nm_permute_plugin.checkpoint.plan import TWO_FOUR
+from nm_permute_plugin.checkpoint.record import read_promise
 from nm_permute_plugin.checkpoint.verify import verify
 from nm_permute_plugin.checkpoint.writer import convert
 from nm_permute_plugin.cli.prune import prune_checkpoint
@@ -38,12 +46,16 @@ def main() -> None:
     rows = _rows(args)
     test = tokenize(args.model, "\n\n".join(f.read_text() for f in args.test))
     test = test[: args.windows * args.window]
-    _make(out, args.model, DENSE, _learned(args), rows, args.device)
+    if not (out / DENSE / "config.json").exists():
+        recipe = out / f"{DENSE}.yaml"
+        recipe.write_text(yaml.safe_dump({"prune_stage": _learned(args)}))
+        minutes = prune_checkpoint(args.model, recipe, out / DENSE, rows, args.device)
+        print(f"learned, folded and pruned in {minutes:.1f} minutes", flush=True)
     if not (out / SPARSE / "config.json").exists():
         convert(out / DENSE, out / SPARSE, SPARSE)
     for scheme in SCHEMES:
-        recipe = _quantized(scheme, args.group_size)
-        _make(out, out / DENSE, scheme, recipe, rows, args.device)
+        if not (out / scheme / "config.json").exists():
+            _quantize(out / DENSE, out / scheme, scheme, args, rows)
 
     print(f"files in {out}; {len(rows)} rows of {args.sequence_length} tokens to learn")
     print(f"tested on {len(test)} tokens in windows of {args.window}, {args.device}")
@@ -66,23 +78,6 @@ def main() -> None:
     print("logits of dense and sparse-24-bitmask agree bit by bit, first window")
 
 
-def _make(
-    out: Path,
-    source: Path,
-    name: str,
-    recipe: dict[str, object],
-    rows: list[list[int]],
-    device: str,
-) -> None:
-    """Run a recipe into a folder of its own, unless an earlier run has done so."""
-    if (out / name / "config.json").exists():
-        return
-    file = out / f"{name}.yaml"
-    file.write_text(yaml.safe_dump({"prune_stage": recipe}))
-    minutes = prune_checkpoint(source, file, out / name, rows, device)
-    print(f"{name}: {minutes:.1f} minutes", flush=True)
-
-
 def _learned(args: argparse.Namespace) -> dict[str, object]:
     fields = {
         "method": "learned",
@@ -97,26 +92,37 @@ def _learned(args: argparse.Namespace) -> dict[str, object]:
     return {"permutation_modifiers": {"LearnablePermutationModifier": fields}}
 
 
-def _quantized(scheme: str, group_size: int) -> dict[str, object]:
-    """Quantize pruned weights: magnitude in the order as it is keeps what is not 0."""
+def _quantize(
+    source: Path,
+    target: Path,
+    scheme: str,
+    args: argparse.Namespace,
+    rows: list[list[int]],
+) -> None:
+    """Quantize pruned weights, check that they still are, store 8 bits sparse."""
     fields: dict[str, object] = {"targets": ["Linear"], "ignore": ["lm_head"]}
     if scheme == "W4A16":
-        weights = {
-            "num_bits": 4,
-            "type": "int",
-            "symmetric": True,
-            "strategy": "group",
-            "group_size": group_size,
-        }
+        weights = {"num_bits": 4, "strategy": "group", "group_size": args.group_size}
         group = {"targets": ["Linear"], "weights": weights}
         fields = {"config_groups": {"group_0": group}, "ignore": ["lm_head"]}
     else:
         fields["scheme"] = scheme
-    same = {"method": "identity", "score": "magnitude"}
-    return {
-        "permutation_modifiers": {"LearnablePermutationModifier": same},
-        "quantization_modifiers": {"QuantizationModifier": fields},
-    }
+    reset_session()
+    oneshot(
+        model=AutoModelForCausalLM.from_pretrained(source, dtype="auto"),
+        tokenizer=AutoTokenizer.from_pretrained(source),
+        recipe=QuantizationModifier(**fields),
+        dataset=Dataset.from_dict({"input_ids": rows}),
+        max_seq_length=args.sequence_length,
+        num_calibration_samples=len(rows),
+        shuffle_calibration_samples=False,
+        output_dir=str(target),
+    )
+    pruned, _ = read_promise(source) or ([], TWO_FOUR)
+    check_pattern(target, pruned, TWO_FOUR)
+    form, _ = choose_format(target, "auto", TWO_FOUR, pruned)
+    if form != DENSE:
+        convert(target, target, form, modules=pruned)
 
 
 def _rows(args: argparse.Namespace) -> list[list[int]]:
