@@ -17,6 +17,7 @@ from llmcompressor.utils.helpers import DisableQuantization
 from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
 from torch import nn
+from transformers import PreTrainedModel
 
 from nm_permute_plugin.checkpoint.check import AskedFormat
 from nm_permute_plugin.checkpoint.finish import Finish
@@ -191,6 +192,7 @@ class LearnablePermutationModifier(Modifier):
         spec = self.spec if self.spec is not None else spec_of(model)
         # Offloaded tensors are handed out as fresh copies; ties show only without.
         with disable_onloading():
+            _refuse_tied(model, self._prunable)
             self._resolved = resolve(
                 model,
                 spec,
@@ -332,6 +334,17 @@ def _match(model: nn.Module, targets: list[str], ignore: list[str]) -> list[str]
             f"`ignore` {ignore} takes away all that `targets` {targets} matches"
         )
     return [name for name, _ in matched]
+
+
+def _refuse_tied(model: PreTrainedModel, names: list[str]) -> None:
+    """A head that is tied to the embeddings cannot be pruned without them."""
+    table = model.get_input_embeddings().weight
+    for name in names:
+        if model.get_submodule(name).weight is table:
+            raise ValueError(
+                f"{name} shares its weight with the embeddings, which would be pruned "
+                f"with it; add {name!r} to `ignore`, or untie them"
+            )
 
 
 def _base_model(model: nn.Module) -> str:

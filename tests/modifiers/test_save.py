@@ -128,6 +128,14 @@ def test_the_host_must_prune_the_pattern_that_the_order_is_made_for(
         run_oneshot(tiny_checkpoint(), folded + host, tmp_path / "out")
 
 
+def test_a_head_that_is_the_embedding_is_refused_before_the_long_work(
+    tiny_checkpoint, run_oneshot, tmp_path: Path
+) -> None:
+    folder = tiny_checkpoint(tie_word_embeddings=True)
+    with pytest.raises(ValueError, match="lm_head shares its weight with the emb"):
+        run_oneshot(folder, recipe() + "      ignore: []\n", tmp_path / "out")
+
+
 def test_a_fold_alone_promises_nothing(
     tiny_checkpoint, run_oneshot, tmp_path: Path
 ) -> None:
