@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every shipped recipe runs, and what it leaves passes ``verify`` and is read back."""
+"""Every shipped recipe runs; what it leaves passes ``verify``, and fails with a fault."""
 
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from nm_permute_plugin.checkpoint.verify import verify
@@ -13,12 +14,13 @@ pytestmark = pytest.mark.slow
 
 FILES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 LINEARS = 14
+MODULE = "model.layers.1.mlp.down_proj"
 # Groups of 4-bit weights have 128 channels.
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_a_shipped_recipe_leaves_a_checkpoint_without_fault(
+def test_a_shipped_recipe_leaves_what_verify_passes_and_transformers_reads(
     tiny_checkpoint, run_oneshot, tokens, tmp_path: Path, file: Path
 ) -> None:
     name, out = file.stem, tmp_path / "out"
@@ -52,3 +54,21 @@ def test_a_shipped_recipe_leaves_a_checkpoint_without_fault(
         )
     cosine = torch.nn.functional.cosine_similarity(dense, ours, dim=-1)
     assert float(cosine.mean()) > 0.5
+
+    plant_fault(out / "model.safetensors")
+    (fault,) = verify(out).faults
+    assert (fault.file, fault.tensor) == ("model.safetensors", MODULE)
+
+
+def plant_fault(file: Path) -> None:
+    """Have more weights in the first group of a row than the pattern allows."""
+    tensors = load_file(file)
+    part = next(
+        part
+        for part in ("bitmask", "weight_packed", "weight")
+        if f"{MODULE}.{part}" in tensors
+    )
+    # all bits of a byte; eight 4-bit levels that are not zero; eight ones
+    many = {"bitmask": 0xFF, "weight_packed": 0x11111111, "weight": 1}[part]
+    tensors[f"{MODULE}.{part}"][3, 0 : 8 if part == "weight" else 1] = many
+    save_file(tensors, file, {"format": "pt"})
