@@ -152,13 +152,10 @@ def _front_matter(card: Card) -> str:
     tags = ["nm-permute-plugin", "llm-compressor", "compressed-tensors"]
     if card.pruned:
         tags += ["sparsity", str(card.pattern).replace(":", "of")]
-    lines = [
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        f"base_model: {json.dumps(card.base_model)}",
-        "tags:",
-        *(f"- {tag}" for tag in tags),
-    ]
+    lines = ["library_name: transformers", "pipeline_tag: text-generation"]
+    if "/" in card.base_model:  # a hub would link the name of a folder to a stranger
+        lines.append(f"base_model: {json.dumps(card.base_model)}")
+    lines += ["tags:", *(f"- {tag}" for tag in tags)]
     return "\n".join(["---", *lines, "---"])
 
 

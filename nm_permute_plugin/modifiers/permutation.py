@@ -2,7 +2,6 @@
 """The modifier that a recipe names: order, fold and prune in one step."""
 
 from importlib.metadata import version
-from pathlib import Path
 from typing import Literal
 
 from compressed_tensors.offload import (
@@ -10,14 +9,11 @@ from compressed_tensors.offload import (
     disable_onloading,
     update_offload_parameter,
 )
-from compressed_tensors.utils import match_name, match_named_modules
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from llmcompressor.utils.helpers import DisableQuantization
 from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
-from torch import nn
-from transformers import PreTrainedModel
 
 from nm_permute_plugin.checkpoint.check import AskedFormat
 from nm_permute_plugin.checkpoint.finish import Finish
@@ -26,6 +22,12 @@ from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.scores import ScoreName
 from nm_permute_plugin.modifiers.neighbours import is_pruned_later, refuse_shared_pass
 from nm_permute_plugin.modifiers.save import after_save
+from nm_permute_plugin.modifiers.targets import (
+    DEFAULT_IGNORE,
+    base_model_of,
+    match_linears,
+    refuse_tied,
+)
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
 from nm_permute_plugin.specs.spec import ResolvedSpec, resolve
 from nm_permute_plugin.training.learn import LearnSettings
@@ -40,7 +42,6 @@ from nm_permute_plugin.training.pipeline import (
 from nm_permute_plugin.training.text import rows_of, split_text
 
 Family = Literal["residual", "hidden", "value"]
-DEFAULT_IGNORE = ["lm_head"]
 VERSIONED = (
     "nm-permute-plugin",
     "llmcompressor",
@@ -188,11 +189,11 @@ class LearnablePermutationModifier(Modifier):
 
     def on_initialize(self, state: State, **kwargs: object) -> bool:
         model = state.model
-        self._prunable = _match(model, self.targets, self.ignore)
+        self._prunable = match_linears(model, self.targets, self.ignore)
         spec = self.spec if self.spec is not None else spec_of(model)
         # Offloaded tensors are handed out as fresh copies; ties show only without.
         with disable_onloading():
-            _refuse_tied(model, self._prunable)
+            refuse_tied(model, self._prunable)
             self._resolved = resolve(
                 model,
                 spec,
@@ -200,7 +201,7 @@ class LearnablePermutationModifier(Modifier):
                 self._prunable,
                 head_dim_of(model.config.get_text_config()),
             )
-        self._base_model = _base_model(model)
+        self._base_model = base_model_of(model)
         if self.prune or is_pruned_later(self, self.mask_structure):
             self._promised = self._prunable
         for name in self._resolved.unordered:
@@ -304,54 +305,3 @@ class LearnablePermutationModifier(Modifier):
             learn=learn,
             prune=self.prune,
         )
-
-
-def _match(model: nn.Module, targets: list[str], ignore: list[str]) -> list[str]:
-    """The names of the linears to prune; every target and every ignore must match."""
-    names = [name for name, _ in model.named_modules()]
-    for pattern in ignore if ignore != DEFAULT_IGNORE else ():
-        known = any(match_name(name, pattern) for name in names)
-        if not known and not list(match_named_modules(model, [pattern])):
-            raise ValueError(
-                f"ignore pattern {pattern!r} matches no module of the model; module "
-                f"names look like {_example(names)!r}, patterns start with 're:'"
-            )
-    for pattern in targets:
-        if not list(match_named_modules(model, [pattern])):
-            raise ValueError(
-                f"target {pattern!r} matches no module of the model; use 'Linear', a "
-                f"name like {_example(names)!r}, or a pattern that starts with 're:'"
-            )
-    matched = list(match_named_modules(model, targets, ignore))
-    for name, module in matched:
-        if not isinstance(module, nn.Linear):
-            raise ValueError(
-                f"target {name} is a {type(module).__name__}; only Linear modules can "
-                "be pruned N:M. Narrow `targets`, or add it to `ignore`."
-            )
-    if not matched:
-        raise ValueError(
-            f"`ignore` {ignore} takes away all that `targets` {targets} matches"
-        )
-    return [name for name, _ in matched]
-
-
-def _refuse_tied(model: PreTrainedModel, names: list[str]) -> None:
-    """A head that is tied to the embeddings cannot be pruned without them."""
-    table = model.get_input_embeddings().weight
-    for name in names:
-        if model.get_submodule(name).weight is table:
-            raise ValueError(
-                f"{name} shares its weight with the embeddings, which would be pruned "
-                f"with it; add {name!r} to `ignore`, or untie them"
-            )
-
-
-def _base_model(model: nn.Module) -> str:
-    """The hub name of a model, or the name of its folder; no path of this machine."""
-    name = str(getattr(model, "name_or_path", "") or type(model).__name__)
-    return Path(name).resolve().name if Path(name).exists() else name
-
-
-def _example(names: list[str]) -> str:
-    return max(names, key=lambda name: name.count("."))

@@ -74,7 +74,9 @@ def test_the_card_of_a_sparse_checkpoint(sparse) -> None:
 
 def test_the_card_of_a_dense_checkpoint_needs_no_plugin(make_dense: MakeDense) -> None:
     dense = make_dense()
-    text = make_card(dense, "dense", ("model.layers.0.mlp.down_proj",))
+    modules = ("model.layers.0.mlp.down_proj",)
+    text = make_card(dense, "dense", modules, base_model="folder")
+    assert "base_model" not in text
     assert "load it with no plugin" in text
     assert "import nm_permute_plugin" not in text
     assert "Without the plugin" not in text
