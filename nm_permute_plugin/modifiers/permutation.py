@@ -199,7 +199,7 @@ class LearnablePermutationModifier(Modifier):
                 spec,
                 NMPattern.parse(self.mask_structure),
                 self._prunable,
-                head_dim_of(model.config.get_text_config()),
+                head_dim_of(model.config),
             )
         self._base_model = base_model_of(model)
         if self.prune or is_pruned_later(self, self.mask_structure):

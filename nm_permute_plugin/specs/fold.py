@@ -2,9 +2,10 @@
 """Write permutations into a model's weights, so that nothing is permuted at run time."""
 
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 
 from nm_permute_plugin.maths.permutation import (
@@ -13,7 +14,8 @@ from nm_permute_plugin.maths.permutation import (
     expand_heads,
     invert,
 )
-from nm_permute_plugin.specs.spec import Axis, ResolvedSpec, Space
+from nm_permute_plugin.specs.lines import Axis, Part
+from nm_permute_plugin.specs.spec import ResolvedSpec, Space
 
 Write = Callable[[nn.Module, str, Tensor], None]
 """``write(owner, name, tensor)`` stores a parameter's new value. Offloaded modules need
@@ -51,21 +53,18 @@ def fold(
             )
         _check(perm, resolved.spaces[name])
     for parameter in resolved.parameters:
-        moved = [
-            (dim, axis, axis.space)
-            for dim, axis in enumerate(parameter.axes)
-            if axis.space is not None and axis.space in perms
-        ]
-        if not moved:
+        if not parameter.spaces & perms.keys():
             continue
         owner_name, _, leaf = parameter.names[0].rpartition(".")
         owner = model.get_submodule(owner_name)
-        tensor = getattr(owner, leaf).detach()
-        for dim, axis, name in moved:
-            space = resolved.spaces[name]
-            index = _index(axis, perms[name], space, tensor.shape[dim])
-            tensor = tensor.index_select(dim, index.to(tensor.device))
-        write(owner, leaf, tensor)
+        old = getattr(owner, leaf).detach()
+        new = [
+            _moved(matrix, axes, resolved, perms)
+            for matrix, axes in zip(
+                old if parameter.packed else [old], parameter.matrices, strict=True
+            )
+        ]
+        write(owner, leaf, torch.stack(new) if parameter.packed else new[0])
 
 
 def invert_all(perms: Mapping[str, Permutation]) -> dict[str, Permutation]:
@@ -87,9 +86,30 @@ def _check(perm: Permutation, space: Space) -> None:
         )
 
 
+def _moved(
+    tensor: Shaped[Tensor, "..."],
+    axes: tuple[Axis, ...],
+    resolved: ResolvedSpec,
+    perms: Mapping[str, Permutation],
+) -> Shaped[Tensor, "..."]:
+    for dim, axis in enumerate(axes):
+        if any(part.space in perms for part in axis):
+            runs = [_index(part, resolved, perms) for part in axis]
+            starts = accumulate((part.length for part in axis[:-1]), initial=0)
+            index = torch.cat(
+                [run + start for run, start in zip(runs, starts, strict=True)]
+            )
+            tensor = tensor.index_select(dim, index.to(tensor.device))
+    return tensor
+
+
 def _index(
-    axis: Axis, perm: Permutation, space: Space, length: int
-) -> Int[Tensor, " expanded"]:
-    if not axis.heads:
+    part: Part, resolved: ResolvedSpec, perms: Mapping[str, Permutation]
+) -> Int[Tensor, " run"]:
+    """The order of a part's channels, from 0 on."""
+    if part.space is None or part.space not in perms:
+        return torch.arange(part.length)
+    perm, space = perms[part.space].cpu(), resolved.spaces[part.space]
+    if not part.heads:
         return perm
-    return expand_heads(perm, space.wall, length // space.size)
+    return expand_heads(perm, space.wall, part.length // space.size)

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """One table of architectures and options, for every test that asks for them."""
 
+import sys
+from pathlib import Path
+
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the zoo beside the tests
 
 TABLE = [
     pytest.param("llama", {}, id="llama-gqa"),

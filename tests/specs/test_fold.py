@@ -69,7 +69,7 @@ def test_each_space_folds_alone(
         name
         for parameter in resolved.parameters
         for name in parameter.names
-        if any(axis.space in perms for axis in parameter.axes)
+        if parameter.spaces & perms.keys()
     }
     moved = {n for n, t in model.state_dict().items() if not torch.equal(t, weights[n])}
     assert moved == named

@@ -10,7 +10,8 @@ from torch import nn
 from nm_permute_plugin.maths.masks import nm_mask
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.specs.architectures import LLAMA, head_dim_of, spec_of
-from nm_permute_plugin.specs.spec import Axis, Reader, ResolvedSpec, resolve
+from nm_permute_plugin.specs.lines import Part
+from nm_permute_plugin.specs.spec import Reader, ResolvedSpec, resolve
 
 TWO_OF_FOUR = NMPattern(2, 4)
 
@@ -41,12 +42,13 @@ def resolve_mlp(
 
 def test_a_spec_that_fits_gives_the_axes_it_names() -> None:
     resolved = resolve_mlp(MLP)
-    axes = {p.names[0]: p.axes for p in resolved.parameters}
+    axes = {p.names[0]: p.matrices for p in resolved.parameters}
+    inner, outer = (Part("hidden", length=8),), (Part(None, length=4),)
     assert axes == {
-        "up.weight": (Axis("hidden"), Axis(None)),
-        "up.bias": (Axis("hidden"),),
-        "down.weight": (Axis(None), Axis("hidden")),
-        "down.bias": (Axis(None),),
+        "up.weight": ((inner, outer),),
+        "up.bias": ((inner,),),
+        "down.weight": ((outer, inner),),
+        "down.bias": ((outer,),),
     }
     assert resolved.spaces["hidden"].readers == (Reader("down"),)
 
@@ -64,7 +66,7 @@ BROKEN = [
     ),
     pytest.param(
         {"{up,down}.bias": "_"},
-        r"parameter up\.bias \(8,\) is claimed by 'up\.bias', '\{up,down\}\.bias'",
+        r"parameter up\.bias is claimed by 'up\.bias', '\{up,down\}\.bias'",
         id="claimed by two lines",
     ),
     pytest.param(

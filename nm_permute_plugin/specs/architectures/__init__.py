@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Permutation specs of known architectures: data only."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from nm_permute_plugin.specs.architectures.bert import BERT_CLASSES
+from nm_permute_plugin.specs.architectures.llama import LLAMA, LLAMA_CLASSES
+from nm_permute_plugin.specs.architectures.moe import MOE_CLASSES
+from nm_permute_plugin.specs.architectures.older import GPT2_CLASSES, opt
+from nm_permute_plugin.specs.architectures.qwen_vl import QWEN_VL_CLASSES
+from nm_permute_plugin.specs.architectures.vision import VISION_CLASSES
+from nm_permute_plugin.specs.sizes import HeadDim
+from nm_permute_plugin.specs.spec import Spec
+
+__all__ = ["LLAMA", "SPECS", "head_dim_of", "spec_of"]
+
+SPECS: dict[str, Spec | Callable[[Any], Spec]] = {
+    **LLAMA_CLASSES,
+    **MOE_CLASSES,
+    **GPT2_CLASSES,
+    "OPTForCausalLM": opt,
+    **BERT_CLASSES,
+    **VISION_CLASSES,
+    **QWEN_VL_CLASSES,
+}
+"""By class name; a function of the config where that decides which axes move."""
+
+
+def spec_of(model: nn.Module) -> Spec:
+    """
+    The spec of the model's class.
+
+    :raises NotImplementedError: for a class that is not known; nothing is guessed
+    """
+    name = type(model).__name__
+    if name not in SPECS:
+        raise NotImplementedError(
+            f"no permutation spec for {name}; known: {', '.join(SPECS)}. Give one as "
+            "`spec:` in the recipe: a line a parameter, a word an axis, for example "
+            "'model.layers.{i}.mlp.down_proj.weight': 'residual hidden.{i}'."
+        )
+    spec = SPECS[name]
+    return spec if isinstance(spec, Mapping) else spec(model.config)
+
+
+def head_dim_of(config: Any) -> HeadDim:
+    """
+    Channels of an attention head, from a transformers config; None if it has none.
+
+    A model of images and text has one for `value` and one for `value.vision`.
+    """
+    vision = getattr(config, "vision_config", None)
+    if vision is None:
+        return _head_dim_of(config)
+    of_tower = {
+        "value": _head_dim_of(config.get_text_config()),
+        "value.vision": _head_dim_of(vision),
+    }
+    return {name: dim for name, dim in of_tower.items() if dim is not None}
+
+
+def _head_dim_of(config: Any) -> int | None:
+    stated = getattr(config, "head_dim", None)
+    heads = getattr(config, "num_attention_heads", None)
+    heads = heads if heads is not None else getattr(config, "num_heads", None)
+    if stated is not None or heads is None:
+        return stated
+    # Qwen2-VL calls the width of its tower embed_dim, and that of its output hidden_size.
+    width = getattr(config, "embed_dim", None) or config.hidden_size
+    return int(width) // int(heads)
