@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A spec with one wrong word never passes: it is refused, or the outputs change."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+from zoo import ZOO, tiny
+
+from nm_permute_plugin.maths.pattern import NMPattern
+from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
+from nm_permute_plugin.specs.exactness import change_by_fold, random_perms
+from nm_permute_plugin.specs.fold import fold, invert_all
+from nm_permute_plugin.specs.lines import Lines
+from nm_permute_plugin.specs.probe import random_batch
+from nm_permute_plugin.specs.spec import Spec, resolve
+
+MUTATED = (
+    "llama-gqa",
+    "gemma3-mqa",
+    "phi3-gqa",
+    "qwen2moe-one-dense-layer",
+    "gpt2-three-heads",
+    "opt-350m",
+    "bertforsequenceclassification",
+    "vit-labels",
+    "deit-teacher",
+    "dinov2-labels",
+    "dinov2-swiglu-three-heads",
+    "clip",
+    "siglip",
+    "siglip-vision",
+    "qwen2-vl",
+    "qwen2.5-vl",
+)
+CASES = [case for case in ZOO if case.id in MUTATED]
+
+# What no forward pass here reads may stand in any order.
+UNREAD = {"dinov2.embeddings.mask_token?"}
+
+
+def mutants(spec: Spec, model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Every line with one word that no longer moves, and with two words swapped."""
+    for line, words in spec.items():
+        lines = Lines({line: words})
+        named = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        if line in UNREAD or not any(lines.of(name) for name in named):
+            continue
+        parts = words.split()
+        for place, word in enumerate(parts):
+            if word != "_" and not word.startswith("{"):
+                yield line, " ".join([*parts[:place], "_", *parts[place + 1 :]])
+        if len(set(parts[:2])) == 2:
+            yield line, " ".join([parts[1], parts[0], *parts[2:]])
+
+
+def passes(model: nn.Module, spec: Spec) -> bool:
+    """Whether the spec resolves and its fold leaves the outputs; the fold is undone."""
+    head_dim = head_dim_of(model.config)
+    try:
+        resolved = resolve(model, spec, NMPattern(2, 4), [], head_dim)
+    except ValueError:
+        return False
+    perms = random_perms(resolved)
+    change = change_by_fold(model, resolved, perms, random_batch(model))
+    fold(model, resolved, invert_all(perms))
+    return change < 1e-6
+
+
+@pytest.mark.parametrize(("name", "config", "options"), CASES)
+def test_no_wrong_word_passes(name: str, config: str, options: dict) -> None:
+    model = tiny(name, config, options, torch.float64)
+    spec = spec_of(model)
+    assert passes(model, spec)
+    found = list(mutants(spec, model))
+    assert len(found) > len(spec) // 2
+    survivors = [
+        mutant for mutant in found if passes(model, {**spec, mutant[0]: mutant[1]})
+    ]
+    assert survivors == []
