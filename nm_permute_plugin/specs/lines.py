@@ -3,11 +3,12 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 FAMILIES = ("residual", "hidden", "value")
 """The first part of every space's name: what kind of channels it holds."""
 
+_FIXED = re.compile(r"_[a-z]*")
 _SPACE = re.compile(rf"({'|'.join(FAMILIES)})(\.[a-z0-9_]+)*")
 
 
@@ -19,11 +20,13 @@ class Part:
     :param heads: the run follows the space's key/value heads over their query heads; of
         a run that no space orders: it is as long as such a run
     :param length: channels of the run; 0 until it is measured
+    :param reason: why no space orders it, in a word of the spec's author
     """
 
     space: str | None
     heads: bool = False
     length: int = 0
+    reason: str = field(default="", compare=False)
 
 
 Axis = tuple[Part, ...]
@@ -126,10 +129,11 @@ def _part(text: str, word: str, numbers: Mapping[str, str], name: str) -> Part:
     for key, number in numbers.items():
         space = space.replace("{" + key + "}", number)
     heads = suffix == "heads"
-    if space == "_" and (heads or not colon) and (not heads or "+" in word):
-        return Part(None, heads)
-    if (heads or not colon) and _SPACE.fullmatch(space):
-        return Part(space, heads)
+    if heads or not colon:
+        if _FIXED.fullmatch(space) and (not heads or "+" in word):
+            return Part(None, heads, reason=space[1:])
+        if _SPACE.fullmatch(space):
+            return Part(space, heads)
     raise ValueError(
         f"parameter {name}: {word!r} is no word of a permutation spec; write '_', "
         "'residual', 'hidden.{i}', 'value.{i}' or 'value.{i}:heads', and 'a+b' for "

@@ -3,7 +3,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from einops import rearrange
 from jaxtyping import Shaped
@@ -17,12 +17,12 @@ Spec = Mapping[str, str]
 """``{"model.layers.{i}.mlp.down_proj.weight": "residual hidden.{i}", ...}``: one line a
 parameter, one word an axis.
 
-``_`` never moves, ``{i}`` is any number, ``{a,b}`` one of several names, ``:heads``
-follows a key/value head across its query heads, and a name that ends in ``?`` may be
-absent. ``a+b`` is an axis of fused weights, one after another: all as long as each other,
-but for ``_:heads``, which is as long as the axis that follows the value space ``:heads``.
-A first word ``{e}`` numbers the matrices of a packed stack; ``hidden.{i}.{e}`` is then a
-space of each."""
+``_`` never moves, and may say why (``_output``); ``{i}`` is any number, ``{a,b}`` one of
+several names; ``:heads`` follows a key/value head across its query heads; a name that
+ends in ``?`` may be absent. ``a+b`` is an axis of fused weights, one after another: all as
+long as each other, but for ``_:heads``, which is as long as the axis that follows the
+space of values with ``:heads``. A first word ``{e}`` numbers the matrices of a packed
+stack; ``hidden.{i}.{e}`` is then a space of each."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,13 @@ class ResolvedSpec:
     :param parameters: every parameter of the model, and the buffers that the spec names,
         each once
     :param spaces: by name
-    :param unordered: prunable linears whose input channels no space orders
+    :param unordered: prunable linears whose input channels no space orders, and the word
+        that the spec gives for it, perhaps empty
     """
 
     parameters: tuple[MovedParameter, ...]
     spaces: dict[str, Space]
-    unordered: tuple[str, ...] = ()
+    unordered: dict[str, str] = field(default_factory=dict)
 
 
 def resolve(
@@ -127,7 +128,7 @@ def resolve(
             name: Space(name, size.channels, size.wall, tuple(readers[name]))
             for name, size in sizes.items()
         },
-        unordered=tuple(unordered),
+        unordered=unordered,
     )
 
 
@@ -136,9 +137,9 @@ def _readers(
     sizes: Mapping[str, Size],
     pattern: NMPattern,
     prunable: set[str],
-) -> tuple[dict[str, list[Reader]], list[str]]:
+) -> tuple[dict[str, list[Reader]], dict[str, str]]:
     readers: dict[str, list[Reader]] = defaultdict(list)
-    unordered = []
+    unordered: dict[str, str] = {}
     for item in claims:
         for name in item.names:
             owner = name.removesuffix(".weight")
@@ -160,7 +161,7 @@ def _readers(
                     f"another mask_structure, or add {owner!r} to `ignore`."
                 )
             if space is None:
-                unordered.append(owner)
+                unordered[owner] = axis[0].reason
             else:
                 times = item.shape[-1] // sizes[space].channels
                 readers[space].append(

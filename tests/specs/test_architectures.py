@@ -19,7 +19,7 @@ def test_every_parameter_has_its_axes(
     assert {name: len(axes) for name, axes in found.items()} == {
         name: len(shape) for name, shape in shapes.items()
     }
-    assert resolved.unordered == ()
+    assert resolved.unordered == {}
 
 
 def test_spaces_have_the_sizes_and_walls_of_the_config(

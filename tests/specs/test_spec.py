@@ -55,7 +55,7 @@ def test_a_spec_that_fits_gives_the_axes_it_names() -> None:
 
 def test_a_pruned_linear_that_no_space_orders_is_listed() -> None:
     resolved = resolve_mlp(MLP, prunable=["up", "down"])
-    assert resolved.unordered == ("up",)
+    assert resolved.unordered == {"up": ""}
 
 
 BROKEN = [

@@ -33,6 +33,6 @@ def output_fixed(spec: Spec) -> Spec:
     another order of the residual stream would show in them, so that it never moves.
 
     >>> output_fixed({"up.weight": "hidden.{i} residual"})
-    {'up.weight': 'hidden.{i} _'}
+    {'up.weight': 'hidden.{i} _output'}
     """
-    return renamed(spec, "residual", "_")
+    return renamed(spec, "residual", "_output")

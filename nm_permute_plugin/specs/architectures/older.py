@@ -41,9 +41,9 @@ OPT_DECODER: Spec = {
 
 # The 350M model embeds into fewer channels than it computes with.
 PROJECTED: Spec = {
-    "embed_tokens.weight": "_ _",
-    "project_in.weight": "residual _",
-    "project_out.weight": "_ residual",
+    "embed_tokens.weight": "_ _embedding",
+    "project_in.weight": "residual _embedding",
+    "project_out.weight": "_embedding residual",
 }
 
 
@@ -51,7 +51,7 @@ def opt(config: Any) -> Spec:
     """OPTForCausalLM; its embedding is the residual stream, or is projected into it."""
     projected = config.word_embed_proj_dim != config.hidden_size
     lines = {**OPT_DECODER, **(PROJECTED if projected else {})}
-    head = "_ _" if projected else "_ residual"
+    head = "_ _embedding" if projected else "_ residual"
     return {**under("model.decoder.", lines), "lm_head.weight": head}
 
 

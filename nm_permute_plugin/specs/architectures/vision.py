@@ -92,13 +92,13 @@ SIGLIP_HEAD: Spec = {
     "head.probe?": "_ _ residual",
     "head.attention.in_proj_weight?": "_:heads+_+value.pool residual",
     "head.attention.in_proj_bias?": "_:heads+_+value.pool",
-    "head.attention.out_proj.weight?": "_ value.pool:heads",
-    "head.attention.out_proj.bias?": "_",
-    "head.layernorm.{weight,bias}?": "_",
-    "head.mlp.fc1.weight?": "hidden.pool _",
+    "head.attention.out_proj.weight?": "_output value.pool:heads",
+    "head.attention.out_proj.bias?": "_output",
+    "head.layernorm.{weight,bias}?": "_output",
+    "head.mlp.fc1.weight?": "hidden.pool _output",
     "head.mlp.fc1.bias?": "hidden.pool",
-    "head.mlp.fc2.weight?": "_ hidden.pool",
-    "head.mlp.fc2.bias?": "_",
+    "head.mlp.fc2.weight?": "_output hidden.pool",
+    "head.mlp.fc2.bias?": "_output",
 }
 SIGLIP_VISION: Spec = {**PATCHES, **SIGLIP_HEAD}
 
