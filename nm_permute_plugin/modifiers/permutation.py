@@ -20,12 +20,15 @@ from nm_permute_plugin.checkpoint.finish import Finish
 from nm_permute_plugin.checkpoint.model_card import Card
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.scores import ScoreName
+from nm_permute_plugin.modifiers.names import experts_of, saved_names
 from nm_permute_plugin.modifiers.neighbours import is_pruned_later, refuse_shared_pass
 from nm_permute_plugin.modifiers.save import after_save
 from nm_permute_plugin.modifiers.targets import (
     DEFAULT_IGNORE,
     base_model_of,
+    dense_for_experts,
     match_linears,
+    refuse_packed,
     refuse_tied,
 )
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
@@ -150,6 +153,7 @@ class LearnablePermutationModifier(Modifier):
     _record: Record | None = PrivateAttr(default=None)
     _promised: list[str] = PrivateAttr(default_factory=list)
     _base_model: str = PrivateAttr(default="")
+    _stored: AskedFormat = PrivateAttr(default="auto")
 
     @model_validator(mode="after")
     def _fields_make_sense_together(self) -> "LearnablePermutationModifier":
@@ -202,10 +206,15 @@ class LearnablePermutationModifier(Modifier):
                 head_dim_of(model.config),
             )
         self._base_model = base_model_of(model)
+        self._stored = self.format
+        if experts_of(self._prunable):
+            self._stored = dense_for_experts(self.format)
+        names = saved_names(model, self._prunable)
         if self.prune or is_pruned_later(self, self.mask_structure):
-            self._promised = self._prunable
-        for name in self._resolved.unordered:
-            logger.info(f"{name}: pruned in the order as it is, no space orders it")
+            self._promised = names
+        refuse_packed(self._resolved)
+        for line in self._resolved.listing(self.spaces):
+            logger.info(line)
         return True
 
     def on_calibration_start(
@@ -270,7 +279,7 @@ class LearnablePermutationModifier(Modifier):
             "seconds": record.seconds,
             "history": record.history,
         }
-        return Finish(self.format, card, record.perms, report)
+        return Finish(self._stored, card, record.perms, report)
 
     def _settings(self) -> OrderSettings:
         pattern = NMPattern.parse(self.mask_structure)

@@ -7,6 +7,9 @@ from compressed_tensors.utils import match_name, match_named_modules
 from torch import nn
 from transformers import PreTrainedModel
 
+from nm_permute_plugin.checkpoint.check import AskedFormat
+from nm_permute_plugin.specs.spec import ResolvedSpec
+
 DEFAULT_IGNORE = ["lm_head"]
 
 
@@ -31,6 +34,12 @@ def match_linears(model: nn.Module, targets: list[str], ignore: list[str]) -> li
                 f"target {pattern!r} matches no module of the model; use 'Linear', a "
                 f"name like {_example(names)!r}, or a pattern that starts with 're:'"
             )
+    for name, _ in match_named_modules(model, ["Conv1D"], ignore):
+        raise ValueError(
+            f"{name} is a Conv1D, which stores its weight as [in, out]; N:M masks are for "
+            "Linear modules. Its channels can be reordered (`nm-permute spec`), not "
+            f"pruned; add it to `ignore`, 're:.*{name.rpartition('.')[2]}$' for example."
+        )
     matched = list(match_named_modules(model, targets, ignore))
     for name, module in matched:
         if not isinstance(module, nn.Linear):
@@ -58,6 +67,35 @@ def refuse_tied(model: PreTrainedModel, names: list[str]) -> None:
                 f"{name} shares its weight with the embeddings, which would be pruned "
                 f"with it; add {name!r} to `ignore`, or untie them"
             )
+
+
+def refuse_packed(resolved: ResolvedSpec) -> None:
+    """
+    See that no packed stack of experts stays dense in silence.
+
+    :raises ValueError: naming the first
+    """
+    for parameter in resolved.parameters:
+        if parameter.packed:
+            raise ValueError(
+                f"{parameter.names[0]} packs the weights of experts, and N:M masks are "
+                "for Linear modules. `oneshot` unpacks it; without, call llm-compressor's "
+                "linearize_moe(model) first."
+            )
+
+
+def dense_for_experts(asked: AskedFormat) -> AskedFormat:
+    """
+    How a checkpoint of experts is stored: no reader of the sparse formats packs them.
+
+    :raises ValueError: if a sparse format is asked for
+    """
+    if asked not in ("auto", "dense"):
+        raise ValueError(
+            f"format {asked} cannot hold a mixture of experts: transformers packs the "
+            "experts while loading, which knows no sparse weights; use format: dense"
+        )
+    return "dense"
 
 
 def base_model_of(model: nn.Module) -> str:

@@ -2,7 +2,7 @@
 """The permutation spec: which axes of which parameters move together, as strings."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from einops import rearrange
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.specs.claim import MovedParameter, claim
+from nm_permute_plugin.specs.lines import FAMILIES
 from nm_permute_plugin.specs.sizes import HeadDim, Size, measure
 
 Spec = Mapping[str, str]
@@ -100,6 +101,25 @@ class ResolvedSpec:
     parameters: tuple[MovedParameter, ...]
     spaces: dict[str, Space]
     unordered: dict[str, str] = field(default_factory=dict)
+
+    def listing(self, families: Collection[str] = FAMILIES) -> list[str]:
+        """
+        For every prunable linear which space orders its inputs, or why none does.
+
+        :param families: the kinds of spaces that are reordered
+        """
+        lines = [
+            f"{space.name} ({space.size} channels) "
+            f"{'orders' if space.family in families else 'could order, but is left out,'}"
+            f" the inputs of {', '.join(reader.name for reader in space.readers)}"
+            for space in self.spaces.values()
+            if space.readers
+        ]
+        return lines + [
+            f"no space orders the inputs of {name}: the spec keeps them in their places"
+            + (f" ({reason})" if reason else "")
+            for name, reason in self.unordered.items()
+        ]
 
 
 def resolve(
