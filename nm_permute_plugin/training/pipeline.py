@@ -173,8 +173,8 @@ def _scores(
     model: nn.Module,
     prunable: Sequence[str],
     score: ScoreName,
-    norms: Mapping[str, Float[Tensor, " in"]],
-) -> dict[str, Float[Tensor, "out in"]]:
+    norms: Mapping[str, Float[Tensor, " _in"]],
+) -> dict[str, Float[Tensor, "_out _in"]]:
     return {
         name: score_weight(score, linear(model, name).weight.detach(), norms.get(name))
         for name in prunable

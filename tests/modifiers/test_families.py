@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models of other families go the whole way through oneshot, or are refused early."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from loguru import logger
+from transformers import PreTrainedModel
+
+from nm_permute_plugin.modifiers import LearnablePermutationModifier as Modifier
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "specs"))  # for the zoo
+from zoo import ZOO, tiny  # noqa: E402
+
+CASES = {case.id: case.values for case in ZOO}
+VISUAL = ["lm_head", "re:.*visual.*"]
+
+Run = Callable[..., PreTrainedModel]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A factory: the model of the zoo after oneshot, and saved to ``out``."""
+
+    def of(case: str, modifier: Modifier) -> PreTrainedModel:
+        from datasets import Dataset
+        from llmcompressor import oneshot
+
+        name, config, options = CASES[case]
+        model = tiny(name, config, options, torch.float32)
+        folder = tmp_path / "dense"
+        model.save_pretrained(folder)
+        words = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tiny_tokenizer(), pad_token="w00", unk_token="w00"
+        )
+        words.save_pretrained(folder)
+        generator = torch.Generator().manual_seed(3)
+        rows = torch.randint(3, 40, (12, 32), generator=generator).tolist()
+        return oneshot(
+            model=type(model).from_pretrained(folder),
+            tokenizer=words,
+            recipe=[modifier],
+            dataset=Dataset.from_dict({"input_ids": rows}),
+            max_seq_length=32,
+            num_calibration_samples=len(rows),
+            shuffle_calibration_samples=False,
+            output_dir=str(tmp_path / "out"),
+        )
+
+    return of
+
+
+def tiny_tokenizer() -> object:
+    from tokenizers import Tokenizer, models
+
+    words = {f"w{i:02}": i for i in range(48)}
+    return Tokenizer(models.WordLevel(words, unk_token="w00"))
+
+
+@pytest.mark.parametrize("method", ["search", "learned"])
+@pytest.mark.parametrize(
+    ("case", "ignore"),
+    [
+        ("gemma2-mha-tied", ["lm_head"]),
+        ("gemma3-mqa", ["lm_head"]),
+        ("phi3-gqa", ["lm_head"]),
+        ("opt-350m", ["lm_head"]),
+        ("qwen2moe-one-dense-layer", ["lm_head", "re:.*shared_expert_gate"]),
+        ("qwen3moe-gqa", ["lm_head"]),
+        ("qwen2.5-vl", VISUAL),
+    ],
+)
+def test_a_family_is_ordered_pruned_and_reloaded(
+    run: Run, tmp_path: Path, case: str, ignore: list[str], method: str
+) -> None:
+    options = {"steps": 2, "evaluate_every": 1, "block_size": 8, "search_rounds": 2}
+    modifier = Modifier(method=method, ignore=ignore, **options)
+    pruned = run(case, modifier)
+    before, after = modifier.record.retained
+    assert after >= before
+    assert modifier.record.fold_error < 1e-5
+    dense = [
+        name
+        for name, module in pruned.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and float((module.weight == 0).float().mean()) < 0.5
+    ]
+    left = ("lm_head", "visual", "shared_expert_gate")
+    assert [name for name in dense if not any(part in name for part in left)] == []
+    again = type(pruned).from_pretrained(tmp_path / "out")
+    tokens = torch.arange(3, 30)[None]
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, pruned(tokens).logits)
+
+
+def test_experts_have_orders_of_their_own(run: Run) -> None:
+    modifier = Modifier(method="search", search_rounds=2)
+    run("qwen3moe-gqa", modifier)
+    experts = {f"hidden.{i}.{e}" for i in range(2) for e in range(4)}
+    assert set(modifier.record.perms) == experts | {"residual", "value.0", "value.1"}
+
+
+REFUSED = [
+    pytest.param(
+        "mixtral-gqa",
+        {},
+        "experts of MixtralForCausalLM under names like .* come back random",
+        id="experts that do not come back",
+    ),
+    pytest.param(
+        "gpt2-tied", {}, r"transformer\.h\.0\.attn\.c_attn is a Conv1D", id="Conv1D"
+    ),
+    pytest.param(
+        "qwen3moe-gqa",
+        {"format": "sparse-24-bitmask"},
+        "sparse-24-bitmask cannot hold a mixture of experts",
+        id="sparse experts",
+    ),
+]
+
+
+@pytest.mark.parametrize(("case", "fields", "message"), REFUSED)
+def test_what_cannot_be_pruned_is_refused_before_the_work(
+    run: Run, tmp_path: Path, case: str, fields: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(case, Modifier(method="search", **fields))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_log_lists_what_orders_every_linear(run: Run) -> None:
+    lines: list[str] = []
+    sink = logger.add(lambda message: lines.append(str(message)), format="{message}")
+    try:
+        fields = {"method": "search", "search_rounds": 2, "spaces": ["hidden"]}
+        run(
+            "opt-350m",
+            Modifier(ignore=[], **fields, targets=["re:.*(fc2|project_.*)$"]),
+        )
+    finally:
+        logger.remove(sink)
+    assert [line for line in lines if "the inputs of" in line] == [
+        "residual (32 channels) could order, but is left out, the inputs of "
+        "model.decoder.project_out\n",
+        "hidden.0 (48 channels) orders the inputs of model.decoder.layers.0.fc2\n",
+        "hidden.1 (48 channels) orders the inputs of model.decoder.layers.1.fc2\n",
+        "no space orders the inputs of model.decoder.project_in: the spec keeps them in "
+        "their places (embedding)\n",
+    ]
