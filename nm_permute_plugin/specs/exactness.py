@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a spec is right: fold random orders and compare the model's outputs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from nm_permute_plugin.maths.permutation import Permutation, from_blocks
 from nm_permute_plugin.specs.fold import fold
@@ -54,8 +56,13 @@ def change_by_fold(
 def outputs_of(
     model: nn.Module, batch: Mapping[str, Tensor]
 ) -> dict[str, Float[Tensor, "..."]]:
-    """What a transformers model gives back, by name; floating-point tensors only."""
-    with torch.no_grad():
+    """
+    What a transformers model gives back, by name; floating-point tensors only.
+
+    A model in float64 stays in it: norms and softmax do not round to float32 inside.
+    """
+    exact = next(model.parameters()).dtype == torch.float64
+    with torch.no_grad(), _Float64() if exact else nullcontext():
         out = model(**batch)
     return {
         name: tensor.detach()
@@ -90,3 +97,25 @@ def to_float64(model: nn.Module) -> nn.Module:
     if choose is not None:
         choose("eager")  # grouped matrix products know no float64
     return model.double().eval()
+
+
+class _Float64(TorchFunctionMode):
+    """Whatever asks for float32 gets float64."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        return func(
+            *(_widened(value) for value in args),
+            **{name: _widened(value) for name, value in (kwargs or {}).items()},
+        )
+
+
+def _widened(value: object) -> object:
+    return torch.float64 if value is torch.float32 else value
