@@ -186,6 +186,51 @@ def verify(
 
 
 @app.command()
+def spec(
+    model: Annotated[
+        Path, typer.Argument(help="Folder of the model; a config.json is enough.")
+    ],
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--spec", help="YAML file of the spec; the known one if left out."
+        ),
+    ] = None,
+    pattern: Annotated[str, typer.Option(help="N:M, for the widths.")] = "2:4",
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Linears not pruned, 're:' for patterns; lm_head by default."
+        ),
+    ] = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Check so many layers of random weights instead."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of orders, inputs and weights.")] = 0,
+) -> None:
+    """Check a permutation spec: which channels move together, and that it is exact."""
+    with _clear_errors():
+        from nm_permute_plugin.cli.spec import TOLERANCE, check_spec
+
+        ignored = ["lm_head"] if ignore is None else ignore
+        report = check_spec(model, file, pattern, ignored, layers, seed)
+    _print_table(report.table())
+    for line in report.unordered():
+        typer.echo(f"no space orders the inputs of {line}")
+    if report.varied:
+        typer.echo(f"{len(report.varied)} constant parameters had random values")
+    found = f"random orders change the outputs by {report.change:.1e} (float64)"
+    if not report.exact:
+        typer.echo(
+            f"error: {found}: more than {TOLERANCE:.0e}, the spec is wrong", err=True
+        )
+        raise typer.Exit(1)
+    tensors = len(report.resolved.parameters)
+    typer.echo(f"{report.architecture}: {tensors} tensors, {found}: exact")
+
+
+@app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="Folder of the checkpoint.")],
     target: Annotated[Path, typer.Argument(help="Folder to write, new or empty.")],
