@@ -95,6 +95,7 @@ def layer_compiles(dtype: torch.dtype) -> None:
             return layer.scaled_mm(x, *scales, None, torch.bfloat16) + 1
         return layer(x) + 1
 
+    torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     for tokens in (3, 16, 70, 300):
         product = product_of(weight, tokens)
