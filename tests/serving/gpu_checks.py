@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -212,28 +213,46 @@ CHECKS: dict[str, Callable[[], None]] = {
 }  # fmt: skip
 
 
+def run_one(name: str) -> None:
+    """A check and its line; exits with 1 if it failed."""
+    started = time.perf_counter()
+    failed = False
+    try:
+        CHECKS[name]()
+        outcome = "ok"
+    except Skip as reason:
+        outcome = f"skipped: {reason}"
+    except Exception as wrong:
+        failed = True
+        outcome = f"FAILED: {type(wrong).__name__}: {str(wrong).splitlines()[0]}"
+        if not isinstance(wrong, AssertionError):
+            traceback.print_exc(limit=-4)
+    print(f"{time.perf_counter() - started:6.2f} s  {name}: {outcome}", flush=True)
+    sys.exit(int(failed))
+
+
 def main() -> int:
-    """Run every check, print a line each; the number of those that failed."""
-    if not torch.cuda.is_available():
-        sys.exit("gpu_checks.py needs a CUDA device")
-    logging.basicConfig(level=logging.WARNING)
+    """
+    Run every check in a process of its own; the number of those that failed.
+
+    A kernel that crashes takes its whole process with it. The parent never touches the
+    GPU, so that its children can be forked.
+    """
+    logging.basicConfig(level=logging.INFO)
     os.environ.setdefault(plan.CACHE, tempfile.mkdtemp())
-    failed = 0
-    for name, check in CHECKS.items():
-        started = time.perf_counter()
-        try:
-            check()
-            outcome = "ok"
-        except Skip as reason:
-            outcome = f"skipped: {reason}"
-        except Exception as wrong:  # the next check may well run
-            failed += 1
-            outcome = f"FAILED: {type(wrong).__name__}: {str(wrong)[:600]}"
-            if not isinstance(wrong, AssertionError):
-                traceback.print_exc(limit=-3)
-        print(f"{time.perf_counter() - started:6.2f} s  {name}: {outcome}", flush=True)
-    print(f"{len(CHECKS)} checks, {failed} failed", flush=True)
-    return failed
+    failed = []
+    for name in CHECKS:
+        process = get_context("fork").Process(target=run_one, args=(name,))
+        process.start()
+        process.join(60)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            print(f"        {name}: FAILED: no end after 60 s", flush=True)
+        if process.exitcode:
+            failed.append(name)
+    print(f"{len(CHECKS)} checks, {len(failed)} failed: {failed}", flush=True)
+    return len(failed)
 
 
 if __name__ == "__main__":
