@@ -9,13 +9,14 @@ Usage, where there is no pytest::
 
 import logging
 import os
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -59,7 +60,7 @@ def kernel_is_exact(name: str, dtype: torch.dtype, shape: tuple[int, int]) -> No
 
 def layer_is_exact(dtype: torch.dtype) -> None:
     """A prepared layer agrees with float64, whatever the scales' sizes and the output."""
-    weight = sparse_weight(512, 1024, dtype, device="cuda")
+    weight = sparse_weight(256, 512, dtype, device="cuda")
     layer = prepared(weight, "auto")
     for tokens in (*FEW, *MANY, 8200, 0):
         for case in range(4 if dtype in NARROW else 1):
@@ -77,7 +78,7 @@ def layer_is_exact(dtype: torch.dtype) -> None:
                 out = layer.scaled_mm(
                     product.x, *product.scales, product.bias, product.out_dtype
                 )
-            if out.shape != (tokens, 512) or out.dtype != product.out_dtype:
+            if out.shape != (tokens, 256) or out.dtype != product.out_dtype:
                 raise AssertionError(f"got {out.dtype} {tuple(out.shape)}")
             wrong = error(out, exact(weight, product)) if tokens else 0.0
             if not wrong <= BOUND:
@@ -234,29 +235,33 @@ def run_one(name: str) -> None:
     sys.exit(int(failed))
 
 
+def in_child(name: str) -> bool:
+    """Whether a check passes in a process of its own."""
+    command = [sys.executable, __file__, name]
+    try:
+        return subprocess.run(command, timeout=150, check=False).returncode == 0
+    except subprocess.TimeoutExpired:
+        print(f"        {name}: FAILED: no end after 150 s", flush=True)
+        return False
+
+
 def main() -> int:
     """
     Run every check in a process of its own; the number of those that failed.
 
-    A kernel that crashes takes its whole process with it. The parent never touches the
-    GPU, so that its children can be forked.
+    A kernel that crashes takes its whole process with it. Eight run at a time: what is
+    checked is right or wrong, not fast or slow.
     """
     logging.basicConfig(level=logging.INFO)
     os.environ.setdefault(plan.CACHE, tempfile.mkdtemp())
-    failed = []
-    for name in CHECKS:
-        process = get_context("fork").Process(target=run_one, args=(name,))
-        process.start()
-        process.join(60)
-        if process.is_alive():
-            process.kill()
-            process.join()
-            print(f"        {name}: FAILED: no end after 60 s", flush=True)
-        if process.exitcode:
-            failed.append(name)
+    with ThreadPoolExecutor(8) as pool:
+        passed = list(pool.map(in_child, CHECKS))
+    failed = [name for name, ok in zip(CHECKS, passed, strict=True) if not ok]
     print(f"{len(CHECKS)} checks, {len(failed)} failed: {failed}", flush=True)
     return len(failed)
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        run_one(sys.argv[1])
     sys.exit(min(main(), 1))
