@@ -18,7 +18,9 @@ import torch
 import yaml
 from datasets import Dataset
 from llmcompressor import oneshot, reset_session
+from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -35,7 +37,8 @@ from nm_permute_plugin.evaluation.perplexity import (
 )
 
 DENSE, SPARSE = "dense", "sparse-24-bitmask"
-SCHEMES = ["FP8_DYNAMIC", "FP8", "W8A8", "W4A16"]
+SMOOTH = "W8A8_SMOOTHQUANT"
+SCHEMES = ["FP8_DYNAMIC", "FP8", "W8A8", SMOOTH, "W4A16"]
 
 
 def main() -> None:
@@ -106,12 +109,15 @@ def _quantize(
         group = {"targets": ["Linear"], "weights": weights}
         fields = {"config_groups": {"group_0": group}, "ignore": ["lm_head"]}
     else:
-        fields["scheme"] = scheme
+        fields["scheme"] = scheme.removesuffix("_SMOOTHQUANT")
+    recipe: list[Modifier] = [QuantizationModifier(**fields)]
+    if scheme == SMOOTH:
+        recipe.insert(0, SmoothQuantModifier(ignore=["lm_head"]))
     reset_session()
     oneshot(
         model=AutoModelForCausalLM.from_pretrained(source, dtype="auto"),
         tokenizer=AutoTokenizer.from_pretrained(source),
-        recipe=QuantizationModifier(**fields),
+        recipe=recipe,
         dataset=Dataset.from_dict({"input_ids": rows}),
         max_seq_length=args.sequence_length,
         num_calibration_samples=len(rows),
