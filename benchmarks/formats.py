@@ -74,7 +74,8 @@ def main() -> None:
                 logits[name] = model(window, use_cache=False).logits
         value = perplexity(model, test, args.window)
         size = sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 1e6
-        good = "good" if verify(folder).good else "FAULTS"
+        promised = None if name == "not pruned" else _pruned(out / DENSE)
+        good = "good" if verify(folder, promised).good else "FAULTS"
         print(f"| {name} | {value:.2f} | {size:.1f} | {good} |", flush=True)
     if not torch.equal(logits[DENSE], logits[SPARSE]):
         raise SystemExit("dense and sparse-24-bitmask give different logits")
@@ -124,11 +125,19 @@ def _quantize(
         shuffle_calibration_samples=False,
         output_dir=str(target),
     )
-    pruned, _ = read_promise(source) or ([], TWO_FOUR)
+    pruned = _pruned(source)
     check_pattern(target, pruned, TWO_FOUR)
     form, _ = choose_format(target, "auto", TWO_FOUR, pruned)
     if form != DENSE:
         convert(target, target, form, modules=pruned)
+
+
+def _pruned(checkpoint: Path) -> list[str]:
+    """The modules that the run behind a checkpoint pruned."""
+    promise = read_promise(checkpoint)
+    if promise is None:
+        raise ValueError(f"{checkpoint} has no record of a run")
+    return promise[0]
 
 
 def _rows(args: argparse.Namespace) -> list[list[int]]:
