@@ -145,7 +145,7 @@ class LearnablePermutationModifier(Modifier):
     hidden_weight: float = Field(default=0.0, ge=0)
     cosine_weight: float = Field(default=0.0, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
-    search_rounds: int = Field(default=20, ge=1)
+    search_rounds: int = Field(default=12, ge=1)
     held_back: float = Field(default=0.1, gt=0, lt=1)
     evaluate_every: int = Field(default=20, ge=1)
     seed: int = 0

@@ -52,7 +52,7 @@ class OrderSettings:
     score: ScoreName = "wanda"
     method: Method = "learned"
     families: tuple[str, ...] = ("residual", "hidden", "value")
-    search_rounds: int = 20
+    search_rounds: int = 12
     learn: LearnSettings = field(default_factory=LearnSettings)
     prune: bool = True
 
