@@ -26,7 +26,8 @@ def generate(directory, tensor_parallel):
         tensor_parallel_size=tensor_parallel,
     )
     sampling = SamplingParams(temperature=0, max_tokens=12, logprobs=3)
-    answers = llm.generate(PROMPTS, sampling, use_tqdm=False)
+    # one by one: how rows are batched would show in the last bits
+    answers = [llm.generate(p, sampling, use_tqdm=False)[0] for p in PROMPTS]
     config = llm.llm_engine.vllm_config
     said = {
         "config": type(config.quant_config).__name__,

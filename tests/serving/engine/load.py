@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The parameters that vLLM has once it has loaded a model: run by the interpreter with vLLM.
+The parameters that vLLM's stock methods are given: run by the interpreter with vLLM.
+
+What they make of them differs from platform to platform, and is left out.
 
 Usage, one model after the other in one process::
 
@@ -25,9 +27,18 @@ def load(directory, out):
         init_distributed_environment,
     )
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.quantization.compressed_tensors import (
+        compressed_tensors,
+    )
     from vllm.model_executor.model_loader import get_model
 
     torch.accelerator.empty_cache = lambda: None  # as vLLM's own worker does on a CPU
+    for stock in (
+        UnquantizedLinearMethod,
+        compressed_tensors.CompressedTensorsLinearMethod,
+    ):
+        stock.process_weights_after_loading = lambda self, layer: None
     config = EngineArgs(model=directory, enforce_eager=True).create_engine_config()
     with set_current_vllm_config(config):
         method = "file://" + tempfile.mktemp()

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pruned checkpoints of a real model cut small, and the interpreter that has vLLM."""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from nm_permute_plugin.checkpoint.writer import convert
+from nm_permute_plugin.cli.embedded import embedded_text, write_embedded_model
+from nm_permute_plugin.cli.prune import calibration_rows, prune_checkpoint
+
+ENGINE = Path(__file__).parent / "engine"
+ROOT = Path(__file__).parents[2]
+
+SCHEMES = {"bf16": None, "fp8": "FP8_DYNAMIC", "int8": "W8A8", "fp8-static": "FP8"}
+
+# One thread: what is computed twice is the same twice. Little memory for the cache.
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+Pruned = Callable[[str, str], Path]
+RunEngine = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> str:
+    """The interpreter that has vLLM; the test is skipped where there is none."""
+    found = os.environ.get("NM_PERMUTE_VLLM_PYTHON")
+    if not found:
+        pytest.skip("NM_PERMUTE_VLLM_PYTHON names no interpreter with vLLM")
+    return found
+
+
+@pytest.fixture(scope="session")
+def engine_environment() -> Mapping[str, str]:
+    """What a process of vLLM finds in its environment."""
+    return os.environ | ENVIRONMENT
+
+
+@pytest.fixture(scope="session")
+def run_engine(
+    vllm_python: str, engine_environment: Mapping[str, str], pytestconfig
+) -> RunEngine:
+    """A factory: ``run_engine("load.py", ...)`` runs a script beside vLLM to its end."""
+    command = [vllm_python]
+    if pytestconfig.pluginmanager.hasplugin("_cov"):
+        data = f"--data-file={ROOT / '.coverage'}"
+        source = "--source=nm_permute_plugin"
+        command += ["-m", "coverage", "run", "--parallel-mode", data, source]
+
+    def run(
+        script: str, *words: object, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, str(ENGINE / script), *map(str, words)],
+            env={**engine_environment, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def cut_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """
+    SmolLM2-135M-Instruct cut small: real weights, of 4 layers and 6 of 9 heads.
+
+    The heads that are left, and their keys and values, fall into two halves.
+    """
+    whole = write_embedded_model(tmp_path_factory.mktemp("smol") / "whole")
+    model = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.bfloat16)
+    config = model.config
+    config.update(
+        {
+            "num_hidden_layers": 4,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+        }
+    )
+    cut = LlamaForCausalLM(config).to(torch.bfloat16)
+    weights = model.state_dict()
+    for name, weight in cut.state_dict().items():
+        weight.copy_(weights[name][tuple(map(slice, weight.shape))])
+    out = tmp_path_factory.mktemp("smol") / "cut"
+    cut.save_pretrained(out)
+    AutoTokenizer.from_pretrained(whole).save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def pruned(cut_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pruned:
+    """A factory: the folder of ``("fp8", "dense")``, pruned by our recipe once."""
+    folder = tmp_path_factory.mktemp("pruned")
+
+    def make(kind: str, format: str) -> Path:
+        out = folder / f"{kind}-{format}"
+        if out.exists():
+            return out
+        if format == "dense":
+            convert(make(kind, "sparse-24-bitmask"), out, "dense")
+            return out
+        recipe = folder / f"{kind}.yaml"
+        recipe.write_text(_recipe(SCHEMES[kind]))
+        rows = calibration_rows(cut_model, [embedded_text().train], 8, 128)
+        prune_checkpoint(cut_model, recipe, out, rows, "cpu")
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def edit_config() -> Callable[..., None]:
+    """A factory: ``edit_config(path, ignore=[])`` edits a quantization config."""
+
+    def edit(path: Path, **fields: object) -> None:
+        file = path / "config.json"
+        config = json.loads(file.read_text())
+        config.setdefault("quantization_config", {}).update(fields)
+        file.write_text(json.dumps(config))
+
+    return edit
+
+
+def _recipe(scheme: str | None) -> str:
+    order = {"method": "search", "search_rounds": 1, "format": "sparse-24-bitmask"}
+    stage = {"permutation_modifiers": {"LearnablePermutationModifier": order}}
+    if scheme is not None:
+        fields = {"scheme": scheme, "targets": ["Linear"], "ignore": ["lm_head"]}
+        stage["quantization_modifiers"] = {"QuantizationModifier": fields}
+    return yaml.safe_dump({"prune_stage": stage})

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real engine says the same with sparse checkpoints as with their dense forms."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from shutil import copytree
+
+import pytest
+
+from nm_permute_plugin.checkpoint.config import SparsityConfig
+
+pytestmark = pytest.mark.slow
+
+KINDS = ["bf16", "fp8", "int8"]
+
+
+@pytest.fixture(scope="module")
+def said(pruned, run_engine, edit_config, tmp_path_factory) -> Mapping[str, dict]:
+    """What each checkpoint's engine says, one engine after the other in one process."""
+    folder = tmp_path_factory.mktemp("said")
+    paths = {}
+    for kind in KINDS:
+        paths[f"{kind}-dense"] = pruned(kind, "dense")
+        paths[f"{kind}-sparse"] = pruned(kind, "sparse-24-bitmask")
+    # as llm-compressor 0.10 left it: said to be 2:4, zeros stored
+    declared = copytree(pruned("int8", "dense"), folder / "declared")
+    block = SparsityConfig(format="dense", targets=("Linear",), ignore=("lm_head",))
+    edit_config(declared, sparsity_config=block.to_json())
+    paths["int8-declared"] = declared
+    out = folder / "said.json"
+    done = run_engine("generate.py", out, *paths.values())
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(out.read_text())
+    by_name = {name: found[str(path)] for name, path in paths.items()}
+    return {**by_name, "log": done.stdout + done.stderr}
+
+
+def same(left: dict, right: dict) -> bool:
+    return all(left[key] == right[key] for key in ("tokens", "logprobs"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_and_logprobs_are_those_of_the_dense_checkpoint(said, kind: str) -> None:
+    assert same(said[f"{kind}-sparse"], said[f"{kind}-dense"])
+    assert said[f"{kind}-sparse"]["config"] == "Sparse24Config"
+    assert [len(tokens) for tokens in said[f"{kind}-sparse"]["tokens"]] == [12, 12]
+
+
+def test_quantizing_changes_what_is_said(said) -> None:
+    # that it does shows that the comparison above can fail
+    assert not same(said["bf16-sparse"], said["int8-sparse"])
+    assert not same(said["fp8-sparse"], said["int8-sparse"])
+
+
+def test_2of4_with_stored_zeros_is_served_too(said) -> None:
+    assert said["int8-declared"]["config"] == "Sparse24Config"
+    assert same(said["int8-declared"], said["int8-dense"])
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_a_quantized_checkpoint_that_is_not_sparse_keeps_the_stock_class(
+    said, kind: str
+) -> None:
+    assert said[f"{kind}-dense"]["config"] == "CompressedTensorsConfig"
+
+
+def test_without_a_gpu_one_warning_names_layers_and_reason(said) -> None:
+    warnings = [line for line in said["log"].splitlines() if "served dense" in line]
+    assert len(warnings) == 4  # one for each of the four checkpoints that are claimed
+    for warning in warnings:
+        assert "16 of 16" in warning
+        assert "model.layers.0.self_attn.qkv_proj" in warning
+        assert "no CUDA device" in warning
+
+
+def test_two_workers_say_what_they_say_with_the_dense_checkpoint(
+    pruned, run_engine, tmp_path: Path
+) -> None:
+    out = tmp_path / "said.json"
+    paths = [pruned("bf16", format) for format in ("dense", "sparse-24-bitmask")]
+    done = run_engine(
+        "generate.py",
+        out,
+        *paths,
+        TENSOR_PARALLEL="2",
+        VLLM_CPU_OMP_THREADS_BIND="0|0",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    dense, sparse = (json.loads(out.read_text())[str(path)] for path in paths)
+    assert same(sparse, dense)
+    assert (dense["config"], sparse["config"]) == ("NoneType", "Sparse24Config")
+
+
+def test_without_the_plugin_vllm_refuses_the_checkpoint_itself(
+    pruned, run_engine, tmp_path: Path
+) -> None:
+    path = pruned("fp8", "sparse-24-bitmask")
+    done = run_engine("generate.py", tmp_path / "said.json", path, VLLM_PLUGINS="")
+    assert done.returncode != 0
+    assert "Sparsity support has been removed from compressed-tensors" in done.stderr
