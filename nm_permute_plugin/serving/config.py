@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's config class for 2:4 checkpoints: a method for each of a model's layers."""
 
+import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
@@ -22,8 +22,7 @@ from nm_permute_plugin.serving.claim import RollCall, is_ours, mode
 from nm_permute_plugin.serving.method import Sparse24LinearMethod
 from nm_permute_plugin.serving.plugin import NAME
 
-# vLLM formats and shows what is logged below its own name.
-logger = init_logger(f"vllm.{NAME}")
+logger = logging.getLogger(__name__)
 
 _PART = "0.gate_proj"  # what an expert's matrices are called below the experts
 

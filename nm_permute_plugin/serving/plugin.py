@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The door through which vLLM comes in: its entry point ``vllm.general_plugins``."""
 
+import logging
+
 NAME = "nm_sparse24"
 """The name of our quantization method in vLLM."""
 
@@ -22,3 +24,5 @@ def register() -> None:
         from nm_permute_plugin.serving.config import Sparse24Config
 
         register_quantization_config(NAME)(Sparse24Config)
+        # vLLM shows what is logged below its own name: put our lines there.
+        logging.getLogger(__package__).parent = logging.getLogger("vllm")
