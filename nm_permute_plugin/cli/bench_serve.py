@@ -40,15 +40,13 @@ def bench_serve(checkpoint: Path, workload: Workload, out: Path | None) -> str:
             f"{checkpoint} does not say that it is 2:4 sparse, so there is nothing to "
             "compare. Write it with the format sparse-24-bitmask: nm-permute convert"
         )
-    if workload.output_tokens < 2:
-        raise ValueError("decode is timed from the second token on: give 2 or more")
+    if mode() == "dense":
+        raise ValueError(f"{MODE_VARIABLE} is dense: both sides would be the same")
     if find_spec("vllm") is None:
         raise ModuleNotFoundError(
             "vLLM is not installed: pip install 'nm-permute-plugin[vllm]', in an "
             "environment without llm-compressor"
         )
-    if mode() == "dense":
-        raise ValueError(f"{MODE_VARIABLE} is dense: both sides would be the same")
     if out is not None:
         require_matplotlib()
         out.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from nm_permute_plugin.checkpoint.config import SparsityConfig
 
 pytestmark = pytest.mark.slow
 
+SPARSE = "16 of 16 2:4 layers are served sparse"
 KINDS = ["bf16", "fp8", "int8"]
 
 
@@ -72,6 +73,25 @@ def test_without_a_gpu_one_warning_names_layers_and_reason(said) -> None:
         assert "16 of 16" in warning
         assert "model.layers.0.self_attn.qkv_proj" in warning
         assert "no CUDA device" in warning
+
+
+def test_the_way_of_a_gpu_says_the_same_with_a_dense_product(
+    said, pruned, run_engine, tmp_path: Path
+) -> None:
+    out = tmp_path / "said.json"
+    kinds = ["bf16", "int8"]  # CPUs do not quantize to fp8
+    paths = [pruned(kind, "sparse-24-bitmask") for kind in kinds]
+    done = run_engine("stand_in.py", out, *paths)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count(SPARSE) + done.stdout.count(SPARSE) == 2
+    for kind, path in zip(kinds, paths, strict=True):
+        found, expected = json.loads(out.read_text())[str(path)], said[f"{kind}-dense"]
+        assert found["tokens"] == expected["tokens"]
+        # the same product, not always by the same routine; 0.0 as measured
+        assert found["logprobs"] == [
+            [[[i, pytest.approx(p, abs=0.05)] for i, p in step] for step in answer]
+            for answer in expected["logprobs"]
+        ]
 
 
 def test_two_workers_say_what_they_say_with_the_dense_checkpoint(

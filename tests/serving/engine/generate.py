@@ -42,9 +42,13 @@ def generate(directory, tensor_parallel):
     return said
 
 
-if __name__ == "__main__":
-    out, *directories = sys.argv[1:]
+def main(words):
+    out, *directories = words
     workers = int(os.environ.get("TENSOR_PARALLEL", "1"))
     said = {directory: generate(directory, workers) for directory in directories}
     with open(out, "w") as file:
         json.dump(said, file)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
