@@ -6,12 +6,14 @@ import os
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from nm_permute_plugin.checkpoint.config import SparsityConfig
 from nm_permute_plugin.checkpoint.writer import convert
 from nm_permute_plugin.cli.embedded import embedded_text, write_embedded_model
 from nm_permute_plugin.cli.prune import calibration_rows, prune_checkpoint
@@ -125,16 +127,28 @@ def pruned(cut_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pruned:
 
 
 @pytest.fixture(scope="session")
-def edit_config() -> Callable[..., None]:
-    """A factory: ``edit_config(path, ignore=[])`` edits a quantization config."""
-
-    def edit(path: Path, **fields: object) -> None:
-        file = path / "config.json"
-        config = json.loads(file.read_text())
-        config.setdefault("quantization_config", {}).update(fields)
-        file.write_text(json.dumps(config))
-
-    return edit
+def said(
+    pruned: Pruned, run_engine: RunEngine, tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[str, dict]:
+    """What each checkpoint's engine says, one engine after the other in one process."""
+    folder = tmp_path_factory.mktemp("said")
+    paths = {}
+    for kind in ("bf16", "fp8", "int8"):
+        paths[f"{kind}-dense"] = pruned(kind, "dense")
+        paths[f"{kind}-sparse"] = pruned(kind, "sparse-24-bitmask")
+    # as llm-compressor 0.10 left it: said to be 2:4, zeros stored
+    declared = copytree(pruned("int8", "dense"), folder / "declared")
+    block = SparsityConfig(format="dense", targets=("Linear",), ignore=("lm_head",))
+    config = json.loads((declared / "config.json").read_text())
+    config["quantization_config"]["sparsity_config"] = block.to_json()
+    (declared / "config.json").write_text(json.dumps(config))
+    paths["int8-declared"] = declared
+    out = folder / "said.json"
+    done = run_engine("generate.py", out, *paths.values())
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(out.read_text())
+    by_name = {name: found[str(path)] for name, path in paths.items()}
+    return {**by_name, "log": {"lines": (done.stdout + done.stderr).splitlines()}}
 
 
 def _recipe(scheme: str | None) -> str:

@@ -2,39 +2,14 @@
 """The real engine says the same with sparse checkpoints as with their dense forms."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from shutil import copytree
 
 import pytest
-
-from nm_permute_plugin.checkpoint.config import SparsityConfig
 
 pytestmark = pytest.mark.slow
 
 SPARSE = "16 of 16 2:4 layers are served sparse"
 KINDS = ["bf16", "fp8", "int8"]
-
-
-@pytest.fixture(scope="module")
-def said(pruned, run_engine, edit_config, tmp_path_factory) -> Mapping[str, dict]:
-    """What each checkpoint's engine says, one engine after the other in one process."""
-    folder = tmp_path_factory.mktemp("said")
-    paths = {}
-    for kind in KINDS:
-        paths[f"{kind}-dense"] = pruned(kind, "dense")
-        paths[f"{kind}-sparse"] = pruned(kind, "sparse-24-bitmask")
-    # as llm-compressor 0.10 left it: said to be 2:4, zeros stored
-    declared = copytree(pruned("int8", "dense"), folder / "declared")
-    block = SparsityConfig(format="dense", targets=("Linear",), ignore=("lm_head",))
-    edit_config(declared, sparsity_config=block.to_json())
-    paths["int8-declared"] = declared
-    out = folder / "said.json"
-    done = run_engine("generate.py", out, *paths.values())
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(out.read_text())
-    by_name = {name: found[str(path)] for name, path in paths.items()}
-    return {**by_name, "log": done.stdout + done.stderr}
 
 
 def same(left: dict, right: dict) -> bool:
@@ -67,7 +42,7 @@ def test_a_quantized_checkpoint_that_is_not_sparse_keeps_the_stock_class(
 
 
 def test_without_a_gpu_one_warning_names_layers_and_reason(said) -> None:
-    warnings = [line for line in said["log"].splitlines() if "served dense" in line]
+    warnings = [line for line in said["log"]["lines"] if "served dense" in line]
     assert len(warnings) == 4  # one for each of the four checkpoints that are claimed
     for warning in warnings:
         assert "16 of 16" in warning

@@ -94,14 +94,10 @@ def complete(port: int, prompt: str) -> dict:
 
 
 def test_the_server_answers_as_the_dense_checkpoint_does(
-    server, port: int, pruned, run_engine, tmp_path: Path
+    server, port: int, said
 ) -> None:
     choices = [complete(port, prompt) for prompt in PROMPTS]
-    out = tmp_path / "said.json"
-    dense = pruned("fp8", "dense")
-    done = run_engine("generate.py", out, dense)
-    assert done.returncode == 0, done.stderr[-3000:]
-    expected = json.loads(out.read_text())[str(dense)]
+    expected = said["fp8-dense"]
     assert [choice["token_ids"] for choice in choices] == expected["tokens"]
     for choice, tokens, steps in zip(
         choices, expected["tokens"], expected["logprobs"], strict=True
