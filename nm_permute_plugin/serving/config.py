@@ -24,7 +24,7 @@ from nm_permute_plugin.serving.plugin import NAME
 
 logger = logging.getLogger(__name__)
 
-_PART = "0.gate_proj"  # what an expert's matrices are called below the experts
+_EXPERTS = ("FusedMoE", "RoutedExperts")
 
 
 class Sparse24Config(CompressedTensorsConfig):
@@ -94,8 +94,9 @@ class Sparse24Config(CompressedTensorsConfig):
             )
         kind = type(layer).__name__
         head = kind == "ParallelLMHead" and self.sparsity.promises(prefix)
-        experts = kind in ("FusedMoE", "RoutedExperts") and self.sparsity.promises(
-            f"{prefix}.{_PART}"
+        experts = kind in _EXPERTS and any(
+            entry == "Linear" or entry.startswith(("re:", f"{prefix}."))
+            for entry in self.sparsity.targets or ("Linear",)
         )
         if stored and (head or experts):
             raise NotImplementedError(

@@ -4,6 +4,7 @@
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from vllm import envs
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import (
     LinearBase,
@@ -104,6 +105,12 @@ class Sparse24LinearMethod(LinearMethodBase):
                 "multiples of 8 only. Take another --tensor-parallel-size, or a dense "
                 "checkpoint: nm-permute convert DIR OUT --format dense"
             )
+        if len(self.sparse) not in (1, len(self.widths)) and not all(self.sparse):
+            raise ValueError(
+                f"{self.name} is fused of {len(self.widths)} parts, which the checkpoint "
+                f"has as {len(self.sparse)}, some 2:4 and some not. Turn it into a "
+                "dense one: nm-permute convert DIR OUT --format dense"
+            )
         values = weight.new_empty(rows, columns // 2)
         # all zero is no valid bitmask: parts that the checkpoint lacks are found out
         bits = weight.new_zeros(rows, -(-columns // 8), dtype=torch.uint8)
@@ -169,6 +176,8 @@ class Sparse24LinearMethod(LinearMethodBase):
             reason = f"{MODE_VARIABLE} is dense"
         elif not current_platform.is_cuda():
             reason = "no CUDA device"
+        elif getattr(envs, "VLLM_BATCH_INVARIANT", False):
+            reason = "VLLM_BATCH_INVARIANT asks for one product at every batch size"
         elif not all(self.sparse):
             reason = "only a part of the fused layer is 2:4"
         elif self.name.rpartition(".")[2] in _READ_BY_OTHERS:

@@ -43,7 +43,7 @@ def unsupported(layer: LinearBase, stock: LinearMethodBase) -> str | None:
     if isinstance(scheme, CompressedTensorsW8A8Fp8):
         if scheme.strategy in ("tensor", "channel"):
             return None
-        return f"8-bit floats with scales per {scheme.strategy} have no sparse product"
+        return "8-bit floats with scales by block have no sparse product"
     if isinstance(scheme, CompressedTensorsW8A8Int8):
         if scheme.input_symmetric:
             return None

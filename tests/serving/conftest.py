@@ -21,7 +21,20 @@ from nm_permute_plugin.cli.prune import calibration_rows, prune_checkpoint
 ENGINE = Path(__file__).parent / "engine"
 ROOT = Path(__file__).parents[2]
 
-SCHEMES = {"bf16": None, "fp8": "FP8_DYNAMIC", "int8": "W8A8", "fp8-static": "FP8"}
+_TENSOR = {"num_bits": 8, "type": "int", "strategy": "tensor", "symmetric": True}
+_GROUP = {
+    "targets": ["Linear"],
+    "weights": _TENSOR,
+    "input_activations": {**_TENSOR, "dynamic": False},
+}
+SCHEMES: dict[str, dict[str, object]] = {
+    "bf16": {},
+    "fp8": {"scheme": "FP8_DYNAMIC", "targets": ["Linear"]},
+    "fp8-static": {"scheme": "FP8", "targets": ["Linear"]},
+    "int8": {"scheme": "W8A8", "targets": ["Linear"]},
+    "int8-static": {"config_groups": {"group_0": _GROUP}},
+}
+"""How each kind is quantized after it has been pruned; static: one scale a tensor."""
 
 # One thread: what is computed twice is the same twice. Little memory for the cache.
 ENVIRONMENT = {
@@ -133,7 +146,7 @@ def said(
     """What each checkpoint's engine says, one engine after the other in one process."""
     folder = tmp_path_factory.mktemp("said")
     paths = {}
-    for kind in ("bf16", "fp8", "int8"):
+    for kind in ("bf16", "fp8", "int8", "int8-static"):
         paths[f"{kind}-dense"] = pruned(kind, "dense")
         paths[f"{kind}-sparse"] = pruned(kind, "sparse-24-bitmask")
     # as llm-compressor 0.10 left it: said to be 2:4, zeros stored
@@ -151,10 +164,10 @@ def said(
     return {**by_name, "log": {"lines": (done.stdout + done.stderr).splitlines()}}
 
 
-def _recipe(scheme: str | None) -> str:
+def _recipe(scheme: Mapping[str, object]) -> str:
     order = {"method": "search", "search_rounds": 1, "format": "sparse-24-bitmask"}
     stage = {"permutation_modifiers": {"LearnablePermutationModifier": order}}
-    if scheme is not None:
-        fields = {"scheme": scheme, "targets": ["Linear"], "ignore": ["lm_head"]}
+    if scheme:
+        fields = {**scheme, "ignore": ["lm_head"]}
         stage["quantization_modifiers"] = {"QuantizationModifier": fields}
     return yaml.safe_dump({"prune_stage": stage})

@@ -9,7 +9,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 SPARSE = "16 of 16 2:4 layers are served sparse"
-KINDS = ["bf16", "fp8", "int8"]
+KINDS = ["bf16", "fp8", "int8", "int8-static"]
 
 
 def same(left: dict, right: dict) -> bool:
@@ -43,7 +43,7 @@ def test_a_quantized_checkpoint_that_is_not_sparse_keeps_the_stock_class(
 
 def test_without_a_gpu_one_warning_names_layers_and_reason(said) -> None:
     warnings = [line for line in said["log"]["lines"] if "served dense" in line]
-    assert len(warnings) == 4  # one for each of the four checkpoints that are claimed
+    assert len(warnings) == 5  # one for each of the five checkpoints that are claimed
     for warning in warnings:
         assert "16 of 16" in warning
         assert "model.layers.0.self_attn.qkv_proj" in warning
@@ -54,11 +54,11 @@ def test_the_way_of_a_gpu_says_the_same_with_a_dense_product(
     said, pruned, run_engine, tmp_path: Path
 ) -> None:
     out = tmp_path / "said.json"
-    kinds = ["bf16", "int8"]  # CPUs do not quantize to fp8
+    kinds = ["bf16", "int8", "int8-static"]  # CPUs do not quantize to fp8
     paths = [pruned(kind, "sparse-24-bitmask") for kind in kinds]
     done = run_engine("stand_in.py", out, *paths)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count(SPARSE) + done.stdout.count(SPARSE) == 2
+    assert done.stderr.count(SPARSE) + done.stdout.count(SPARSE) == 3
     for kind, path in zip(kinds, paths, strict=True):
         found, expected = json.loads(out.read_text())[str(path)], said[f"{kind}-dense"]
         assert found["tokens"] == expected["tokens"]

@@ -9,10 +9,7 @@ and bias applied.
 import sys
 from types import SimpleNamespace
 
-import generate
 import torch
-
-from nm_permute_plugin.serving import method
 
 
 class DenseProduct:
@@ -40,6 +37,10 @@ class DenseProduct:
 
 
 if __name__ == "__main__":
+    import generate
+
+    from nm_permute_plugin.serving import method
+
     method.SparseLinear = DenseProduct
     method.current_platform = SimpleNamespace(is_cuda=lambda: True)
     generate.main(sys.argv[1:])
