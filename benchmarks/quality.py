@@ -94,7 +94,10 @@ def _run(
     learn = LearnSettings(
         steps=args.steps,
         learning_rate=args.learning_rate,
-        shape=OrderShape(row_limit=args.row_limit),
+        shape=OrderShape(
+            row_limit=args.row_limit, multipliers=args.multiplier_rate > 0
+        ),
+        multiplier_rate=args.multiplier_rate,
         seed=seed,
     )
     settings = OrderSettings(pattern, score=score, method=how, learn=learn)
@@ -185,6 +188,7 @@ def _arguments() -> argparse.Namespace:
         "--row-limit", type=int, help="see LearnablePermutationModifier"
     )
     parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--multiplier-rate", type=float, default=0.0)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--held-back", type=float, default=0.01)
     parser.add_argument("--steps", type=int, default=200)

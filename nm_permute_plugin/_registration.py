@@ -1,58 +1,98 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Register our modifiers as soon as llm-compressor is imported, and not before."""
+"""Register with each host as soon as the host is imported, and not before."""
 
 import importlib
 import sys
+import warnings
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-
-HOST = "llmcompressor"
-MODIFIERS = "nm_permute_plugin.modifiers"
+from typing import cast
 
 
 def register_when_imported() -> None:
     """
-    Make the modifiers known to recipes now, or when llm-compressor has been imported.
+    Make modifiers and reader known now, or when their hosts have been imported.
 
-    llm-compressor has no entry points and takes seconds to import, so its import is
-    awaited rather than done.
+    The hosts take seconds to import, so their import is awaited rather than done.
     """
-    if HOST in sys.modules:
-        importlib.import_module(MODIFIERS)
-    elif not any(isinstance(finder, _HostFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _HostFinder())
+    for host, register in REGISTER.items():
+        if host in sys.modules:
+            register()
+        elif not any(
+            isinstance(finder, _HostFinder) and finder.host == host
+            for finder in sys.meta_path
+        ):
+            sys.meta_path.insert(0, _HostFinder(host, register))
+
+
+def _register_modifiers() -> None:
+    importlib.import_module("nm_permute_plugin.modifiers")
+
+
+def _register_reader() -> None:
+    try:
+        importlib.import_module("transformers.core_model_loading")
+        reader = importlib.import_module("nm_permute_plugin.checkpoint.reader")
+        reader.register_reader()
+    except ImportError as error:
+        # transformers 4 beside an old vLLM: nothing else may fail because of us
+        warnings.warn(
+            f"nm-permute-plugin: sparse checkpoints need transformers 5: {error}",
+            stacklevel=2,
+        )
+
+
+REGISTER: dict[str, Callable[[], None]] = {
+    "llmcompressor": _register_modifiers,
+    "transformers.quantizers.auto": _register_reader,
+}
+"""What to do once a module of a host has been imported."""
 
 
 class _HostFinder(MetaPathFinder):
     """
-    Finds the host as it would be found without us, then waits for its end.
+    Finds a host as it would be found without us, then waits for its end.
 
     Stays until the host has run: transformers, say, asks for the spec of a package and
     imports it much later.
     """
 
+    def __init__(self, host: str, register: Callable[[], None]) -> None:
+        self.host = host
+        self._register = register
+
     def find_spec(
         self,
         fullname: str,
-        path: object,
+        path: object,  # the import system's own sequences, namespace paths among them
         target: ModuleType | None = None,
     ) -> ModuleSpec | None:
-        if fullname != HOST:
+        if fullname != self.host:
             return None
+        places = cast("Sequence[str] | None", path)
         for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(HOST, None, target)
+            spec = None
+            if finder is not self:
+                spec = finder.find_spec(fullname, places, target)
             if spec is not None:
                 if spec.loader is not None:
                     spec.loader = _RegisteringLoader(spec.loader, self)
                 return spec
         return None
 
+    def finish(self) -> None:
+        """Register, once the host is there; there is nothing more to wait for."""
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+        self._register()
+
 
 class _RegisteringLoader(Loader):
     """The host's own loader, with our registration behind it."""
 
-    def __init__(self, loader: Loader, finder: MetaPathFinder) -> None:
+    def __init__(self, loader: Loader, finder: _HostFinder) -> None:
         self._loader = loader
         self._finder = finder
 
@@ -64,6 +104,4 @@ class _RegisteringLoader(Loader):
             module.__spec__.loader = self._loader
         module.__loader__ = self._loader
         self._loader.exec_module(module)
-        if self._finder in sys.meta_path:
-            sys.meta_path.remove(self._finder)
-        importlib.import_module(MODIFIERS)
+        self._finder.finish()

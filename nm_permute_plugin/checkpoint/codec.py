@@ -212,9 +212,10 @@ def _compress_octets(
     """Fill in values and bits of every two groups; where one is not 2:4, no bits."""
     tables = _tables(str(words.device))
     for part in _parts(words):
-        # eight bytes of 0 or 1, multiplied so that their bits meet in the top byte
+        # eight bytes of 0 or 1, multiplied so that their bits meet in the top byte; on
+        # a GPU every line is a pass over memory, so the byte is read where it stands
         flags = (words[part] != 0).view(torch.int64)
-        present = (flags.mul(0x0102040810204080) >> 56).bitwise_and_(255).view(-1)
+        present = flags.mul_(0x0102040810204080).view(torch.uint8)[:, 7].int()
         torch.index_select(tables.stored, 0, present, out=bitmask[part])
         places = tables.places.index_select(0, bitmask[part].int())
         torch.gather(words[part], 1, places, out=values[part])

@@ -23,7 +23,7 @@ from nm_permute_plugin.maths.pattern import NMPattern
 HEAD = "lm_head"
 TWO_FOUR = NMPattern(2, 4)
 
-_EIGHT_BIT = ("float-quantized", "int-quantized", "naive-quantized")
+EIGHT_BIT = ("float-quantized", "int-quantized", "naive-quantized")
 _EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings", "embed_positions")
 _WORDS_OF_FLAGS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -70,7 +70,7 @@ def make_plan(
     reason = None
     if format == "dense":
         reason = "asked for"
-    elif quantized is not None and quantized not in _EIGHT_BIT:
+    elif quantized is not None and quantized not in EIGHT_BIT:
         reason = f"{quantized} stays as it is: sparse formats store 8 bits and more"
         names, unknown = sorted({*names, *(modules or ())}), []
     if unknown:

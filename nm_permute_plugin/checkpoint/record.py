@@ -7,6 +7,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import Permutation
 
 # In a folder of its own: vLLM takes every *.safetensors beside the weights for weights.
@@ -38,3 +39,20 @@ def read_record(checkpoint: Path) -> tuple[dict[str, Permutation], dict[str, obj
     folder = checkpoint / FOLDER
     report: dict[str, object] = json.loads((folder / "report.json").read_text())
     return load_file(folder / "permutations.safetensors"), report
+
+
+def read_promise(checkpoint: Path) -> tuple[list[str], NMPattern] | None:
+    """
+    The modules that a run pruned, and the pattern; None without a record of it.
+
+    :raises ValueError: if there is a record and it cannot be read
+    """
+    path = checkpoint / FOLDER / "report.json"
+    if not path.exists():
+        return None
+    try:
+        report = json.loads(path.read_text())
+        pruned = [str(name) for name in report["pruned"]]
+        return pruned, NMPattern.parse(report["modifier"]["mask_structure"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no record of a run: {error!r}") from error

@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nm_permute_plugin.checkpoint.codec import WORDS
+from nm_permute_plugin.checkpoint.codec import WORDS, clear_negative_zeros
 from nm_permute_plugin.checkpoint.config import (
-    Format,
     SparsityConfig,
     quantization_format,
     read_sparsity_config,
@@ -22,7 +21,13 @@ from nm_permute_plugin.checkpoint.directory import (
     open_checkpoint,
     read_json,
 )
+from nm_permute_plugin.checkpoint.packed import (
+    PACKED,
+    packed_levels,
+    packed_modules,
+)
 from nm_permute_plugin.checkpoint.plan import find_excess, is_embedding
+from nm_permute_plugin.checkpoint.record import read_promise
 from nm_permute_plugin.checkpoint.shards import DamagedError, open_shard
 from nm_permute_plugin.maths.pattern import NMPattern
 
@@ -32,13 +37,15 @@ class Row:
     """
     A weight matrix of the checkpoint.
 
+    :param format: dense, one of the sparse ones, or packed: less than 8 bits a weight
+    :param dtype: of what is stored; of the levels where it is packed
     :param zeros: the share of its weights that are zero
     :param sparse: whether it follows the pattern
     :param promised: whether it should
     """
 
     module: str
-    format: Format
+    format: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     zeros: float
@@ -85,8 +92,9 @@ def verify(
     files; dtypes, shapes and bitmasks of what is stored sparse; the N:M pattern of
     every promised module; that weights and scales are finite, and scales positive.
 
-    :param modules: what must be sparse; None for what ``config.json`` promises
-    :param pattern: None for the one in ``config.json``, or 2:4
+    :param modules: what must be sparse; None for what ``config.json`` promises, or,
+        where it promises nothing, the record of the run that pruned
+    :param pattern: None for the one promised, or 2:4
     """
     path = Path(path)
     try:
@@ -97,20 +105,42 @@ def verify(
         checkpoint = open_checkpoint(path)
     except DamagedError as error:
         return Report((), _file_faults(path) or (_fault(error),))
-    pattern = pattern or (sparsity and sparsity.pattern) or NMPattern(2, 4)
-    promised = _promised(checkpoint, sparsity, modules)
+    recorded = None
+    if sparsity is None and modules is None:
+        try:
+            recorded = read_promise(path)
+        except ValueError as error:
+            return Report((), (Fault("nm_permute/report.json", "", str(error)),))
+    said = recorded[1] if recorded else sparsity and sparsity.pattern
+    pattern = pattern or said or NMPattern(2, 4)
+    promised = _promised(checkpoint, sparsity, recorded[0] if recorded else modules)
+    packed = packed_modules(checkpoint)
     faults = [
         Fault("config.json", name, "is said to be sparse, and has no weight")
-        for name in sorted(promised - set(checkpoint.formats))
+        for name in sorted(promised - set(checkpoint.formats) - set(packed))
     ]
     rows = []
+    for module in packed:
+        file = checkpoint.where[f"{module}{PACKED}"].path.name
+        try:
+            levels = packed_levels(checkpoint, module)
+        except (DamagedError, NotImplementedError) as error:
+            faults.append(Fault(file, module, getattr(error, "reason", str(error))))
+            continue
+        row = _row("packed", module, levels, pattern, module in promised)
+        rows.append(row)
+        if row.promised and not row.sparse:
+            faults.append(Fault(file, module, _pattern_fault(levels, pattern)))
     for module in checkpoint.matrices():
         try:
             weight = checkpoint.weight(module)
         except DamagedError as error:
             faults.append(_fault(error))
             continue
-        row = _row(checkpoint, module, weight, pattern, module in promised)
+        stored = checkpoint.formats[module]
+        if recorded and weight.dtype in WORDS:
+            weight = clear_negative_zeros(weight)  # harmless where zeros are stored
+        row = _row(stored, module, weight, pattern, module in promised)
         rows.append(row)
         faults += [
             Fault(checkpoint.file(module).name, module, message)
@@ -144,7 +174,7 @@ def _promised(
 
 
 def _row(
-    checkpoint: Checkpoint,
+    stored: str,
     module: str,
     weight: Tensor,
     pattern: NMPattern,
@@ -155,7 +185,7 @@ def _row(
     values = _values(weight)
     return Row(
         module=module,
-        format=checkpoint.formats[module],
+        format=stored,
         dtype=weight.dtype,
         shape=tuple(weight.shape),
         zeros=1 - int((values != 0).sum()) / max(1, weight.numel()),

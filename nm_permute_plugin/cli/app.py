@@ -6,11 +6,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, cast, get_args
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
+
+if TYPE_CHECKING:
+    from nm_permute_plugin.checkpoint.config import Format
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -95,6 +98,9 @@ def evaluate(
         Path | None, typer.Option(help="The model before pruning, for the gap closed.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 1,
+    card: Annotated[
+        bool, typer.Option("--card", help="Put the result into the model card.")
+    ] = False,
     device: Device = None,
 ) -> None:
     """Perplexity of a checkpoint on a text; with --base and --dense the gap closed."""
@@ -128,9 +134,22 @@ def evaluate(
                 f"{folder}: perplexity {values[name]:.2f} "
                 f"(windows of {sequence_length} tokens, {len(tokens)} tokens)"
             )
+        gap = None
         if base is not None:
             gap = gap_closed(values["checkpoint"], values["base"], values["dense"])
             typer.echo(f"gap closed: {gap:.1%}")
+        if card:
+            from nm_permute_plugin.checkpoint.model_card import (
+                Evaluation,
+                add_evaluation,
+            )
+
+            name = " + ".join(file.name for file in text)
+            used = len(tokenize(checkpoint, content)) // sequence_length
+            row = Evaluation(
+                name, sequence_length, used * sequence_length, values["checkpoint"], gap
+            )
+            add_evaluation(checkpoint, row)
 
 
 @app.command()
@@ -191,10 +210,11 @@ def convert(
         done = convert_checkpoint(
             source,
             target,
-            cast(Format, format),
+            cast("Format", format),
             pattern=NMPattern.parse(pattern),
             legacy=legacy,
         )
+        _tell_the_card(target, done.format if done.compressed else "dense")
     typer.echo(
         f"{target}: {done.bytes_before / 1e6:.1f} -> {done.bytes_after / 1e6:.1f} MB"
     )
@@ -242,6 +262,16 @@ def bench_serve(
     typer.echo("dense: the same checkpoint, with NM_PERMUTE_SERVE=dense")
     if _device() == "cpu":
         typer.echo("There is no CUDA device: both sides were served dense.")
+
+
+def _tell_the_card(folder: Path, format: str) -> None:
+    """A card of ours says how the checkpoint is stored now."""
+    from nm_permute_plugin.checkpoint.model_card import is_ours, write_storage
+    from nm_permute_plugin.checkpoint.record import read_promise
+
+    promise = read_promise(folder)
+    if promise is not None and is_ours(folder):
+        write_storage(folder, *promise, cast("Format", format), "converted")
 
 
 def _read(files: list[Path]) -> str:

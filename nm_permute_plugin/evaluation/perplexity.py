@@ -11,8 +11,6 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nm_permute_plugin.checkpoint.reader import register_reader
-
 MOST_NATS = 700.0
 """Above this, a mean negative log-likelihood is no float's exponent."""
 
@@ -82,7 +80,6 @@ def tokenize(checkpoint: str | Path, text: str) -> Int[Tensor, " tokens"]:
 
 def load_checkpoint(checkpoint: str | Path, device: str) -> nn.Module:
     """A causal language model as it is on disk, sparse formats included."""
-    register_reader()
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
     loaded: nn.Module = model.to(device).eval()
     return loaded

@@ -2,7 +2,6 @@
 """The modifier that a recipe names: order, fold and prune in one step."""
 
 from importlib.metadata import version
-from pathlib import Path
 from typing import Literal
 
 from compressed_tensors.offload import (
@@ -10,19 +9,25 @@ from compressed_tensors.offload import (
     disable_onloading,
     update_offload_parameter,
 )
-from compressed_tensors.utils import match_name, match_named_modules
-from llmcompressor.core import Event, State, active_session
+from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
 from llmcompressor.utils.helpers import DisableQuantization
 from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
-from torch import nn
 
-from nm_permute_plugin.checkpoint.record import write_record
-from nm_permute_plugin.checkpoint.writer import convert
+from nm_permute_plugin.checkpoint.check import AskedFormat
+from nm_permute_plugin.checkpoint.finish import Finish
+from nm_permute_plugin.checkpoint.model_card import Card
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.scores import ScoreName
+from nm_permute_plugin.modifiers.neighbours import is_pruned_later, refuse_shared_pass
 from nm_permute_plugin.modifiers.save import after_save
+from nm_permute_plugin.modifiers.targets import (
+    DEFAULT_IGNORE,
+    base_model_of,
+    match_linears,
+    refuse_tied,
+)
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
 from nm_permute_plugin.specs.spec import ResolvedSpec, resolve
 from nm_permute_plugin.training.learn import LearnSettings
@@ -37,8 +42,13 @@ from nm_permute_plugin.training.pipeline import (
 from nm_permute_plugin.training.text import rows_of, split_text
 
 Family = Literal["residual", "hidden", "value"]
-DEFAULT_IGNORE = ["lm_head"]
-VERSIONED = ("nm-permute-plugin", "llmcompressor", "transformers", "torch")
+VERSIONED = (
+    "nm-permute-plugin",
+    "llmcompressor",
+    "compressed-tensors",
+    "transformers",
+    "torch",
+)
 
 
 class LearnablePermutationModifier(Modifier):
@@ -64,8 +74,9 @@ class LearnablePermutationModifier(Modifier):
 
     - on_initialize: match targets, resolve the permutation spec, refuse what cannot be
     - on_calibration_start: measure the dense model, find the order, fold it, prune
-    - on_finalize: report; every save from then on keeps the run's record in the folder
-      `nm_permute` of the checkpoint, and ends in the chosen format
+    - on_finalize: report; every save from then on is held to the pattern, whatever
+      modifiers came after, ends in the chosen format, and has a model card and the
+      run's record in the folder `nm_permute`
 
     :param mask_structure: N:M, N weights kept of every M input channels
     :param score: which weights are worth keeping: wanda, ria or magnitude
@@ -75,8 +86,10 @@ class LearnablePermutationModifier(Modifier):
     :param targets: the linears to prune, as names, `re:` patterns or class names
     :param ignore: the linears that stay dense
     :param prune: False folds the order only, for a pruning modifier that follows
-    :param format: how the checkpoint is saved: dense (zeros stored, loads everywhere) or
-        sparse-24-bitmask (2:4 only, smaller; needs this plugin to load)
+    :param format: how the checkpoint is saved: dense (zeros stored, loads everywhere),
+        sparse-24-bitmask (2:4 only, smaller; needs this plugin to load), sparse-bitmask
+        (any pattern, likewise) or auto: sparse-24-bitmask for 2:4, dense for other
+        patterns and for what no sparse format holds (4-bit quantization)
     :param spec: a permutation spec for an architecture that is not known
     :param steps: optimiser steps
     :param batch_size: rows of calibration text a step
@@ -108,7 +121,7 @@ class LearnablePermutationModifier(Modifier):
     targets: list[str] = Field(default=["Linear"], min_length=1)
     ignore: list[str] = DEFAULT_IGNORE
     prune: bool = True
-    format: Literal["dense", "sparse-24-bitmask"] = "dense"
+    format: AskedFormat = "auto"
     spec: dict[str, str] | None = None
     steps: int = Field(default=200, ge=1)
     batch_size: int = Field(default=8, ge=1)
@@ -126,7 +139,7 @@ class LearnablePermutationModifier(Modifier):
     hidden_weight: float = Field(default=0.0, ge=0)
     cosine_weight: float = Field(default=0.0, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
-    search_rounds: int = Field(default=12, ge=1)
+    search_rounds: int = Field(default=20, ge=1)
     held_back: float = Field(default=0.1, gt=0, lt=1)
     evaluate_every: int = Field(default=20, ge=1)
     seed: int = 0
@@ -135,6 +148,8 @@ class LearnablePermutationModifier(Modifier):
     _resolved: ResolvedSpec | None = PrivateAttr(default=None)
     _started: bool = PrivateAttr(default=False)
     _record: Record | None = PrivateAttr(default=None)
+    _promised: list[str] = PrivateAttr(default_factory=list)
+    _base_model: str = PrivateAttr(default="")
 
     @model_validator(mode="after")
     def _fields_make_sense_together(self) -> "LearnablePermutationModifier":
@@ -158,9 +173,10 @@ class LearnablePermutationModifier(Modifier):
         )
         if not any(weights):
             raise ValueError("all weights of the loss are 0: nothing would be learned")
-        if self.format != "dense" and pattern != NMPattern(2, 4):
+        if self.format == "sparse-24-bitmask" and pattern != NMPattern(2, 4):
             raise ValueError(
-                f"format {self.format} stores 2:4 only, not {pattern}; use format: dense"
+                f"format {self.format} stores 2:4 only, not {pattern}; use format: "
+                "sparse-bitmask, or dense"
             )
         if self.method == "identity" and not self.prune:
             raise ValueError("method: identity with prune: false would change nothing")
@@ -173,10 +189,11 @@ class LearnablePermutationModifier(Modifier):
 
     def on_initialize(self, state: State, **kwargs: object) -> bool:
         model = state.model
-        self._prunable = _match(model, self.targets, self.ignore)
+        self._prunable = match_linears(model, self.targets, self.ignore)
         spec = self.spec if self.spec is not None else spec_of(model)
         # Offloaded tensors are handed out as fresh copies; ties show only without.
         with disable_onloading():
+            refuse_tied(model, self._prunable)
             self._resolved = resolve(
                 model,
                 spec,
@@ -184,6 +201,9 @@ class LearnablePermutationModifier(Modifier):
                 self._prunable,
                 head_dim_of(model.config.get_text_config()),
             )
+        self._base_model = base_model_of(model)
+        if self.prune or is_pruned_later(self, self.mask_structure):
+            self._promised = self._prunable
         for name in self._resolved.unordered:
             logger.info(f"{name}: pruned in the order as it is, no space orders it")
         return True
@@ -192,7 +212,7 @@ class LearnablePermutationModifier(Modifier):
         self, state: State, event: Event, **kwargs: object
     ) -> None:
         self._started = True
-        self._refuse_shared_pass()
+        refuse_shared_pass(self)
         if self._resolved is None:
             raise RuntimeError("on_calibration_start ran before on_initialize")
         model = state.model
@@ -222,7 +242,7 @@ class LearnablePermutationModifier(Modifier):
                 "LearnablePermutationModifier never ran: the pipeline sent no "
                 "calibration start. Use oneshot's pipeline='independent'."
             )
-        after_save(state.model, self._finish_checkpoint)
+        after_save(state.model, self._finish(self._record))
         before, after = self._record.retained
         logger.info(
             f"retained score {before:.4f} -> {after:.4f}, logits moved by the fold "
@@ -230,36 +250,27 @@ class LearnablePermutationModifier(Modifier):
         )
         return True
 
-    def _finish_checkpoint(self, folder: Path) -> None:
-        """Leave the run's record, and convert a finished checkpoint in place."""
-        if self._record is None:
-            raise RuntimeError("a checkpoint was saved before the modifier ran")
+    def _finish(self, record: Record) -> Finish:
+        versions = {name: version(name) for name in VERSIONED}
+        card = Card(
+            base_model=self._base_model,
+            pattern=NMPattern.parse(self.mask_structure),
+            pruned=self._promised,
+            fold_error=record.fold_error,
+            retained=record.retained,
+            history=record.history,
+            versions=versions,
+        )
         report = {
             "modifier": self.model_dump(),
-            "versions": {name: version(name) for name in VERSIONED},
-            "pruned": self._prunable,
-            "fold_error": self._record.fold_error,
-            "retained": self._record.retained,
-            "seconds": self._record.seconds,
-            "history": self._record.history,
+            "versions": versions,
+            "pruned": self._promised,
+            "fold_error": record.fold_error,
+            "retained": record.retained,
+            "seconds": record.seconds,
+            "history": record.history,
         }
-        write_record(folder, self._record.perms, report)
-        if self.format != "dense":
-            convert(folder, folder, self.format, modules=self._prunable)
-
-    def _refuse_shared_pass(self) -> None:
-        """A modifier in the same pass would use statistics from before the fold."""
-        sharing = [
-            type(modifier).__name__
-            for modifier in active_session().lifecycle.recipe.modifiers
-            if modifier is not self
-        ]
-        if sharing:
-            raise ValueError(
-                f"{', '.join(sharing)} would share one calibration pass with "
-                "LearnablePermutationModifier and use input norms from before the "
-                "channels moved. Call oneshot with pipeline='independent' (its default)."
-            )
+        return Finish(self.format, card, record.perms, report)
 
     def _settings(self) -> OrderSettings:
         pattern = NMPattern.parse(self.mask_structure)
@@ -294,37 +305,3 @@ class LearnablePermutationModifier(Modifier):
             learn=learn,
             prune=self.prune,
         )
-
-
-def _match(model: nn.Module, targets: list[str], ignore: list[str]) -> list[str]:
-    """The names of the linears to prune; every target and every ignore must match."""
-    names = [name for name, _ in model.named_modules()]
-    for pattern in ignore if ignore != DEFAULT_IGNORE else ():
-        known = any(match_name(name, pattern) for name in names)
-        if not known and not list(match_named_modules(model, [pattern])):
-            raise ValueError(
-                f"ignore pattern {pattern!r} matches no module of the model; module "
-                f"names look like {_example(names)!r}, patterns start with 're:'"
-            )
-    for pattern in targets:
-        if not list(match_named_modules(model, [pattern])):
-            raise ValueError(
-                f"target {pattern!r} matches no module of the model; use 'Linear', a "
-                f"name like {_example(names)!r}, or a pattern that starts with 're:'"
-            )
-    matched = list(match_named_modules(model, targets, ignore))
-    for name, module in matched:
-        if not isinstance(module, nn.Linear):
-            raise ValueError(
-                f"target {name} is a {type(module).__name__}; only Linear modules can "
-                "be pruned N:M. Narrow `targets`, or add it to `ignore`."
-            )
-    if not matched:
-        raise ValueError(
-            f"`ignore` {ignore} takes away all that `targets` {targets} matches"
-        )
-    return [name for name, _ in matched]
-
-
-def _example(names: list[str]) -> str:
-    return max(names, key=lambda name: name.count("."))

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM serves 2:4 checkpoints: the only package that knows vLLM."""
+"""2:4 checkpoints on sparse kernels: the vLLM plugin and the linear layer under it."""

@@ -1,42 +1,212 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The product of activations with a 2:4 weight."""
+"""A linear layer's 2:4 weight, multiplied by whichever kernel is fastest."""
 
-from __future__ import annotations
-
+import logging
+import os
 from typing import Literal
 
 import torch
-from loguru import logger
 from torch import Tensor
 
+from nm_permute_plugin.checkpoint.codec import clear_negative_zeros, compress
+from nm_permute_plugin.serving import plan as plans
+from nm_permute_plugin.serving.kernels.kernel import WIDE
+from nm_permute_plugin.serving.ops import KERNELS, PLANS, sparse24_linear
+from nm_permute_plugin.serving.plan import Bucket, Plan, Way
+from nm_permute_plugin.serving.probe import survives
+from nm_permute_plugin.serving.tune import tune, warm_up
+
+logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is under its name
+
 Mode = Literal["auto", "memory", "dense"]
+"""
+``auto``: the fastest kernel for every number of tokens, dense ones too.
+``memory``: one sparse copy of the weight and no dense one, fastest or not.
+``dense``: nothing of ours.
+"""
+
+FORCED = "NM_PERMUTE_KERNEL"
+"""The environment variable that names the kernels allowed, separated by commas."""
 
 
 class SparseLinear:
-    """A 2:4 weight, made ready for its products."""
+    """
+    One layer's weight in the forms that its plan asks for.
+
+    Make it with ``prepare``; the dense weight may be freed afterwards.
+    """
+
+    def __init__(self, weight: Tensor, plan: Plan, plan_name: str) -> None:
+        self.plan_name = plan_name
+        self.forms = [KERNELS[name].prepare(weight) for name in plan.kernels]
 
     @classmethod
-    def prepare(cls, name: str, weight: Tensor, mode: Mode) -> SparseLinear | None:
+    def prepare(cls, name: str, weight: Tensor, mode: Mode) -> "SparseLinear | None":
         """
-        The weight for sparse products; None where there are none, with a log line.
+        The layer ready to multiply, or None where it should stay dense.
 
-        :param name: the layer, for messages
-        :param weight: [out, in], dense values that are 2:4
+        The first weight of each shape and dtype is measured, seconds on a card, and the
+        choice is logged and kept on disk.
+
+        :param name: the layer's, for messages
+        :param weight: [out, in], dense values that are 2:4, on its final device;
+            bfloat16, float16, float8_e4m3fn or int8
         """
-        logger.warning(f"{name} stays dense: no sparse kernel for {weight.device}")
-        return None
+        reason = _refusal(weight, mode)
+        if reason is None:
+            allowed = _allowed(weight, mode)
+            key = f"{tuple(weight.shape)} {weight.dtype} {' '.join(allowed)}"
+            is_first = key not in PLANS
+            plan = PLANS[key] = PLANS.get(key) or _plan(weight, allowed)
+            if plan.kernels == ["dense"]:
+                reason = (
+                    f"no sparse kernel is faster for its shape, {tuple(weight.shape)}"
+                )
+        if reason is not None:
+            _log(name, reason)
+            return None
+        layer = cls(weight, plan, key)
+        if is_first:
+            warm_up(
+                weight,
+                lambda p: layer._multiply(
+                    p.x, p.scale_x, p.scale_w, p.bias, p.out_dtype
+                ),
+            )
+        return layer
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [tokens, in] -> [tokens, out]."""
-        raise NotImplementedError
+        """
+        ``x @ weight.T`` for a 16-bit weight.
+
+        :param x: [tokens, in], of the weight's dtype
+        :return: [tokens, out], of the same dtype
+        """
+        return self._multiply(x, None, None, None, x.dtype)
 
     def scaled_mm(
         self,
-        x: Tensor,
+        x_q: Tensor,
         scale_x: Tensor,
-        scale_weight: Tensor,
+        scale_w: Tensor,
         bias: Tensor | None,
         out_dtype: torch.dtype,
     ) -> Tensor:
-        """The product of 8-bit x with an 8-bit weight, scaled, plus the bias."""
-        raise NotImplementedError
+        """
+        ``(x_q @ weight.T) * scale_x * scale_w + bias`` for an 8-bit weight.
+
+        :param x_q: [tokens, in], of the weight's dtype
+        :param scale_x: float32, one number or [tokens, 1]
+        :param scale_w: float32, one number or [out, 1]
+        :param bias: [out], of ``out_dtype``
+        :param out_dtype: bfloat16 or float16
+        :return: [tokens, out]
+        """
+        return self._multiply(x_q, scale_x, scale_w, bias, out_dtype)
+
+    def _multiply(
+        self,
+        x: Tensor,
+        scale_x: Tensor | None,
+        scale_w: Tensor | None,
+        bias: Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        out: Tensor = sparse24_linear(
+            x, self.forms, scale_x, scale_w, bias, self.plan_name, out_dtype
+        )
+        return out
+
+
+def _refusal(weight: Tensor, mode: Mode) -> str | None:
+    """Why a weight stays dense whatever is faster, or None."""
+    if mode == "dense":
+        return "the mode is dense"
+    if not weight.is_cuda:
+        return f"it is on {weight.device}; the sparse kernels need a CUDA device"
+    names = _allowed(weight, mode)
+    if not set(names) - {"dense"}:
+        refusals = {name: k.refusal(weight) for name, k in KERNELS.items()}
+        told = [f"{name}: {reason}" for name, reason in refusals.items() if reason]
+        return "; ".join(told) or f"{FORCED} allows no sparse kernel"
+    try:
+        compress(clear_negative_zeros(weight))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _allowed(weight: Tensor, mode: Mode) -> list[str]:
+    """
+    The kernels to choose from.
+
+    :raises ValueError: if the environment names one that there is not
+    """
+    names = [name for name, k in KERNELS.items() if k.refusal(weight) is None]
+    if forced := os.environ.get(FORCED):
+        wanted = [word.strip() for word in forced.split(",")]
+        if unknown := set(wanted) - set(KERNELS):
+            raise ValueError(
+                f"{FORCED}={forced} names {', '.join(sorted(unknown))}; known are "
+                f"{', '.join(KERNELS)}"
+            )
+        names = [name for name in names if name in wanted]
+    elif "mma_sp" in names and "triton" in names:
+        names.remove("triton")  # never the faster of the two
+    if mode == "memory":  # one copy: the kernel for any number of tokens
+        names = [name for name in names if name == "cusparselt"]
+    return names
+
+
+def _plan(weight: Tensor, allowed: list[str]) -> Plan:
+    """The plan from disk, or measured now and put there."""
+    path = plans.key_of(weight, allowed).path
+    plan = plans.load(path)
+    if plan is None or not set(plan.kernels) <= set(allowed):
+        usable = []
+        for name in allowed:
+            reason = None if name == "dense" else survives(name, weight)
+            if reason is None:
+                usable.append(name)
+            else:
+                shape = tuple(weight.shape)
+                logger.warning("%s is not used for shape %s: %s", name, shape, reason)
+        try:
+            plan = tune(weight, {name: KERNELS[name] for name in usable})
+        except RuntimeError as error:
+            logger.warning("no sparse kernels for this shape: %s", error)
+            return Plan(len(weight), [Bucket(1, Way("dense", (), 0.0), [])])
+        plans.save(plan, path)
+    logger.info(
+        "kernels for weights of shape %s, %s, by tokens (microseconds):\n%s\n%s",
+        tuple(weight.shape),
+        weight.dtype,
+        plan.table(),
+        _memory(weight, plan),
+    )
+    return plan
+
+
+def _memory(weight: Tensor, plan: Plan) -> str:
+    """What the plan's copies of a weight cost, in words."""
+    kept = 9 / 16 if weight.dtype in WIDE else 5 / 8
+    shares = [1.0 if name == "dense" else kept for name in plan.kernels]
+    text = (
+        f"copies kept: {', '.join(plan.kernels)}; together {sum(shares):.2f} of the "
+        "dense weight's memory"
+    )
+    if "dense" in plan.kernels and len(plan.kernels) > 1:
+        text += (
+            f", {weight.nbytes / 1e6:.0f} MB a layer of it dense (forbid: memory mode)"
+        )
+    return text
+
+
+_TOLD: set[str] = set()
+
+
+def _log(name: str, reason: str) -> None:
+    """Warn of each reason once, with the first layer that it holds for."""
+    level = logging.DEBUG if reason in _TOLD else logging.WARNING
+    _TOLD.add(reason)
+    logger.log(level, "%s stays dense, as will any layer alike: %s", name, reason)

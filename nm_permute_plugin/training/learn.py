@@ -28,6 +28,7 @@ class LearnSettings:
     :param steps: optimiser steps
     :param learning_rate: of AdamW, on the logits; falls linearly to 0
     :param weight_decay: of AdamW, on the logits
+    :param multiplier_rate: the learning rate of the multipliers of the scores
     :param temperature: of the matching, at the first and at the last step
     :param shape: how an order is parametrised
     :param loss: weights of the loss
@@ -38,6 +39,7 @@ class LearnSettings:
     steps: int = 200
     learning_rate: float = 0.01
     weight_decay: float = 0.0
+    multiplier_rate: float = 0.01
     temperature: tuple[float, float] = (1.0, 0.1)
     shape: OrderShape = field(default_factory=OrderShape)
     loss: LossWeights = field(default_factory=LossWeights)
@@ -51,11 +53,14 @@ class Learned:
     What learning leaves.
 
     :param perms: by space, the best orders by the held-back text
+    :param multipliers: of the scores, by linear, one an input channel as it was before
+        the fold; those that belong to ``perms``
     :param history: one entry a look: step, held-back loss and, from the first step on,
         training loss and temperature
     """
 
     perms: dict[str, Permutation]
+    multipliers: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict[str, int | float]] = field(default_factory=list)
 
 
@@ -90,23 +95,25 @@ def learn_orders(
     dtype = next(model.parameters()).dtype
     orders = LearnableOrders(stacks, start, pattern, settings.shape, dtype)
     optimizer = torch.optim.AdamW(
-        orders.parameters(),
+        [
+            {"params": orders.parameters(), "weight_decay": settings.weight_decay},
+            {"params": orders.log_multipliers(), "lr": settings.multiplier_rate},
+        ],
         lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
+        weight_decay=0.0,
     )
     schedule = torch.optim.lr_scheduler.LinearLR(
         optimizer, 1.0, 1 / settings.steps, total_iters=settings.steps
     )
 
-    def look() -> tuple[float, dict[str, Permutation]]:
-        perms = orders.perms()
-        masks = dict(other_masks)
-        for name, stack in stacks.items():
-            masks |= stack.masks(perms[name], pattern)
-        return mean_loss(model, masks, held_back, settings.loss), perms
+    def look() -> tuple[float, Learned]:
+        now = Learned(orders.perms(), orders.multipliers())
+        scaled = {name: stack.times(now.multipliers) for name, stack in stacks.items()}
+        masks = hard_masks(scaled, now.perms, other_masks, pattern)
+        return mean_loss(model, masks, held_back, settings.loss), now
 
-    best, perms = look()
-    learned = Learned(perms, [{"step": 0, "held_back": best}])
+    best, learned = look()
+    history: list[dict[str, int | float]] = [{"step": 0, "held_back": best}]
     batches = _shuffled(train, settings.seed)
     bar = tqdm(range(1, settings.steps + 1), desc="Learning the order")
     with frozen(model), torch.enable_grad():
@@ -124,18 +131,32 @@ def learn_orders(
             bar.set_postfix(loss=f"{value:.4f}", best=f"{best:.4f}", tau=f"{tau:.3f}")
             if step % settings.evaluate_every and step != settings.steps:
                 continue
-            held, perms = look()
-            learned.history.append(
+            held, now = look()
+            history.append(
                 {"step": step, "held_back": held, "loss": value, "temperature": tau}
             )
             if held < best:
-                best, learned.perms = held, perms
-    first = learned.history[0]["held_back"]
+                best, learned = held, now
+    first = history[0]["held_back"]
     logger.info(
         f"learned {len(stacks)} orders in {settings.steps} steps: held-back loss "
         f"{first:.4f} -> {best:.4f}"
     )
+    learned.history = history
     return learned
+
+
+def hard_masks(
+    stacks: Mapping[str, StackedScore],
+    perms: Mapping[str, Permutation],
+    other_masks: Mapping[str, Tensor],
+    pattern: NMPattern,
+) -> dict[str, Tensor]:
+    """The masks of all linears under the orders, in the channels' old places."""
+    masks = dict(other_masks)
+    for name, stack in stacks.items():
+        masks |= stack.masks(perms[name], pattern)
+    return masks
 
 
 def mean_loss(

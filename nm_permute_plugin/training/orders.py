@@ -45,6 +45,7 @@ class OrderShape:
     :param start_logit: how firmly a channel starts in its place
     :param sinkhorn_iterations: row and column normalisations
     :param row_limit: rows of a space that weigh the moves of a step; None: all of them
+    :param multipliers: learn what every input channel's scores are multiplied by as well
     """
 
     block_size: int = 64
@@ -53,6 +54,7 @@ class OrderShape:
     start_logit: float = 0.3
     sinkhorn_iterations: int = 10
     row_limit: int | None = None
+    multipliers: bool = False
 
     def size_in(self, wall: int, m: int) -> int:
         """
@@ -88,10 +90,10 @@ class LearnableOrders:
         shape: OrderShape,
         dtype: torch.dtype,
     ) -> None:
-        alike: dict[tuple[int, int], list[StackedScore]] = defaultdict(list)
+        alike: dict[tuple[tuple[int, ...], int], list[StackedScore]] = defaultdict(list)
         for stack in stacks.values():
             size = shape.size_in(stack.space.wall, pattern.m)
-            alike[len(stack.score), size].append(stack)
+            alike[stack.sections, size].append(stack)
         self.bundles = [
             _Bundle(same, start, size, pattern, shape, dtype)
             for (_, size), same in alike.items()
@@ -100,6 +102,17 @@ class LearnableOrders:
     def parameters(self) -> list[nn.Parameter]:
         """The logits, [blocks, size, columns], one tensor for all spaces of a shape."""
         return [bundle.logits for bundle in self.bundles]
+
+    def log_multipliers(self) -> list[nn.Parameter]:
+        """What is learned of the scores, [sections, blocks, size]."""
+        return [bundle.log_multiplier for bundle in self.bundles]
+
+    def multipliers(self) -> dict[str, Float[Tensor, " in"]]:
+        """What the scores of every input channel are multiplied by, by linear."""
+        found: dict[str, Float[Tensor, " in"]] = {}
+        for bundle in self.bundles:
+            found |= bundle.multipliers()
+        return found
 
     def perms(self) -> dict[str, Permutation]:
         """The orders as they stand, hard, by space."""
@@ -166,6 +179,11 @@ class _Bundle(nn.Module):
         own = torch.arange(size, device=score.device) * columns // size
         firm = nn.functional.one_hot(own, columns).float() * shape.start_logit
         self.logits = nn.Parameter(firm.repeat(blocks.shape[1], 1, 1))
+        self.sections = stacks[0].sections
+        self.log_multiplier = nn.Parameter(
+            score.new_zeros(len(self.sections), *blocks.shape[1:]),
+            requires_grad=shape.multipliers,
+        )
 
     def perms(self) -> dict[str, Permutation]:
         whole = compose(self.start, from_blocks(order_by(assign(self.logits))))
@@ -174,6 +192,14 @@ class _Bundle(nn.Module):
             parts[stack.space.name] = whole[offset : offset + width] - offset
             offset += width
         return parts
+
+    def multipliers(self) -> dict[str, Float[Tensor, " in"]]:
+        whole = rearrange(self.log_multiplier.detach().exp(), "r b s -> r (b s)")
+        parts = whole[:, self.back].split(self.widths, dim=1)
+        found: dict[str, Float[Tensor, " in"]] = {}
+        for stack, part in zip(self.stacks, parts, strict=True):
+            found |= stack.inputs(part)
+        return found
 
     def masks(
         self, temperature: float, step: int
@@ -193,7 +219,14 @@ class _Bundle(nn.Module):
         if self.shape.relaxation == "insertion":
             sample = RowSample.of_step(len(self.score), self.shape.row_limit, step)
             mask: Tensor = InsertionMask.apply(
-                self.score, soft, hard, self.pattern, sample, self.dtype
+                self.score,
+                self.log_multiplier,
+                self.sections,
+                soft,
+                hard,
+                self.pattern,
+                sample,
+                self.dtype,
             )
             return mask
         if self.shape.relaxation == "straight_through":

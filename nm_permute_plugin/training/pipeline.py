@@ -17,7 +17,13 @@ from nm_permute_plugin.maths.permutation import Permutation
 from nm_permute_plugin.maths.scores import ScoreName, score_weight
 from nm_permute_plugin.specs.fold import Write, fold, invert_all, write_in_place
 from nm_permute_plugin.specs.spec import ResolvedSpec
-from nm_permute_plugin.training.learn import Learned, LearnSettings, learn_orders
+from nm_permute_plugin.training.learn import (
+    Learned,
+    LearnSettings,
+    hard_masks,
+    learn_orders,
+    mean_loss,
+)
 from nm_permute_plugin.training.masking import linear
 from nm_permute_plugin.training.search import search_orders
 from nm_permute_plugin.training.stacking import StackedScore
@@ -46,7 +52,7 @@ class OrderSettings:
     score: ScoreName = "wanda"
     method: Method = "learned"
     families: tuple[str, ...] = ("residual", "hidden", "value")
-    search_rounds: int = 12
+    search_rounds: int = 20
     learn: LearnSettings = field(default_factory=LearnSettings)
     prune: bool = True
 
@@ -107,8 +113,9 @@ def permute_and_prune(
     logger.info(f"folded {len(found.perms)} orders; logits moved by {fold_error:.1e}")
     clock.lap("fold")
     if settings.prune:
-        norms = permuted_norms(resolved, norms, found.perms)
-        _prune(model, prunable, norms, settings, write)
+        norms = in_new_order(resolved, norms, found.perms)
+        multipliers = in_new_order(resolved, found.multipliers, found.perms)
+        _prune(model, prunable, norms, multipliers, settings, write)
         clock.lap("prune")
     return Record(
         found.perms, fold_error, (before, after), clock.seconds, found.history
@@ -133,17 +140,17 @@ def refuse_sparse(
             )
 
 
-def permuted_norms(
+def in_new_order(
     resolved: ResolvedSpec,
-    norms: Mapping[str, Float[Tensor, " in"]],
+    values: Mapping[str, Float[Tensor, " in"]],
     perms: Mapping[str, Permutation],
 ) -> dict[str, Float[Tensor, " in"]]:
-    """Input norms in the order of the folded model's input channels."""
-    moved = dict(norms)
+    """One value an input channel of linears, as the folded model's channels stand."""
+    moved = dict(values)
     for space in resolved.spaces.values():
         for reader in space.readers:
-            if space.name in perms and reader.name in norms:
-                view = reader.view(norms[reader.name][None])
+            if space.name in perms and reader.name in values:
+                view = reader.view(values[reader.name][None])
                 moved[reader.name] = reader.unview(view[:, perms[space.name]])[0]
     return moved
 
@@ -190,22 +197,27 @@ def _find_orders(
     }
     if settings.method == "identity":
         return Learned({})
-    perms = search_orders(
-        stacks, settings.pattern, settings.search_rounds, settings.learn.seed
-    )
-    clock.lap("search")
-    if settings.method == "search":
-        return Learned(perms)
     ordered = {reader.name for s in stacks.values() for reader in s.space.readers}
     others = {
         name: nm_mask(score, settings.pattern)
         for name, score in scores.items()
         if name not in ordered
     }
+
+    def judge(perms: Mapping[str, Permutation]) -> float:
+        masks = hard_masks(stacks, perms, others, settings.pattern)
+        return mean_loss(model, masks, text.held_back, settings.learn.loss)
+
+    searched = search_orders(
+        stacks, settings.pattern, settings.search_rounds, settings.learn.seed, judge
+    )
+    clock.lap("search")
+    if settings.method == "search":
+        return Learned(searched.perms, history=searched.history)
     learned = learn_orders(
         model,
         stacks,
-        perms,
+        searched.perms,
         others,
         text.train,
         text.held_back,
@@ -272,7 +284,8 @@ def _logits(model: nn.Module, probe: Batch) -> Tensor:
 def _prune(
     model: nn.Module,
     prunable: Sequence[str],
-    norms: Mapping[str, Float[Tensor, " in"]],
+    norms: Mapping[str, Float[Tensor, " _in"]],
+    multipliers: Mapping[str, Float[Tensor, " _in"]],
     settings: OrderSettings,
     write: Write,
 ) -> None:
@@ -280,6 +293,8 @@ def _prune(
         module = linear(model, name)
         weight = module.weight.detach()
         score = score_weight(settings.score, weight, norms.get(name))
+        if name in multipliers:
+            score = score * multipliers[name]
         write(
             module, "weight", weight.masked_fill(~nm_mask(score, settings.pattern), 0)
         )

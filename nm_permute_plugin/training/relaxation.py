@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """N:M masks that depend differentiably on an assignment of channels."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -67,29 +69,38 @@ class InsertionMask(torch.autograd.Function):
     The N:M mask under a hard grouping; its gradient knows what every move would do.
 
     Forward: keep the top N of every group. Backward: ``insertion_costs``, as the gradient
-    of the assignment's entry (channel, group).
+    of the assignment's entry (channel, group), and ``rivalry``, summed over the rows that
+    share a multiplier, as that of the logarithm of the multiplier.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         score: Float[Tensor, "rows blocks size"],
+        log_multiplier: Float[Tensor, "sections blocks size"],
+        sections: tuple[int, ...],
         groups: Assignment,
         column: Int[Tensor, "blocks size"],
         pattern: NMPattern,
         sample: RowSample,
         dtype: torch.dtype,
     ) -> Float[Tensor, "rows blocks size"]:
-        ctx.save_for_backward(score, column)
-        ctx.pattern, ctx.sample = pattern, sample
-        return grouped_mask(score, column, pattern).to(dtype)
+        scaled = multiplied(score, log_multiplier, sections)
+        ctx.save_for_backward(scaled, column)
+        ctx.sections, ctx.pattern, ctx.sample = sections, pattern, sample
+        return grouped_mask(scaled, column, pattern).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        score, column = ctx.saved_tensors
+        scaled, column = ctx.saved_tensors
+        (grad,) = grads
+        of_multiplier = None
+        if ctx.needs_input_grad[1]:
+            rival = rivalry(scaled, grad, column, ctx.pattern).split(ctx.sections)
+            of_multiplier = torch.stack([section.sum(0) for section in rival])
         rows = slice(ctx.sample.offset, None, ctx.sample.stride)
-        costs = insertion_costs(score[rows], grads[0][rows], column, ctx.pattern)
-        return None, costs, None, None, None, None
+        costs = insertion_costs(scaled[rows], grad[rows], column, ctx.pattern)
+        return None, of_multiplier, None, costs, None, None, None, None
 
 
 def grouped_mask(
@@ -102,6 +113,16 @@ def grouped_mask(
     grouped = rearrange(score.gather(-1, order), "r b (g m) -> r b g m", m=pattern.m)
     kept = rearrange(group_ranks(grouped) < pattern.n, "r b g m -> r b (g m)")
     return torch.zeros_like(kept).scatter_(-1, order, kept)
+
+
+def multiplied(
+    score: Float[Tensor, "rows blocks size"],
+    log_multiplier: Float[Tensor, "sections blocks size"],
+    sections: tuple[int, ...],
+) -> Float[Tensor, "rows blocks size"]:
+    """Scores times the multipliers of their section, a run of so many rows."""
+    parts = zip(score.split(list(sections)), log_multiplier.exp(), strict=True)
+    return torch.cat([part * factor for part, factor in parts])
 
 
 class Reorder(torch.autograd.Function):
@@ -118,6 +139,44 @@ class Reorder(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (perm,) = ctx.saved_tensors
         return grads[0][:, invert(perm)], None
+
+
+def rivalry(
+    score: Float[Tensor, "rows blocks size"],
+    grad: Float[Tensor, "rows blocks size"],
+    column: Int[Tensor, "blocks size"],
+    pattern: NMPattern,
+    softness: float = 0.3,
+) -> Float[Tensor, "rows blocks size"]:
+    """
+    The change of the loss when a log-score grows, were the choice a little soft.
+
+    A kept weight's rival is the best that was dropped, a dropped weight's the worst that
+    was kept. The weight is kept with probability ``sigmoid(lead / softness)``, lead the
+    difference of the two log-scores; what is kept otherwise is the rival.
+
+    :param grad: of the loss with respect to the mask
+    :param softness: how far ahead a rival still counts, in units of the log-score
+    """
+    order = order_by(column).expand_as(score)
+
+    def grouped(values: Tensor) -> Tensor:
+        return rearrange(values.gather(-1, order), "r b (g m) -> r b g m", m=pattern.m)
+
+    logs = grouped(score).clamp_min(torch.finfo(score.dtype).tiny).log()
+    grads = grouped(grad).float()
+    ranks = group_ranks(logs)
+    kept = ranks < pattern.n
+
+    def rival(values: Tensor) -> Tensor:
+        best_out = at_rank(values, ranks, pattern.n)[..., None]
+        worst_kept = at_rank(values, ranks, pattern.n - 1)[..., None]
+        return torch.where(kept, best_out, worst_kept)
+
+    chance = torch.sigmoid((logs - rival(logs)) / softness)
+    change = (grads - rival(grads)) * chance * (1 - chance) / softness
+    back = rearrange(change, "r b g m -> r b (g m)")
+    return torch.zeros_like(back).scatter_(-1, order, back)
 
 
 def insertion_costs(
@@ -143,27 +202,44 @@ def insertion_costs(
     costs = torch.zeros(blocks, size, count, dtype=torch.float32, device=score.device)
     own = torch.zeros(blocks, size, dtype=torch.float32, device=score.device)
     order = order_by(column)
-    last, first_out = pattern.n - 1, pattern.n
-    # Rows go in parts: small enough for a CPU's cache, large enough to fill a GPU.
-    elements = 1 << (20 if score.device.type == "cpu" else 26)
-    step = max(1, elements // (blocks * size * count))
+    sum_moves, elements = _how_to_sum(score.device, count)
+    step = max(1, elements // (blocks * size))
     for start in range(0, rows, step):
         s, g = score[start : start + step], grad[start : start + step].float()
         index = order.expand_as(s)
         grouped = rearrange(s.gather(-1, index), "r b (g m) -> r b g m", m=pattern.m)
         grads = rearrange(g.gather(-1, index), "r b (g m) -> r b g m", m=pattern.m)
         ranks = group_ranks(grouped)
-        for rank, chance in ((first_out, pattern.density), (last, 1 - pattern.density)):
-            threshold, pushed_out = (
-                at_rank(grouped, ranks, rank),
-                at_rank(grads, ranks, rank),
-            )
-            # Kept in floating point: several times faster on a CPU than a boolean.
-            enters = torch.sub(s[..., None], threshold[:, :, None]).gt_(0)
-            change = torch.sub(g[..., None], pushed_out[:, :, None])
-            costs += chance * change.mul_(enters).sum(0)
+        best_out, loser = (at_rank(x, ranks, pattern.n) for x in (grouped, grads))
+        worst_kept, other = (at_rank(x, ranks, pattern.n - 1) for x in (grouped, grads))
+        costs += pattern.density * sum_moves(s, g, best_out, loser)
+        costs += (1 - pattern.density) * sum_moves(s, g, worst_kept, other)
         group = column.expand_as(s)
-        kept = s > at_rank(grouped, ranks, first_out).gather(-1, group)
-        loser = at_rank(grads, ranks, first_out).gather(-1, group)
-        own += ((g - loser) * kept).sum(0)
+        kept = s > best_out.gather(-1, group)
+        own += ((g - loser.gather(-1, group)) * kept).sum(0)
     return costs.scatter_(-1, column[..., None], own[..., None])
+
+
+SumMoves = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def _how_to_sum(device: torch.device, groups: int) -> tuple[SumMoves, int]:
+    """Who sums the moves, and how many scores at a time."""
+    if device.type == "cuda" and find_spec("triton") is not None:
+        from nm_permute_plugin.training.triton_moves import sum_moves_in_triton
+
+        return sum_moves_in_triton, 1 << 26
+    # Small enough for a CPU's cache, large enough to fill a GPU.
+    return sum_moves, (1 << (20 if device.type == "cpu" else 26)) // groups
+
+
+def sum_moves(
+    score: Float[Tensor, "rows blocks size"],
+    grad: Float[Tensor, "rows blocks size"],
+    threshold: Float[Tensor, "rows blocks groups"],
+    loser: Float[Tensor, "rows blocks groups"],
+) -> Float[Tensor, "blocks size groups"]:
+    """``sum_r [s_rc > t_rg] (G_rc - L_rg)`` of every channel c and group g."""
+    # Kept in floating point: several times faster on a CPU than a boolean.
+    enters = torch.sub(score[..., None], threshold[:, :, None]).gt_(0)
+    return torch.sub(grad[..., None], loser[:, :, None]).mul_(enters).sum(0)

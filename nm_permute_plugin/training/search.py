@@ -2,8 +2,11 @@
 """A good order without gradients: channel allocation, then exact assignment."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 
 import torch
 from einops import rearrange
@@ -18,25 +21,64 @@ from nm_permute_plugin.maths.permutation import Permutation, from_blocks
 from nm_permute_plugin.training.stacking import StackedScore
 
 Score = Float[Tensor, "rows channels"]
+Orders = dict[str, Permutation]
+"""One order a space, by the space's name."""
+
+ROUNDS_A_LOOK = 2
+"""Retained score is a poor judge, so the text judges this often."""
+
+
+@dataclass
+class Searched:
+    """
+    What a search leaves.
+
+    :param perms: by space, the orders that the judge likes best
+    :param history: one entry a look: round, held-back loss
+    """
+
+    perms: Orders
+    history: list[dict[str, int | float]] = field(default_factory=list)
 
 
 def search_orders(
-    stacks: Mapping[str, StackedScore], pattern: NMPattern, rounds: int, seed: int
-) -> dict[str, Permutation]:
+    stacks: Mapping[str, StackedScore],
+    pattern: NMPattern,
+    rounds: int,
+    seed: int,
+    judge: Callable[[Orders], float],
+) -> Searched:
     """
-    ``search_order`` of every space, several spaces at a time.
+    ``search_order`` of every space, several at a time, with looks at the whole.
 
-    The exact assignments run on the CPU and leave Python's lock free: threads pay.
+    Every round retains more score, and the pruned model may still be worse for it: the
+    orders that the judge likes best are kept, those as they are included. The exact
+    assignments run on the CPU and leave Python's lock free: threads pay.
+
+    :param rounds: of assignment; an even number is looked at to the end
+    :param judge: the loss of the model under the orders, smaller is better
     """
-
-    def search(stack: StackedScore) -> Permutation:
-        return search_order(stack.score, pattern, stack.space.wall, rounds, seed)
-
+    steps = {
+        name: search_steps(stack.score, pattern, stack.space.wall, seed)
+        for name, stack in stacks.items()
+    }
+    perms = {
+        name: torch.arange(stack.space.size, device=stack.score.device)
+        for name, stack in stacks.items()
+    }
+    best = judge(perms)
+    searched = Searched(perms, [{"round": 0, "held_back": best}])
+    advance = partial(_advance, count=1 + ROUNDS_A_LOOK)  # the start comes first
+    looks = range(ROUNDS_A_LOOK, rounds + ROUNDS_A_LOOK, ROUNDS_A_LOOK)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = tqdm(
-            pool.map(search, stacks.values()), "Searching the order", total=len(stacks)
-        )
-        return dict(zip(stacks, found, strict=True))
+        for look in tqdm(looks, "Searching the order"):
+            perms = dict(zip(steps, pool.map(advance, steps.values()), strict=True))
+            advance = partial(_advance, count=ROUNDS_A_LOOK)
+            loss = judge(perms)
+            searched.history.append({"round": look, "held_back": loss})
+            if loss < best:
+                best, searched.perms = loss, perms
+    return searched
 
 
 def search_order(
@@ -61,16 +103,27 @@ def search_order(
     :param seed: of the choice which channels leave their groups
     :raises ValueError: if M does not divide the wall
     """
-    channels = score.shape[1]
-    wall = wall or channels
+    return _advance(search_steps(score, pattern, wall, seed), rounds + 1)
+
+
+def search_steps(
+    score: Score, pattern: NMPattern, wall: int | None = None, seed: int = 0
+) -> Iterator[Permutation]:
+    """
+    The start of ``search_order``, then its order after every round, without end.
+
+    :raises ValueError: at the start, if M does not divide the wall
+    """
+    wall = wall or score.shape[1]
     if wall % pattern.m:
         raise ValueError(f"M={pattern.m} does not divide the {wall} channels of a run")
-    generator = torch.Generator().manual_seed(seed)
+    runs = rearrange(score, "rows (wall size) -> wall rows size", size=wall)
     blocks = [
-        _search_block(block, pattern, rounds, generator)
-        for block in rearrange(score, "rows (wall size) -> wall rows size", size=wall)
+        _block_steps(block, pattern, torch.Generator().manual_seed(seed + index))
+        for index, block in enumerate(runs)
     ]
-    return from_blocks(torch.stack(blocks))
+    while True:
+        yield from_blocks(torch.stack([next(block) for block in blocks]))
 
 
 def insertion_gain(
@@ -104,23 +157,28 @@ def deal(score: Score, m: int) -> Int[Tensor, " channels"]:
     return rearrange(dealt, "m group -> (group m)")
 
 
-def _search_block(
-    score: Score, pattern: NMPattern, rounds: int, generator: torch.Generator
-) -> Int[Tensor, " channels"]:
-    """Search over the channels of one wall."""
+def _advance(steps: Iterator[Permutation], count: int) -> Permutation:
+    """The last of the next so many orders."""
+    return list(islice(steps, count))[-1]
+
+
+def _block_steps(
+    score: Score, pattern: NMPattern, generator: torch.Generator
+) -> Iterator[Int[Tensor, " channels"]]:
+    """Search over the channels of one wall, an order a round."""
     as_they_are = torch.arange(score.shape[1], device=score.device)
     starts = [as_they_are, deal(score, pattern.m)]
     order = max(starts, key=lambda start: retained_score(score[:, start], pattern))
     groups = rearrange(order, "(group m) -> group m", m=pattern.m)
     table = score.T.contiguous()
-    for _ in range(rounds):
+    while True:
+        yield rearrange(groups.sort(dim=-1).values, "group m -> (group m)")
         shuffled = _shuffle_inside(groups, generator)
         leaving, staying = shuffled[:, 0], shuffled[:, 1:]
         companions = rearrange(table[staying], "group other rows -> group rows other")
         threshold = at_rank(companions, group_ranks(companions), pattern.n - 1)
         target = assign(insertion_gain(table[leaving], threshold)[None])[0]
         groups = torch.cat([leaving[torch.argsort(target)][:, None], staying], dim=1)
-    return rearrange(groups.sort(dim=-1).values, "group m -> (group m)")
 
 
 def _shuffle_inside(

@@ -34,6 +34,32 @@ class StackedScore:
         views = [reader.view(scores[reader.name]) for reader in space.readers]
         return cls(space, torch.cat(views), tuple(len(view) for view in views))
 
+    @property
+    def sections(self) -> tuple[int, ...]:
+        """Rows that read the same input channels: a reader, or one of its query heads."""
+        return tuple(
+            rows // reader.queries
+            for reader, rows in zip(self.space.readers, self.rows, strict=True)
+            for _ in range(reader.queries)
+        )
+
+    def inputs(
+        self, by_section: Shaped[Tensor, "sections channels"]
+    ) -> dict[str, Shaped[Tensor, " in"]]:
+        """One value an input channel of every reader, from one a section and channel."""
+        parts = by_section.split([reader.queries for reader in self.space.readers])
+        return {
+            reader.name: reader.unview(part)[0]
+            for reader, part in zip(self.space.readers, parts, strict=True)
+        }
+
+    def times(self, multipliers: Mapping[str, Float[Tensor, " in"]]) -> "StackedScore":
+        """The scores, every input channel of the readers named times its multiplier."""
+        scores = self.split(self.score)
+        for name in multipliers.keys() & scores.keys():
+            scores[name] = scores[name] * multipliers[name]
+        return StackedScore.of(self.space, scores)
+
     def split(
         self, stacked: Shaped[Tensor, "rows channels"]
     ) -> dict[str, Shaped[Tensor, "out in"]]:

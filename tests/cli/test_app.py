@@ -241,6 +241,26 @@ def test_evaluate_prints_the_gap_that_a_search_closes(
     assert float(printed[1]) / 100 == pytest.approx(gap, abs=0.02)
 
 
+def test_evaluate_puts_its_row_into_the_card(
+    ready: list[str], text_file: Path, test_text: Path, tmp_path: Path
+) -> None:
+    assert prune(tmp_path, "--text", text_file, "--text", text_file).exit_code == 0
+    out, dense = tmp_path / "out", tmp_path / "dense"
+    before = (out / "README.md").read_text()
+    assert evaluate(out, "--text", test_text).exit_code == 0
+    assert (out / "README.md").read_text() == before
+    result = evaluate(out, "--text", test_text, "--card")
+    assert result.exit_code == 0, result.output
+    found = re.search(r"perplexity ([\d.]+) ", result.stdout)
+    assert found
+    after = (out / "README.md").read_text()
+    assert f"| {test_text.name} | 32 | " in after
+    assert f" | {found[1]} |  |" in after
+    assert_one_error(
+        evaluate(dense, "--text", test_text, "--card"), r"README\.md has no place"
+    )
+
+
 def test_evaluate_says_when_there_is_no_gap(
     trained_checkpoint: Path, test_text: Path
 ) -> None:

@@ -5,12 +5,10 @@ import json
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
-from nm_permute_plugin.checkpoint.plan import find_excess
+from nm_permute_plugin.checkpoint.verify import verify
 from nm_permute_plugin.cli.demo import METHODS, Budget, run_demo
 from nm_permute_plugin.cli.embedded import embedded_text
-from nm_permute_plugin.maths.pattern import NMPattern
 
 SMALL = Budget(
     rows=12, sequence_length=256, windows=8, search_rounds=2, steps=4, batch_size=1
@@ -29,10 +27,10 @@ def test_every_method_of_the_demo_leaves_a_measured_2of4_checkpoint(
     assert by_method["wanda"] < by_method["magnitude"]
 
     for method in METHODS:
-        tensors = load_file(tmp_path / method / "model.safetensors")
-        pruned = [n for n in tensors if n.endswith("_proj.weight")]
+        report = verify(tmp_path / method)
+        assert report.faults == ()
+        pruned = [row for row in report.rows if row.promised]
         assert len(pruned) == 210
-        broken = [n for n in pruned if find_excess(tensors[n], NMPattern(2, 4))]
-        assert broken == []
+        assert {row.format for row in pruned} == {"sparse-24-bitmask"}
     record = json.loads((tmp_path / "results.json").read_text())
     assert [row["method"] for row in record["rows"]] == list(by_method)

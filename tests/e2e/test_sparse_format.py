@@ -64,6 +64,7 @@ def test_the_command_converts_there_and_back(
         app, ["convert", str(out), str(back), "--format", "dense"]
     )
     assert result.exit_code == 0, result.output
+    assert "stored dense, zeros included: converted" in (back / "README.md").read_text()
     again = tmp_path / "again"
     result = CliRunner().invoke(app, ["convert", str(back), str(again)])
     assert result.exit_code == 0, result.output

@@ -169,8 +169,12 @@ def test_the_record_tells_what_was_done(tiny_checkpoint, run_oneshot, method) ->
             "residual", "hidden.0", "hidden.1", "value.0", "value.1"
         }  # fmt: skip
         assert 0 < record.fold_error < 1e-5
-    looks = [look["step"] for look in record.history]
-    assert looks == ([0, 1, 2] if method == "learned" else [])
+    expected = {
+        "identity": [],
+        "search": [("round", look) for look in range(0, 22, 2)],
+        "learned": [("step", 0), ("step", 1), ("step", 2)],
+    }
+    assert [next(iter(look.items())) for look in record.history] == expected[method]
 
 
 def test_only_the_named_spaces_are_ordered(tiny_checkpoint, run_oneshot) -> None:

@@ -25,7 +25,7 @@ import importlib.machinery, sys
 import llmcompressor
 assert type(llmcompressor.__loader__) is importlib.machinery.SourceFileLoader
 assert llmcompressor.__spec__.loader is llmcompressor.__loader__
-assert not [f for f in sys.meta_path if type(f).__module__.startswith("nm_permute")]
+assert not [f for f in sys.meta_path if getattr(f, "host", "") == "llmcompressor"]
 print("found")
 """
 
@@ -53,9 +53,11 @@ import llmcompressor
 }
 
 
-def python(code: str, *flags: str) -> subprocess.CompletedProcess[str]:
+def python(
+    code: str, *arguments: Path, flags: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *flags, "-c", code],
+        [sys.executable, *flags, "-c", code, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
@@ -79,7 +81,7 @@ def test_a_machine_without_the_host_says_so_as_before() -> None:
         "try:\n    import llmcompressor\n"
         "except ModuleNotFoundError as error:\n    print(error.name)"
     )
-    run = python(code, "-S")
+    run = python(code, flags=("-S",))
     assert run.stdout.strip() == "llmcompressor", run.stderr
 
 
@@ -95,6 +97,23 @@ def test_a_host_that_fails_to_import_fails_as_before(tmp_path: Path) -> None:
         "    except OSError as error:\n        print(error)\n"
         "assert 'llmcompressor' not in sys.modules"
     )
-    run = python(code, "-S")
+    run = python(code, flags=("-S",))
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == ["broken", "broken"]
+
+
+def test_another_transformers_is_left_as_it_is(tmp_path: Path) -> None:
+    # A stand-in for transformers 4, which has no loader that can be extended.
+    package = tmp_path / "transformers" / "quantizers"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").write_text("")
+    (package / "__init__.py").write_text("from .auto import NAME")
+    (package / "auto.py").write_text("NAME = 4")
+    code = (
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}]\n"
+        "import nm_permute_plugin, transformers.quantizers\n"
+        "print(transformers.quantizers.NAME)"
+    )
+    run = python(code, flags=("-S",))
+    assert run.stdout.strip() == "4", run.stderr
+    assert "sparse checkpoints need transformers 5" in run.stderr

@@ -14,9 +14,14 @@ FOLDER = Path(__file__).parents[2] / "recipes"
 FILES = sorted(FOLDER.glob("*.yaml"))
 
 FOLLOWS = {
-    "sparsegpt": "SparseGPTModifier",
-    "fp8": "QuantizationModifier",
-    "w8a8": "QuantizationModifier",
+    None: [],
+    "sparsegpt": ["SparseGPTModifier"],
+    "wanda": ["WandaPruningModifier"],
+    "fp8": ["QuantizationModifier"],
+    "fp8static": ["QuantizationModifier"],
+    "w8a8": ["QuantizationModifier"],
+    "w4a16": ["QuantizationModifier"],
+    "smoothquant": ["SmoothQuantModifier", "QuantizationModifier"],
 }
 NAME = re.compile(r"(\d+)of(\d+)_([a-z]+)(?:_then_([a-z0-9]+))?")
 
@@ -39,7 +44,7 @@ def test_a_recipe_yields_what_its_name_says(file: Path) -> None:
         assert (first.method, first.score) == ("identity", word)
     assert first.ignore == ["lm_head"]
     names = [type(modifier).__name__ for modifier in others]
-    assert names == ([] if follows is None else [FOLLOWS[follows]])
+    assert names == FOLLOWS[follows]
     prunes = [m for m in others if hasattr(m, "mask_structure")]
     assert first.prune == (not prunes)
     assert all(m.mask_structure == first.mask_structure for m in prunes)

@@ -51,11 +51,12 @@ class Task:
             self.model, pattern=TWO_OF_FOUR, settings=settings, **arguments
         )
 
-    def loss_of(self, perms: dict[str, Tensor], weights: LossWeights) -> float:
-        """The loss on the held-back text under the masks of an order."""
+    def loss_of(self, learned: Learned, weights: LossWeights) -> float:
+        """The loss on the held-back text under the masks that were learned."""
         masks: dict[str, Tensor] = {}
         for name, stack in self.stacks.items():
-            masks |= stack.masks(perms[name], TWO_OF_FOUR)
+            scaled = stack.times(learned.multipliers)
+            masks |= scaled.masks(learned.perms[name], TWO_OF_FOUR)
         return mean_loss(self.model, masks, self.held_back, weights)
 
 
@@ -131,6 +132,25 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+def test_multipliers_of_the_scores_are_learned_and_kept_with_their_orders(
+    task: Task,
+) -> None:
+    shape = replace(FAST.shape, multipliers=True)
+    settings = replace(FAST, steps=30, shape=shape, multiplier_rate=0.1)
+    learned = task.learn(settings)
+    looks = [look["held_back"] for look in learned.history]
+    kept = task.loss_of(learned, settings.loss)
+    assert kept == pytest.approx(min(looks), rel=1e-6)
+    assert kept < looks[0]
+    for name, factors in learned.multipliers.items():
+        width = task.model.get_submodule(name).in_features
+        assert factors.shape == (width,)
+        assert bool((factors > 0).all())
+    readers = {r.name for s in task.stacks.values() for r in s.space.readers}
+    assert learned.multipliers.keys() == readers
+    assert any(bool((m != 1).any()) for m in learned.multipliers.values())
+
+
 @pytest.mark.parametrize("relaxation", RELAXATIONS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_kept_order_is_the_best_that_was_seen(
@@ -139,9 +159,11 @@ def test_the_kept_order_is_the_best_that_was_seen(
     settings = fast(relaxation, seed=seed, steps=6)
     learned = task.learn(settings)
     looks = [entry["held_back"] for entry in learned.history]
-    kept = task.loss_of(learned.perms, settings.loss)
+    kept = task.loss_of(learned, settings.loss)
     assert kept == pytest.approx(min(looks), rel=1e-6)
-    assert looks[0] == pytest.approx(task.loss_of(task.start, settings.loss), rel=1e-6)
+    assert looks[0] == pytest.approx(
+        task.loss_of(Learned(task.start), settings.loss), rel=1e-6
+    )
     assert kept <= looks[0]
     for name, perm in learned.perms.items():
         check_permutation(perm)
@@ -156,8 +178,8 @@ def test_a_step_that_spoils_the_order_is_not_kept(
     # A wild first step on one batch: whatever it does, the start is there to return to.
     settings = fast(relaxation, learning_rate=50.0, steps=1)
     learned = task.learn(settings, train=text(2, seed=9))
-    before = task.loss_of(task.start, settings.loss)
-    assert task.loss_of(learned.perms, settings.loss) <= before * (1 + 1e-6)
+    before = task.loss_of(Learned(task.start), settings.loss)
+    assert task.loss_of(learned, settings.loss) <= before * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("relaxation", RELAXATIONS)
@@ -194,11 +216,11 @@ def test_a_planted_order_is_approached(
         shape=OrderShape(block_size=48, relaxation=relaxation),
     )
     best = task.loss_of(
-        {name: torch.arange(len(perm)) for name, perm in task.start.items()},
+        Learned({name: torch.arange(len(perm)) for name, perm in task.start.items()}),
         settings.loss,
     )
-    before = task.loss_of(task.start, settings.loss)
-    after = task.loss_of(task.learn(settings).perms, settings.loss)
+    before = task.loss_of(Learned(task.start), settings.loss)
+    after = task.loss_of(task.learn(settings), settings.loss)
     assert best < 0.05 * before
     assert after < 0.75 * before
 
@@ -244,8 +266,8 @@ def test_looks_are_recorded_with_their_step_and_temperature(task: Task) -> None:
 def test_every_part_of_the_loss_can_be_learned_from(task: Task) -> None:
     weights = LossWeights(divergence=0.5, cross_entropy=0.5, hidden=1.0, cosine=1.0)
     learned = task.learn(replace(FAST, loss=weights))
-    before = task.loss_of(task.start, weights)
-    assert task.loss_of(learned.perms, weights) <= before * (1 + 1e-6)
+    before = task.loss_of(Learned(task.start), weights)
+    assert task.loss_of(learned, weights) <= before * (1 + 1e-6)
 
 
 def test_masks_of_other_linears_stay_on(task: Task) -> None:

@@ -17,7 +17,9 @@ from nm_permute_plugin.training.relaxation import (
     RowSample,
     grouped_mask,
     insertion_costs,
+    multiplied,
     permuted_mask,
+    rivalry,
 )
 
 PATTERNS = ["2:4", "1:2", "1:4", "3:4", "4:8"]
@@ -139,11 +141,50 @@ def test_the_gradient_of_an_insertion_mask_is_the_insertion_costs(text: str) -> 
     score, grad, column = random_case(pattern)
     size = score.shape[-1]
     soft = torch.full((BLOCKS, size, GROUPS), 1 / GROUPS, requires_grad=True)
-    mask = InsertionMask.apply(score, soft, column, pattern, RowSample(), torch.float32)
-    assert torch.equal(mask, grouped_mask(score, column, pattern).float())
+    sections = (len(score) - 3, 3)
+    logs = torch.randn(2, *score.shape[1:]).div(4).requires_grad_()
+    scaled = multiplied(score, logs.detach(), sections)
+    mask = InsertionMask.apply(
+        score, logs, sections, soft, column, pattern, RowSample(), torch.float32
+    )
+    assert torch.equal(mask, grouped_mask(scaled, column, pattern).float())
     mask.backward(grad)
-    expected = insertion_costs(score, grad, column, pattern)
+    expected = insertion_costs(scaled, grad, column, pattern)
     torch.testing.assert_close(soft.grad, expected)
+    of_score = rivalry(scaled, grad, column, pattern)
+    by_section = torch.stack([of_score[:-3].sum(0), of_score[-3:].sum(0)])
+    torch.testing.assert_close(logs.grad, by_section)
+
+
+def test_multipliers_scale_the_rows_of_their_section() -> None:
+    score = torch.ones(3, 1, 2)
+    logs = torch.tensor([[[0.0, 1.0]], [[2.0, 0.0]]])
+    rows = multiplied(score, logs, (1, 2)).squeeze(1)
+    e = torch.tensor(1.0).exp().item()
+    assert rows.tolist() == [[1, pytest.approx(e)]] + [[pytest.approx(e**2), 1]] * 2
+
+
+def test_rivalry_is_the_gradient_of_a_soft_choice_between_rivals() -> None:
+    """Against numbers worked out by hand: one group, one rival a weight."""
+    score = torch.tensor([4.0, 1.0, 3.0, 2.0]).view(1, 1, 4)
+    grad = torch.tensor([0.5, -1.0, 2.0, 0.25]).view(1, 1, 4)
+    column = torch.zeros(1, 4, dtype=torch.long)
+    found = rivalry(score, grad, column, NMPattern(2, 4), softness=0.5).flatten()
+    # Kept are 4 and 3; the best that was dropped is 2, the worst that was kept is 3.
+    rivals = [
+        (4.0, 2.0, 0.5 - 0.25),
+        (1.0, 3.0, -3.0),
+        (3.0, 2.0, 1.75),
+        (2.0, 3.0, -1.75),
+    ]
+    for value, (own, rival, change) in zip(found.tolist(), rivals, strict=True):
+        chance = 1 / (1 + (rival / own) ** 2)
+        assert value == pytest.approx(change * chance * (1 - chance) / 0.5, rel=1e-5)
+
+
+def test_a_score_of_zero_has_a_finite_rivalry() -> None:
+    score, grad, column = random_case(NMPattern(2, 4))
+    assert rivalry(score * 0, grad, column, NMPattern(2, 4)).isfinite().all()
 
 
 def test_a_sample_of_rows_weighs_the_moves_by_those_rows() -> None:
@@ -151,7 +192,10 @@ def test_a_sample_of_rows_weighs_the_moves_by_those_rows() -> None:
     score, grad, column = random_case(pattern)
     soft = torch.zeros(BLOCKS, score.shape[-1], GROUPS, requires_grad=True)
     sample = RowSample(offset=1, stride=3)
-    mask = InsertionMask.apply(score, soft, column, pattern, sample, torch.float32)
+    logs = torch.zeros(1, *score.shape[1:])
+    mask = InsertionMask.apply(
+        score, logs, (len(score),), soft, column, pattern, sample, torch.float32
+    )
     assert torch.equal(mask, grouped_mask(score, column, pattern).float())
     mask.backward(grad)
     expected = insertion_costs(score[1::3], grad[1::3], column, pattern)

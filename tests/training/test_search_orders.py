@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Searching several spaces at once is searching each of them alone."""
 
+import itertools
+from collections.abc import Callable
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -30,35 +34,79 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     assert [n for n in first if not torch.equal(first[n], second[n])] == []
 
 
+def by_score(stacks: dict[str, StackedScore]) -> Callable[[dict[str, Tensor]], float]:
+    """A judge that likes what retains most."""
+
+    def judge(perms: dict[str, Tensor]) -> float:
+        return -sum(
+            retained_score(stacks[name].score[:, perm], TWO_OF_FOUR)
+            for name, perm in perms.items()
+        )
+
+    return judge
+
+
+def search(count: int, rounds: int, seed: int) -> dict[str, Tensor]:
+    stacks = stacks_of(count)
+    return search_orders(stacks, TWO_OF_FOUR, rounds, seed, by_score(stacks)).perms
+
+
 def test_spaces_searched_at_once_equal_spaces_searched_alone() -> None:
-    stacks = stacks_of(6)
     alone = {
-        name: search_order(stack.score, TWO_OF_FOUR, stack.space.wall, 5, seed=2)
-        for name, stack in stacks.items()
+        name: search_order(stack.score, TWO_OF_FOUR, stack.space.wall, 6, seed=2)
+        for name, stack in stacks_of(6).items()
     }
-    assert_same(search_orders(stacks, TWO_OF_FOUR, rounds=5, seed=2), alone)
+    assert_same(search(6, rounds=6, seed=2), alone)
 
 
 def test_threads_change_nothing_from_run_to_run() -> None:
-    runs = [search_orders(stacks_of(8), TWO_OF_FOUR, 6, seed=0) for _ in range(3)]
+    runs = [search(8, rounds=6, seed=0) for _ in range(3)]
     assert_same(runs[0], runs[1])
     assert_same(runs[0], runs[2])
 
 
 def test_channels_stay_inside_their_walls() -> None:
     stacks = stacks_of(4)
-    for name, order in search_orders(stacks, TWO_OF_FOUR, 6, seed=0).items():
+    for name, order in search(4, rounds=6, seed=0).items():
         wall = stacks[name].space.wall
         assert torch.equal(order // wall, torch.arange(len(order)) // wall)
 
 
 def test_every_space_retains_more_than_before() -> None:
     stacks = stacks_of(4)
-    for name, order in search_orders(stacks, TWO_OF_FOUR, 6, seed=0).items():
+    for name, order in search(4, rounds=6, seed=0).items():
         score = stacks[name].score
         before = retained_score(score, TWO_OF_FOUR)
         assert retained_score(score[:, order], TWO_OF_FOUR) > before
 
 
+@pytest.mark.parametrize("favourite", range(5))
+def test_the_orders_that_the_judge_likes_best_are_kept(favourite: int) -> None:
+    seen: list[dict[str, Tensor]] = []
+
+    def judge(perms: dict[str, Tensor]) -> float:
+        seen.append(perms)
+        return abs(favourite - len(seen) + 1)
+
+    found = search_orders(stacks_of(3), TWO_OF_FOUR, rounds=8, seed=0, judge=judge)
+    assert len(seen) == 5
+    assert_same(found.perms, seen[favourite])
+    losses = [look["held_back"] for look in found.history]
+    assert losses == [abs(favourite - look) for look in range(5)]
+    assert [look["round"] for look in found.history] == [0, 2, 4, 6, 8]
+
+
+def test_orders_that_the_judge_likes_less_are_not_taken() -> None:
+    worse = search_orders(stacks_of(3), TWO_OF_FOUR, 4, 0, rising())
+    for perm in worse.perms.values():
+        assert torch.equal(perm, torch.arange(len(perm)))
+
+
+def rising() -> Callable[[dict[str, Tensor]], float]:
+    """A judge that likes what it saw first."""
+    count = itertools.count()
+    return lambda perms: float(next(count))
+
+
 def test_no_spaces_have_no_orders() -> None:
-    assert search_orders({}, TWO_OF_FOUR, rounds=3, seed=0) == {}
+    assert search_orders({}, TWO_OF_FOUR, 3, 0, lambda perms: 0.0).perms == {}

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What does each way of storing the same pruned weights cost, in perplexity and on disk?
+
+    python benchmarks/formats.py MODEL --train brown.txt --test wikitext-2/test.txt
+
+Prunes once with a learned order; every row of the table starts from those weights, is
+written to files and read back from them by transformers, as it reads them by default:
+compressed-tensors decompresses the weights at the first pass and goes on rounding the
+activations as the scheme says. 8-bit rows are stored as sparse-24-bitmask.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+import yaml
+from datasets import Dataset
+from llmcompressor import oneshot, reset_session
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nm_permute_plugin.checkpoint.check import check_pattern, choose_format
+from nm_permute_plugin.checkpoint.plan import TWO_FOUR
+from nm_permute_plugin.checkpoint.record import read_promise
+from nm_permute_plugin.checkpoint.verify import verify
+from nm_permute_plugin.checkpoint.writer import convert
+from nm_permute_plugin.cli.prune import prune_checkpoint
+from nm_permute_plugin.evaluation.perplexity import (
+    load_checkpoint,
+    perplexity,
+    tokenize,
+)
+
+DENSE, SPARSE = "dense", "sparse-24-bitmask"
+SCHEMES = ["FP8_DYNAMIC", "FP8", "W8A8", "W4A16"]
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    args = _arguments()
+    out = args.out or Path(tempfile.mkdtemp(prefix="nm-permute-formats-"))
+    out.mkdir(parents=True, exist_ok=True)
+    rows = _rows(args)
+    test = tokenize(args.model, "\n\n".join(f.read_text() for f in args.test))
+    test = test[: args.windows * args.window]
+    if not (out / DENSE / "config.json").exists():
+        recipe = out / f"{DENSE}.yaml"
+        recipe.write_text(yaml.safe_dump({"prune_stage": _learned(args)}))
+        minutes = prune_checkpoint(args.model, recipe, out / DENSE, rows, args.device)
+        print(f"learned, folded and pruned in {minutes:.1f} minutes", flush=True)
+    if not (out / SPARSE / "config.json").exists():
+        convert(out / DENSE, out / SPARSE, SPARSE)
+    for scheme in SCHEMES:
+        if not (out / scheme / "config.json").exists():
+            _quantize(out / DENSE, out / scheme, scheme, args, rows)
+
+    print(f"files in {out}; {len(rows)} rows of {args.sequence_length} tokens to learn")
+    print(f"tested on {len(test)} tokens in windows of {args.window}, {args.device}")
+    print("| stored | perplexity | MB on disk | verify |\n|---|---|---|---|")
+    logits: dict[str, Tensor] = {}
+    folders = {"not pruned": Path(args.model)}
+    folders |= {name: out / name for name in (DENSE, SPARSE, *SCHEMES)}
+    for name, folder in folders.items():
+        model = load_checkpoint(folder, args.device)
+        if name in (DENSE, SPARSE):
+            with torch.no_grad():
+                window = test[None, : args.window].to(args.device)
+                logits[name] = model(window, use_cache=False).logits
+        value = perplexity(model, test, args.window)
+        size = sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 1e6
+        good = "good" if verify(folder).good else "FAULTS"
+        print(f"| {name} | {value:.2f} | {size:.1f} | {good} |", flush=True)
+    if not torch.equal(logits[DENSE], logits[SPARSE]):
+        raise SystemExit("dense and sparse-24-bitmask give different logits")
+    print("logits of dense and sparse-24-bitmask agree bit by bit, first window")
+
+
+def _learned(args: argparse.Namespace) -> dict[str, object]:
+    fields = {
+        "method": "learned",
+        "format": "dense",
+        "steps": args.steps,
+        "batch_size": args.batch_size,
+        "learning_rate": args.learning_rate,
+        "row_limit": args.row_limit,
+        "held_back": args.held_back,
+        "seed": args.seed,
+    }
+    return {"permutation_modifiers": {"LearnablePermutationModifier": fields}}
+
+
+def _quantize(
+    source: Path,
+    target: Path,
+    scheme: str,
+    args: argparse.Namespace,
+    rows: list[list[int]],
+) -> None:
+    """Quantize pruned weights, check that they still are, store 8 bits sparse."""
+    fields: dict[str, object] = {"targets": ["Linear"], "ignore": ["lm_head"]}
+    if scheme == "W4A16":
+        weights = {"num_bits": 4, "strategy": "group", "group_size": args.group_size}
+        group = {"targets": ["Linear"], "weights": weights}
+        fields = {"config_groups": {"group_0": group}, "ignore": ["lm_head"]}
+    else:
+        fields["scheme"] = scheme
+    reset_session()
+    oneshot(
+        model=AutoModelForCausalLM.from_pretrained(source, dtype="auto"),
+        tokenizer=AutoTokenizer.from_pretrained(source),
+        recipe=QuantizationModifier(**fields),
+        dataset=Dataset.from_dict({"input_ids": rows}),
+        max_seq_length=args.sequence_length,
+        num_calibration_samples=len(rows),
+        shuffle_calibration_samples=False,
+        output_dir=str(target),
+    )
+    pruned, _ = read_promise(source) or ([], TWO_FOUR)
+    check_pattern(target, pruned, TWO_FOUR)
+    form, _ = choose_format(target, "auto", TWO_FOUR, pruned)
+    if form != DENSE:
+        convert(target, target, form, modules=pruned)
+
+
+def _rows(args: argparse.Namespace) -> list[list[int]]:
+    """Rows of the training text in a fixed random order, so that all files mix."""
+    tokens = tokenize(args.model, "\n\n".join(f.read_text() for f in args.train))
+    count = len(tokens) // args.sequence_length
+    rows = tokens[: count * args.sequence_length].view(count, -1)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    chosen: list[list[int]] = rows[order[: args.rows]].tolist()
+    return chosen
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--train", type=Path, nargs="+", required=True)
+    parser.add_argument("--test", type=Path, nargs="+", required=True)
+    parser.add_argument("--out", type=Path, help="keeps the checkpoints, reuses them")
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--window", type=int, default=2048)
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--learning-rate", type=float, default=0.03)
+    parser.add_argument("--row-limit", type=int, default=8192)
+    parser.add_argument("--held-back", type=float, default=0.06)
+    parser.add_argument("--group-size", type=int, default=64, help="of W4A16")
+    parser.add_argument("--seed", type=int, default=0)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

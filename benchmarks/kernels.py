@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+How fast is a 2:4 product beside the dense one, at every number of tokens?
+
+Usage::
+
+    PYTHONPATH=. python benchmarks/kernels.py [--json FILE] [--dtypes bf16 fp8 int8]
+
+Needs a CUDA device. The four linear shapes of LLaMA-3-8B; every kernel and setting in
+one run, each from replayed CUDA graphs over copies of the weight that together do not
+fit the L2 cache. 8-bit products include their scales, one a token and one an output
+channel. ``dense`` is the product of the same dtype, save for int8, where it is float8's
+(cuBLAS has no int8 product worth comparing; its own time is in the file). ``bound`` is
+the share of the memory bandwidth measured in this run that the chosen kernel reaches.
+Errors are the largest over the first 64 tokens, as a share of the largest output, against
+float64.
+"""
+
+import argparse
+import json
+import sys
+import time
+import traceback
+from multiprocessing import Pipe, get_context
+from pathlib import Path
+
+import torch
+
+from nm_permute_plugin.serving.kernels.kernel import NARROW
+from nm_permute_plugin.serving.ops import KERNELS
+from nm_permute_plugin.serving.plan import Way
+from nm_permute_plugin.serving.tune import (
+    choose,
+    cold_copies,
+    error_of,
+    measure,
+    microseconds,
+    sample,
+)
+
+SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
+TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 8192)
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
+
+
+def sparse_weight(rows: int, channels: int, dtype: torch.dtype) -> torch.Tensor:
+    """A random 2:4 weight on the GPU."""
+    torch.manual_seed(rows + channels)
+    places = torch.rand(rows, channels // 4, 4, device="cuda").argsort(-1)
+    weight = torch.randn(rows, channels // 4, 4, device="cuda")
+    if dtype in NARROW:
+        weight = (weight * 40).round().clamp(-127, 127)
+    return weight.masked_fill(places < 2, 0).view(rows, channels).to(dtype)
+
+
+def bandwidth() -> float:
+    """Bytes a second of a device-to-device copy, counting those read and written."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    taken = microseconds([lambda: target.copy_(source)], least=30000)
+    return 2 * source.nbytes / taken * 1e6
+
+
+def expected(weight: torch.Tensor, product) -> torch.Tensor:
+    """The first 64 tokens' outputs in float64."""
+    out = product.x[:64].double() @ weight.double().t()
+    if product.scale_x is None:
+        return out
+    return out * product.scale_x[:64].double() * product.scale_w.double().reshape(1, -1)
+
+
+def bench_shape(rows, channels, kind, copy_rate, fp8_dense, results) -> None:
+    """All numbers of tokens by one weight; a printed row each, sent to the parent."""
+    weight = sparse_weight(rows, channels, DTYPES[kind])
+    forms = {}
+    for name, kernel in KERNELS.items():
+        reason = kernel.refusal(weight)
+        if reason is None:
+            forms[name] = cold_copies(kernel.prepare(weight))
+        else:
+            print(f"{name} refuses {kind} {rows} x {channels}: {reason}")
+    for tokens in TOKENS:
+        product = sample(weight, tokens)
+        truth = expected(weight, product)
+        best: dict[str, Way] = {}
+        every, errors = {}, {}
+        for name, copies in forms.items():
+            ways = measure(KERNELS[name], copies, product, truth.float())
+            every[name] = [(way.settings, round(way.microseconds, 2)) for way in ways]
+            if ways:
+                best[name] = min(ways, key=lambda way: way.microseconds)
+                out = KERNELS[name].run(copies[0], product, best[name].settings)
+                errors[name] = error_of(out.double(), truth)
+        chosen = choose(list(best.values()))
+        times = {name: way.microseconds for name, way in best.items()}
+        dense = times.get("dense", float("nan"))
+        if kind == "int8":
+            dense = fp8_dense.get((rows, channels, tokens), float("nan"))
+        touched = forms[chosen.kernel][0].nbytes + product.x.nbytes
+        touched += 2 * tokens * rows
+        row = {
+            "shape": f"{rows}x{channels}",
+            "dtype": kind,
+            "tokens": tokens,
+            "dense": dense,
+            "times": times,
+            "chosen": chosen.kernel,
+            "settings": chosen.settings,
+            "ratio": dense / chosen.microseconds,
+            "bound": touched / copy_rate / (chosen.microseconds * 1e-6),
+            "errors": errors,
+            "every": every,
+        }
+        results.send(row)
+        cells = "".join(
+            f"{times[n]:9.1f}" if n in times else "        -"
+            for n in ("cusparselt", "mma_sp", "triton")
+        )
+        worst = max(errors.values(), default=float("nan"))
+        print(
+            f"{row['shape']:>11} {kind:>5} {tokens:6d} {dense:9.1f}{cells}  "
+            f"{row['ratio']:5.2f} {row['bound']:6.2f}  {worst:.4f}  "
+            f"{chosen.kernel}{list(chosen.settings)}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="write all figures here")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    arguments = parser.parse_args()
+    started = time.perf_counter()
+    record: dict = {"results": []}
+    rows_of = record["results"]
+    for row in isolated(describe):
+        record["machine"] = row
+        print(row)
+    if "machine" not in record:
+        sys.exit("benchmarks/kernels.py needs a CUDA device")
+    print(
+        "      shape dtype tokens     dense  cuSPARSELt  mma_sp  triton  ratio  bound  "
+        "error   chosen     (microseconds)"
+    )
+    rate = record["machine"]["copy_bytes_per_second"]
+    for kind in arguments.dtypes:
+        for rows, channels in SHAPES:
+            fp8_dense = {
+                (rows, channels, row["tokens"]): row["dense"]
+                for row in rows_of
+                if row["dtype"] == "fp8" and row["shape"] == f"{rows}x{channels}"
+            }
+            rows_of += isolated(bench_shape, rows, channels, kind, rate, fp8_dense)
+            if arguments.json:
+                arguments.json.write_text(json.dumps(record, indent=1))
+    print(f"{time.perf_counter() - started:.0f} s in all")
+
+
+def describe(results) -> None:
+    """The machine, and its measured copy rate."""
+    results.send(
+        {
+            "card": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "cusparselt": torch.backends.cusparselt.version(),
+            "copy_bytes_per_second": bandwidth(),
+        }
+    )
+
+
+def isolated(function, *arguments) -> list[dict]:
+    """
+    What a function sends, from a process of its own: a kernel that crashes ends that.
+
+    The parent never touches the GPU, so that its children can be forked.
+    """
+    here, there = Pipe(duplex=False)
+    process = get_context("fork").Process(
+        target=reporting, args=(function, *arguments, there)
+    )
+    process.start()
+    there.close()
+    rows = []
+    try:
+        while True:
+            rows.append(here.recv())
+    except EOFError:
+        process.join()
+    return rows
+
+
+def reporting(function, *arguments) -> None:
+    try:
+        function(*arguments)
+    except Exception:  # the other shapes' figures are still worth having
+        traceback.print_exc()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README.md of a checkpoint: what it is, how it was made, how to load it."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loguru import logger
+
+from nm_permute_plugin.checkpoint.config import Format, quantization_format
+from nm_permute_plugin.checkpoint.directory import open_checkpoint, read_json
+from nm_permute_plugin.maths.pattern import NMPattern
+
+CARD = "README.md"
+OURS = "<!-- written by nm-permute-plugin -->"
+_EVALUATION = ("<!-- evaluation -->", "<!-- end of evaluation -->")
+_STORAGE = ("<!-- storage -->", "<!-- end of storage -->")
+_TABLE = [
+    "| text | window | tokens | perplexity | gap closed |",
+    "|---|---|---|---|---|",
+]
+
+
+@dataclass(frozen=True)
+class Card:
+    """
+    What a card tells that the checkpoint's other files do not.
+
+    :param base_model: a hub name, or the name of the folder that the model came from
+    :param pruned: the modules that follow the pattern; none where nothing was pruned
+    :param fold_error: relative change of the dense logits by the fold
+    :param retained: share of the total score that the masks keep, before and after
+    :param history: what the held-back rows said while the order was learned
+    :param versions: of packages, by name
+    :param format: how they are stored
+    :param reason: why
+    """
+
+    base_model: str
+    pattern: NMPattern
+    pruned: Sequence[str]
+    fold_error: float
+    retained: tuple[float, float]
+    history: Sequence[Mapping[str, int | float]]
+    versions: Mapping[str, str]
+    format: Format = "dense"
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """
+    One measurement of the checkpoint, read back from disk.
+
+    :param text: the name of the text
+    :param window: tokens of a window
+    :param gap: the gap closed, 0 to 1; None where there is no base to compare with
+    """
+
+    text: str
+    window: int
+    tokens: int
+    perplexity: float
+    gap: float | None = None
+
+
+def write_card(checkpoint: Path, card: Card) -> None:
+    """Write ``README.md`` of a checkpoint whose other files are there already."""
+    text = "\n\n".join(
+        [
+            _front_matter(card),
+            OURS,
+            f"# {card.base_model.rpartition('/')[2]}, {_title(card)}",
+            _what(card),
+            "\n".join(_STORAGE),
+            "## Evaluation",
+            "\n".join([_EVALUATION[0], *_TABLE, _EVALUATION[1]]),
+            _held_back(card),
+            "## How it was made",
+            _making(checkpoint, card),
+        ]
+    )
+    (checkpoint / CARD).write_text(text + "\n", encoding="utf-8")
+    write_storage(checkpoint, card.pruned, card.pattern, card.format, card.reason)
+
+
+def write_storage(
+    checkpoint: Path,
+    pruned: Sequence[str],
+    pattern: NMPattern,
+    format: Format,
+    reason: str,
+) -> None:
+    """
+    Say in a checkpoint's card how it is stored and loaded, in place of what stood there.
+
+    :param reason: why it is stored so
+    :raises ValueError: if the folder has no card of ours
+    """
+    parts = [
+        "## What is sparse, and what is not",
+        _sparse(checkpoint, pruned, pattern, format, reason),
+        "## How to load it",
+        _loading(checkpoint, format),
+    ]
+    _, text = _block(checkpoint, _STORAGE)
+    _replace(checkpoint, text, _STORAGE, "\n\n" + "\n\n".join(parts) + "\n\n")
+
+
+def add_evaluation(checkpoint: Path, row: Evaluation) -> None:
+    """
+    Put a row into the table of a checkpoint's card, in place of one like it.
+
+    :raises ValueError: if the folder has no card of ours
+    """
+    block, text = _block(checkpoint, _EVALUATION)
+    name = row.text.replace("|", "/")
+    begin = f"| {name} | {row.window} |"
+    gap = "" if row.gap is None else f"{row.gap:.1%}"
+    kept = [
+        line
+        for line in block.strip().splitlines()[len(_TABLE) :]
+        if not line.startswith(begin)
+    ]
+    line = f"{begin} {row.tokens} | {row.perplexity:.2f} | {gap} |"
+    table = "\n".join(["", *_TABLE, *kept, line, ""])
+    _replace(checkpoint, text, _EVALUATION, table)
+
+
+def is_ours(checkpoint: Path) -> bool:
+    """Whether the folder has a README.md that was written here."""
+    path = checkpoint / CARD
+    return path.exists() and OURS in path.read_text(encoding="utf-8", errors="replace")
+
+
+def keep_foreign_card(folder: Path) -> None:
+    """Move a README.md that we did not write out of the way, and say so."""
+    path = folder / CARD
+    if not path.exists() or is_ours(folder):
+        return
+    number, kept = 2, folder / "README.old.md"
+    while kept.exists():
+        number, kept = number + 1, folder / f"README.old{number}.md"
+    path.rename(kept)
+    logger.warning(f"{path} was there before; it is {kept.name} now")
+
+
+def _front_matter(card: Card) -> str:
+    tags = ["nm-permute-plugin", "llm-compressor", "compressed-tensors"]
+    if card.pruned:
+        tags += ["sparsity", str(card.pattern).replace(":", "of")]
+    lines = ["library_name: transformers", "pipeline_tag: text-generation"]
+    if "/" in card.base_model:  # a hub would link the name of a folder to a stranger
+        lines.append(f"base_model: {json.dumps(card.base_model)}")
+    lines += ["tags:", *(f"- {tag}" for tag in tags)]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _title(card: Card) -> str:
+    return f"{card.pattern} sparse" if card.pruned else "channels reordered"
+
+
+def _what(card: Card) -> str:
+    made = (
+        f"`{card.base_model}`, its channels reordered and the order written into the "
+        "weights: nothing is permuted when the model runs. On calibration text the "
+        f"dense model's logits moved by {card.fold_error:.1e} (relative), which is "
+        "rounding: the order alone changes nothing."
+    )
+    if not card.pruned:
+        return made + " Nothing is pruned."
+    before, after = card.retained
+    return made + (
+        f" Then the recipe below kept {card.pattern.n} of every {card.pattern.m} "
+        f"neighbouring weights. The best masks hold {after:.4f} of the total score that "
+        f"the order was made for, {before:.4f} in the order as it was."
+    )
+
+
+def _sparse(
+    checkpoint: Path,
+    pruned: Sequence[str],
+    pattern: NMPattern,
+    format: Format,
+    reason: str,
+) -> str:
+    opened = open_checkpoint(checkpoint)
+    size = sum(shard.path.stat().st_size for shard in opened.shards) / 1e6
+    quantized = quantization_format(opened.config)
+    stored = {
+        "dense": "dense, zeros included",
+        "sparse-24-bitmask": "`sparse-24-bitmask` (values and a bitmask)",
+        "sparse-bitmask": "`sparse-bitmask` (values and a bitmask)",
+    }[format]
+    others = [name for name in opened.matrices() if name not in set(pruned)]
+    lines = [
+        f"- {pattern}: {len(pruned)} modules: {_families(pruned)}",
+        f"- stored {stored}: {reason}",
+        f"- not sparse: {_families(others) or 'no other matrix'}; biases and norms",
+        f"- quantization: {f'`{quantized}`' if quantized else 'none'}",
+        f"- weight files: {size:.1f} MB",
+    ]
+    return "\n".join(lines if pruned else lines[3:])
+
+
+def _families(modules: Sequence[str]) -> str:
+    """Names with their layer's number left out, each with how often it is there."""
+    counts = Counter(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in modules)
+    return ", ".join(
+        f"`{name}`" + (f" ({count})" if count > 1 else "")
+        for name, count in counts.items()
+    )
+
+
+def _held_back(card: Card) -> str:
+    said = (
+        "Rows are added by `nm-permute evaluate FOLDER --text FILE --card`: perplexity "
+        "of the checkpoint as it is read back, one token stream, windows that do not "
+        "overlap."
+    )
+    if not card.history:
+        return said
+    first = card.history[0]["held_back"]
+    best = min(entry["held_back"] for entry in card.history)
+    return said + (
+        " While the order was learned, the loss on held-back rows of the calibration "
+        f"text went from {first:.4f} to {best:.4f} (before any quantization). That is "
+        "the loss of the recipe on text that chose the order: no test result."
+    )
+
+
+def _loading(checkpoint: Path, format: Format) -> str:
+    python = (
+        "```python\n{first}from transformers import AutoModelForCausalLM\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto")\n```'
+    )
+    if format == "dense":
+        known = quantization_format(read_json(checkpoint / "config.json"))
+        needs = " with compressed-tensors installed" if known else ""
+        return (
+            f"An ordinary checkpoint: transformers{needs} and vLLM load it with no "
+            "plugin, and run it as a dense model.\n\n" + python.format(first="")
+        )
+    text = (
+        "- transformers 5: `pip install nm-permute-plugin[compress]`, then\n\n"
+        + python.format(first="import nm_permute_plugin\n")
+        + "\n\n- vLLM: `pip install nm-permute-plugin[vllm]`, then `vllm serve FOLDER`"
+    )
+    if format == "sparse-24-bitmask":
+        text += (
+            "\n- vLLM up to 0.18.1, on Hopper GPUs, without the plugin: "
+            "`nm-permute convert FOLDER OUT --legacy` first"
+        )
+    return text + (
+        "\n- anywhere else: `nm-permute convert FOLDER OUT --format dense` first; no "
+        "weight changes a bit\n\n"
+        "**Without the plugin** this folder is not readable: compressed-tensors 0.15 "
+        "and later have no codec for it. transformers 5 raises an AttributeError, or, "
+        "where the weights are quantized too, starts from random ones with a warning; "
+        "vLLM 0.19 and later refuse it."
+    )
+
+
+def _making(checkpoint: Path, card: Card) -> str:
+    versions = ", ".join(f"{name} {value}" for name, value in card.versions.items())
+    recipe = checkpoint / "recipe.yaml"
+    text = f"Versions: {versions}."
+    if recipe.exists():
+        text += f"\n\n```yaml\n{recipe.read_text(encoding='utf-8').strip()}\n```"
+    return text + (
+        "\n\nThe orders, all settings and the figures of the run are in the folder "
+        "`nm_permute`; `nm-permute verify FOLDER` checks the files."
+    )
+
+
+def _block(checkpoint: Path, marks: tuple[str, str]) -> tuple[str, str]:
+    """What stands between two marks of the card, and the whole card."""
+    path = checkpoint / CARD
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    begin, end = text.find(marks[0]), text.find(marks[1])
+    if not 0 <= begin < end:
+        raise ValueError(
+            f"{path} has no place for this, between {marks[0]!r} and {marks[1]!r}; it "
+            "was not written by nm-permute-plugin, or changed since"
+        )
+    return text[begin + len(marks[0]) : end], text
+
+
+def _replace(checkpoint: Path, text: str, marks: tuple[str, str], new: str) -> None:
+    before, after = text.split(marks[0], 1)[0], text.split(marks[1], 1)[1]
+    card = f"{before}{marks[0]}{new}{marks[1]}{after}"
+    (checkpoint / CARD).write_text(card, encoding="utf-8")

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our own kernel for few tokens: compressed weights straight into the tensor cores."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nm_permute_plugin.serving.kernels import nvrtc
+from nm_permute_plugin.serving.kernels.kernel import Product, Settings
+from nm_permute_plugin.serving.kernels.packing import CHANNELS, ROWS, pack
+
+MOST_TOKENS = 64
+_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float8_e4m3fn: 2, torch.int8: 3}
+_OUTPUTS = {torch.bfloat16: 0, torch.float16: 1}
+# Blocks of up to 16 warps; the more tokens, the more registers, the fewer warps.
+_SHAPES = {
+    1: [
+        (1, 16, 1, 1),
+        (1, 8, 1, 1),
+        (2, 8, 1, 1),
+        (1, 16, 1, 2),
+        (1, 8, 1, 4),
+        (2, 4, 1, 4),
+        (1, 8, 2, 2),
+    ],
+    2: [
+        (1, 16, 1, 1),
+        (1, 8, 1, 1),
+        (2, 8, 1, 1),
+        (1, 16, 1, 2),
+        (1, 8, 1, 4),
+        (2, 4, 1, 4),
+        (1, 8, 2, 2),
+    ],
+    4: [(1, 8, 1, 1), (2, 4, 1, 1), (1, 8, 1, 4), (2, 4, 1, 4), (4, 2, 1, 4)],
+    8: [(1, 8, 1, 0), (2, 4, 1, 0), (1, 8, 1, 4), (2, 4, 1, 4), (4, 2, 2, 4)],
+}
+
+
+class Shape(NamedTuple):
+    """How a block is made; the words are those of ``sparse24.cu``."""
+
+    tiles: int
+    warps_n: int
+    warps_k: int
+    cluster: int
+    depth: int
+
+    def ring_bytes(self, kind: int) -> int:
+        """The shared memory that holds the chunks loaded ahead."""
+        chunk = ROWS * CHANNELS * 9 // 8 if kind < 2 else ROWS * CHANNELS * 5 // 8
+        ahead = self.depth if self.depth > 1 else 0
+        return self.warps_n * self.warps_k * ahead * chunk
+
+
+def shapes(tiles: int, hopper: bool) -> list[Shape]:
+    """
+    The blocks worth trying for up to ``8 * tiles`` tokens.
+
+    :param hopper: whether the card has clusters and the copy engine
+    """
+    enough = min(known for known in _SHAPES if known >= tiles)
+    found = [Shape(enough, *shape) for shape in _SHAPES[enough]]
+    return [s for s in found if hopper or (s.cluster == 1 and s.depth < 2)]
+
+
+@dataclass(frozen=True)
+class MmaSp:
+    """The tensor cores' sparse product, for at most 64 tokens."""
+
+    name: str = "mma_sp"
+
+    def refusal(self, weight: Tensor) -> str | None:
+        rows, channels = weight.shape
+        if weight.dtype not in _KINDS:
+            return f"{weight.dtype} has no kernel"
+        if not weight.is_cuda:
+            return "no CUDA device"
+        lowest = (8, 9) if weight.dtype == torch.float8_e4m3fn else (8, 0)
+        if torch.cuda.get_device_capability(weight.device) < lowest:
+            return f"the card is older than compute capability {lowest}"
+        if rows % ROWS or channels % CHANNELS:
+            return f"{rows} x {channels} is no multiple of {ROWS} x {CHANNELS}"
+        return None
+
+    def prepare(self, weight: Tensor) -> Tensor:
+        return pack(weight)
+
+    def candidates(self, form: Tensor, product: Product) -> list[Settings]:
+        tokens = len(product.x)
+        if tokens > MOST_TOKENS:
+            return []
+        hopper = torch.cuda.get_device_capability(form.device) >= (9, 0)
+        found = shapes(-(-tokens // 8), hopper)
+        with ThreadPoolExecutor() as pool:  # the compiler leaves the interpreter alone
+            list(pool.map(lambda shape: _machine_code(*_key(product, shape)), found))
+        return [tuple(shape) for shape in found]
+
+    def run(self, form: Tensor, product: Product, settings: Settings) -> Tensor:
+        shape = Shape(*settings)
+        x = product.x.contiguous()
+        tokens, rows = len(x), product.out_features
+        out = x.new_empty(tokens, rows, dtype=product.out_dtype)
+        scale_x, scale_w = (
+            None if scale is None else scale.contiguous()
+            for scale in (product.scale_x, product.scale_w)
+        )
+        blocks = -(-rows // (ROWS * shape.warps_n))
+        _function(*_key(product, shape), x.device.index)(
+            (blocks, shape.cluster),
+            32 * shape.warps_n * shape.warps_k,
+            [
+                *(form, x, out, scale_x, scale_w, product.bias),
+                *(tokens, rows, form.shape[1]),
+                *(int(s is not None and s.numel() > 1) for s in (scale_x, scale_w)),
+            ],
+        )
+        return out
+
+
+def _key(product: Product, shape: Shape) -> tuple[str, int, int, Shape]:
+    major, minor = torch.cuda.get_device_capability(product.x.device)
+    kind, out = _KINDS[product.x.dtype], _OUTPUTS[product.out_dtype]
+    return f"sm_{major}{minor}", kind, out, shape
+
+
+@lru_cache(maxsize=256)
+def _machine_code(architecture: str, kind: int, out: int, shape: Shape) -> bytes:
+    macros = {name.upper(): value for name, value in shape._asdict().items()}
+    macros |= {"KIND": kind, "OUT": out, "SCALED": int(kind > 1)}
+    return nvrtc.compile_source(source(), architecture, macros)
+
+
+@lru_cache(maxsize=256)
+def _function(
+    architecture: str, kind: int, out: int, shape: Shape, device: int
+) -> nvrtc.Function:
+    with torch.cuda.device(device):
+        code = _machine_code(architecture, kind, out, shape)
+        return nvrtc.Function(code, "sparse24", shape.ring_bytes(kind))
+
+
+@lru_cache(maxsize=1)
+def source() -> str:
+    """The kernel's source, in CUDA C++."""
+    return (files(__package__) / "sparse24.cu").read_text()

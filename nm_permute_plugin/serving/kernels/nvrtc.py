@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CUDA source compiled, loaded and launched at run time: no compiler to install."""
+
+import ctypes
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+@lru_cache(maxsize=1)
+def _nvrtc() -> ctypes.CDLL:
+    """NVIDIA's run-time compiler, the one that torch brings along."""
+    name = f"libnvrtc.so.{(torch.version.cuda or '*').partition('.')[0]}"
+    packages = Path(torch.__file__).parents[1] / "nvidia"
+    for builtins in packages.glob("*/lib/libnvrtc-builtins.so.*"):
+        ctypes.CDLL(str(builtins))  # the compiler asks for it by name alone
+    for candidate in (name, *packages.glob(f"*/lib/{name}")):
+        try:
+            return ctypes.CDLL(str(candidate))
+        except OSError:
+            continue
+    raise RuntimeError(f"{name} not found; it comes with torch's CUDA wheels")
+
+
+@lru_cache(maxsize=1)
+def _driver() -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise RuntimeError(f"NVIDIA's driver is not installed: {error}") from None
+
+
+def compile_source(source: str, architecture: str, macros: dict[str, int]) -> bytes:
+    """
+    Machine code of CUDA C++ source.
+
+    :param architecture: such as ``sm_90``
+    :raises RuntimeError: if it does not compile; the message holds the compiler's log
+    """
+    library = _nvrtc()
+    options = [f"--gpu-architecture={architecture}", "-std=c++17"]
+    options += [f"-D{name}={value}" for name, value in macros.items()]
+    encoded = (ctypes.c_char_p * len(options))(*(text.encode() for text in options))
+    program = ctypes.c_void_p()
+    created = library.nvrtcCreateProgram(
+        ctypes.byref(program), source.encode(), b"sparse24.cu", 0, None, None
+    )
+    if created:
+        raise RuntimeError(f"nvrtcCreateProgram failed with code {created}")
+    try:
+        if library.nvrtcCompileProgram(program, len(options), encoded):
+            log = _read(library, program, "ProgramLog").decode(errors="replace")
+            raise RuntimeError(f"compiling with {' '.join(options)} failed:\n{log}")
+        return _read(library, program, "CUBIN")
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _read(library: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
+    size = ctypes.c_size_t()
+    getattr(library, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
+    buffer = ctypes.create_string_buffer(size.value)
+    getattr(library, f"nvrtcGet{what}")(program, buffer)
+    return buffer.raw
+
+
+class Function:
+    """
+    A function of loaded machine code, on the device that was current then.
+
+    :param shared_bytes: dynamic shared memory of a block
+    :raises RuntimeError: if the driver cannot load it
+    """
+
+    def __init__(self, code: bytes, name: str, shared_bytes: int = 0) -> None:
+        self._shared_bytes = shared_bytes
+        torch.cuda.current_stream()  # makes sure that there is a context
+        self._module = ctypes.c_void_p()
+        self._function = ctypes.c_void_p()
+        _check(_driver().cuModuleLoadData(ctypes.byref(self._module), code))
+        _check(
+            _driver().cuModuleGetFunction(
+                ctypes.byref(self._function), self._module, name.encode()
+            )
+        )
+        most_dynamic_shared_bytes = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _check(
+            _driver().cuFuncSetAttribute(
+                self._function, most_dynamic_shared_bytes, shared_bytes
+            )
+        )
+
+    def __call__(
+        self,
+        grid: tuple[int, int],
+        threads: int,
+        arguments: Sequence[Tensor | int | None],
+    ) -> None:
+        """
+        Launch on the current stream; tensors pass as pointers, numbers as ``int``.
+
+        :raises RuntimeError: if the driver refuses the launch
+        """
+        values = [
+            ctypes.c_int(argument)
+            if isinstance(argument, int)
+            else ctypes.c_void_p(0 if argument is None else argument.data_ptr())
+            for argument in arguments
+        ]
+        pointers = (ctypes.c_void_p * len(values))(
+            *(ctypes.addressof(value) for value in values)
+        )
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        _check(
+            _driver().cuLaunchKernel(
+                self._function,
+                *(*grid, 1),
+                *(threads, 1, 1),
+                self._shared_bytes,
+                stream,
+                pointers,
+                None,
+            )
+        )
+
+
+def _check(code: int) -> None:
+    if code:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(code, ctypes.byref(text))
+        reason = text.value.decode() if text.value else "unknown"
+        raise RuntimeError(f"the CUDA driver answered {code}: {reason}")

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Few tokens by a 16-bit weight where the tensor cores' sparse product is missing."""
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nm_permute_plugin.checkpoint.codec import clear_negative_zeros, compress
+from nm_permute_plugin.serving.kernels.kernel import WIDE, Product, Settings
+from nm_permute_plugin.serving.kernels.packing import CODES
+
+MOST_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class TritonDecode:
+    """Our kernel in Triton: reads compressed weights, expands them in registers."""
+
+    name: str = "triton"
+
+    def refusal(self, weight: Tensor) -> str | None:
+        if weight.dtype not in WIDE:
+            return f"{weight.dtype} has no kernel"
+        if not weight.is_cuda:
+            return "no CUDA device"
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+        if weight.shape[1] % 32:
+            return f"{weight.shape[1]} channels are no multiple of 32"
+        return None
+
+    def prepare(self, weight: Tensor) -> Tensor:
+        stored = compress(clear_negative_zeros(weight))
+        codes = torch.tensor(CODES, dtype=torch.uint8, device=weight.device)
+        low, high = (
+            codes[(stored.bitmask & 15).int()],
+            codes[(stored.bitmask >> 4).int()],
+        )
+        values = stored.compressed.view(torch.uint8)
+        return torch.cat((values, low | high << 4), -1)
+
+    def candidates(self, form: Tensor, product: Product) -> list[Settings]:
+        if len(product.x) > MOST_TOKENS:
+            return []
+        return [(16, 128, 4, 3), (32, 64, 4, 3), (64, 32, 4, 4)]
+
+    def run(self, form: Tensor, product: Product, settings: Settings) -> Tensor:
+        from nm_permute_plugin.serving.kernels.triton_decode import decode
+
+        return decode(form, product.x, product.out_features, settings)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one operator that compiled models and captured graphs see."""
+
+import torch
+from torch import Tensor
+
+from nm_permute_plugin.serving.kernels.cusparselt import CuSparseLt
+from nm_permute_plugin.serving.kernels.dense import Dense
+from nm_permute_plugin.serving.kernels.kernel import Kernel, Product
+from nm_permute_plugin.serving.kernels.mma_sp import MmaSp
+from nm_permute_plugin.serving.kernels.triton_fallback import TritonDecode
+from nm_permute_plugin.serving.plan import Plan
+
+KERNELS: dict[str, Kernel] = {
+    kernel.name: kernel for kernel in (Dense(), CuSparseLt(), MmaSp(), TritonDecode())
+}
+
+PLANS: dict[str, Plan] = {}
+"""By weight's shape and dtype. An operator takes tensors and plain values: the plan's
+name is all that a compiled graph holds, the same for all layers of a shape."""
+
+
+@torch.library.custom_op("nm_permute::sparse24_linear", mutates_args=())
+def sparse24_linear(
+    x: Tensor,
+    forms: list[Tensor],
+    scale_x: Tensor | None,
+    scale_w: Tensor | None,
+    bias: Tensor | None,
+    plan: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """
+    [tokens, out]: the product by the kernel that is fastest for the tokens.
+
+    :param x: [tokens, in]
+    :param forms: the weight as each of the plan's kernels wants it, in their order
+    :param plan: the name of one of ``PLANS``
+    """
+    chosen = PLANS[plan]
+    if not len(x):
+        return x.new_empty(0, chosen.out_features, dtype=out_dtype)
+    way = chosen.way(len(x))
+    form = forms[chosen.kernels.index(way.kernel)]
+    product = Product(x, chosen.out_features, out_dtype, scale_x, scale_w, bias)
+    with torch.cuda.device_of(x):
+        return KERNELS[way.kernel].run(form, product, way.settings)
+
+
+@sparse24_linear.register_fake
+def _(
+    x: Tensor,
+    forms: list[Tensor],
+    scale_x: Tensor | None,
+    scale_w: Tensor | None,
+    bias: Tensor | None,
+    plan: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return x.new_empty(x.shape[0], PLANS[plan].out_features, dtype=out_dtype)

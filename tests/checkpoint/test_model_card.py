@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The card says what is true of the files beside it, and takes evaluations."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from checkpoint_files import MakeDense
+
+from nm_permute_plugin.checkpoint.model_card import (
+    Card,
+    Evaluation,
+    add_evaluation,
+    keep_foreign_card,
+    write_card,
+    write_storage,
+)
+from nm_permute_plugin.checkpoint.writer import convert
+from nm_permute_plugin.maths.pattern import NMPattern
+
+HISTORY = [{"step": 0, "held_back": 1.5}, {"step": 9, "held_back": 1.25}]
+
+
+def make_card(path: Path, format: str, modules: tuple[str, ...], **more) -> str:
+    """The card of a checkpoint, as text."""
+    fields = {
+        "base_model": 'some/"model"',
+        "pattern": NMPattern(2, 4),
+        "pruned": modules,
+        "fold_error": 3.2e-4,
+        "retained": (0.7, 0.75),
+        "history": HISTORY,
+        "versions": {"torch": "2.13.0"},
+        "format": format,
+        "reason": "asked for",
+    }
+    write_card(path, Card(**fields | more))
+    return (path / "README.md").read_text()
+
+
+@pytest.fixture
+def sparse(tmp_path: Path, make_dense: MakeDense) -> tuple[Path, tuple[str, ...]]:
+    """A sparse checkpoint, and its sparse modules."""
+    dense = make_dense("fp8")
+    (dense / "recipe.yaml").write_text("prune_stage: {}\n")
+    done = convert(dense, tmp_path / "sparse", "sparse-24-bitmask")
+    return tmp_path / "sparse", done.compressed
+
+
+def test_the_card_of_a_sparse_checkpoint(sparse) -> None:
+    path, modules = sparse
+    text = make_card(path, "sparse-24-bitmask", modules)
+    _, front, body = text.split("---\n", 2)
+    matter = yaml.safe_load(front)
+    assert matter["base_model"] == 'some/"model"'
+    assert matter["library_name"] == "transformers"
+    assert "2of4" in matter["tags"]
+    said = [
+        "- 2:4: 14 modules: `",
+        "`model.layers.*.self_attn.q_proj` (2)",
+        "`lm_head`",
+        "quantization: `float-quantized`",
+        "moved by 3.2e-04",
+        "0.7500 of the total score",
+        "from 1.5000 to 1.2500",
+        "import nm_permute_plugin",
+        "--legacy",
+        "**Without the plugin**",
+        "torch 2.13.0",
+        "```yaml\nprune_stage: {}\n```",
+    ]
+    assert [part for part in said if part not in body] == []
+
+
+def test_the_card_of_a_dense_checkpoint_needs_no_plugin(make_dense: MakeDense) -> None:
+    dense = make_dense()
+    modules = ("model.layers.0.mlp.down_proj",)
+    text = make_card(dense, "dense", modules, base_model="folder")
+    assert "base_model" not in text
+    assert "load it with no plugin" in text
+    assert "import nm_permute_plugin" not in text
+    assert "Without the plugin" not in text
+    assert "quantization: none" in text
+
+
+def test_the_card_of_a_fold_alone_promises_no_zeros(make_dense: MakeDense) -> None:
+    text = make_card(make_dense(), "dense", (), history=[])
+    assert "Nothing is pruned." in text
+    assert "2of4" not in text
+    assert "held-back" not in text
+
+
+def test_an_evaluation_is_added_and_replaced(sparse) -> None:
+    path, modules = sparse
+    text = make_card(path, "sparse-24-bitmask", modules)
+    add_evaluation(path, Evaluation("a|b.txt", 2048, 16384, 12.344))
+    add_evaluation(path, Evaluation("c.txt", 2048, 16384, 9.0, 0.4756))
+    add_evaluation(path, Evaluation("a|b.txt", 2048, 16384, 11.0, 0.5))
+    after = (path / "README.md").read_text()
+    rows = [line for line in after.splitlines() if ".txt" in line and "|" in line]
+    assert [row for row in rows if row.startswith("|")] == [
+        "| c.txt | 2048 | 16384 | 9.00 | 47.6% |",
+        "| a/b.txt | 2048 | 16384 | 11.00 | 50.0% |",
+    ]
+    for row in rows:
+        after = after.replace(row + "\n", "")
+    assert after == text
+
+
+def test_a_card_without_the_table_is_refused(tmp_path: Path) -> None:
+    row = Evaluation("a", 2, 4, 1.0)
+    with pytest.raises(ValueError, match=r"README\.md has no place"):
+        add_evaluation(tmp_path, row)
+    (tmp_path / "README.md").write_text("# Mine\n")
+    with pytest.raises(ValueError, match=r"README\.md has no place"):
+        add_evaluation(tmp_path, row)
+    assert (tmp_path / "README.md").read_text() == "# Mine\n"
+
+
+def test_another_way_of_storing_is_said_and_the_rest_stays(sparse) -> None:
+    path, modules = sparse
+    make_card(path, "sparse-24-bitmask", modules)
+    card = path / "README.md"
+    card.write_text(card.read_text().replace("## Evaluation", "My own words."))
+    add_evaluation(path, Evaluation("c.txt", 2048, 16384, 9.0))
+    before = card.read_text()
+    convert(path, path, "dense")
+    write_storage(path, modules, NMPattern(2, 4), "dense", "converted")
+    text = card.read_text()
+    assert "stored dense, zeros included: converted" in text
+    assert "Without the plugin" not in text
+    assert "My own words." in text
+    assert "| c.txt | 2048 |" in text
+    convert(path, path, "sparse-24-bitmask", modules=modules)
+    write_storage(path, modules, NMPattern(2, 4), "sparse-24-bitmask", "asked for")
+    assert card.read_text() == before
+
+
+def test_foreign_cards_are_kept_each_under_its_own_name(tmp_path: Path) -> None:
+    for text in ("one", "two"):
+        (tmp_path / "README.md").write_text(text)
+        keep_foreign_card(tmp_path)
+    keep_foreign_card(tmp_path)
+    found = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    assert found == {"README.old.md": "one", "README.old2.md": "two"}

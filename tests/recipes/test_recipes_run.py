@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every shipped recipe runs; what it leaves passes ``verify``, and fails with a fault."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from nm_permute_plugin.checkpoint.verify import verify
+
+pytestmark = pytest.mark.slow
+
+FILES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+LINEARS = 14
+MODULE = "model.layers.1.mlp.down_proj"
+# Groups of 4-bit weights have 128 channels.
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_shipped_recipe_leaves_what_verify_passes_and_transformers_reads(
+    tiny_checkpoint, run_oneshot, tokens, tmp_path: Path, file: Path
+) -> None:
+    name, out = file.stem, tmp_path / "out"
+    folder = tiny_checkpoint(**(WIDE if name.endswith("w4a16") else {}))
+    recipe = file.read_text().replace(
+        "method: learned", "method: learned\n      steps: 2"
+    )
+    run_oneshot(folder, recipe, out)
+
+    report = verify(out)
+    assert report.faults == ()
+    promised = [row for row in report.rows if row.promised]
+    assert len(promised) == LINEARS
+    assert all(row.sparse and row.zeros >= 0.5 for row in promised)
+    stored, reason = {
+        "2of4_learned_then_w4a16": ("packed", "formats cannot hold pack-quantized"),
+        "4of8_learned": ("dense", "zeros included: the default for 4:8"),
+    }.get(name, ("sparse-24-bitmask", "the default for 2:4"))
+    assert {row.format for row in promised} == {stored}
+    card = (out / "README.md").read_text()
+    assert reason in card
+    assert (out / "recipe.yaml").read_text().strip() in card
+    (head,) = [row for row in report.rows if row.module == "lm_head"]
+    assert head.zeros < 0.05
+
+    # the fold and the mask cost something, a scrambled reading would cost everything
+    with torch.no_grad():
+        dense, ours = (
+            AutoModelForCausalLM.from_pretrained(path, dtype="auto")(tokens).logits
+            for path in (folder, out)
+        )
+    cosine = torch.nn.functional.cosine_similarity(dense, ours, dim=-1)
+    assert float(cosine.mean()) > 0.5
+
+    plant_fault(out / "model.safetensors")
+    (fault,) = verify(out).faults
+    assert (fault.file, fault.tensor) == ("model.safetensors", MODULE)
+
+
+def plant_fault(file: Path) -> None:
+    """Have more weights in the first group of a row than the pattern allows."""
+    tensors = load_file(file)
+    part = next(
+        part
+        for part in ("bitmask", "weight_packed", "weight")
+        if f"{MODULE}.{part}" in tensors
+    )
+    # all bits of a byte; eight 4-bit levels that are not zero; eight ones
+    many = {"bitmask": 0xFF, "weight_packed": 0x11111111, "weight": 1}[part]
+    tensors[f"{MODULE}.{part}"][3, 0 : 8 if part == "weight" else 1] = many
+    save_file(tensors, file, {"format": "pt"})

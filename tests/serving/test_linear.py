@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where nothing of ours can run a layer stays dense, and says why."""
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+from weights import BOUND, DTYPES, error, exact, product_of, sparse_weight
+
+from nm_permute_plugin.serving import linear
+from nm_permute_plugin.serving.kernels.kernel import NARROW, Product
+from nm_permute_plugin.serving.linear import SparseLinear
+from nm_permute_plugin.serving.ops import KERNELS, PLANS, sparse24_linear
+from nm_permute_plugin.serving.plan import Bucket, Plan, Way
+
+DENSE = Way("dense", (), 1.0)
+
+
+@pytest.fixture
+def dense_plan() -> Iterator[str]:
+    """The name of a plan that always takes the dense kernel, which runs anywhere."""
+    PLANS["dense"] = Plan(16, [Bucket(8, DENSE, [DENSE])])
+    yield "dense"
+    del PLANS["dense"]
+
+
+def test_without_a_gpu_the_first_layer_is_named_with_the_reason_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "_TOLD", set())
+    weight = sparse_weight(32, 128, torch.bfloat16)
+    with caplog.at_level(logging.WARNING):
+        for name in ("model.layers.0.mlp", "model.layers.1.mlp"):
+            assert SparseLinear.prepare(name, weight, "auto") is None
+    (message,) = caplog.messages
+    assert message.startswith("model.layers.0.mlp stays dense")
+    assert "it is on cpu; the sparse kernels need a CUDA device" in message
+
+
+def test_dense_mode_leaves_the_layer_alone() -> None:
+    assert (
+        SparseLinear.prepare("a", sparse_weight(32, 128, torch.int8), "dense") is None
+    )
+
+
+def test_an_unknown_kernel_in_the_environment_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(linear.FORCED, "cutlass")
+    with pytest.raises(
+        ValueError, match="NM_PERMUTE_KERNEL=cutlass names cutlass; known"
+    ):
+        linear._allowed(sparse_weight(32, 128, torch.int8), "auto")
+
+
+@pytest.mark.parametrize("name", sorted(set(KERNELS) - {"dense"}))
+def test_sparse_kernels_refuse_the_cpu(name: str) -> None:
+    refusal = KERNELS[name].refusal(sparse_weight(32, 128, torch.bfloat16))
+    assert refusal == "no CUDA device"
+
+
+@pytest.mark.parametrize("name", sorted(KERNELS))
+def test_kernels_refuse_unknown_dtypes(name: str) -> None:
+    weight = torch.zeros(32, 128, dtype=torch.float32)
+    assert KERNELS[name].refusal(weight) == "torch.float32 has no kernel"
+
+
+def test_scales_are_asked_for_by_name() -> None:
+    product = Product(torch.zeros(1, 4, dtype=torch.int8), 4, torch.bfloat16)
+    with pytest.raises(ValueError, match="needs scale_x and scale_w; call scaled_mm"):
+        _ = product.scales
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 9])
+@pytest.mark.parametrize(
+    "kind", ["bf16", "fp16", "int8"]
+)  # the CPU has no float8 product
+def test_the_operator_runs_compiled_and_not(
+    kind: str, tokens: int, dense_plan: str
+) -> None:
+    weight = sparse_weight(16, 64, DTYPES[kind])
+    product = product_of(weight, tokens, bias=True)
+    scales = product.scales if weight.dtype in NARROW else (None, None)
+    torch.compiler.reset()
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return sparse24_linear(
+            x, [weight], *scales, product.bias, dense_plan, product.out_dtype
+        )
+
+    for run in (call, torch.compile(call, backend="aot_eager", fullgraph=True)):
+        out = run(product.x)
+        assert out.shape == (tokens, 16)
+        assert out.dtype == product.out_dtype
+        if tokens:
+            assert error(out, exact(weight, product)) < BOUND
+
+
+def test_a_layer_compiles_whole_for_all_numbers_of_tokens(dense_plan: str) -> None:
+    weight = sparse_weight(16, 64, torch.bfloat16)
+    layer = SparseLinear(weight, PLANS[dense_plan], dense_plan)
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda x: layer(x) + 1, backend="aot_eager", fullgraph=True, dynamic=True
+    )
+    for tokens in (2, 5, 9):
+        product = product_of(weight, tokens)
+        assert error(compiled(product.x), exact(weight, product) + 1) < BOUND
+
+
+def test_the_operators_schema_and_fake_hold(dense_plan: str) -> None:
+    weight = sparse_weight(16, 64, torch.bfloat16)
+    x = product_of(weight, 3).x
+    arguments = (x, [weight], None, None, None, dense_plan, torch.bfloat16)
+    torch.library.opcheck(
+        sparse24_linear, arguments, test_utils=("test_schema", "test_faketensor")
+    )

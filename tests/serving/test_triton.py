@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels, in Triton's interpreter where there is no GPU."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from weights import BOUND, sparse_weight
+
+from nm_permute_plugin.serving.kernels.triton_fallback import TritonDecode
+
+SCRIPT = Path(__file__).parent / "interpret.py"
+
+
+@pytest.fixture(scope="module")
+def errors() -> dict[str, list[float]]:
+    """By kernel, the errors of all cases of ``interpret.py``."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    found: dict[str, list[float]] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+def test_decode_agrees_with_float64(errors: dict[str, list[float]]) -> None:
+    assert len(errors["decode"]) == 12
+    assert max(errors["decode"]) < BOUND
+
+
+def test_scaling_agrees_with_float64(errors: dict[str, list[float]]) -> None:
+    assert len(errors["scaling"]) == 18
+    assert max(errors["scaling"]) < 1e-6
+
+
+def test_the_stored_form_is_values_and_places_alone() -> None:
+    weight = sparse_weight(64, 256, torch.bfloat16)
+    assert TritonDecode().prepare(weight).nbytes == 9 / 16 * weight.nbytes

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels that fail or are wrong are never chosen."""
+
+import logging
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from weights import DTYPES, error, exact, sparse_weight
+
+from nm_permute_plugin.serving.kernels.dense import Dense
+from nm_permute_plugin.serving.kernels.kernel import Product, Settings
+from nm_permute_plugin.serving.tune import cold_copies, measure, reference, sample
+
+
+@dataclass(frozen=True)
+class Wrong(Dense):
+    """A kernel that is off in one output."""
+
+    def run(self, form: Tensor, product: Product, settings: Settings) -> Tensor:
+        out = super().run(form, product, settings)
+        out[0, 0] += out.abs().max() / 2
+        return out
+
+
+@dataclass(frozen=True)
+class Failing(Dense):
+    """A kernel that the driver refuses."""
+
+    def run(self, form: Tensor, product: Product, settings: Settings) -> Tensor:
+        raise RuntimeError("the CUDA driver answered 1: invalid argument")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "reason"),
+    [(Wrong(), "results are off by"), (Failing(), "the CUDA driver answered 1")],
+    ids=["wrong", "failing"],
+)
+def test_a_bad_kernel_is_left_out_with_the_reason(
+    kernel: Dense, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    weight = sparse_weight(32, 128, torch.bfloat16)
+    product = sample(weight, 3)
+    with caplog.at_level(logging.WARNING):
+        assert measure(kernel, [weight], product, reference(weight, product)) == []
+    (message,) = caplog.messages
+    assert message.startswith("dense with () is not used for 3 tokens by 32 x 128")
+    assert reason in message
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_the_reference_is_the_scaled_product_of_the_first_tokens(
+    dtype: torch.dtype,
+) -> None:
+    weight = sparse_weight(32, 128, dtype)
+    product = sample(weight, 70)
+    assert error(reference(weight, product), exact(weight, product)[:64]) < 1e-5
+
+
+def test_copies_of_a_small_weight_do_not_fit_any_cache() -> None:
+    copies = cold_copies(torch.zeros(1 << 20, dtype=torch.int8))
+    assert sum(copy.nbytes for copy in copies) >= 100 << 20
+    assert len({copy.data_ptr() for copy in copies}) == len(copies)
