@@ -14,8 +14,8 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-ENGINE = Path(__file__).parent / "engine"
-sys.path.insert(0, str(ENGINE))
+SCRIPTS = Path(__file__).parent / "scripts"
+sys.path.insert(0, str(SCRIPTS))
 from generate import PROMPTS  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -41,7 +41,7 @@ def server(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """``vllm serve`` on a sparse FP8 checkpoint, once it answers."""
-    command = [vllm_python, ENGINE / "vllm_command.py", "serve"]
+    command = [vllm_python, SCRIPTS / "vllm_command.py", "serve"]
     command += [pruned("fp8", "sparse-24-bitmask"), "--served-model-name", "pruned"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--max-model-len", "128", "--enforce-eager"]

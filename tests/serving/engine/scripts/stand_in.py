@@ -30,7 +30,7 @@ class DenseProduct:
 
     def scaled_mm(self, x_q, scale_x, scale_w, bias, out_dtype):
         assert x_q.dtype == self.weight.dtype
-        assert scale_w.shape == (len(self.weight), 1)
+        assert scale_w.shape in ((len(self.weight), 1), (1, 1))
         out = (x_q.float() @ self.weight.float().T) * scale_x * scale_w.T
         out = out if bias is None else out + bias
         return out.to(out_dtype)

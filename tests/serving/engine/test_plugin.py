@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
+PYPROJECT = Path(__file__).parents[3] / "pyproject.toml"
 
 
 def test_the_entry_point_leads_to_a_function() -> None:
