@@ -139,7 +139,7 @@ class Sparse24LinearMethod(LinearMethodBase):
             return
         self.product = product_of(linear, layer)
         layer.weight = Parameter(layer.weight.data.new_empty(0), requires_grad=False)
-        self.compiled_for.append(self.name)
+        self.compiled_for.append(f"{self.name} {linear.signature}")
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The layer's output for x [..., in]."""
