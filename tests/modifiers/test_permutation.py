@@ -40,6 +40,8 @@ NOT_DEFAULT = {
     "cosine_weight": 0.4,
     "weight_decay": 0.01,
     "search_rounds": 2,
+    "score_multipliers": False,
+    "multiplier_rate": 0.5,
     "held_back": 0.25,
     "evaluate_every": 5,
     "seed": 11,
@@ -126,6 +128,14 @@ REFUSED = {
     "nothing to do": (
         {"method": "identity", "prune": False},
         "identity with prune: false would change nothing",
+    ),
+    "scores of another's mask": (
+        {"score_multipliers": True, "prune": False},
+        "a mask that another modifier makes",
+    ),
+    "scores without moves": (
+        {"score_multipliers": True, "relaxation": "soft"},
+        "needs relaxation: insertion, not soft",
     ),
     "a format that stores 2:4": (
         {"mask_structure": "4:8"} | FORMAT,

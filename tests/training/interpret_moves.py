@@ -15,7 +15,6 @@ if __name__ == "__main__" and DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
 from nm_permute_plugin.training.relaxation import sum_moves  # noqa: E402
-from nm_permute_plugin.training.triton_moves import sum_moves_in_triton  # noqa: E402
 
 CASES = [
     (rows, blocks, size, m, step)
@@ -27,6 +26,8 @@ CASES = [
 
 def difference(rows: int, blocks: int, size: int, m: int, step: int) -> float:
     """On every ``step``-th row of random scores."""
+    from nm_permute_plugin.training.triton_moves import sum_moves_in_triton
+
     generator = torch.Generator(DEVICE).manual_seed(rows)
 
     def random(columns: int) -> torch.Tensor:
