@@ -75,6 +75,11 @@ class SparseLinear:
             )
         return layer
 
+    @property
+    def signature(self) -> str:
+        """What a graph compiled with the layer depends on: its plan, and its kernels."""
+        return f"{self.plan_name}: {' '.join(PLANS[self.plan_name].kernels)}"
+
     def __call__(self, x: Tensor) -> Tensor:
         """
         ``x @ weight.T`` for a 16-bit weight.
