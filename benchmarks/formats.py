@@ -18,7 +18,9 @@ import torch
 import yaml
 from datasets import Dataset
 from llmcompressor import oneshot, reset_session
+from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -35,7 +37,8 @@ from nm_permute_plugin.evaluation.perplexity import (
 )
 
 DENSE, SPARSE = "dense", "sparse-24-bitmask"
-SCHEMES = ["FP8_DYNAMIC", "FP8", "W8A8", "W4A16"]
+SMOOTH = "W8A8_SMOOTHQUANT"
+SCHEMES = ["FP8_DYNAMIC", "FP8", "W8A8", SMOOTH, "W4A16"]
 
 
 def main() -> None:
@@ -71,7 +74,8 @@ def main() -> None:
                 logits[name] = model(window, use_cache=False).logits
         value = perplexity(model, test, args.window)
         size = sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 1e6
-        good = "good" if verify(folder).good else "FAULTS"
+        promised = None if name == "not pruned" else _pruned(out / DENSE)
+        good = "good" if verify(folder, promised).good else "FAULTS"
         print(f"| {name} | {value:.2f} | {size:.1f} | {good} |", flush=True)
     if not torch.equal(logits[DENSE], logits[SPARSE]):
         raise SystemExit("dense and sparse-24-bitmask give different logits")
@@ -106,23 +110,34 @@ def _quantize(
         group = {"targets": ["Linear"], "weights": weights}
         fields = {"config_groups": {"group_0": group}, "ignore": ["lm_head"]}
     else:
-        fields["scheme"] = scheme
+        fields["scheme"] = scheme.removesuffix("_SMOOTHQUANT")
+    recipe: list[Modifier] = [QuantizationModifier(**fields)]
+    if scheme == SMOOTH:
+        recipe.insert(0, SmoothQuantModifier(ignore=["lm_head"]))
     reset_session()
     oneshot(
         model=AutoModelForCausalLM.from_pretrained(source, dtype="auto"),
         tokenizer=AutoTokenizer.from_pretrained(source),
-        recipe=QuantizationModifier(**fields),
+        recipe=recipe,
         dataset=Dataset.from_dict({"input_ids": rows}),
         max_seq_length=args.sequence_length,
         num_calibration_samples=len(rows),
         shuffle_calibration_samples=False,
         output_dir=str(target),
     )
-    pruned, _ = read_promise(source) or ([], TWO_FOUR)
+    pruned = _pruned(source)
     check_pattern(target, pruned, TWO_FOUR)
     form, _ = choose_format(target, "auto", TWO_FOUR, pruned)
     if form != DENSE:
         convert(target, target, form, modules=pruned)
+
+
+def _pruned(checkpoint: Path) -> list[str]:
+    """The modules that the run behind a checkpoint pruned."""
+    promise = read_promise(checkpoint)
+    if promise is None:
+        raise ValueError(f"{checkpoint} has no record of a run")
+    return promise[0]
 
 
 def _rows(args: argparse.Namespace) -> list[list[int]]:

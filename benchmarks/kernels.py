@@ -21,6 +21,7 @@ import json
 import sys
 import time
 import traceback
+from multiprocessing import Pipe, get_context
 from pathlib import Path
 
 import torch
@@ -73,7 +74,7 @@ def expected(weight: torch.Tensor, product) -> torch.Tensor:
 
 
 def bench_shape(rows, channels, kind, copy_rate, fp8_dense, results) -> None:
-    """All numbers of tokens by one weight; a printed row each."""
+    """All numbers of tokens by one weight; a printed row each, sent to the parent."""
     weight = sparse_weight(rows, channels, DTYPES[kind])
     forms = {}
     for name, kernel in KERNELS.items():
@@ -96,8 +97,6 @@ def bench_shape(rows, channels, kind, copy_rate, fp8_dense, results) -> None:
                 errors[name] = error_of(out.double(), truth)
         chosen = choose(list(best.values()))
         times = {name: way.microseconds for name, way in best.items()}
-        if kind == "fp8":
-            fp8_dense[rows, channels, tokens] = times.get("dense", float("nan"))
         dense = times.get("dense", float("nan"))
         if kind == "int8":
             dense = fp8_dense.get((rows, channels, tokens), float("nan"))
@@ -116,7 +115,7 @@ def bench_shape(rows, channels, kind, copy_rate, fp8_dense, results) -> None:
             "errors": errors,
             "every": every,
         }
-        results.append(row)
+        results.send(row)
         cells = "".join(
             f"{times[n]:9.1f}" if n in times else "        -"
             for n in ("cusparselt", "mma_sp", "triton")
@@ -135,33 +134,70 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("benchmarks/kernels.py needs a CUDA device")
     started = time.perf_counter()
-    rate = bandwidth()
-    machine = {
-        "card": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cusparselt": torch.backends.cusparselt.version(),
-        "copy_bytes_per_second": rate,
-    }
-    print(machine)
+    record: dict = {"results": []}
+    rows_of = record["results"]
+    for row in isolated(describe):
+        record["machine"] = row
+        print(row)
+    if "machine" not in record:
+        sys.exit("benchmarks/kernels.py needs a CUDA device")
     print(
         "      shape dtype tokens     dense  cuSPARSELt  mma_sp  triton  ratio  bound  "
         "error   chosen     (microseconds)"
     )
-    results: list[dict] = []
-    fp8_dense: dict[tuple[int, int, int], float] = {}
+    rate = record["machine"]["copy_bytes_per_second"]
     for kind in arguments.dtypes:
         for rows, channels in SHAPES:
-            try:
-                bench_shape(rows, channels, kind, rate, fp8_dense, results)
-            except Exception:  # the other shapes' figures are still worth having
-                traceback.print_exc()
+            fp8_dense = {
+                (rows, channels, row["tokens"]): row["dense"]
+                for row in rows_of
+                if row["dtype"] == "fp8" and row["shape"] == f"{rows}x{channels}"
+            }
+            rows_of += isolated(bench_shape, rows, channels, kind, rate, fp8_dense)
             if arguments.json:
-                text = json.dumps({"machine": machine, "results": results}, indent=1)
-                arguments.json.write_text(text)
+                arguments.json.write_text(json.dumps(record, indent=1))
     print(f"{time.perf_counter() - started:.0f} s in all")
+
+
+def describe(results) -> None:
+    """The machine, and its measured copy rate."""
+    results.send(
+        {
+            "card": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "cusparselt": torch.backends.cusparselt.version(),
+            "copy_bytes_per_second": bandwidth(),
+        }
+    )
+
+
+def isolated(function, *arguments) -> list[dict]:
+    """
+    What a function sends, from a process of its own: a kernel that crashes ends that.
+
+    The parent never touches the GPU, so that its children can be forked.
+    """
+    here, there = Pipe(duplex=False)
+    process = get_context("fork").Process(
+        target=reporting, args=(function, *arguments, there)
+    )
+    process.start()
+    there.close()
+    rows = []
+    try:
+        while True:
+            rows.append(here.recv())
+    except EOFError:
+        process.join()
+    return rows
+
+
+def reporting(function, *arguments) -> None:
+    try:
+        function(*arguments)
+    except Exception:  # the other shapes' figures are still worth having
+        traceback.print_exc()
 
 
 if __name__ == "__main__":

@@ -188,7 +188,9 @@ def _arguments() -> argparse.Namespace:
         "--row-limit", type=int, help="see LearnablePermutationModifier"
     )
     parser.add_argument("--learning-rate", type=float, default=0.01)
-    parser.add_argument("--multiplier-rate", type=float, default=0.0)
+    parser.add_argument(
+        "--multiplier-rate", type=float, default=0.03, help="0: none are learned"
+    )
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--held-back", type=float, default=0.01)
     parser.add_argument("--steps", type=int, default=200)

@@ -88,7 +88,7 @@ def _orders(model: LlamaForCausalLM, row_limit: int | None) -> LearnableOrders:
     stacks = {n: StackedScore.of(s, scores) for n, s in resolved.spaces.items()}
     device = next(model.parameters()).device
     start = {n: torch.arange(s.space.size, device=device) for n, s in stacks.items()}
-    shape = OrderShape(row_limit=row_limit)
+    shape = OrderShape(row_limit=row_limit, multipliers=True)
     return LearnableOrders(stacks, start, pattern, shape, torch.bfloat16)
 
 

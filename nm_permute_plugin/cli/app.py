@@ -271,6 +271,44 @@ def convert(
         typer.echo(f"dense: {module}: {reason}")
 
 
+@app.command(name="bench-serve")
+def bench_serve(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a 2:4 checkpoint.")],
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Sequences at a time; repeatable. 1, 8 and 32."),
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    output_tokens: Annotated[int, typer.Option(min=2)] = 128,
+    repeats: Annotated[int, typer.Option(min=1, help="The median counts.")] = 3,
+    tensor_parallel_size: Annotated[int, typer.Option(min=1)] = 1,
+    enforce_eager: Annotated[
+        bool, typer.Option("--enforce-eager", help="Without compiled graphs.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for serve.json and serve.png.")
+    ] = None,
+) -> None:
+    """Time vLLM with a checkpoint, on sparse kernels and without them; needs vLLM."""
+    with _clear_errors():
+        from nm_permute_plugin.cli.bench_serve import bench_serve as run
+        from nm_permute_plugin.serving.bench import Workload
+
+        workload = Workload(
+            batches=tuple(batch or Workload.batches),
+            prompt_tokens=prompt_tokens,
+            output_tokens=output_tokens,
+            repeats=repeats,
+            tensor_parallel=tensor_parallel_size,
+            eager=enforce_eager,
+        )
+        table = run(checkpoint, workload, out)
+    _print_table(table)
+    typer.echo("dense: the same checkpoint, with NM_PERMUTE_SERVE=dense")
+    if _device() == "cpu":
+        typer.echo("There is no CUDA device: both sides were served dense.")
+
+
 def _tell_the_card(folder: Path, format: str) -> None:
     """A card of ours says how the checkpoint is stored now."""
     from nm_permute_plugin.checkpoint.model_card import is_ours, write_storage

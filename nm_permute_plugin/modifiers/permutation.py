@@ -106,6 +106,10 @@ class LearnablePermutationModifier(Modifier):
     :param start_logit: how firmly a channel starts in its place
     :param sinkhorn_iterations: row and column normalisations of the matching
     :param row_limit: rows of a space that weigh the moves of a step; all by default
+    :param score_multipliers: learn what the scores of each input channel are multiplied
+        by as well, so that readers of one order choose for themselves; as ``prune`` by
+        default, because a pruner that follows has scores of its own
+    :param multiplier_rate: of AdamW, on the logarithms of the multipliers
     :param divergence_weight: of the divergence from the dense model's predictions
     :param cross_entropy_weight: of the next-token loss of the text itself
     :param hidden_weight: of the Smooth-L1 distance of all hidden states
@@ -137,12 +141,14 @@ class LearnablePermutationModifier(Modifier):
     start_logit: float = Field(default=0.3, ge=0)
     sinkhorn_iterations: int = Field(default=10, ge=1)
     row_limit: int | None = Field(default=None, ge=1)
+    score_multipliers: bool | None = None
+    multiplier_rate: float = Field(default=0.03, gt=0)
     divergence_weight: float = Field(default=1.0, ge=0)
     cross_entropy_weight: float = Field(default=0.0, ge=0)
     hidden_weight: float = Field(default=0.0, ge=0)
     cosine_weight: float = Field(default=0.0, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
-    search_rounds: int = Field(default=20, ge=1)
+    search_rounds: int = Field(default=12, ge=1)
     held_back: float = Field(default=0.1, gt=0, lt=1)
     evaluate_every: int = Field(default=20, ge=1)
     seed: int = 0
@@ -184,6 +190,16 @@ class LearnablePermutationModifier(Modifier):
             )
         if self.method == "identity" and not self.prune:
             raise ValueError("method: identity with prune: false would change nothing")
+        if self.score_multipliers and not self.prune:
+            raise ValueError(
+                "score_multipliers: true with prune: false would learn the scores of a "
+                "mask that another modifier makes; leave score_multipliers out"
+            )
+        if self.score_multipliers and self.relaxation != "insertion":
+            raise ValueError(
+                f"score_multipliers: true needs relaxation: insertion, not "
+                f"{self.relaxation}"
+            )
         return self
 
     @property
@@ -281,6 +297,12 @@ class LearnablePermutationModifier(Modifier):
         }
         return Finish(self._stored, card, record.perms, report)
 
+    @property
+    def _multipliers(self) -> bool:
+        if self.score_multipliers is None:
+            return self.prune and self.relaxation == "insertion"
+        return self.score_multipliers
+
     def _settings(self) -> OrderSettings:
         pattern = NMPattern.parse(self.mask_structure)
         learn = LearnSettings(
@@ -294,7 +316,9 @@ class LearnablePermutationModifier(Modifier):
                 start_logit=self.start_logit,
                 sinkhorn_iterations=self.sinkhorn_iterations,
                 row_limit=self.row_limit,
+                multipliers=self._multipliers,
             ),
+            multiplier_rate=self.multiplier_rate,
             loss=LossWeights(
                 divergence=self.divergence_weight,
                 cross_entropy=self.cross_entropy_weight,

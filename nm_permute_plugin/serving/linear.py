@@ -13,6 +13,7 @@ from nm_permute_plugin.serving import plan as plans
 from nm_permute_plugin.serving.kernels.kernel import WIDE
 from nm_permute_plugin.serving.ops import KERNELS, PLANS, sparse24_linear
 from nm_permute_plugin.serving.plan import Bucket, Plan, Way
+from nm_permute_plugin.serving.probe import survives
 from nm_permute_plugin.serving.tune import tune, warm_up
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is under its name
@@ -73,6 +74,11 @@ class SparseLinear:
                 ),
             )
         return layer
+
+    @property
+    def signature(self) -> str:
+        """What a graph compiled with the layer depends on: its plan, and its kernels."""
+        return f"{self.plan_name}: {' '.join(PLANS[self.plan_name].kernels)}"
 
     def __call__(self, x: Tensor) -> Tensor:
         """
@@ -162,8 +168,16 @@ def _plan(weight: Tensor, allowed: list[str]) -> Plan:
     path = plans.key_of(weight, allowed).path
     plan = plans.load(path)
     if plan is None or not set(plan.kernels) <= set(allowed):
+        usable = []
+        for name in allowed:
+            reason = None if name == "dense" else survives(name, weight)
+            if reason is None:
+                usable.append(name)
+            else:
+                shape = tuple(weight.shape)
+                logger.warning("%s is not used for shape %s: %s", name, shape, reason)
         try:
-            plan = tune(weight, {name: KERNELS[name] for name in allowed})
+            plan = tune(weight, {name: KERNELS[name] for name in usable})
         except RuntimeError as error:
             logger.warning("no sparse kernels for this shape: %s", error)
             return Plan(len(weight), [Bucket(1, Way("dense", (), 0.0), [])])

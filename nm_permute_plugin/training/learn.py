@@ -39,7 +39,7 @@ class LearnSettings:
     steps: int = 200
     learning_rate: float = 0.01
     weight_decay: float = 0.0
-    multiplier_rate: float = 0.01
+    multiplier_rate: float = 0.03
     temperature: tuple[float, float] = (1.0, 0.1)
     shape: OrderShape = field(default_factory=OrderShape)
     loss: LossWeights = field(default_factory=LossWeights)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from loguru import logger
 from torch import Tensor, nn
 
-from nm_permute_plugin.maths.masks import nm_mask, retained_score
+from nm_permute_plugin.maths.masks import nm_mask
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import Permutation
 from nm_permute_plugin.maths.scores import ScoreName, score_weight
@@ -52,7 +52,7 @@ class OrderSettings:
     score: ScoreName = "wanda"
     method: Method = "learned"
     families: tuple[str, ...] = ("residual", "hidden", "value")
-    search_rounds: int = 20
+    search_rounds: int = 12
     learn: LearnSettings = field(default_factory=LearnSettings)
     prune: bool = True
 
@@ -106,8 +106,8 @@ def permute_and_prune(
     clock.lap("statistics")
     scores = _scores(model, prunable, settings.score, norms)
     found = _find_orders(model, resolved, scores, text, settings, clock)
-    before = _retained(resolved, scores, {}, settings.pattern)
-    after = _retained(resolved, scores, found.perms, settings.pattern)
+    before = _retained(resolved, scores, Learned({}), settings.pattern)
+    after = _retained(resolved, scores, found, settings.pattern)
     del scores
     fold_error = _fold_checked(model, resolved, found.perms, text.train[0], write)
     logger.info(f"folded {len(found.perms)} orders; logits moved by {fold_error:.1e}")
@@ -231,18 +231,25 @@ def _find_orders(
 def _retained(
     resolved: ResolvedSpec,
     scores: Mapping[str, Float[Tensor, "out in"]],
-    perms: Mapping[str, Permutation],
+    found: Learned,
     pattern: NMPattern,
 ) -> float:
     """The share of the whole score that the masks keep."""
-    scores = dict(scores)
-    total = sum(float(score.double().sum()) for score in scores.values())
-    for space in resolved.spaces.values():
-        for reader in space.readers:
-            if space.name in perms:
-                view = reader.view(scores[reader.name])
-                scores[reader.name] = view[:, perms[space.name]]
-    kept = sum(retained_score(score, pattern) for score in scores.values())
+    orders = {
+        reader.name: (reader, found.perms[space.name])
+        for space in resolved.spaces.values()
+        for reader in space.readers
+        if space.name in found.perms
+    }
+    kept = total = 0.0
+    for name, score in scores.items():
+        judged = score * found.multipliers.get(name, 1.0)
+        if name in orders:
+            reader, perm = orders[name]
+            score, judged = (reader.view(x)[:, perm] for x in (score, judged))
+        mask = nm_mask(judged, pattern)
+        kept += float(score.masked_fill(~mask, 0).double().sum())
+        total += float(score.double().sum())
     return kept / total
 
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """N:M masks that depend differentiably on an assignment of channels."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -200,27 +202,44 @@ def insertion_costs(
     costs = torch.zeros(blocks, size, count, dtype=torch.float32, device=score.device)
     own = torch.zeros(blocks, size, dtype=torch.float32, device=score.device)
     order = order_by(column)
-    last, first_out = pattern.n - 1, pattern.n
-    # Rows go in parts: small enough for a CPU's cache, large enough to fill a GPU.
-    elements = 1 << (20 if score.device.type == "cpu" else 26)
-    step = max(1, elements // (blocks * size * count))
+    sum_moves, elements = _how_to_sum(score.device, count)
+    step = max(1, elements // (blocks * size))
     for start in range(0, rows, step):
         s, g = score[start : start + step], grad[start : start + step].float()
         index = order.expand_as(s)
         grouped = rearrange(s.gather(-1, index), "r b (g m) -> r b g m", m=pattern.m)
         grads = rearrange(g.gather(-1, index), "r b (g m) -> r b g m", m=pattern.m)
         ranks = group_ranks(grouped)
-        for rank, chance in ((first_out, pattern.density), (last, 1 - pattern.density)):
-            threshold, pushed_out = (
-                at_rank(grouped, ranks, rank),
-                at_rank(grads, ranks, rank),
-            )
-            # Kept in floating point: several times faster on a CPU than a boolean.
-            enters = torch.sub(s[..., None], threshold[:, :, None]).gt_(0)
-            change = torch.sub(g[..., None], pushed_out[:, :, None])
-            costs += chance * change.mul_(enters).sum(0)
+        best_out, loser = (at_rank(x, ranks, pattern.n) for x in (grouped, grads))
+        worst_kept, other = (at_rank(x, ranks, pattern.n - 1) for x in (grouped, grads))
+        costs += pattern.density * sum_moves(s, g, best_out, loser)
+        costs += (1 - pattern.density) * sum_moves(s, g, worst_kept, other)
         group = column.expand_as(s)
-        kept = s > at_rank(grouped, ranks, first_out).gather(-1, group)
-        loser = at_rank(grads, ranks, first_out).gather(-1, group)
-        own += ((g - loser) * kept).sum(0)
+        kept = s > best_out.gather(-1, group)
+        own += ((g - loser.gather(-1, group)) * kept).sum(0)
     return costs.scatter_(-1, column[..., None], own[..., None])
+
+
+SumMoves = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def _how_to_sum(device: torch.device, groups: int) -> tuple[SumMoves, int]:
+    """Who sums the moves, and how many scores at a time."""
+    if device.type == "cuda" and find_spec("triton") is not None:
+        from nm_permute_plugin.training.triton_moves import sum_moves_in_triton
+
+        return sum_moves_in_triton, 1 << 26
+    # Small enough for a CPU's cache, large enough to fill a GPU.
+    return sum_moves, (1 << (20 if device.type == "cpu" else 26)) // groups
+
+
+def sum_moves(
+    score: Float[Tensor, "rows blocks size"],
+    grad: Float[Tensor, "rows blocks size"],
+    threshold: Float[Tensor, "rows blocks groups"],
+    loser: Float[Tensor, "rows blocks groups"],
+) -> Float[Tensor, "blocks size groups"]:
+    """``sum_r [s_rc > t_rg] (G_rc - L_rg)`` of every channel c and group g."""
+    # Kept in floating point: several times faster on a CPU than a boolean.
+    enters = torch.sub(score[..., None], threshold[:, :, None]).gt_(0)
+    return torch.sub(grad[..., None], loser[:, :, None]).mul_(enters).sum(0)

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A good order without gradients: channel allocation, then exact assignment."""
 
-import os
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
+from typing import TypeVar
 
 import torch
 from einops import rearrange
@@ -21,11 +20,18 @@ from nm_permute_plugin.maths.permutation import Permutation, from_blocks
 from nm_permute_plugin.training.stacking import StackedScore
 
 Score = Float[Tensor, "rows channels"]
+Runs = Float[Tensor, "runs rows size"]
+"""Scores cut at the walls of their spaces."""
+
+Step = TypeVar("Step")
 Orders = dict[str, Permutation]
 """One order a space, by the space's name."""
 
-ROUNDS_A_LOOK = 2
+ROUNDS_A_LOOK = 3
 """Retained score is a poor judge, so the text judges this often."""
+
+MOST_SCORES = 1 << 28
+"""Searched at a time; more do not make a GPU any faster."""
 
 
 @dataclass
@@ -49,35 +55,29 @@ def search_orders(
     judge: Callable[[Orders], float],
 ) -> Searched:
     """
-    ``search_order`` of every space, several at a time, with looks at the whole.
+    ``search_order`` of every space, with looks at the whole.
 
     Every round retains more score, and the pruned model may still be worse for it: the
-    orders that the judge likes best are kept, those as they are included. The exact
-    assignments run on the CPU and leave Python's lock free: threads pay.
+    orders that the judge likes best are kept, those as they are included.
 
-    :param rounds: of assignment; an even number is looked at to the end
+    :param rounds: of assignment, rounded up to the next look
     :param judge: the loss of the model under the orders, smaller is better
     """
-    steps = {
-        name: search_steps(stack.score, pattern, stack.space.wall, seed)
-        for name, stack in stacks.items()
-    }
     perms = {
         name: torch.arange(stack.space.size, device=stack.score.device)
         for name, stack in stacks.items()
     }
     best = judge(perms)
     searched = Searched(perms, [{"round": 0, "held_back": best}])
-    advance = partial(_advance, count=1 + ROUNDS_A_LOOK)  # the start comes first
+    steps = _steps_of_all(stacks, pattern, seed)
+    next(steps)  # the start: as they are or dealt, whichever retains more
     looks = range(ROUNDS_A_LOOK, rounds + ROUNDS_A_LOOK, ROUNDS_A_LOOK)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for look in tqdm(looks, "Searching the order"):
-            perms = dict(zip(steps, pool.map(advance, steps.values()), strict=True))
-            advance = partial(_advance, count=ROUNDS_A_LOOK)
-            loss = judge(perms)
-            searched.history.append({"round": look, "held_back": loss})
-            if loss < best:
-                best, searched.perms = loss, perms
+    for look in tqdm(looks, "Searching the order"):
+        perms = _advance(steps, ROUNDS_A_LOOK)
+        loss = judge(perms)
+        searched.history.append({"round": look, "held_back": loss})
+        if loss < best:
+            best, searched.perms = loss, perms
     return searched
 
 
@@ -103,32 +103,14 @@ def search_order(
     :param seed: of the choice which channels leave their groups
     :raises ValueError: if M does not divide the wall
     """
-    return _advance(search_steps(score, pattern, wall, seed), rounds + 1)
-
-
-def search_steps(
-    score: Score, pattern: NMPattern, wall: int | None = None, seed: int = 0
-) -> Iterator[Permutation]:
-    """
-    The start of ``search_order``, then its order after every round, without end.
-
-    :raises ValueError: at the start, if M does not divide the wall
-    """
-    wall = wall or score.shape[1]
-    if wall % pattern.m:
-        raise ValueError(f"M={pattern.m} does not divide the {wall} channels of a run")
-    runs = rearrange(score, "rows (wall size) -> wall rows size", size=wall)
-    blocks = [
-        _block_steps(block, pattern, torch.Generator().manual_seed(seed + index))
-        for index, block in enumerate(runs)
-    ]
-    while True:
-        yield from_blocks(torch.stack([next(block) for block in blocks]))
+    runs = _runs(score, pattern, wall or score.shape[1])
+    return from_blocks(_advance(_steps(runs, pattern, _dice(runs, seed)), rounds + 1))
 
 
 def insertion_gain(
-    inserted: Float[Tensor, "some rows"], threshold: Float[Tensor, "groups rows"]
-) -> Float[Tensor, "some groups"]:
+    inserted: Float[Tensor, "*runs some rows"],
+    threshold: Float[Tensor, "*runs groups rows"],
+) -> Float[Tensor, "*runs some groups"]:
     """
     The score gained by each channel in each group, summed over the rows.
 
@@ -139,10 +121,13 @@ def insertion_gain(
     tensor([[2.]])
     """
     distance = torch.cdist(inserted, threshold, p=1.0)
-    return (distance + inserted.sum(1)[:, None] - threshold.sum(1)) / 2
+    own, least = inserted.sum(-1)[..., None], threshold.sum(-1)[..., None, :]
+    return (distance + own - least) / 2
 
 
-def deal(score: Score, m: int) -> Int[Tensor, " channels"]:
+def deal(
+    score: Float[Tensor, "*runs rows channels"], m: int
+) -> Int[Tensor, "*runs channels"]:
     """
     RIA's channel allocation: channels sorted by their sum, dealt to the groups in turn.
 
@@ -151,38 +136,103 @@ def deal(score: Score, m: int) -> Int[Tensor, " channels"]:
     >>> deal(torch.tensor([[4.0, 3.0, 2.0, 1.0]]), m=2)
     tensor([0, 3, 1, 2])
     """
-    ranked = torch.argsort(score.sum(0), descending=True, stable=True)
-    dealt = rearrange(ranked, "(m group) -> m group", m=m).clone()
-    dealt[1::2] = dealt[1::2].flip(-1)
-    return rearrange(dealt, "m group -> (group m)")
+    ranked = torch.argsort(score.sum(-2), dim=-1, descending=True, stable=True)
+    dealt = rearrange(ranked, "... (m group) -> ... m group", m=m).clone()
+    dealt[..., 1::2, :] = dealt[..., 1::2, :].flip(-1)
+    return rearrange(dealt, "... m group -> ... (group m)")
 
 
-def _advance(steps: Iterator[Permutation], count: int) -> Permutation:
-    """The last of the next so many orders."""
+def _runs(score: Score, pattern: NMPattern, wall: int) -> Runs:
+    """The score, cut at the walls."""
+    if wall % pattern.m:
+        raise ValueError(f"M={pattern.m} does not divide the {wall} channels of a run")
+    return rearrange(score, "rows (run size) -> run rows size", size=wall)
+
+
+def _dice(runs: Runs, seed: int) -> list[torch.Generator]:
+    """A generator a run, so that its order does not depend on its company."""
+    return [torch.Generator().manual_seed(seed + run) for run in range(len(runs))]
+
+
+def _advance(steps: Iterator[Step], count: int) -> Step:
+    """The last of the next so many."""
     return list(islice(steps, count))[-1]
 
 
-def _block_steps(
-    score: Score, pattern: NMPattern, generator: torch.Generator
-) -> Iterator[Int[Tensor, " channels"]]:
-    """Search over the channels of one wall, an order a round."""
-    as_they_are = torch.arange(score.shape[1], device=score.device)
-    starts = [as_they_are, deal(score, pattern.m)]
-    order = max(starts, key=lambda start: retained_score(score[:, start], pattern))
-    groups = rearrange(order, "(group m) -> group m", m=pattern.m)
-    table = score.T.contiguous()
+def _steps_of_all(
+    stacks: Mapping[str, StackedScore], pattern: NMPattern, seed: int
+) -> Iterator[Orders]:
+    """The orders of all spaces, a step at a time; runs of one shape go together."""
+    runs = {
+        name: _runs(stack.score, pattern, stack.space.wall)
+        for name, stack in stacks.items()
+    }
+    batches = []
+    for names in _alike({name: of.shape[1:] for name, of in runs.items()}):
+        dice = [die for name in names for die in _dice(runs[name], seed)]
+        sizes = [len(runs[name]) for name in names]
+        together = _steps(torch.cat([runs[name] for name in names]), pattern, dice)
+        batches.append((names, sizes, together))
+    del runs
     while True:
-        yield rearrange(groups.sort(dim=-1).values, "group m -> (group m)")
-        shuffled = _shuffle_inside(groups, generator)
-        leaving, staying = shuffled[:, 0], shuffled[:, 1:]
-        companions = rearrange(table[staying], "group other rows -> group rows other")
+        found: Orders = {}
+        for names, sizes, steps in batches:
+            parts = next(steps).split(sizes)
+            found |= dict(zip(names, map(from_blocks, parts), strict=True))
+        yield {name: found[name] for name in stacks}
+
+
+def _alike(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
+    """Names whose shapes are the same, as many at a time as fit."""
+    by_shape: dict[torch.Size, list[str]] = defaultdict(list)
+    for name, shape in shapes.items():
+        by_shape[shape].append(name)
+    for shape, names in by_shape.items():
+        most = max(1, MOST_SCORES // shape.numel())
+        yield from (names[i : i + most] for i in range(0, len(names), most))
+
+
+def _steps(
+    runs: Runs, pattern: NMPattern, dice: Sequence[torch.Generator]
+) -> Iterator[Int[Tensor, "runs size"]]:
+    """The start of the search in every run, then its order after each round, for ever."""
+    groups = _start(runs, pattern)
+    table = rearrange(runs, "run rows size -> run size rows").contiguous()
+    run = torch.arange(len(runs), device=runs.device)[:, None, None]
+    del runs  # as large as the table
+    while True:
+        in_order = groups.sort(dim=-1).values
+        yield rearrange(in_order, "run group m -> run (group m)")
+        keys = torch.stack(
+            [torch.rand(groups.shape[1:], generator=die) for die in dice]
+        )
+        shuffled = groups.gather(-1, keys.to(groups.device).argsort(dim=-1))
+        leaving, staying = shuffled[..., :1], shuffled[..., 1:]
+        companions = rearrange(
+            table[run, staying], "run g other rows -> run g rows other"
+        )
         threshold = at_rank(companions, group_ranks(companions), pattern.n - 1)
-        target = assign(insertion_gain(table[leaving], threshold)[None])[0]
-        groups = torch.cat([leaving[torch.argsort(target)][:, None], staying], dim=1)
+        inserted = rearrange(table[run, leaving], "run g one rows -> run (g one) rows")
+        target = assign(insertion_gain(inserted, threshold))
+        back = leaving.gather(1, torch.argsort(target, dim=-1)[..., None])
+        groups = torch.cat([back, staying], dim=-1)
 
 
-def _shuffle_inside(
-    groups: Int[Tensor, "group m"], generator: torch.Generator
-) -> Int[Tensor, "group m"]:
-    keys = torch.rand(groups.shape, generator=generator).to(groups.device)
-    return groups.gather(1, keys.argsort(dim=1))
+def _start(runs: Runs, pattern: NMPattern) -> Int[Tensor, "runs groups m"]:
+    """In every run the better of two: the order as it is, and dealt."""
+    dealt = deal(runs, pattern.m)
+    as_it_is = torch.arange(runs.shape[-1], device=runs.device).expand_as(dealt)
+    orders = torch.stack([as_it_is, dealt])
+    kept = torch.stack([_kept(runs, order, pattern) for order in orders])
+    better = orders.gather(0, kept.argmax(0)[None, :, None].expand_as(orders[:1]))[0]
+    return rearrange(better, "run (group m) -> run group m", m=pattern.m)
+
+
+def _kept(
+    runs: Runs, order: Int[Tensor, "runs size"], pattern: NMPattern
+) -> Float[Tensor, " runs"]:
+    """The score that the N:M mask retains in each run."""
+    kept = []
+    for run, channels in zip(runs, order, strict=True):
+        kept.append(retained_score(run[:, channels], pattern))
+    return torch.tensor(kept, device=runs.device, dtype=torch.float64)

@@ -59,10 +59,29 @@ def test_spaces_searched_at_once_equal_spaces_searched_alone() -> None:
     assert_same(search(6, rounds=6, seed=2), alone)
 
 
-def test_threads_change_nothing_from_run_to_run() -> None:
+def test_the_same_seed_finds_the_same_orders() -> None:
     runs = [search(8, rounds=6, seed=0) for _ in range(3)]
     assert_same(runs[0], runs[1])
     assert_same(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("most", [1, 500])
+def test_it_does_not_matter_how_many_spaces_go_together(
+    monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    # Twelve spaces of two shapes: all of a shape at a time, two, or each alone.
+    together = {**stacks_of(1), **stacks_of(2)}
+    stacks = {
+        f"hidden.{i}": StackedScore(
+            Space(f"hidden.{i}", *like), stack.score + i, stack.rows
+        )
+        for i, stack in enumerate(list(together.values()) * 6)
+        if (like := (stack.space.size, stack.space.wall, stack.space.readers))
+    }
+    whole = search_orders(stacks, TWO_OF_FOUR, 3, 0, by_score(stacks)).perms
+    monkeypatch.setattr("nm_permute_plugin.training.search.MOST_SCORES", most)
+    apart = search_orders(stacks, TWO_OF_FOUR, 3, 0, by_score(stacks)).perms
+    assert_same(whole, apart)
 
 
 def test_channels_stay_inside_their_walls() -> None:
@@ -88,12 +107,12 @@ def test_the_orders_that_the_judge_likes_best_are_kept(favourite: int) -> None:
         seen.append(perms)
         return abs(favourite - len(seen) + 1)
 
-    found = search_orders(stacks_of(3), TWO_OF_FOUR, rounds=8, seed=0, judge=judge)
+    found = search_orders(stacks_of(3), TWO_OF_FOUR, rounds=12, seed=0, judge=judge)
     assert len(seen) == 5
     assert_same(found.perms, seen[favourite])
     losses = [look["held_back"] for look in found.history]
     assert losses == [abs(favourite - look) for look in range(5)]
-    assert [look["round"] for look in found.history] == [0, 2, 4, 6, 8]
+    assert [look["round"] for look in found.history] == [0, 3, 6, 9, 12]
 
 
 def test_orders_that_the_judge_likes_less_are_not_taken() -> None:

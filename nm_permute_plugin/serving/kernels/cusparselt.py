@@ -23,6 +23,10 @@ logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is under its n
 # product itself takes the weight's scales.
 _DEFAULT = (0, 1, -1)
 
+# The search tries kernels that small odd shapes crash ("illegal instruction" at 96 x 384
+# in float16, version 0.8), and a crash ends the process.
+_SAFE = 128
+
 
 @dataclass(frozen=True)
 class CuSparseLt:
@@ -50,7 +54,9 @@ class CuSparseLt:
         found: list[Settings] = []
         for fused in (1, 0) if product.scale_w is not None else (0,):
             try:
-                found += [(*_search(form, product, fused), fused), (*_DEFAULT, fused)]
+                if product.out_features % _SAFE == product.x.shape[1] % _SAFE == 0:
+                    found.append((*_search(form, product, fused), fused))
+                found.append((*_DEFAULT, fused))
             except RuntimeError as error:  # not every version scales every dtype
                 logger.info("no search of cuSPARSELt's algorithms: %s", error)
         return list(dict.fromkeys(found))

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serve a 2:4 checkpoint twice, on sparse kernels and without them, and time both."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+
+from nm_permute_plugin.checkpoint.config import quantization_config
+from nm_permute_plugin.checkpoint.directory import read_json
+from nm_permute_plugin.evaluation.throughput import (
+    Measurement,
+    plot_throughput,
+    require_matplotlib,
+    throughput_table,
+)
+from nm_permute_plugin.serving.bench import Workload
+from nm_permute_plugin.serving.claim import MODE_VARIABLE, is_ours, mode
+
+MODULE = "nm_permute_plugin.serving.bench"
+
+
+def bench_serve(checkpoint: Path, workload: Workload, out: Path | None) -> str:
+    """
+    The table of both sides, measured one after the other.
+
+    :param checkpoint: a 2:4 one; the dense side is the same with the mode ``dense``
+    :param out: a folder that takes ``serve.json`` and ``serve.png``
+    :raises ValueError: if the plugin would leave the checkpoint alone
+    :raises ModuleNotFoundError: without vLLM, or without matplotlib where ``out`` is given
+    :raises RuntimeError: if an engine fails; what it said is on the terminal
+    """
+    config = quantization_config(read_json(checkpoint / "config.json"))
+    if config is None or not is_ours(config):
+        raise ValueError(
+            f"{checkpoint} does not say that it is 2:4 sparse, so there is nothing to "
+            "compare. Write it with the format sparse-24-bitmask: nm-permute convert"
+        )
+    if mode() == "dense":
+        raise ValueError(f"{MODE_VARIABLE} is dense: both sides would be the same")
+    if find_spec("vllm") is None:
+        raise ModuleNotFoundError(
+            "vLLM is not installed: pip install 'nm-permute-plugin[vllm]', in an "
+            "environment without llm-compressor"
+        )
+    if out is not None:
+        require_matplotlib()
+        out.mkdir(parents=True, exist_ok=True)
+    sparse = _measure(checkpoint, workload, mode())
+    dense = _measure(checkpoint, workload, "dense")
+    if out is not None:
+        record = {
+            "checkpoint": str(checkpoint),
+            "workload": asdict(workload),
+            "sparse": [asdict(measurement) for measurement in sparse],
+            "dense": [asdict(measurement) for measurement in dense],
+        }
+        (out / "serve.json").write_text(json.dumps(record, indent=2) + "\n")
+        plot_throughput(sparse, dense, out / "serve.png")
+    return throughput_table(sparse, dense)
+
+
+def _measure(checkpoint: Path, workload: Workload, mode: str) -> list[Measurement]:
+    """One side, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder, "found.json")
+        words = [str(checkpoint), str(found), json.dumps(asdict(workload))]
+        done = subprocess.run(
+            [sys.executable, "-m", MODULE, *words],
+            env={**os.environ, MODE_VARIABLE: mode},
+            stdout=sys.stderr,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(
+                f"the engine with {MODE_VARIABLE}={mode} ended with the exit status "
+                f"{done.returncode}; the reason is above"
+            )
+        return [Measurement(**fields) for fields in json.loads(found.read_text())]

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Time prefill and decode of one engine; run as a process of its own.
+
+``python -m nm_permute_plugin.serving.bench CHECKPOINT OUT.json '{"batches": [1, 8]}'``.
+The engine's memory, and what it has compiled, end with the process.
+"""
+
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+WARM_UP = 1
+
+
+@dataclass(frozen=True)
+class Workload:
+    """
+    What is timed.
+
+    :param batches: sequences at a time
+    :param prompt_tokens: of each sequence, random ones
+    :param output_tokens: of each sequence, greedy ones
+    :param repeats: of which the median is taken
+    :param tensor_parallel: devices
+    :param eager: without compiled graphs
+    """
+
+    batches: tuple[int, ...] = (1, 8, 32)
+    prompt_tokens: int = 512
+    output_tokens: int = 128
+    repeats: int = 3
+    tensor_parallel: int = 1
+    eager: bool = False
+
+
+def measure(checkpoint: Path, workload: Workload) -> list[dict[str, object]]:
+    """
+    The timings of an engine, in the fields of ``evaluation.throughput.Measurement``.
+
+    Prefill ends with the first token. Decode is what all further tokens take: the time of
+    a whole answer less that of a prefill.
+    """
+    from vllm import LLM
+
+    llm = LLM(
+        str(checkpoint),
+        max_model_len=workload.prompt_tokens + workload.output_tokens,
+        max_num_seqs=max(workload.batches),
+        tensor_parallel_size=workload.tensor_parallel,
+        enforce_eager=workload.eager,
+        enable_prefix_caching=False,
+        seed=0,
+    )
+    steps = workload.output_tokens - 1
+    found: list[dict[str, object]] = []
+    for batch, prefill, whole in _timings(llm, workload):
+        tokens = batch * workload.prompt_tokens
+        fields = {"phase": "prefill", "batch": batch}
+        found.append({**fields, "tokens": tokens, "steps": 1, "seconds": prefill})
+        fields = {"phase": "decode", "batch": batch, "tokens": batch * steps}
+        found.append({**fields, "steps": steps, "seconds": whole - prefill})
+    return found
+
+
+def _timings(llm: "LLM", workload: Workload) -> Iterator[tuple[int, float, float]]:
+    """For each batch the seconds of a prefill, and those of whole answers."""
+    from vllm import SamplingParams
+
+    source = random.Random(0)
+    vocabulary = llm.llm_engine.vllm_config.model_config.get_vocab_size()
+
+    def seconds(batch: int, tokens: int) -> float:
+        prompts = [
+            {"prompt_token_ids": source.choices(range(vocabulary), k=length)}
+            for length in [workload.prompt_tokens] * batch
+        ]
+        sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        started = time.perf_counter()
+        llm.generate(prompts, sampling, use_tqdm=False)
+        return time.perf_counter() - started
+
+    for batch in workload.batches:
+        timings = []
+        for tokens in (1, workload.output_tokens):
+            runs = [seconds(batch, tokens) for _ in range(WARM_UP + workload.repeats)]
+            timings.append(statistics.median(runs[WARM_UP:]))
+        yield batch, timings[0], timings[1]
+
+
+def _main(checkpoint: str, out: str, fields: str) -> None:
+    loaded = json.loads(fields)
+    workload = Workload(**{**loaded, "batches": tuple(loaded["batches"])})
+    Path(out).write_text(json.dumps(measure(Path(checkpoint), workload)))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Try a kernel in a process of its own, since one that crashes ends its process.
+
+cuSPARSELt's search does so for some shapes ("illegal instruction", version 0.8).
+"""
+
+import subprocess
+import sys
+
+import torch
+from torch import Tensor
+
+from nm_permute_plugin.serving.ops import KERNELS
+from nm_permute_plugin.serving.plan import BUCKETS
+from nm_permute_plugin.serving.tune import sample
+
+TIMEOUT = 180  # seconds
+
+
+def survives(name: str, weight: Tensor) -> str | None:
+    """
+    What ends a process that runs a kernel at every number of tokens; None if nothing.
+
+    :param weight: whose shape, dtype and device are tried, with other values
+    """
+    rows, channels = weight.shape
+    dtype = str(weight.dtype).removeprefix("torch.")
+    arguments = [name, str(rows), str(channels), dtype, str(weight.device)]
+    command = [sys.executable, "-m", "nm_permute_plugin.serving.probe", *arguments]
+    try:
+        run = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=TIMEOUT
+        )
+    except subprocess.TimeoutExpired:
+        return f"no end after {TIMEOUT} s"
+    last = run.stderr.strip().splitlines()[-1:] or [f"exit status {run.returncode}"]
+    return last[0] if run.returncode else None
+
+
+def main(name: str, rows: str, channels: str, dtype: str, device: str) -> None:
+    """Run every candidate of a kernel; a refused one is no crash."""
+    torch.cuda.set_device(device)
+    values = torch.ones(int(rows), int(channels), device=device)
+    values[:, 2::4] = values[:, 3::4] = 0
+    weight = values.to(getattr(torch, dtype))
+    kernel = KERNELS[name]
+    form = kernel.prepare(weight)
+    for tokens in BUCKETS:
+        product = sample(weight, tokens)
+        for settings in kernel.candidates(form, product):
+            try:
+                kernel.run(form, product, settings)
+            except RuntimeError as error:
+                print(f"{name}{settings}, {tokens} tokens: {error}")
+            torch.cuda.synchronize()  # raises if the context is lost
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A layer's product with its 2:4 weight: in 16 bits, or in 8 with scales."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from vllm import _custom_ops as ops
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsLinearMethod,
+)
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+    CompressedTensorsW8A8Fp8,
+    CompressedTensorsW8A8Int8,
+)
+
+from nm_permute_plugin.serving.linear import SparseLinear
+
+Quantize = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+
+class Product(Protocol):
+    """What a layer does with its input."""
+
+    def __call__(self, layer: LinearBase, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., in] -> [..., out]."""
+
+
+def unsupported(layer: LinearBase, stock: LinearMethodBase) -> str | None:
+    """Why a layer's precision has no sparse product; None if it has one."""
+    if type(stock) is UnquantizedLinearMethod:
+        return None
+    if type(stock) is not CompressedTensorsLinearMethod:
+        return f"{type(stock).__name__} has no sparse product"
+    scheme = layer.scheme
+    if isinstance(scheme, CompressedTensorsW8A8Fp8):
+        if scheme.strategy in ("tensor", "channel"):
+            return None
+        return "8-bit floats with scales by block have no sparse product"
+    if isinstance(scheme, CompressedTensorsW8A8Int8):
+        if scheme.input_symmetric:
+            return None
+        return "8-bit integers with a zero point have no sparse product"
+    return f"{type(scheme).__name__} has no sparse product"
+
+
+def product_of(linear: SparseLinear, layer: LinearBase) -> Product:
+    """
+    The product of a layer, whose scales are made ready for it.
+
+    :param layer: loaded, and one that ``unsupported`` has nothing against
+    """
+    scheme = getattr(layer, "scheme", None)
+    if scheme is None:
+        return FloatProduct(linear)
+    scale = layer.weight_scale.data
+    if scale.numel() == len(layer.logical_widths) > 1:
+        widths = torch.tensor(layer.logical_widths, device=scale.device)
+        scale = scale.flatten().repeat_interleave(widths)
+    layer.weight_scale = _constant(scale.reshape(-1, 1))
+    given = scheme.is_static_input_scheme
+    layer.input_scale = _constant(layer.input_scale.data.max()) if given else None
+    is_fp8 = isinstance(scheme, CompressedTensorsW8A8Fp8)
+    return ScaledProduct(linear, _quantize_fp8 if is_fp8 else _quantize_int8)
+
+
+class FloatProduct:
+    """The product in 16 bits."""
+
+    def __init__(self, linear: SparseLinear) -> None:
+        self.linear = linear
+
+    def __call__(self, layer: LinearBase, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        out = self.linear(x.reshape(-1, x.shape[-1]))
+        if bias is not None:
+            out = out + bias
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+
+class ScaledProduct:
+    """
+    The product in 8 bits, of activations quantized as the stock method does it.
+
+    :param quantize: x and its scale, None for one a token -> x in 8 bits and the scale
+    """
+
+    def __init__(self, linear: SparseLinear, quantize: Quantize) -> None:
+        self.linear = linear
+        self.quantize = quantize
+
+    def __call__(self, layer: LinearBase, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        if isinstance(x, Tensor):
+            shape, dtype = x.shape, x.dtype
+            tokens = x.reshape(-1, shape[-1])
+            quantized, scale = self.quantize(tokens, layer.input_scale)
+        else:  # newer vLLMs fuse the quantization with what is before the layer
+            shape, dtype = x.orig_shape, x.orig_dtype
+            quantized, scale = x.data.reshape(-1, shape[-1]), x.scale
+        out = self.linear.scaled_mm(
+            quantized, scale.reshape(-1, 1), layer.weight_scale, bias, dtype
+        )
+        return out.view(*shape[:-1], out.shape[-1])
+
+
+def _quantize_fp8(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    quantized, found = ops.scaled_fp8_quant(x, scale, use_per_token_if_dynamic=True)
+    return quantized, found
+
+
+def _quantize_int8(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    quantized, found, _ = ops.scaled_int8_quant(x.contiguous(), scale)
+    return quantized, found
+
+
+def _constant(tensor: Tensor) -> Parameter:
+    return Parameter(tensor, requires_grad=False)

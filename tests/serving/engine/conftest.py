@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pruned checkpoints of a real model cut small, and the interpreter that has vLLM."""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from shutil import copytree
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from nm_permute_plugin.checkpoint.config import SparsityConfig
+from nm_permute_plugin.checkpoint.writer import convert
+from nm_permute_plugin.cli.embedded import embedded_text, write_embedded_model
+from nm_permute_plugin.cli.prune import calibration_rows, prune_checkpoint
+
+SCRIPTS = Path(__file__).parent / "scripts"
+ROOT = Path(__file__).parents[3]
+
+_TENSOR = {"num_bits": 8, "type": "int", "strategy": "tensor", "symmetric": True}
+_GROUP = {
+    "targets": ["Linear"],
+    "weights": _TENSOR,
+    "input_activations": {**_TENSOR, "dynamic": False},
+}
+SCHEMES: dict[str, dict[str, object]] = {
+    "bf16": {},
+    "fp8": {"scheme": "FP8_DYNAMIC", "targets": ["Linear"]},
+    "fp8-static": {"scheme": "FP8", "targets": ["Linear"]},
+    "int8": {"scheme": "W8A8", "targets": ["Linear"]},
+    "int8-static": {"config_groups": {"group_0": _GROUP}},
+}
+"""How each kind is quantized after it has been pruned; static: one scale a tensor."""
+
+# One thread: what is computed twice is the same twice. Little memory for the cache.
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+Pruned = Callable[[str, str], Path]
+RunEngine = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> str:
+    """The interpreter that has vLLM; the test is skipped where there is none."""
+    found = os.environ.get("NM_PERMUTE_VLLM_PYTHON")
+    if not found:
+        pytest.skip("NM_PERMUTE_VLLM_PYTHON names no interpreter with vLLM")
+    return found
+
+
+@pytest.fixture(scope="session")
+def engine_environment() -> Mapping[str, str]:
+    """What a process of vLLM finds in its environment."""
+    return os.environ | ENVIRONMENT
+
+
+@pytest.fixture(scope="session")
+def run_engine(
+    vllm_python: str, engine_environment: Mapping[str, str], pytestconfig
+) -> RunEngine:
+    """A factory: ``run_engine("load.py", ...)`` runs a script beside vLLM to its end."""
+    command = [vllm_python]
+    if pytestconfig.pluginmanager.hasplugin("_cov"):
+        data = f"--data-file={ROOT / '.coverage'}"
+        source = "--source=nm_permute_plugin"
+        command += ["-m", "coverage", "run", "--parallel-mode", data, source]
+
+    def run(
+        script: str, *words: object, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, str(SCRIPTS / script), *map(str, words)],
+            env={**engine_environment, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def cut_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """
+    SmolLM2-135M-Instruct cut small: real weights, of 4 layers and 6 of 9 heads.
+
+    The heads that are left, and their keys and values, fall into two halves.
+    """
+    whole = write_embedded_model(tmp_path_factory.mktemp("smol") / "whole")
+    model = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.bfloat16)
+    config = model.config
+    config.update(
+        {
+            "num_hidden_layers": 4,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+        }
+    )
+    cut = LlamaForCausalLM(config).to(torch.bfloat16)
+    weights = model.state_dict()
+    for name, weight in cut.state_dict().items():
+        weight.copy_(weights[name][tuple(map(slice, weight.shape))])
+    out = tmp_path_factory.mktemp("smol") / "cut"
+    cut.save_pretrained(out)
+    AutoTokenizer.from_pretrained(whole).save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def pruned(cut_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pruned:
+    """A factory: the folder of ``("fp8", "dense")``, pruned by our recipe once."""
+    folder = tmp_path_factory.mktemp("pruned")
+
+    def make(kind: str, format: str) -> Path:
+        out = folder / f"{kind}-{format}"
+        if out.exists():
+            return out
+        if format == "dense":
+            convert(make(kind, "sparse-24-bitmask"), out, "dense")
+            return out
+        recipe = folder / f"{kind}.yaml"
+        recipe.write_text(_recipe(SCHEMES[kind]))
+        rows = calibration_rows(cut_model, [embedded_text().train], 8, 128)
+        prune_checkpoint(cut_model, recipe, out, rows, "cpu")
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def said(
+    pruned: Pruned, run_engine: RunEngine, tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[str, dict]:
+    """What each checkpoint's engine says, one engine after the other in one process."""
+    folder = tmp_path_factory.mktemp("said")
+    paths = {}
+    for kind in ("bf16", "fp8", "int8", "int8-static"):
+        paths[f"{kind}-dense"] = pruned(kind, "dense")
+        paths[f"{kind}-sparse"] = pruned(kind, "sparse-24-bitmask")
+    # as llm-compressor 0.10 left it: said to be 2:4, zeros stored
+    declared = copytree(pruned("int8", "dense"), folder / "declared")
+    block = SparsityConfig(format="dense", targets=("Linear",), ignore=("lm_head",))
+    config = json.loads((declared / "config.json").read_text())
+    config["quantization_config"]["sparsity_config"] = block.to_json()
+    (declared / "config.json").write_text(json.dumps(config))
+    paths["int8-declared"] = declared
+    out = folder / "said.json"
+    done = run_engine("generate.py", out, *paths.values())
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(out.read_text())
+    by_name = {name: found[str(path)] for name, path in paths.items()}
+    return {**by_name, "log": {"lines": (done.stdout + done.stderr).splitlines()}}
+
+
+def _recipe(scheme: Mapping[str, object]) -> str:
+    order = {"method": "search", "search_rounds": 1, "format": "sparse-24-bitmask"}
+    stage = {"permutation_modifiers": {"LearnablePermutationModifier": order}}
+    if scheme:
+        fields = {**scheme, "ignore": ["lm_head"]}
+        stage["quantization_modifiers"] = {"QuantizationModifier": fields}
+    return yaml.safe_dump({"prune_stage": stage})

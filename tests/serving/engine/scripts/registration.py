@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What registering twice leaves in vLLM, and what it imports, as JSON on stdout."""
+
+import json
+import sys
+
+import torch
+
+
+def main():
+    """Register twice, and look."""
+    from vllm.model_executor.layers import quantization
+
+    find = quantization.get_quantization_config
+    before = find("compressed-tensors").__name__
+    by_vllm = set(sys.modules)
+
+    from nm_permute_plugin.serving.plugin import register
+
+    register()
+    register()
+
+    from nm_permute_plugin.serving.config import Sparse24Config
+
+    found = {
+        "times": quantization.QUANTIZATION_METHODS.count("nm_sparse24"),
+        "class": find("nm_sparse24").__name__,
+        "stock": [before, find("compressed-tensors").__name__],
+        "imported": sorted({"llmcompressor", "scipy"} & (set(sys.modules) - by_vllm)),
+        "cuda": torch.cuda.is_initialized(),
+    }
+    try:
+        Sparse24Config.from_config({"quant_method": "compressed-tensors"})
+    except ValueError as error:
+        found["error"] = str(error)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+``generate.py`` with a stand-in for the kernels, which no CPU has: a dense product.
+
+It takes the way of a layer on a GPU: weight handed over, activations quantized, scales
+and bias applied.
+"""
+
+import sys
+from types import SimpleNamespace
+
+import torch
+
+
+class DenseProduct:
+    """What ``SparseLinear`` promises, of a weight that stays dense."""
+
+    signature = "stand-in"
+
+    def __init__(self, weight):
+        self.weight = weight.clone()
+
+    @classmethod
+    def prepare(cls, name, weight, mode):
+        groups = weight.view(len(weight), -1, 4)
+        assert int((groups != 0).sum(-1).max()) == 2, f"{name} is not 2:4"
+        assert mode == "auto"
+        return cls(weight)
+
+    def __call__(self, x):
+        return torch.nn.functional.linear(x, self.weight)
+
+    def scaled_mm(self, x_q, scale_x, scale_w, bias, out_dtype):
+        assert x_q.dtype == self.weight.dtype
+        assert scale_w.shape in ((len(self.weight), 1), (1, 1))
+        out = (x_q.float() @ self.weight.float().T) * scale_x * scale_w.T
+        out = out if bias is None else out + bias
+        return out.to(out_dtype)
+
+
+if __name__ == "__main__":
+    import generate
+
+    from nm_permute_plugin.serving import method
+
+    method.SparseLinear = DenseProduct
+    method.current_platform = SimpleNamespace(is_cuda=lambda: True)
+    generate.main(sys.argv[1:])

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real engine says the same with sparse checkpoints as with their dense forms."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+SPARSE = "16 of 16 2:4 layers are served sparse"
+KINDS = ["bf16", "fp8", "int8", "int8-static"]
+
+
+def same(left: dict, right: dict) -> bool:
+    return all(left[key] == right[key] for key in ("tokens", "logprobs"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_and_logprobs_are_those_of_the_dense_checkpoint(said, kind: str) -> None:
+    assert same(said[f"{kind}-sparse"], said[f"{kind}-dense"])
+    assert said[f"{kind}-sparse"]["config"] == "Sparse24Config"
+    assert [len(tokens) for tokens in said[f"{kind}-sparse"]["tokens"]] == [12, 12]
+
+
+def test_quantizing_changes_what_is_said(said) -> None:
+    # that it does shows that the comparison above can fail
+    assert not same(said["bf16-sparse"], said["int8-sparse"])
+    assert not same(said["fp8-sparse"], said["int8-sparse"])
+
+
+def test_2of4_with_stored_zeros_is_served_too(said) -> None:
+    assert said["int8-declared"]["config"] == "Sparse24Config"
+    assert same(said["int8-declared"], said["int8-dense"])
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_a_quantized_checkpoint_that_is_not_sparse_keeps_the_stock_class(
+    said, kind: str
+) -> None:
+    assert said[f"{kind}-dense"]["config"] == "CompressedTensorsConfig"
+
+
+def test_without_a_gpu_one_warning_names_layers_and_reason(said) -> None:
+    warnings = [line for line in said["log"]["lines"] if "served dense" in line]
+    assert len(warnings) == 5  # one for each of the five checkpoints that are claimed
+    for warning in warnings:
+        assert "16 of 16" in warning
+        assert "model.layers.0.self_attn.qkv_proj" in warning
+        assert "no CUDA device" in warning
+
+
+def test_the_way_of_a_gpu_says_the_same_with_a_dense_product(
+    said, pruned, run_engine, tmp_path: Path
+) -> None:
+    out = tmp_path / "said.json"
+    kinds = ["bf16", "int8", "int8-static"]  # CPUs do not quantize to fp8
+    paths = [pruned(kind, "sparse-24-bitmask") for kind in kinds]
+    done = run_engine("stand_in.py", out, *paths)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count(SPARSE) + done.stdout.count(SPARSE) == 3
+    for kind, path in zip(kinds, paths, strict=True):
+        found, expected = json.loads(out.read_text())[str(path)], said[f"{kind}-dense"]
+        assert found["tokens"] == expected["tokens"]
+        # the same product, not always by the same routine; 0.0 as measured
+        assert found["logprobs"] == [
+            [[[i, pytest.approx(p, abs=0.05)] for i, p in step] for step in answer]
+            for answer in expected["logprobs"]
+        ]
+
+
+def test_two_workers_say_what_they_say_with_the_dense_checkpoint(
+    pruned, run_engine, tmp_path: Path
+) -> None:
+    out = tmp_path / "said.json"
+    paths = [pruned("bf16", format) for format in ("dense", "sparse-24-bitmask")]
+    done = run_engine(
+        "generate.py",
+        out,
+        *paths,
+        TENSOR_PARALLEL="2",
+        VLLM_CPU_OMP_THREADS_BIND="0|0",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    dense, sparse = (json.loads(out.read_text())[str(path)] for path in paths)
+    assert same(sparse, dense)
+    assert (dense["config"], sparse["config"]) == ("NoneType", "Sparse24Config")
+
+
+def test_without_the_plugin_vllm_refuses_the_checkpoint_itself(
+    pruned, run_engine, tmp_path: Path
+) -> None:
+    path = pruned("fp8", "sparse-24-bitmask")
+    done = run_engine("generate.py", tmp_path / "said.json", path, VLLM_PLUGINS="")
+    assert done.returncode != 0
+    assert "Sparsity support has been removed from compressed-tensors" in done.stderr

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers that our linear method holds, and what it says to those that it cannot hold."""
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def said(run_engine) -> dict:
+    """The shapes of each layer's parameters, or the message that refuses it."""
+    done = run_engine("refusals.py")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_weight_that_is_all_2of4_is_never_held_dense(said: dict) -> None:
+    # 12 channels are no whole number of bytes in a bitmask
+    expected = {"compressed": [16, 6], "bitmask": [16, 2], "shape": [2, 1]}
+    assert said["whole"] == expected
+
+
+def test_where_a_part_is_dense_there_is_room_for_it(said: dict) -> None:
+    assert said["mixed"]["weight"] == [16, 16]
+    assert said["mixed"]["compressed"] == [16, 8]
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("cut", "24 input channels over 2 devices are 12 each"),
+        ("fewer parts", "fused of 3 parts, which the checkpoint has as 2"),
+        ("packed", "its quantization has no weight of 8 bits or more"),
+    ],
+)
+def test_what_cannot_be_held_is_named_with_the_reason(
+    said: dict, case: str, message: str
+) -> None:
+    assert said[case].startswith("some.layer")
+    assert message in said[case]
