@@ -41,6 +41,7 @@ from nm_permute_plugin.training.pipeline import (
     OrderSettings,
     Record,
     permute_and_prune,
+    refuse_inexact,
 )
 from nm_permute_plugin.training.text import rows_of, split_text
 
@@ -250,6 +251,10 @@ class LearnablePermutationModifier(Modifier):
         )
         # Weights stay on the device that they are fetched to: each is read many times.
         with DisableQuantization(model), disable_offloading():
+            if self.spec is not None:
+                refuse_inexact(
+                    model, self._resolved, text.train[0], update_offload_parameter
+                )
             self._record = permute_and_prune(
                 model,
                 self._resolved,

@@ -15,6 +15,7 @@ from nm_permute_plugin.maths.masks import nm_mask
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import Permutation
 from nm_permute_plugin.maths.scores import ScoreName, score_weight
+from nm_permute_plugin.specs.exactness import random_perms
 from nm_permute_plugin.specs.fold import Write, fold, invert_all, write_in_place
 from nm_permute_plugin.specs.spec import ResolvedSpec
 from nm_permute_plugin.training.learn import (
@@ -120,6 +121,22 @@ def permute_and_prune(
     return Record(
         found.perms, fold_error, (before, after), clock.seconds, found.history
     )
+
+
+def refuse_inexact(
+    model: nn.Module,
+    resolved: ResolvedSpec,
+    probe: Batch,
+    write: Write = write_in_place,
+) -> None:
+    """
+    Try a spec with random orders, before any work; the weights are as they were then.
+
+    :raises RuntimeError: if a fold changes the function of the model
+    """
+    perms = random_perms(resolved)
+    _fold_checked(model, resolved, perms, probe, write)
+    fold(model, resolved, invert_all(perms), write)
 
 
 def refuse_sparse(
