@@ -5,6 +5,9 @@ import re
 from collections.abc import Iterable
 
 import torch
+from llmcompressor.modeling.moe.conversion_mappings import (
+    set_save_conversion_mapping,
+)
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -14,12 +17,44 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+_UNPACKED = {
+    (".experts.gate_up_proj",): ("gate_proj", "up_proj"),
+    (".experts.down_proj",): ("down_proj",),
+}
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def experts_of(names: Iterable[str]) -> list[str]:
     """Those that are linears of experts, which transformers keeps packed."""
     return [name for name in names if _EXPERT.search(name)]
+
+
+def name_experts_for_saving(model: PreTrainedModel) -> None:
+    """
+    Have unpacked experts saved under the names that the architecture's checkpoints use.
+
+    llm-compressor calls them gate_proj, up_proj and down_proj. Where checkpoints have
+    other names (Mixtral's w1, w3, w2), transformers would not load them again, and would
+    start those experts from random weights.
+    """
+    renamings: list[WeightRenaming] = []
+    for entry in get_model_conversion_mapping(model, add_legacy=False):
+        targets = tuple(entry.target_patterns)
+        if not isinstance(entry, WeightConverter):
+            renamings.append(entry)
+        elif targets in _UNPACKED:
+            for theirs, ours in zip(
+                entry.source_patterns, _UNPACKED[targets], strict=True
+            ):
+                name = theirs.removeprefix(".experts.*.").removesuffix(".weight")
+                renamings.append(
+                    WeightRenaming(
+                        rf"\.experts\.(\d+)\.{name}\.", rf".experts.\1.{ours}."
+                    )
+                )
+        else:
+            return  # more than experts is converted: left to llm-compressor
+    set_save_conversion_mapping(model, renamings)
 
 
 def saved_names(model: PreTrainedModel, modules: Iterable[str]) -> list[str]:

@@ -20,7 +20,11 @@ from nm_permute_plugin.checkpoint.finish import Finish
 from nm_permute_plugin.checkpoint.model_card import Card
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.scores import ScoreName
-from nm_permute_plugin.modifiers.names import experts_of, saved_names
+from nm_permute_plugin.modifiers.names import (
+    experts_of,
+    name_experts_for_saving,
+    saved_names,
+)
 from nm_permute_plugin.modifiers.neighbours import is_pruned_later, refuse_shared_pass
 from nm_permute_plugin.modifiers.save import after_save
 from nm_permute_plugin.modifiers.targets import (
@@ -224,8 +228,9 @@ class LearnablePermutationModifier(Modifier):
             )
         self._base_model = base_model_of(model)
         self._stored = self.format
-        if experts_of(self._prunable):
+        if experts_of(name for name, _ in model.named_modules()):
             self._stored = dense_for_experts(self.format)
+            name_experts_for_saving(model)
         names = saved_names(model, self._prunable)
         if self.prune or is_pruned_later(self, self.mask_structure):
             self._promised = names
