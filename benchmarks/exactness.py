@@ -35,8 +35,9 @@ from nm_permute_plugin.specs.fold import fold, invert_all
 from nm_permute_plugin.specs.probe import random_batch
 from nm_permute_plugin.specs.spec import resolve
 
-VIT_B16 = {"image_size": 224, "patch_size": 16}
+VIT_B16 = {"image_size": 224, "patch_size": 16, "num_labels": 1000}
 VIT_L14 = {
+    "num_labels": 1000,
     "image_size": 224,
     "patch_size": 14,
     "hidden_size": 1024,
