@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """In memory: every method folds exactly, prunes N:M, repeats itself, or changes nothing."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -24,6 +25,7 @@ from nm_permute_plugin.training.pipeline import (
     Record,
     in_new_order,
     permute_and_prune,
+    refuse_inexact,
     refuse_sparse,
 )
 from nm_permute_plugin.training.statistics import input_norms
@@ -303,6 +305,24 @@ def test_a_wrong_spec_is_undone_bitwise(
     before = weights_of(model)
     with pytest.raises(RuntimeError, match="The weights are as they were"):
         go(model, replace(SEARCH, method=method), resolved=wrong)
+    assert_same(weights_of(model), before)
+
+
+@pytest.mark.parametrize("wrong", [False, True], ids=["right", "wrong"])
+def test_a_spec_that_is_tried_leaves_every_bit(tiny_model, tokens, wrong: bool) -> None:
+    model = tiny_model("llama")
+    spec = {**LLAMA, "model.norm.weight": "_"} if wrong else LLAMA
+    tried = resolve(
+        model, spec, NMPattern(2, 4), linears(model), head_dim_of(model.config)
+    )
+    before = weights_of(model)
+    refusal = (
+        pytest.raises(RuntimeError, match="does not fit this model")
+        if wrong
+        else nullcontext()
+    )
+    with refusal:
+        refuse_inexact(model, tried, {"input_ids": tokens})
     assert_same(weights_of(model), before)
 
 
