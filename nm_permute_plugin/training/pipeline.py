@@ -17,6 +17,8 @@ from nm_permute_plugin.maths.permutation import Permutation
 from nm_permute_plugin.maths.scores import ScoreName, score_weight
 from nm_permute_plugin.specs.fold import Write, fold, invert_all, write_in_place
 from nm_permute_plugin.specs.spec import ResolvedSpec
+from nm_permute_plugin.training.kept import KeptWeights
+from nm_permute_plugin.training.layers import decoder_layers
 from nm_permute_plugin.training.learn import (
     Learned,
     LearnSettings,
@@ -25,6 +27,7 @@ from nm_permute_plugin.training.learn import (
     mean_loss,
 )
 from nm_permute_plugin.training.masking import linear
+from nm_permute_plugin.training.recover import RecoverSettings, StageRecord, recover
 from nm_permute_plugin.training.search import search_orders
 from nm_permute_plugin.training.stacking import StackedScore
 from nm_permute_plugin.training.statistics import Batch, input_norms, on_device
@@ -46,6 +49,7 @@ class OrderSettings:
     :param families: the kinds of spaces that are reordered
     :param search_rounds: rounds of assignment a space
     :param prune: False folds the order and leaves the weights dense
+    :param recover: how the weights that the masks keep are changed; by default not at all
     """
 
     pattern: NMPattern
@@ -55,6 +59,7 @@ class OrderSettings:
     search_rounds: int = 20
     learn: LearnSettings = field(default_factory=LearnSettings)
     prune: bool = True
+    recover: RecoverSettings = field(default_factory=RecoverSettings)
 
 
 @dataclass
@@ -66,6 +71,7 @@ class Record:
     :param fold_error: relative change of the dense logits by the fold, on text
     :param retained: share of the total score that the masks keep, before and after
     :param seconds: by stage
+    :param recovered: what each stage of the recovery did
     """
 
     perms: dict[str, Permutation]
@@ -73,6 +79,7 @@ class Record:
     retained: tuple[float, float]
     seconds: dict[str, float]
     history: list[dict[str, int | float]]
+    recovered: list[StageRecord] = field(default_factory=list)
 
 
 def permute_and_prune(
@@ -84,7 +91,7 @@ def permute_and_prune(
     write: Write = write_in_place,
 ) -> Record:
     """
-    Order the channels, fold the order exactly, and zero what the N:M mask drops.
+    Order the channels, fold the order exactly, zero what the N:M mask drops, and recover.
 
     Statistics come from the dense model. After the fold the dense model's logits are
     compared with those before; if they differ by more than rounding explains, the fold is
@@ -92,11 +99,13 @@ def permute_and_prune(
 
     :param prunable: names of the linears to prune
     :param write: how a parameter's new value is stored
-    :raises ValueError: for a model that is sparse already, for bad statistics, and for
-        logits that are not finite
+    :raises ValueError: for a model that is sparse already, for bad statistics, for logits
+        that are not finite, and for a recovery that cannot run
     :raises RuntimeError: if the fold changes the function of the model
     """
     refuse_sparse(model, prunable, settings.pattern)
+    if "blocks" in settings.recover.stages:
+        decoder_layers(model, prunable)  # refuse before the order is learned, not after
     clock = _Clock()
     norms = (
         input_norms(model, prunable, text.train)
@@ -112,13 +121,23 @@ def permute_and_prune(
     fold_error = _fold_checked(model, resolved, found.perms, text.train[0], write)
     logger.info(f"folded {len(found.perms)} orders; logits moved by {fold_error:.1e}")
     clock.lap("fold")
+    recovered: list[StageRecord] = []
     if settings.prune:
         norms = in_new_order(resolved, norms, found.perms)
         multipliers = in_new_order(resolved, found.multipliers, found.perms)
-        _prune(model, prunable, norms, multipliers, settings, write)
+        kept = _kept(model, prunable, norms, multipliers, settings)
+        if settings.recover.stages:
+            recovered = recover(kept, text, settings.recover)
+            clock.lap("recover")
+        kept.write(write)
         clock.lap("prune")
     return Record(
-        found.perms, fold_error, (before, after), clock.seconds, found.history
+        found.perms,
+        fold_error,
+        (before, after),
+        clock.seconds,
+        found.history,
+        recovered,
     )
 
 
@@ -288,20 +307,19 @@ def _logits(model: nn.Module, probe: Batch) -> Tensor:
         return logits.double()
 
 
-def _prune(
+def _kept(
     model: nn.Module,
     prunable: Sequence[str],
     norms: Mapping[str, Float[Tensor, " _in"]],
     multipliers: Mapping[str, Float[Tensor, " _in"]],
     settings: OrderSettings,
-    write: Write,
-) -> None:
+) -> KeptWeights:
+    """What the masks of the folded model keep."""
+    masks = {}
     for name in prunable:
-        module = linear(model, name)
-        weight = module.weight.detach()
+        weight = linear(model, name).weight.detach()
         score = score_weight(settings.score, weight, norms.get(name))
         if name in multipliers:
             score = score * multipliers[name]
-        write(
-            module, "weight", weight.masked_fill(~nm_mask(score, settings.pattern), 0)
-        )
+        masks[name] = nm_mask(score, settings.pattern)
+    return KeptWeights(model, masks)

@@ -2,13 +2,10 @@
 """Fold, then update weights: the masks stay as they are, the kept weights change."""
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jaxtyping import Bool
 from loguru import logger
-from torch import Tensor, nn
 
 from nm_permute_plugin.training.blocks import BlockSettings, rebuild_blocks
 from nm_permute_plugin.training.distill import DistillSettings, distill
@@ -50,23 +47,17 @@ class StageRecord:
 
 
 def recover(
-    model: nn.Module,
-    masks: Mapping[str, Bool[Tensor, "_out _in"]],
-    text: Text,
-    settings: RecoverSettings,
-) -> tuple[KeptWeights, list[StageRecord]]:
+    kept: KeptWeights, text: Text, settings: RecoverSettings
+) -> list[StageRecord]:
     """
-    Change the weights that the masks keep, so that the pruned model follows the dense one.
+    Change the weights that masks keep, so that the pruned model follows the dense one.
 
     Every stage is judged by the loss of the whole pruned model on the held-back text;
-    what makes it worse is dropped. The model itself stays dense until
-    ``KeptWeights.write``. The same seed gives the same weights.
+    what does not make it better is dropped. The same seed gives the same weights.
 
-    :param model: dense, in the order that the masks were made for
-    :param masks: by linear, True where a weight is kept
+    :param kept: what the masks keep; its values are replaced, the model stays as it is
     :raises ValueError: if a stage cannot run on this model, or a loss is not finite
     """
-    kept = KeptWeights(model, masks)
     weights = settings.distill.loss
     loss = kept.mean_loss(text.held_back, weights)
     records = []
@@ -75,18 +66,16 @@ def recover(
         values, history = _run(stage, kept, text, settings)
         after = kept.mean_loss(text.held_back, weights, values)
         better = after < loss
-        record = StageRecord(
-            stage, (loss, after), better, time.perf_counter() - started, history
-        )
+        seconds = time.perf_counter() - started
+        records.append(StageRecord(stage, (loss, after), better, seconds, history))
         logger.info(
             f"recover, {stage}: held-back loss {loss:.4f} -> {after:.4f}"
-            f"{'' if better else ', not kept'}; {record.seconds:.1f} s"
+            f"{'' if better else ', not kept'}; {seconds:.1f} s"
         )
-        records.append(record)
         if better:
             kept.values.update(values)
             loss = after
-    return kept, records
+    return records
 
 
 def _run(

@@ -17,11 +17,12 @@ from nm_permute_plugin.training.statistics import Batch, on_device, token_mask
 
 def rescaled(kept: KeptWeights, batches: Sequence[Batch]) -> Values:
     """
-    The kept weights, every row times the number that fits the dense output best.
+    The kept weights, every row times the number that gives it the dense output's energy.
 
     With ``y = x W^T`` and ``z = x (W * mask)^T`` over all tokens of text that ran through
-    the dense model, row ``r`` is multiplied by ``sum(y_r z_r) / sum(z_r^2)``, the least
-    squares solution; by 1 where ``z_r`` is 0. Biases stay as they are.
+    the dense model, row ``r`` is multiplied by ``sqrt(sum(y_r^2) / sum(z_r^2))``; by 1
+    where ``z_r`` is 0. Biases stay as they are. The least squares fit,
+    ``sum(y_r z_r) / sum(z_r^2)``, made the whole model worse.
     """
     sums = _Sums(kept)
     hooks = [
@@ -45,7 +46,7 @@ def rescaled(kept: KeptWeights, batches: Sequence[Batch]) -> Values:
 
 
 class _Sums:
-    """``sum(y z)`` and ``sum(z^2)`` of every output row, in float32."""
+    """``sum(y^2)`` and ``sum(z^2)`` of every output row, in float32."""
 
     def __init__(self, kept: KeptWeights) -> None:
         self._kept = kept
@@ -60,9 +61,9 @@ class _Sums:
         if module.bias is not None:
             y = y - module.bias.float()
         z = F.linear(x, self._kept.values[f"{name}.weight"]).float()
-        new = torch.stack([(y * z).sum(0), z.square().sum(0)])
+        new = torch.stack([y.square().sum(0), z.square().sum(0)])
         self._sums[name] = self._sums[name] + new if name in self._sums else new
 
     def factor(self, name: str) -> Float[Tensor, " _out"]:
-        products, squares = self._sums[name]
-        return torch.where(squares > 0, products / squares, 1.0)
+        dense, pruned = self._sums[name]
+        return torch.where(pruned > 0, (dense / pruned).sqrt(), 1.0)
