@@ -130,7 +130,7 @@ class LearnablePermutationModifier(Modifier):
     :param recover_epochs: passes of ``blocks`` over the training text
     :param recover_steps: optimiser steps of ``end_to_end``
     :param recover_rate: of AdamW, on the kept weights: a step moves a weight by about
-        this share of its linear's root mean square; falls linearly to 0
+        this share of its linear's root mean square; rises at first, then falls to 0
     """
 
     mask_structure: str = "2:4"

@@ -29,7 +29,7 @@ from nm_permute_plugin.training.statistics import token_mask
 from nm_permute_plugin.training.text import Text
 
 Look = dict[str, int | float]
-Hidden = Float[Tensor, "rows tokens width"]
+Hidden = Float[Tensor, "_rows _tokens _width"]  # batches differ
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def rebuild_blocks(
 
 
 def relative_error(
-    ours: Hidden, theirs: Hidden, counted: Bool[Tensor, "rows tokens"]
+    ours: Hidden, theirs: Hidden, counted: Bool[Tensor, "_rows _tokens"]
 ) -> Float[Tensor, ""]:
     """
     ``|ours_t - theirs_t|^2 / |theirs_t|^2``, the mean over the tokens that count.

@@ -123,7 +123,9 @@ class Optimizer:
     AdamW whose steps are relative to the size of what they change.
 
     A step moves a weight by about ``rate`` times the root mean square of its parameter's
-    kept weights, so that one rate serves models of every scale. It falls linearly to 0.
+    kept weights, so that one rate serves models of every scale. The rate rises over the
+    first tenth of the steps, because AdamW knows no gradient yet, and then falls to 0,
+    both linearly.
     """
 
     def __init__(self, masters: Mapping[str, Tensor], rate: float, steps: int) -> None:
@@ -132,8 +134,10 @@ class Optimizer:
             for master in masters.values()
         ]
         self._adamw = torch.optim.AdamW(groups, weight_decay=0.0)
-        self._schedule = torch.optim.lr_scheduler.LinearLR(
-            self._adamw, 1.0, 0.0, total_iters=steps
+        rise = steps // 10
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._adamw,
+            lambda step: min((step + 1) / (rise + 1), (steps - step) / (steps - rise)),
         )
 
     def step(self) -> None:

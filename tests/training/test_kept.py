@@ -140,7 +140,7 @@ def test_the_loss_of_a_mask_that_drops_nothing_is_zero(model, tokens) -> None:
 def test_a_step_has_the_size_of_the_weights(scale: float) -> None:
     weight = scale * torch.tensor([[3.0, 0.0, -4.0, 0.0]])
     master = weight.clone().requires_grad_(True)
-    optimizer = Optimizer({"weight": master}, rate=0.01, steps=10)
+    optimizer = Optimizer({"weight": master}, rate=0.01, steps=9)
     (scale**-1 * master).sum().backward()
     optimizer.step()
     rms = scale * (25 / 2) ** 0.5
@@ -150,16 +150,21 @@ def test_a_step_has_the_size_of_the_weights(scale: float) -> None:
     assert master.grad is None
 
 
-def test_steps_fall_to_nothing() -> None:
+@pytest.mark.parametrize("steps", [3, 40])
+def test_steps_rise_for_a_tenth_and_fall_to_nothing(steps: int) -> None:
     master = torch.ones(1, 4, requires_grad=True)
-    optimizer = Optimizer({"weight": master}, rate=0.1, steps=3)
+    optimizer = Optimizer({"weight": master}, rate=0.1, steps=steps)
     moved = []
-    for _ in range(4):
+    for _ in range(steps + 1):
         before = master.detach().clone()
         master.sum().backward()
         optimizer.step()
         moved.append(float((before - master.detach()).mean()))
-    assert moved[0] > moved[1] > moved[2] > moved[3] == 0
+    peak = steps // 10
+    assert moved.index(max(moved)) == peak
+    assert moved == sorted(moved[:peak]) + sorted(moved[peak:], reverse=True)
+    assert moved[0] == pytest.approx(0.1 / (peak + 1), rel=1e-3)
+    assert moved[-2] > moved[-1] == 0
 
 
 def test_a_parameter_of_zeros_stays() -> None:
