@@ -125,11 +125,11 @@ def _run(
         blocks=BlockSettings(
             window=args.recover_window,
             epochs=args.recover_epochs,
-            rate=args.recover_rate,
+            rate=args.recover_blocks_rate,
             seed=seed,
         ),
         distill=DistillSettings(
-            steps=args.recover_steps, rate=args.recover_rate, seed=seed
+            steps=args.recover_steps, rate=args.recover_end_to_end_rate, seed=seed
         ),
     )
     settings = OrderSettings(
@@ -244,7 +244,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--recover-window", type=int, default=1)
     parser.add_argument("--recover-epochs", type=int, default=4)
     parser.add_argument("--recover-steps", type=int, default=200)
-    parser.add_argument("--recover-rate", type=float, default=0.01)
+    parser.add_argument("--recover-blocks-rate", type=float, default=0.01)
+    parser.add_argument("--recover-end-to-end-rate", type=float, default=0.003)
     parser.add_argument("--out", type=Path, default=Path("quality.json"))
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default)

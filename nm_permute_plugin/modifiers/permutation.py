@@ -129,8 +129,9 @@ class LearnablePermutationModifier(Modifier):
     :param recover_window: decoder layers that ``blocks`` trains together
     :param recover_epochs: passes of ``blocks`` over the training text
     :param recover_steps: optimiser steps of ``end_to_end``
-    :param recover_rate: of AdamW, on the kept weights: a step moves a weight by about
+    :param recover_blocks_rate: of AdamW in ``blocks``: a step moves a weight by about
         this share of its linear's root mean square; rises at first, then falls to 0
+    :param recover_end_to_end_rate: the same in ``end_to_end``
     """
 
     mask_structure: str = "2:4"
@@ -168,7 +169,8 @@ class LearnablePermutationModifier(Modifier):
     recover_window: int = Field(default=1, ge=1)
     recover_epochs: int = Field(default=4, ge=1)
     recover_steps: int = Field(default=200, ge=1)
-    recover_rate: float = Field(default=0.01, gt=0)
+    recover_blocks_rate: float = Field(default=0.01, gt=0)
+    recover_end_to_end_rate: float = Field(default=0.003, gt=0)
 
     _prunable: list[str] = PrivateAttr(default_factory=list)
     _resolved: ResolvedSpec | None = PrivateAttr(default=None)
@@ -369,12 +371,12 @@ class LearnablePermutationModifier(Modifier):
                 blocks=BlockSettings(
                     window=self.recover_window,
                     epochs=self.recover_epochs,
-                    rate=self.recover_rate,
+                    rate=self.recover_blocks_rate,
                     seed=self.seed,
                 ),
                 distill=DistillSettings(
                     steps=self.recover_steps,
-                    rate=self.recover_rate,
+                    rate=self.recover_end_to_end_rate,
                     evaluate_every=self.evaluate_every,
                     seed=self.seed,
                     loss=loss,

@@ -163,7 +163,7 @@ def check_finite(value: float, what: str) -> float:
     if not torch.isfinite(torch.tensor(value)):
         raise ValueError(
             f"the {what} of the recovery is {value}; load the model in bfloat16 or "
-            "float32, check the calibration data, or lower recover_rate"
+            "float32, check the calibration data, or lower the rate of that stage"
         )
     return value
 

@@ -56,7 +56,8 @@ RECOVER = {
     "recover_window": 2,
     "recover_epochs": 3,
     "recover_steps": 5,
-    "recover_rate": 0.05,
+    "recover_blocks_rate": 0.05,
+    "recover_end_to_end_rate": 0.02,
 }
 FIELDS = {
     "default": {},
@@ -161,7 +162,7 @@ REFUSED = {
     "an unknown stage": ({"recover": ["magic"]}, "recover"),
     "a stage that is no list": ({"recover": "blocks"}, "recover"),
     "no window": ({"recover": ["blocks"], "recover_window": 0}, "recover_window"),
-    "a rate of 0": ({"recover": ["blocks"], "recover_rate": 0}, "recover_rate"),
+    "a rate of 0": ({"recover_blocks_rate": 0}, "recover_blocks_rate"),
     "a format that stores 2:4": (
         {"mask_structure": "4:8"} | FORMAT,
         "2:4 only, not 4:8",
