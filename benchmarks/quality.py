@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -25,20 +26,37 @@ from nm_permute_plugin.evaluation.perplexity import (
     tokenize,
 )
 from nm_permute_plugin.maths.pattern import NMPattern
+from nm_permute_plugin.maths.scores import ScoreName
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
 from nm_permute_plugin.specs.spec import resolve
+from nm_permute_plugin.training.blocks import BlockSettings
+from nm_permute_plugin.training.distill import DistillSettings
 from nm_permute_plugin.training.learn import LearnSettings
 from nm_permute_plugin.training.orders import OrderShape
-from nm_permute_plugin.training.pipeline import OrderSettings, permute_and_prune
+from nm_permute_plugin.training.pipeline import (
+    Method,
+    OrderSettings,
+    permute_and_prune,
+)
+from nm_permute_plugin.training.recover import RecoverSettings, Stage
 from nm_permute_plugin.training.text import Text, rows_of, split_text
 
-METHODS = {
+ORDERS: dict[str, tuple[ScoreName, Method]] = {
     "magnitude": ("magnitude", "identity"),
     "wanda": ("wanda", "identity"),
     "ria": ("ria", "identity"),
     "search": ("wanda", "search"),
     "learned": ("wanda", "learned"),
 }
+RECOVERIES: dict[str, tuple[Stage, ...]] = {
+    "rescale": ("rescale",),
+    "blocks": ("blocks",),
+    "end_to_end": ("end_to_end",),
+    "recover": ("blocks", "end_to_end"),
+}
+RECOVERED = [
+    f"{order}+{way}" for order in ("wanda", "search", "learned") for way in RECOVERIES
+]
 
 
 def main() -> None:
@@ -55,11 +73,12 @@ def main() -> None:
     print(f"test windows of {args.window} tokens; dense perplexity {dense:.2f}")
     results: list[dict[str, object]] = []
     for method in args.methods:
-        seeds = args.seeds if method in ("search", "learned") else args.seeds[:1]
+        seeds = args.seeds if _is_random(method) else args.seeds[:1]
         for seed in seeds:
             result = _run(method, seed, rows, test, args)
             results.append(result)
-            print(json.dumps({k: v for k, v in result.items() if k != "history"}))
+            looks = ("history", "recovered")
+            print(json.dumps({k: v for k, v in result.items() if k not in looks}))
             # After every run: what was measured survives an interruption.
             record = {
                 "hardware": _hardware(args.device),
@@ -80,7 +99,8 @@ def _run(
 ) -> dict[str, object]:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
     model = model.to(args.device).eval()
-    score, how = METHODS[method]
+    order, _, recovery = method.partition("+")
+    score, how = ORDERS[order]
     pattern = NMPattern.parse(args.pattern)
     prunable = [
         name
@@ -100,7 +120,21 @@ def _run(
         multiplier_rate=args.multiplier_rate,
         seed=seed,
     )
-    settings = OrderSettings(pattern, score=score, method=how, learn=learn)
+    recover = RecoverSettings(
+        stages=RECOVERIES[recovery] if recovery else (),
+        blocks=BlockSettings(
+            window=args.recover_window,
+            epochs=args.recover_epochs,
+            rate=args.recover_blocks_rate,
+            seed=seed,
+        ),
+        distill=DistillSettings(
+            steps=args.recover_steps, rate=args.recover_end_to_end_rate, seed=seed
+        ),
+    )
+    settings = OrderSettings(
+        pattern, score=score, method=how, learn=learn, recover=recover
+    )
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
@@ -121,8 +155,13 @@ def _run(
         "peak_gib": peak,
         "fold_error": record.fold_error,
         "retained": record.retained,
+        "recovered": [asdict(stage) for stage in record.recovered],
         "history": record.history,
     }
+
+
+def _is_random(method: str) -> bool:
+    return "+" in method or method in ("search", "learned")
 
 
 def _perplexity(
@@ -153,7 +192,7 @@ def _table(dense: float, results: Sequence[dict[str, object]]) -> str:
     base = by_method.get("wanda", [None])[0]
     for name, values in by_method.items():
         closed = spread = ""
-        if base is not None and name in ("search", "learned"):
+        if base is not None and _is_random(name):
             gaps = [gap_closed(value, base, dense) for value in values]
             closed = f"{statistics.mean(gaps):.1%}"
             spread = f"{min(gaps):.1%} to {max(gaps):.1%}"
@@ -175,7 +214,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("model", type=Path)
     parser.add_argument("--train", type=Path, nargs="+", required=True)
     parser.add_argument("--test", type=Path, nargs="+", required=True)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    choices = [*ORDERS, *RECOVERED]
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=list(ORDERS),
+        choices=choices,
+        metavar="METHOD",
+        help=", ".join(choices),
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--pattern", default="2:4")
     parser.add_argument("--rows", type=int, default=2048)
@@ -194,6 +241,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--held-back", type=float, default=0.01)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--recover-window", type=int, default=1)
+    parser.add_argument("--recover-epochs", type=int, default=4)
+    parser.add_argument("--recover-steps", type=int, default=200)
+    parser.add_argument("--recover-blocks-rate", type=float, default=0.01)
+    parser.add_argument("--recover-end-to-end-rate", type=float, default=0.003)
     parser.add_argument("--out", type=Path, default=Path("quality.json"))
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The modifier that a recipe names: order, fold and prune in one step."""
 
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Literal
 
@@ -37,6 +38,8 @@ from nm_permute_plugin.modifiers.targets import (
 )
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
 from nm_permute_plugin.specs.spec import ResolvedSpec, resolve
+from nm_permute_plugin.training.blocks import BlockSettings
+from nm_permute_plugin.training.distill import DistillSettings
 from nm_permute_plugin.training.learn import LearnSettings
 from nm_permute_plugin.training.objective import LossWeights
 from nm_permute_plugin.training.orders import OrderShape, Relaxation
@@ -47,6 +50,7 @@ from nm_permute_plugin.training.pipeline import (
     permute_and_prune,
     refuse_inexact,
 )
+from nm_permute_plugin.training.recover import RecoverSettings, Stage
 from nm_permute_plugin.training.text import rows_of, split_text
 
 Family = Literal["residual", "hidden", "value"]
@@ -81,7 +85,8 @@ class LearnablePermutationModifier(Modifier):
     Lifecycle:
 
     - on_initialize: match targets, resolve the permutation spec, refuse what cannot be
-    - on_calibration_start: measure the dense model, find the order, fold it, prune
+    - on_calibration_start: measure the dense model, find the order, fold it, prune, and
+      change the kept weights if `recover` says so
     - on_finalize: report; every save from then on is held to the pattern, whatever
       modifiers came after, ends in the chosen format, and has a model card and the
       run's record in the folder `nm_permute`
@@ -124,6 +129,17 @@ class LearnablePermutationModifier(Modifier):
     :param held_back: share of the calibration rows that only judge
     :param evaluate_every: steps between two looks at the held-back rows
     :param seed: of every random choice
+    :param recover: none (weights are frozen), or stages that change the weights that the
+        mask keeps, in the order given: rescale (one number an output row, in closed
+        form), blocks (decoder layers rebuilt one after the other against the dense
+        model's), end_to_end (the whole model, with the loss of the orders). Held-back
+        text judges every stage; the mask stays as it is
+    :param recover_window: decoder layers that ``blocks`` trains together
+    :param recover_epochs: passes of ``blocks`` over the training text
+    :param recover_steps: optimiser steps of ``end_to_end``
+    :param recover_blocks_rate: of AdamW in ``blocks``: a step moves a weight by about
+        this share of its linear's root mean square; rises at first, then falls to 0
+    :param recover_end_to_end_rate: the same in ``end_to_end``
     """
 
     mask_structure: str = "2:4"
@@ -157,6 +173,12 @@ class LearnablePermutationModifier(Modifier):
     held_back: float = Field(default=0.1, gt=0, lt=1)
     evaluate_every: int = Field(default=20, ge=1)
     seed: int = 0
+    recover: Literal["none"] | list[Stage] = "none"
+    recover_window: int = Field(default=1, ge=1)
+    recover_epochs: int = Field(default=4, ge=1)
+    recover_steps: int = Field(default=200, ge=1)
+    recover_blocks_rate: float = Field(default=0.01, gt=0)
+    recover_end_to_end_rate: float = Field(default=0.003, gt=0)
 
     _prunable: list[str] = PrivateAttr(default_factory=list)
     _resolved: ResolvedSpec | None = PrivateAttr(default=None)
@@ -205,7 +227,22 @@ class LearnablePermutationModifier(Modifier):
                 f"score_multipliers: true needs relaxation: insertion, not "
                 f"{self.relaxation}"
             )
+        self._recovery_makes_sense()
         return self
+
+    def _recovery_makes_sense(self) -> None:
+        if self.recover == "none":
+            return
+        if not self.recover or len(set(self.recover)) < len(self.recover):
+            raise ValueError(
+                f"recover: {self.recover} must name one or more stages, each once; "
+                "recover: none leaves the weights as they are"
+            )
+        if not self.prune:
+            raise ValueError(
+                f"recover: {self.recover} with prune: false: there is no mask whose kept "
+                "weights could change; leave `recover` out, or prune here"
+            )
 
     @property
     def record(self) -> Record | None:
@@ -304,6 +341,7 @@ class LearnablePermutationModifier(Modifier):
             "retained": record.retained,
             "seconds": record.seconds,
             "history": record.history,
+            "recovered": [asdict(stage) for stage in record.recovered],
         }
         return Finish(self._stored, card, record.perms, report)
 
@@ -314,7 +352,12 @@ class LearnablePermutationModifier(Modifier):
         return self.score_multipliers
 
     def _settings(self) -> OrderSettings:
-        pattern = NMPattern.parse(self.mask_structure)
+        loss = LossWeights(
+            divergence=self.divergence_weight,
+            cross_entropy=self.cross_entropy_weight,
+            hidden=self.hidden_weight,
+            cosine=self.cosine_weight,
+        )
         learn = LearnSettings(
             steps=self.steps,
             learning_rate=self.learning_rate,
@@ -329,22 +372,33 @@ class LearnablePermutationModifier(Modifier):
                 multipliers=self._multipliers,
             ),
             multiplier_rate=self.multiplier_rate,
-            loss=LossWeights(
-                divergence=self.divergence_weight,
-                cross_entropy=self.cross_entropy_weight,
-                hidden=self.hidden_weight,
-                cosine=self.cosine_weight,
-            ),
+            loss=loss,
             evaluate_every=self.evaluate_every,
             weight_decay=self.weight_decay,
             seed=self.seed,
         )
         return OrderSettings(
-            pattern=pattern,
+            pattern=NMPattern.parse(self.mask_structure),
             score=self.score,
             method=self.method,
             families=tuple(self.spaces),
             search_rounds=self.search_rounds,
             learn=learn,
             prune=self.prune,
+            recover=RecoverSettings(
+                stages=() if self.recover == "none" else tuple(self.recover),
+                blocks=BlockSettings(
+                    window=self.recover_window,
+                    epochs=self.recover_epochs,
+                    rate=self.recover_blocks_rate,
+                    seed=self.seed,
+                ),
+                distill=DistillSettings(
+                    steps=self.recover_steps,
+                    rate=self.recover_end_to_end_rate,
+                    evaluate_every=self.evaluate_every,
+                    seed=self.seed,
+                    loss=loss,
+                ),
+            ),
         )

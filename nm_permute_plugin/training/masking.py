@@ -50,19 +50,28 @@ def masked(
     :param masks: by module name, 1 or True where a weight is kept, between 0 and 1 while
         soft; a mask that needs gradients has the weight's dtype
     """
-    previous: list[tuple[nn.Module, Callable[..., Tensor] | None]] = []
+    linears = {name: linear(model, name) for name in masks}
+    with forwards(
+        {linears[name]: partial(_forward, linears[name], masks[name]) for name in masks}
+    ):
+        yield
+
+
+@contextmanager
+def forwards(replaced: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Other forwards for some modules while the context lasts, then those they had."""
+    previous: dict[nn.Module, Callable[..., Any] | None]
+    previous = {module: module.__dict__.get("forward") for module in replaced}
     try:
-        for name, mask in masks.items():
-            module = model.get_submodule(name)
-            previous.append((module, module.__dict__.get("forward")))
-            module.__dict__["forward"] = partial(_forward, linear(model, name), mask)
+        for module, forward in replaced.items():
+            module.__dict__["forward"] = forward
         yield
     finally:
-        for module, forward in reversed(previous):
-            if forward is None:
-                del module.__dict__["forward"]
+        for module, before in previous.items():
+            if before is None:
+                module.__dict__.pop("forward", None)
             else:
-                module.__dict__["forward"] = forward
+                module.__dict__["forward"] = before
 
 
 def linear(model: nn.Module, name: str) -> nn.Linear:

@@ -18,6 +18,8 @@ from nm_permute_plugin.maths.scores import ScoreName, score_weight
 from nm_permute_plugin.specs.exactness import random_perms
 from nm_permute_plugin.specs.fold import Write, fold, invert_all, write_in_place
 from nm_permute_plugin.specs.spec import ResolvedSpec
+from nm_permute_plugin.training.kept import KeptWeights
+from nm_permute_plugin.training.layers import decoder_layers
 from nm_permute_plugin.training.learn import (
     Learned,
     LearnSettings,
@@ -26,6 +28,7 @@ from nm_permute_plugin.training.learn import (
     mean_loss,
 )
 from nm_permute_plugin.training.masking import linear
+from nm_permute_plugin.training.recover import RecoverSettings, StageRecord, recover
 from nm_permute_plugin.training.search import search_orders
 from nm_permute_plugin.training.stacking import StackedScore
 from nm_permute_plugin.training.statistics import Batch, input_norms, on_device
@@ -47,6 +50,7 @@ class OrderSettings:
     :param families: the kinds of spaces that are reordered
     :param search_rounds: rounds of assignment a space
     :param prune: False folds the order and leaves the weights dense
+    :param recover: how the weights that the masks keep are changed; by default not at all
     """
 
     pattern: NMPattern
@@ -56,6 +60,7 @@ class OrderSettings:
     search_rounds: int = 12
     learn: LearnSettings = field(default_factory=LearnSettings)
     prune: bool = True
+    recover: RecoverSettings = field(default_factory=RecoverSettings)
 
 
 @dataclass
@@ -67,6 +72,7 @@ class Record:
     :param fold_error: relative change of the dense logits by the fold, on text
     :param retained: share of the total score that the masks keep, before and after
     :param seconds: by stage
+    :param recovered: what each stage of the recovery did
     """
 
     perms: dict[str, Permutation]
@@ -74,6 +80,7 @@ class Record:
     retained: tuple[float, float]
     seconds: dict[str, float]
     history: list[dict[str, int | float]]
+    recovered: list[StageRecord] = field(default_factory=list)
 
 
 def permute_and_prune(
@@ -85,7 +92,7 @@ def permute_and_prune(
     write: Write = write_in_place,
 ) -> Record:
     """
-    Order the channels, fold the order exactly, and zero what the N:M mask drops.
+    Order the channels, fold the order exactly, zero what the N:M mask drops, and recover.
 
     Statistics come from the dense model. After the fold the dense model's logits are
     compared with those before; if they differ by more than rounding explains, the fold is
@@ -93,11 +100,13 @@ def permute_and_prune(
 
     :param prunable: names of the linears to prune
     :param write: how a parameter's new value is stored
-    :raises ValueError: for a model that is sparse already, for bad statistics, and for
-        logits that are not finite
+    :raises ValueError: for a model that is sparse already, for bad statistics, for logits
+        that are not finite, and for a recovery that cannot run
     :raises RuntimeError: if the fold changes the function of the model
     """
     refuse_sparse(model, prunable, settings.pattern)
+    if "blocks" in settings.recover.stages:
+        decoder_layers(model, prunable)  # refuse before the order is learned, not after
     clock = _Clock()
     norms = (
         input_norms(model, prunable, text.train)
@@ -113,13 +122,23 @@ def permute_and_prune(
     fold_error = _fold_checked(model, resolved, found.perms, text.train[0], write)
     logger.info(f"folded {len(found.perms)} orders; logits moved by {fold_error:.1e}")
     clock.lap("fold")
+    recovered: list[StageRecord] = []
     if settings.prune:
         norms = in_new_order(resolved, norms, found.perms)
         multipliers = in_new_order(resolved, found.multipliers, found.perms)
-        _prune(model, prunable, norms, multipliers, settings, write)
+        kept = _kept(model, prunable, norms, multipliers, settings)
+        if settings.recover.stages:
+            recovered = recover(kept, text, settings.recover)
+            clock.lap("recover")
+        kept.write(write)
         clock.lap("prune")
     return Record(
-        found.perms, fold_error, (before, after), clock.seconds, found.history
+        found.perms,
+        fold_error,
+        (before, after),
+        clock.seconds,
+        found.history,
+        recovered,
     )
 
 
@@ -305,20 +324,19 @@ def _logits(model: nn.Module, probe: Batch) -> Tensor:
         return logits.double()
 
 
-def _prune(
+def _kept(
     model: nn.Module,
     prunable: Sequence[str],
     norms: Mapping[str, Float[Tensor, " _in"]],
     multipliers: Mapping[str, Float[Tensor, " _in"]],
     settings: OrderSettings,
-    write: Write,
-) -> None:
+) -> KeptWeights:
+    """What the masks of the folded model keep."""
+    masks = {}
     for name in prunable:
-        module = linear(model, name)
-        weight = module.weight.detach()
+        weight = linear(model, name).weight.detach()
         score = score_weight(settings.score, weight, norms.get(name))
         if name in multipliers:
             score = score * multipliers[name]
-        write(
-            module, "weight", weight.masked_fill(~nm_mask(score, settings.pattern), 0)
-        )
+        masks[name] = nm_mask(score, settings.pattern)
+    return KeptWeights(model, masks)

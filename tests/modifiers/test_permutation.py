@@ -11,6 +11,7 @@ from llmcompressor.recipe import Recipe
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, OlmoConfig, OlmoForCausalLM
 
+from nm_permute_plugin.checkpoint.record import read_record
 from nm_permute_plugin.modifiers import LearnablePermutationModifier as Modifier
 from nm_permute_plugin.specs.architectures import LLAMA
 
@@ -49,7 +50,21 @@ NOT_DEFAULT = {
 
 # The sparse format stores 2:4 only: it goes with no other pattern.
 FORMAT = {"format": "sparse-24-bitmask"}
-FIELDS = {"default": {}, "not default": NOT_DEFAULT, "sparse format": FORMAT}
+# Nothing recovers without pruning: these go with no prune: false.
+RECOVER = {
+    "recover": ["rescale", "blocks", "end_to_end"],
+    "recover_window": 2,
+    "recover_epochs": 3,
+    "recover_steps": 5,
+    "recover_blocks_rate": 0.05,
+    "recover_end_to_end_rate": 0.02,
+}
+FIELDS = {
+    "default": {},
+    "not default": NOT_DEFAULT,
+    "sparse format": FORMAT,
+    "recover": RECOVER,
+}
 
 SEARCH = """
 prune_stage:
@@ -80,9 +95,10 @@ def assert_untouched(model: torch.nn.Module, before: dict[str, torch.Tensor]) ->
 
 def test_the_table_of_other_values_names_every_field_of_ours() -> None:
     ours = set(Modifier.model_fields) - set(Modifier.__bases__[0].model_fields)
-    assert set(NOT_DEFAULT) | set(FORMAT) == ours
+    others = NOT_DEFAULT | FORMAT | RECOVER
+    assert set(others) == ours
     default = Modifier()
-    assert [n for n, v in NOT_DEFAULT.items() if getattr(default, n) == v] == []
+    assert [n for n, v in others.items() if getattr(default, n) == v] == []
 
 
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
@@ -103,7 +119,7 @@ def test_fields_survive_the_recipe_that_the_host_saves(
     Recipe.from_modifiers(modifier, "prune").yaml(str(tmp_path / "recipe.yaml"))
     (read,) = Recipe.create_instance(str(tmp_path / "recipe.yaml")).modifiers
     assert type(read) is Modifier
-    for name in (*NOT_DEFAULT, *FORMAT):
+    for name in (*NOT_DEFAULT, *FORMAT, *RECOVER):
         assert getattr(read, name) == getattr(modifier, name), name
 
 
@@ -137,6 +153,16 @@ REFUSED = {
         {"score_multipliers": True, "relaxation": "soft"},
         "needs relaxation: insertion, not soft",
     ),
+    "a recovery without a mask": (
+        {"recover": ["blocks"], "prune": False},
+        "there is no mask whose kept",
+    ),
+    "an empty recovery": ({"recover": []}, "one or more stages, each once"),
+    "a stage twice": ({"recover": ["blocks", "blocks"]}, "each once"),
+    "an unknown stage": ({"recover": ["magic"]}, "recover"),
+    "a stage that is no list": ({"recover": "blocks"}, "recover"),
+    "no window": ({"recover": ["blocks"], "recover_window": 0}, "recover_window"),
+    "a rate of 0": ({"recover_blocks_rate": 0}, "recover_blocks_rate"),
     "a format that stores 2:4": (
         {"mask_structure": "4:8"} | FORMAT,
         "2:4 only, not 4:8",
@@ -185,6 +211,25 @@ def test_the_record_tells_what_was_done(tiny_checkpoint, run_oneshot, method) ->
         "learned": [("step", 0), ("step", 1), ("step", 2)],
     }
     assert [next(iter(look.items())) for look in record.history] == expected[method]
+
+
+def test_a_recovery_is_on_record(
+    tiny_checkpoint, run_oneshot, assert_exactly, tmp_path: Path
+) -> None:
+    modifier = Modifier(method="search", **RECOVER)
+    assert_exactly(run_oneshot(tiny_checkpoint(), [modifier], tmp_path / "out"))
+    record = modifier.record
+    assert [stage.stage for stage in record.recovered] == RECOVER["recover"]
+    steps = [look["step"] for look in record.recovered[2].history]
+    assert steps == [0, RECOVER["recover_steps"]]
+    assert [look["layer"] for look in record.recovered[1].history] == [0]
+    told = read_record(tmp_path / "out")[1]["recovered"]
+    assert [stage["held_back"] for stage in told] == [
+        list(stage.held_back) for stage in record.recovered
+    ]
+    assert [stage["kept"] for stage in told] == [
+        stage.kept for stage in record.recovered
+    ]
 
 
 def test_only_the_named_spaces_are_ordered(tiny_checkpoint, run_oneshot) -> None:

@@ -15,6 +15,7 @@ FILES = sorted(FOLDER.glob("*.yaml"))
 
 FOLLOWS = {
     None: [],
+    "recover": [],  # it is the same modifier that recovers
     "sparsegpt": ["SparseGPTModifier"],
     "wanda": ["WandaPruningModifier"],
     "fp8": ["QuantizationModifier"],
@@ -43,6 +44,7 @@ def test_a_recipe_yields_what_its_name_says(file: Path) -> None:
     else:
         assert (first.method, first.score) == ("identity", word)
     assert first.ignore == ["lm_head"]
+    assert (first.recover != "none") == (follows == "recover")
     names = [type(modifier).__name__ for modifier in others]
     assert names == FOLLOWS[follows]
     prunes = [m for m in others if hasattr(m, "mask_structure")]

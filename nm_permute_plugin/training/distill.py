@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kept weights of the whole model trained to predict what the dense model predicts."""
+
+from dataclasses import dataclass, field
+
+import torch
+from tqdm import tqdm
+
+from nm_permute_plugin.training.kept import (
+    KeptWeights,
+    Optimizer,
+    Values,
+    check_finite,
+    endless,
+)
+from nm_permute_plugin.training.learn import frozen
+from nm_permute_plugin.training.objective import LossWeights, loss, run
+from nm_permute_plugin.training.statistics import on_device
+from nm_permute_plugin.training.text import Text
+
+Look = dict[str, int | float]
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """
+    How the whole model is trained under its masks.
+
+    :param steps: optimiser steps, a batch each
+    :param rate: of AdamW, relative to the size of the weights (``kept.Optimizer``)
+    :param evaluate_every: steps between two looks at the held-back text
+    :param seed: of the order of the batches
+    :param loss: weights of the loss
+    """
+
+    steps: int = 200
+    rate: float = 0.003
+    evaluate_every: int = 20
+    seed: int = 0
+    loss: LossWeights = field(default_factory=LossWeights)
+
+
+def distill(
+    kept: KeptWeights, text: Text, settings: DistillSettings
+) -> tuple[Values, list[Look]]:
+    """
+    Train all kept weights against the dense model's predictions; the masks stay.
+
+    :return: the best values by the held-back text, none if none are better, and one look
+        an evaluation: step, held-back loss and, from the first step on, training loss
+    :raises ValueError: if a loss is not finite
+    """
+    masters = kept.masters(kept.linears)
+    optimizer = Optimizer(masters, settings.rate, settings.steps)
+    order = endless(len(text.train), settings.seed)
+    best = kept.mean_loss(text.held_back, settings.loss)
+    better: Values = {}
+    looks: list[Look] = [{"step": 0, "held_back": best}]
+    bar = tqdm(range(1, settings.steps + 1), desc="Distilling the kept weights")
+    with frozen(kept.model), torch.enable_grad():
+        for step in bar:
+            batch = on_device(text.train[next(order)], kept.model)
+            with torch.no_grad():
+                dense = run(kept.model, batch, settings.loss)
+            with kept.running(masters):
+                value = loss(
+                    run(kept.model, batch, settings.loss), dense, batch, settings.loss
+                )
+            training = check_finite(float(value.detach()), "training loss")
+            value.backward()
+            optimizer.step()
+            bar.set_postfix(loss=f"{training:.4f}", best=f"{best:.4f}")
+            if step % settings.evaluate_every and step != settings.steps:
+                continue
+            now = kept.rounded(masters)
+            held = kept.mean_loss(text.held_back, settings.loss, now)
+            looks.append({"step": step, "held_back": held, "loss": training})
+            if held < best:
+                best, better = held, now
+    return better, looks

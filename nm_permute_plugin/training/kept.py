@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The weights that masks keep, changed beside a dense model that stays as it is."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nm_permute_plugin.specs.fold import Write
+from nm_permute_plugin.training.masking import forwards, linear
+from nm_permute_plugin.training.objective import LossWeights, loss, run
+from nm_permute_plugin.training.statistics import Batch, on_device
+
+Values = dict[str, Tensor]
+"""Weights and biases of linears, by the name of the parameter."""
+
+
+class KeptWeights:
+    """
+    New values of what N:M masks keep, and of biases, for the linears of a dense model.
+
+    The model's own parameters stay dense until ``write``: run plainly it is the teacher,
+    inside ``running`` the pruned model.
+
+    :param masks: by linear, True where a weight is kept
+    :ivar values: in the model's dtype; exactly 0 where a mask drops
+    """
+
+    def __init__(
+        self, model: nn.Module, masks: Mapping[str, Bool[Tensor, "_out _in"]]
+    ) -> None:
+        self.model = model
+        self._dropped = {name: ~mask for name, mask in masks.items()}
+        self.values: Values = {}
+        for name, dropped in self._dropped.items():
+            module = linear(model, name)
+            weight = module.weight.detach()
+            self.values[f"{name}.weight"] = weight.masked_fill(dropped, 0)
+            if module.bias is not None:
+                self.values[f"{name}.bias"] = module.bias.detach().clone()
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """The names of the pruned linears."""
+        return tuple(self._dropped)
+
+    @contextmanager
+    def running(self, instead: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """
+        Let the model run pruned, with ``values``, while the context lasts.
+
+        :param instead: values that go before ``values``, of any floating dtype; what a
+            mask drops counts as 0 and gets no gradient
+        """
+        values = {**self.values, **(instead or {})}
+        pruned: dict[nn.Module, Callable[..., Tensor]] = {
+            linear(self.model, name): partial(
+                _forward,
+                values[f"{name}.weight"],
+                values.get(f"{name}.bias"),
+                dropped,
+            )
+            for name, dropped in self._dropped.items()
+        }
+        with forwards(pruned):
+            yield
+
+    def masters(self, linears: Iterable[str]) -> Values:
+        """Float32 copies of the linears' values, to be trained."""
+        return {
+            name: self.values[name].float().clone().requires_grad_(True)
+            for owner in linears
+            for name in (f"{owner}.weight", f"{owner}.bias")
+            if name in self.values
+        }
+
+    def rounded(self, masters: Mapping[str, Tensor]) -> Values:
+        """Trained values as they are stored: in the model's dtype, 0 where dropped."""
+        rounded = {}
+        for name, master in masters.items():
+            value = master.detach().to(self.values[name].dtype)
+            owner, _, leaf = name.rpartition(".")
+            if leaf == "weight":
+                value = value.masked_fill(self._dropped[owner], 0)
+            rounded[name] = value
+        return rounded
+
+    def mean_loss(
+        self,
+        batches: Sequence[Batch],
+        weights: LossWeights,
+        instead: Mapping[str, Tensor] | None = None,
+    ) -> float:
+        """
+        The loss of the pruned model against the dense one, the mean over the batches.
+
+        :param instead: values that go before ``values``
+        :raises ValueError: if it is not finite
+        """
+        total = 0.0
+        with torch.no_grad():
+            for batch in batches:
+                batch = on_device(batch, self.model)
+                dense = run(self.model, batch, weights)
+                with self.running(instead):
+                    ours = run(self.model, batch, weights)
+                total += float(loss(ours, dense, batch, weights))
+        return check_finite(total / len(batches), "held-back loss")
+
+    def write(self, write: Write) -> None:
+        """Store the values in the model, which is pruned from then on."""
+        for name, value in self.values.items():
+            owner, _, leaf = name.rpartition(".")
+            write(self.model.get_submodule(owner), leaf, value)
+
+
+class Optimizer:
+    """
+    AdamW whose steps are relative to the size of what they change.
+
+    A step moves a weight by about ``rate`` times the root mean square of its parameter's
+    kept weights, so that one rate serves models of every scale. The rate rises over the
+    first tenth of the steps, because AdamW knows no gradient yet, and then falls to 0,
+    both linearly.
+    """
+
+    def __init__(self, masters: Mapping[str, Tensor], rate: float, steps: int) -> None:
+        groups = [
+            {"params": [master], "lr": rate * _size(master)}
+            for master in masters.values()
+        ]
+        self._adamw = torch.optim.AdamW(groups, weight_decay=0.0)
+        rise = steps // 10
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._adamw,
+            lambda step: min((step + 1) / (rise + 1), (steps - step) / (steps - rise)),
+        )
+
+    def step(self) -> None:
+        """One step along the gradients, which are cleared."""
+        self._adamw.step()
+        self._adamw.zero_grad()
+        self._schedule.step()
+
+
+def endless(count: int, seed: int) -> Iterator[int]:
+    """Every number below ``count`` once an epoch, in a new order each time."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(count, generator=generator).tolist()
+
+
+def check_finite(value: float, what: str) -> float:
+    """
+    The value.
+
+    :raises ValueError: if it is not finite
+    """
+    if not torch.isfinite(torch.tensor(value)):
+        raise ValueError(
+            f"the {what} of the recovery is {value}; load the model in bfloat16 or "
+            "float32, check the calibration data, or lower the rate of that stage"
+        )
+    return value
+
+
+def _size(master: Tensor) -> float:
+    """The root mean square of the values that are not 0; 0 if there are none."""
+    values = master.detach()
+    count = int((values != 0).sum())
+    return float(values.norm()) / float(max(count, 1) ** 0.5)
+
+
+def _forward(
+    weight: Float[Tensor, "_out _in"],
+    bias: Float[Tensor, " _out"] | None,
+    dropped: Bool[Tensor, "_out _in"],
+    x: Tensor,
+) -> Tensor:
+    kept = weight.masked_fill(dropped, 0).to(x.dtype)
+    return F.linear(x, kept, None if bias is None else bias.to(x.dtype))
