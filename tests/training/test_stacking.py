@@ -73,9 +73,9 @@ def test_masks_of_an_order_are_those_of_the_folded_model(
             columns = expand_heads(perm, 8, 2) if space.family == "value" else perm
             # The mask stands in the old places: move its columns, then its rows.
             moved = mask[:, columns]
-            rows = next(
-                p.axes[0] for p in resolved.parameters if f"{linear}.weight" in p.names
+            [(rows, _)] = next(
+                p.matrices for p in resolved.parameters if f"{linear}.weight" in p.names
             )
-            if rows.space is not None:
-                moved = moved[perms[rows.space]]
+            if rows[0].space is not None:
+                moved = moved[perms[rows[0].space]]
             assert torch.equal(moved, folded), linear
