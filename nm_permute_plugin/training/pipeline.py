@@ -220,7 +220,7 @@ def _scores(
 def _find_orders(
     model: nn.Module,
     resolved: ResolvedSpec,
-    scores: Mapping[str, Float[Tensor, "out in"]],
+    scores: dict[str, Float[Tensor, "_out _in"]],
     text: Text,
     settings: OrderSettings,
     clock: _Clock,
@@ -231,6 +231,8 @@ def _find_orders(
         for name, space in resolved.spaces.items()
         if space.readers and space.family in settings.families
     }
+    for stack in stacks.values():
+        scores |= stack.split(stack.score)  # the same numbers, stored once
     if settings.method == "identity":
         return Learned({})
     ordered = {reader.name for s in stacks.values() for reader in s.space.readers}

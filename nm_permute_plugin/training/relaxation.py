@@ -63,44 +63,14 @@ class RowSample:
         stride = 1 if limit is None else -(-rows // limit)
         return cls(step % stride, stride)
 
+    def after(self, rows: int) -> "RowSample":
+        """
+        The same sample, where the first so many rows are left out.
 
-class InsertionMask(torch.autograd.Function):
-    """
-    The N:M mask under a hard grouping; its gradient knows what every move would do.
-
-    Forward: keep the top N of every group. Backward: ``insertion_costs``, as the gradient
-    of the assignment's entry (channel, group), and ``rivalry``, summed over the rows that
-    share a multiplier, as that of the logarithm of the multiplier.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        score: Float[Tensor, "rows blocks size"],
-        log_multiplier: Float[Tensor, "sections blocks size"],
-        sections: tuple[int, ...],
-        groups: Assignment,
-        column: Int[Tensor, "blocks size"],
-        pattern: NMPattern,
-        sample: RowSample,
-        dtype: torch.dtype,
-    ) -> Float[Tensor, "rows blocks size"]:
-        scaled = multiplied(score, log_multiplier, sections)
-        ctx.save_for_backward(scaled, column)
-        ctx.sections, ctx.pattern, ctx.sample = sections, pattern, sample
-        return grouped_mask(scaled, column, pattern).to(dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        scaled, column = ctx.saved_tensors
-        (grad,) = grads
-        of_multiplier = None
-        if ctx.needs_input_grad[1]:
-            rival = rivalry(scaled, grad, column, ctx.pattern).split(ctx.sections)
-            of_multiplier = torch.stack([section.sum(0) for section in rival])
-        rows = slice(ctx.sample.offset, None, ctx.sample.stride)
-        costs = insertion_costs(scaled[rows], grad[rows], column, ctx.pattern)
-        return None, of_multiplier, None, costs, None, None, None, None
+        >>> RowSample(offset=1, stride=3).after(rows=2)
+        RowSample(offset=2, stride=3)
+        """
+        return RowSample((self.offset - rows) % self.stride, self.stride)
 
 
 def grouped_mask(
@@ -118,11 +88,12 @@ def grouped_mask(
 def multiplied(
     score: Float[Tensor, "rows blocks size"],
     log_multiplier: Float[Tensor, "sections blocks size"],
-    sections: tuple[int, ...],
 ) -> Float[Tensor, "rows blocks size"]:
-    """Scores times the multipliers of their section, a run of so many rows."""
-    parts = zip(score.split(list(sections)), log_multiplier.exp(), strict=True)
-    return torch.cat([part * factor for part, factor in parts])
+    """Scores times the multipliers of their section, a run of rows as long as others."""
+    count = len(log_multiplier)
+    sections = rearrange(score, "(section row) b s -> section row b s", section=count)
+    scaled = sections * log_multiplier.exp()[:, None]
+    return rearrange(scaled, "section row b s -> (section row) b s")
 
 
 class Reorder(torch.autograd.Function):
