@@ -3,16 +3,15 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any
 
 import torch
-from einops import rearrange
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.maths.permutation import Permutation, invert
 from nm_permute_plugin.specs.spec import Reader
+from nm_permute_plugin.training.grouping import Grouping
 from nm_permute_plugin.training.relaxation import (
     Assignment,
     RowSample,
@@ -21,32 +20,6 @@ from nm_permute_plugin.training.relaxation import (
     multiplied,
     rivalry,
 )
-
-
-@dataclass(frozen=True)
-class Grouping:
-    """
-    Which channels of a space form groups.
-
-    :param start: the channels of the space, block after block
-    :param column: the group of each channel in its block
-    """
-
-    start: Permutation
-    column: Int[Tensor, "blocks size"]
-    pattern: NMPattern
-
-    def blocks(
-        self, matrix: Shaped[Tensor, "rows channels"]
-    ) -> Shaped[Tensor, "rows blocks size"]:
-        """The channels of a matrix, block by block."""
-        count = len(self.column)
-        return rearrange(matrix[:, self.start], "r (b s) -> r b s", b=count)
-
-    @cached_property
-    def back(self) -> Permutation:
-        """Where each channel of the space stands in the blocks."""
-        return invert(self.start)
 
 
 @dataclass(frozen=True)
@@ -75,8 +48,13 @@ class InsertionMask:
     def kept(self) -> Bool[Tensor, "out in"]:
         """True where a weight is kept."""
         grouping = self.grouping
-        mask = grouped_mask(self._scaled(), grouping.column, grouping.pattern)
-        return self.reader.unview(rearrange(mask, "r b s -> r (b s)")[:, grouping.back])
+        if self._in_triton:
+            from nm_permute_plugin.training.triton_insertion import kept_in_triton
+
+            mask = kept_in_triton(self.score, self._factors, grouping)
+            return self.reader.unview(mask)
+        blocks = grouped_mask(self._scaled(), grouping.column, grouping.pattern)
+        return self.reader.unview(blocks.flatten(1)[:, grouping.back])
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``x (W * mask)^T + b``."""
@@ -96,8 +74,16 @@ class InsertionMask:
         :return: ``insertion_costs`` over the sample of rows, and ``rivalry``, summed over
             the rows that share a multiplier
         """
-        column, pattern = self.grouping.column, self.grouping.pattern
-        blocks = self.grouping.blocks(self.reader.view(grad))
+        grouping, pattern = self.grouping, self.grouping.pattern
+        grad = self.reader.view(grad)
+        if self._in_triton:
+            from nm_permute_plugin.training.triton_insertion import moves_in_triton
+
+            return moves_in_triton(
+                self.score, self._factors, grad, grouping, self.sample, multipliers
+            )
+        column = grouping.column
+        blocks = grouping.blocks(grad)
         scaled = self._scaled()
         of_multiplier = None
         if multipliers:
@@ -106,6 +92,14 @@ class InsertionMask:
         rows = slice(self.sample.offset, None, self.sample.stride)
         costs = insertion_costs(scaled[rows], blocks[rows], column, pattern)
         return costs, of_multiplier
+
+    @property
+    def _in_triton(self) -> bool:
+        return self.score.is_cuda and find_spec("triton") is not None
+
+    @cached_property
+    def _factors(self) -> Float[Tensor, "queries channels"]:
+        return self.log_multiplier.detach().exp().flatten(1)
 
     def _scaled(self) -> Float[Tensor, "rows blocks size"]:
         scores = self.grouping.blocks(self.score)

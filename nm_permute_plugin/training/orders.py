@@ -20,7 +20,8 @@ from nm_permute_plugin.maths.permutation import (
     invert,
 )
 from nm_permute_plugin.maths.sinkhorn import sinkhorn
-from nm_permute_plugin.training.insertion import Grouping, InsertionMask
+from nm_permute_plugin.training.grouping import Grouping
+from nm_permute_plugin.training.insertion import InsertionMask
 from nm_permute_plugin.training.masking import Mask
 from nm_permute_plugin.training.relaxation import Reorder, RowSample, permuted_mask
 from nm_permute_plugin.training.stacking import StackedScore

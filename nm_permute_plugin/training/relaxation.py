@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """N:M masks that depend differentiably on an assignment of channels."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,6 +16,10 @@ from nm_permute_plugin.maths.permutation import Permutation, invert
 
 Assignment = Float[Tensor, "blocks size columns"]
 """Share of each channel in each column: a place (``columns == size``) or a group."""
+
+
+SOFTNESS = 0.3
+"""How far ahead a rival still counts, in units of the log-score."""
 
 
 def permuted_mask(
@@ -117,7 +119,7 @@ def rivalry(
     grad: Float[Tensor, "rows blocks size"],
     column: Int[Tensor, "blocks size"],
     pattern: NMPattern,
-    softness: float = 0.3,
+    softness: float = SOFTNESS,
 ) -> Float[Tensor, "rows blocks size"]:
     """
     The change of the loss when a log-score grows, were the choice a little soft.
@@ -127,7 +129,7 @@ def rivalry(
     difference of the two log-scores; what is kept otherwise is the rival.
 
     :param grad: of the loss with respect to the mask
-    :param softness: how far ahead a rival still counts, in units of the log-score
+    :param softness: see ``SOFTNESS``
     """
     order = order_by(column).expand_as(score)
 
@@ -173,8 +175,9 @@ def insertion_costs(
     costs = torch.zeros(blocks, size, count, dtype=torch.float32, device=score.device)
     own = torch.zeros(blocks, size, dtype=torch.float32, device=score.device)
     order = order_by(column)
-    sum_moves, elements = _how_to_sum(score.device, count)
-    step = max(1, elements // (blocks * size))
+    # Small enough for a CPU's cache, large enough to fill a GPU.
+    elements = 1 << (20 if score.device.type == "cpu" else 26)
+    step = max(1, elements // (blocks * size * count))
     for start in range(0, rows, step):
         s, g = score[start : start + step], grad[start : start + step].float()
         index = order.expand_as(s)
@@ -189,19 +192,6 @@ def insertion_costs(
         kept = s > best_out.gather(-1, group)
         own += ((g - loser.gather(-1, group)) * kept).sum(0)
     return costs.scatter_(-1, column[..., None], own[..., None])
-
-
-SumMoves = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-def _how_to_sum(device: torch.device, groups: int) -> tuple[SumMoves, int]:
-    """Who sums the moves, and how many scores at a time."""
-    if device.type == "cuda" and find_spec("triton") is not None:
-        from nm_permute_plugin.training.triton_moves import sum_moves_in_triton
-
-        return sum_moves_in_triton, 1 << 26
-    # Small enough for a CPU's cache, large enough to fill a GPU.
-    return sum_moves, (1 << (20 if device.type == "cpu" else 26)) // groups
 
 
 def sum_moves(

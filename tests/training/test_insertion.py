@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.specs.spec import Reader
-from nm_permute_plugin.training.insertion import Grouping, InsertionMask
+from nm_permute_plugin.training.grouping import Grouping
+from nm_permute_plugin.training.insertion import InsertionMask
 from nm_permute_plugin.training.relaxation import (
     RowSample,
     grouped_mask,
