@@ -130,7 +130,7 @@ class _InsertionLinear(torch.autograd.Function):
         grad_x = costs = of_multiplier = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ (weight * ctx.mask.kept)
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
             of_weight = grad.flatten(0, -2).T @ x.flatten(0, -2)
             of_mask = of_weight.mul_(weight)
             costs, of_multiplier = ctx.mask.moves(of_mask, ctx.needs_input_grad[4])

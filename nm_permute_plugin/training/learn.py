@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learn the order end to end: frozen weights, one matrix of logits per block."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -105,6 +105,59 @@ def learn_orders(
         )
     dtype = next(model.parameters()).dtype
     orders = LearnableOrders(stacks, start, pattern, settings.shape, dtype)
+    batches = _shuffled(train, settings.seed)
+
+    def masks(tau: float, step: int) -> dict[str, Mask]:
+        return {**other_masks, **orders.masks(tau, step)}
+
+    def look(now: Learned) -> float:
+        hard = hard_masks(stacks, now.perms, other_masks, pattern, now.multipliers)
+        return mean_loss(model, hard, held_back, settings.loss)
+
+    with frozen(model), torch.enable_grad():
+        layers = layers_to_checkpoint(
+            model,
+            [*other_masks, *(r.name for s in stacks.values() for r in s.space.readers)],
+            partial(masks, 1.0, 0),
+            train[0],
+            settings.loss,
+            settings.micro_batch_size,
+            settings.gradient_checkpointing,
+        )
+
+        def step(tau: float, number: int) -> float:
+            return backward_step(
+                model,
+                partial(masks, tau, number),
+                next(batches),
+                settings.loss,
+                settings.micro_batch_size,
+                layers,
+            )
+
+        learned = descend(orders, step, look, settings)
+    looks = [look["held_back"] for look in learned.history]
+    logger.info(
+        f"learned {len(stacks)} orders in {settings.steps} steps: held-back loss "
+        f"{looks[0]:.4f} -> {min(looks):.4f}"
+    )
+    return learned
+
+
+def descend(
+    orders: LearnableOrders,
+    step: Callable[[float, int], float],
+    look: Callable[[Learned], float],
+    settings: LearnSettings,
+    what: str = "Learning the order",
+) -> Learned:
+    """
+    Optimise orders, and keep the best by the looks; the first is at the start.
+
+    :param step: leaves the gradients of a step, given its temperature and its number;
+        returns the loss
+    :param look: the loss on the held-back text
+    """
     optimizer = torch.optim.AdamW(
         [
             {"params": orders.parameters(), "weight_decay": settings.weight_decay},
@@ -116,57 +169,27 @@ def learn_orders(
     schedule = torch.optim.lr_scheduler.LinearLR(
         optimizer, 1.0, 1 / settings.steps, total_iters=settings.steps
     )
-
-    def look() -> tuple[float, Learned]:
-        now = Learned(orders.perms(), orders.multipliers())
-        masks = hard_masks(stacks, now.perms, other_masks, pattern, now.multipliers)
-        return mean_loss(model, masks, held_back, settings.loss), now
-
-    def masks(tau: float, step: int) -> dict[str, Mask]:
-        return {**other_masks, **orders.masks(tau, step)}
-
-    best, learned = look()
+    learned = Learned(orders.perms(), orders.multipliers())
+    best = look(learned)
     history: list[dict[str, int | float]] = [{"step": 0, "held_back": best}]
-    batches = _shuffled(train, settings.seed)
-    bar = tqdm(range(1, settings.steps + 1), desc="Learning the order")
-    with frozen(model), torch.enable_grad():
-        layers = layers_to_checkpoint(
-            model,
-            [*other_masks, *(r.name for s in stacks.values() for r in s.space.readers)],
-            partial(masks, 1.0, 0),
-            train[0],
-            settings.loss,
-            settings.micro_batch_size,
-            settings.gradient_checkpointing,
+    bar = tqdm(range(1, settings.steps + 1), desc=what)
+    for number in bar:
+        tau = annealed(number - 1, settings.steps, *settings.temperature)
+        orders.assign()
+        value = step(tau, number)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        bar.set_postfix(loss=f"{value:.4f}", best=f"{best:.4f}", tau=f"{tau:.3f}")
+        if number % settings.evaluate_every and number != settings.steps:
+            continue
+        now = Learned(orders.perms(), orders.multipliers())
+        held = look(now)
+        history.append(
+            {"step": number, "held_back": held, "loss": value, "temperature": tau}
         )
-        for step in bar:
-            tau = annealed(step - 1, settings.steps, *settings.temperature)
-            orders.assign()
-            value = backward_step(
-                model,
-                partial(masks, tau, step),
-                next(batches),
-                settings.loss,
-                settings.micro_batch_size,
-                layers,
-            )
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            bar.set_postfix(loss=f"{value:.4f}", best=f"{best:.4f}", tau=f"{tau:.3f}")
-            if step % settings.evaluate_every and step != settings.steps:
-                continue
-            held, now = look()
-            history.append(
-                {"step": step, "held_back": held, "loss": value, "temperature": tau}
-            )
-            if held < best:
-                best, learned = held, now
-    first = history[0]["held_back"]
-    logger.info(
-        f"learned {len(stacks)} orders in {settings.steps} steps: held-back loss "
-        f"{first:.4f} -> {best:.4f}"
-    )
+        if held < best:
+            best, learned = held, now
     learned.history = history
     return learned
 

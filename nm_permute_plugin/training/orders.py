@@ -2,8 +2,8 @@
 """The orders of all spaces as parameters: logits that say which channels go together."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
@@ -78,6 +78,7 @@ class LearnableOrders:
     :param stacks: the scores of all readers, by space
     :param start: the orders to begin with, by space
     :param dtype: of masks that are tensors: that of the weights
+    :param fixed: spaces that keep the order they begin with; multipliers are learned
     """
 
     def __init__(
@@ -87,16 +88,21 @@ class LearnableOrders:
         pattern: NMPattern,
         shape: OrderShape,
         dtype: torch.dtype,
+        fixed: Collection[str] = (),
     ) -> None:
-        alike: dict[tuple[tuple[int, ...], int], list[StackedScore]] = defaultdict(list)
-        for stack in stacks.values():
+        alike: dict[tuple[object, int, bool], list[StackedScore]] = defaultdict(list)
+        for name, stack in stacks.items():
             size = shape.size_in(stack.space.wall, pattern.m)
-            alike[stack.sections, size].append(stack)
-        kind = _Insertions if shape.relaxation == "insertion" else _Places
-        self.bundles: list[_Bundle] = [
-            kind(same, start, size, pattern, shape, dtype)
-            for (_, size), same in alike.items()
-        ]
+            alike[stack.sections, size, name in fixed].append(stack)
+        self.bundles: list[_Bundle] = []
+        for (_, size, is_fixed), same in alike.items():
+            own = shape
+            if is_fixed:
+                own = replace(shape, relaxation="insertion", start_logit=1.0)
+            kind = _Insertions if own.relaxation == "insertion" else _Places
+            bundle = kind(same, start, size, pattern, own, dtype)
+            bundle.logits.requires_grad_(not is_fixed)
+            self.bundles.append(bundle)
 
     def parameters(self) -> list[nn.Parameter]:
         """The logits, [blocks, size, columns], one tensor for all spaces of a shape."""
