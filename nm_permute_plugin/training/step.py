@@ -84,7 +84,8 @@ def activation_bytes(
 ) -> int:
     """What a step keeps between forward and backward, estimated from one row."""
     rows = len(token_mask(batch))
-    row = on_device({name: tensor[:1] for name, tensor in batch.items()}, model)
+    one = {name: tensor[:1] for name, tensor in batch.items()} if rows > 1 else batch
+    row = on_device(one, model)
     with torch.no_grad():
         dense = run(model, row, weights)
     with torch.enable_grad(), masked(model, masks()):
