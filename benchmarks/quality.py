@@ -47,6 +47,7 @@ ORDERS: dict[str, tuple[ScoreName, Method]] = {
     "ria": ("ria", "identity"),
     "search": ("wanda", "search"),
     "learned": ("wanda", "learned"),
+    "layer_wise": ("wanda", "learned"),
 }
 RECOVERIES: dict[str, tuple[Stage, ...]] = {
     "rescale": ("rescale",),
@@ -133,7 +134,12 @@ def _run(
         ),
     )
     settings = OrderSettings(
-        pattern, score=score, method=how, learn=learn, recover=recover
+        pattern,
+        score=score,
+        method=how,
+        learn=learn,
+        objective="layer_wise" if order == "layer_wise" else "end_to_end",
+        recover=recover,
     )
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -161,7 +167,7 @@ def _run(
 
 
 def _is_random(method: str) -> bool:
-    return "+" in method or method in ("search", "learned")
+    return "+" in method or method in ("search", "learned", "layer_wise")
 
 
 def _perplexity(

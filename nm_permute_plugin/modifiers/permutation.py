@@ -45,6 +45,7 @@ from nm_permute_plugin.training.objective import LossWeights
 from nm_permute_plugin.training.orders import OrderShape, Relaxation
 from nm_permute_plugin.training.pipeline import (
     Method,
+    Objective,
     OrderSettings,
     Record,
     permute_and_prune,
@@ -104,8 +105,15 @@ class LearnablePermutationModifier(Modifier):
         (any pattern, likewise) or auto: sparse-24-bitmask for 2:4, dense for other
         patterns and for what no sparse format holds (4-bit quantization)
     :param spec: a permutation spec for an architecture that is not known
-    :param steps: optimiser steps
+    :param objective: end_to_end (the loss of the whole model) or layer_wise (the output
+        error of decoder layers, one after the other: for models whose gradients do not
+        fit; the order of the residual stream stays the search's)
+    :param steps: optimiser steps; layer_wise: of each layer
     :param batch_size: rows of calibration text a step
+    :param micro_batch_size: rows that go through the model at a time; a whole batch by
+        default
+    :param gradient_checkpointing: keep only what enters a layer, and run it again in
+        backward; by default where a GPU's memory asks for it
     :param learning_rate: of AdamW, on the logits; falls linearly to 0
     :param temperature_start: of the matching, at the first step
     :param temperature_end: of the matching, at the last step
@@ -151,8 +159,11 @@ class LearnablePermutationModifier(Modifier):
     prune: bool = True
     format: AskedFormat = "auto"
     spec: dict[str, str] | None = None
+    objective: Objective = "end_to_end"
     steps: int = Field(default=200, ge=1)
     batch_size: int = Field(default=8, ge=1)
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    gradient_checkpointing: bool | None = None
     learning_rate: float = Field(default=0.01, gt=0)
     temperature_start: float = Field(default=1.0, gt=0)
     temperature_end: float = Field(default=0.1, gt=0)
@@ -227,8 +238,23 @@ class LearnablePermutationModifier(Modifier):
                 f"score_multipliers: true needs relaxation: insertion, not "
                 f"{self.relaxation}"
             )
+        self._passes_make_sense()
         self._recovery_makes_sense()
         return self
+
+    def _passes_make_sense(self) -> None:
+        if self.micro_batch_size and self.micro_batch_size > self.batch_size:
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} is above batch_size="
+                f"{self.batch_size}: a batch cannot be cut into parts larger than itself"
+            )
+        if self.objective == "layer_wise" and (
+            self.micro_batch_size or self.gradient_checkpointing
+        ):
+            raise ValueError(
+                "micro_batch_size and gradient_checkpointing are for objective: "
+                "end_to_end; layer_wise has one layer at a time in memory"
+            )
 
     def _recovery_makes_sense(self) -> None:
         if self.recover == "none":
@@ -376,6 +402,8 @@ class LearnablePermutationModifier(Modifier):
             evaluate_every=self.evaluate_every,
             weight_decay=self.weight_decay,
             seed=self.seed,
+            micro_batch_size=self.micro_batch_size,
+            gradient_checkpointing=self.gradient_checkpointing,
         )
         return OrderSettings(
             pattern=NMPattern.parse(self.mask_structure),
@@ -384,6 +412,7 @@ class LearnablePermutationModifier(Modifier):
             families=tuple(self.spaces),
             search_rounds=self.search_rounds,
             learn=learn,
+            objective=self.objective,
             prune=self.prune,
             recover=RecoverSettings(
                 stages=() if self.recover == "none" else tuple(self.recover),

@@ -7,9 +7,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+Mask = Tensor | Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""1 or True where a weight is kept, [out, in]; or a function of the input, the weight and
+the bias that gives the masked linear's output."""
 
 
 class MaskedLinear(torch.autograd.Function):
@@ -41,14 +44,12 @@ class MaskedLinear(torch.autograd.Function):
 
 
 @contextmanager
-def masked(
-    model: nn.Module, masks: Mapping[str, Shaped[Tensor, "out in"]]
-) -> Iterator[None]:
+def masked(model: nn.Module, masks: Mapping[str, Mask]) -> Iterator[None]:
     """
     Let the named linears multiply by their masks while the context lasts.
 
-    :param masks: by module name, 1 or True where a weight is kept, between 0 and 1 while
-        soft; a mask that needs gradients has the weight's dtype
+    :param masks: by module name; as a tensor between 0 and 1 while soft; one that needs
+        gradients has the weight's dtype
     """
     linears = {name: linear(model, name) for name in masks}
     with forwards(
@@ -86,6 +87,8 @@ def linear(model: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-def _forward(module: nn.Linear, mask: Tensor, x: Tensor) -> Tensor:
+def _forward(module: nn.Linear, mask: Mask, x: Tensor) -> Tensor:
+    if not isinstance(mask, Tensor):
+        return mask(x, module.weight, module.bias)
     out: Tensor = MaskedLinear.apply(x, module.weight, module.bias, mask)
     return out

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nm_permute_plugin.training.divergence import cross_entropy, divergence
 from nm_permute_plugin.training.statistics import Batch, token_mask
 
 
@@ -56,9 +57,13 @@ def loss(
     mask = token_mask(batch)
     total = torch.zeros((), device=pruned.logits.device)
     if weights.divergence:
-        total = total + weights.divergence * _divergence(pruned, dense, mask)
+        total = total + weights.divergence * divergence(
+            pruned.logits, dense.logits, mask
+        )
     if weights.cross_entropy:
-        total = total + weights.cross_entropy * _cross_entropy(pruned, batch, mask)
+        total = total + weights.cross_entropy * cross_entropy(
+            pruned.logits, batch["input_ids"], mask
+        )
     if weights.hidden:
         for ours, theirs in zip(pruned.hidden, dense.hidden, strict=True):
             total = total + weights.hidden * F.smooth_l1_loss(ours[mask], theirs[mask])
@@ -67,20 +72,3 @@ def loss(
         similarity = F.cosine_similarity(ours.float(), theirs.float(), dim=-1)
         total = total + weights.cosine * (1 - similarity.mean())
     return total
-
-
-def _divergence(
-    pruned: Outputs, dense: Outputs, mask: Bool[Tensor, "rows tokens"]
-) -> Float[Tensor, ""]:
-    ours = F.log_softmax(pruned.logits[mask].float(), dim=-1)
-    theirs = F.log_softmax(dense.logits[mask].float(), dim=-1)
-    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
-
-
-def _cross_entropy(
-    pruned: Outputs, batch: Mapping[str, Tensor], mask: Bool[Tensor, "rows tokens"]
-) -> Float[Tensor, ""]:
-    counts = mask[:, 1:] & mask[:, :-1]
-    return F.cross_entropy(
-        pruned.logits[:, :-1][counts].float(), batch["input_ids"][:, 1:][counts]
-    )

@@ -19,6 +19,7 @@ from nm_permute_plugin.specs.exactness import random_perms
 from nm_permute_plugin.specs.fold import Write, fold, invert_all, write_in_place
 from nm_permute_plugin.specs.spec import ResolvedSpec
 from nm_permute_plugin.training.kept import KeptWeights
+from nm_permute_plugin.training.layer_wise import learn_layer_wise
 from nm_permute_plugin.training.layers import decoder_layers
 from nm_permute_plugin.training.learn import (
     Learned,
@@ -35,6 +36,7 @@ from nm_permute_plugin.training.statistics import Batch, input_norms, on_device
 from nm_permute_plugin.training.text import Text
 
 Method = Literal["learned", "search", "identity"]
+Objective = Literal["end_to_end", "layer_wise"]
 
 FOLD_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest relative change of the logits that rounding explains, by dtype; 0.05 below."""
@@ -49,6 +51,8 @@ class OrderSettings:
         starts from the search
     :param families: the kinds of spaces that are reordered
     :param search_rounds: rounds of assignment a space
+    :param objective: what is learned from: the whole model's loss, or the output errors of
+        decoder layers, one after the other
     :param prune: False folds the order and leaves the weights dense
     :param recover: how the weights that the masks keep are changed; by default not at all
     """
@@ -59,6 +63,7 @@ class OrderSettings:
     families: tuple[str, ...] = ("residual", "hidden", "value")
     search_rounds: int = 12
     learn: LearnSettings = field(default_factory=LearnSettings)
+    objective: Objective = "end_to_end"
     prune: bool = True
     recover: RecoverSettings = field(default_factory=RecoverSettings)
 
@@ -105,7 +110,8 @@ def permute_and_prune(
     :raises RuntimeError: if the fold changes the function of the model
     """
     refuse_sparse(model, prunable, settings.pattern)
-    if "blocks" in settings.recover.stages:
+    layer_wise = settings.method == "learned" and settings.objective == "layer_wise"
+    if layer_wise or "blocks" in settings.recover.stages:
         decoder_layers(model, prunable)  # refuse before the order is learned, not after
     clock = _Clock()
     norms = (
@@ -220,7 +226,7 @@ def _scores(
 def _find_orders(
     model: nn.Module,
     resolved: ResolvedSpec,
-    scores: Mapping[str, Float[Tensor, "out in"]],
+    scores: dict[str, Float[Tensor, "_out _in"]],
     text: Text,
     settings: OrderSettings,
     clock: _Clock,
@@ -231,6 +237,8 @@ def _find_orders(
         for name, space in resolved.spaces.items()
         if space.readers and space.family in settings.families
     }
+    for stack in stacks.values():
+        scores |= stack.split(stack.score)  # the same numbers, stored once
     if settings.method == "identity":
         return Learned({})
     ordered = {reader.name for s in stacks.values() for reader in s.space.readers}
@@ -250,7 +258,10 @@ def _find_orders(
     clock.lap("search")
     if settings.method == "search":
         return Learned(searched.perms, history=searched.history)
-    learned = learn_orders(
+    learn = learn_orders
+    if settings.objective == "layer_wise":
+        learn = learn_layer_wise
+    learned = learn(
         model,
         stacks,
         searched.perms,
