@@ -42,8 +42,9 @@ class Finish:
             naming module, row and channels
         """
         pattern, pruned = self.card.pattern, self.card.pruned
-        check_pattern(folder, pruned, pattern)
-        format, reason = choose_format(folder, self.asked, pattern, pruned)
+        transposed = self.card.transposed
+        check_pattern(folder, pruned, pattern, transposed)
+        format, reason = choose_format(folder, self.asked, pattern, pruned, transposed)
         logger.info(f"stored {format}: {reason}")
         if format != "dense":
             # pruning modifiers of the host leave -0.0 behind

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a conversion will store sparse and what not, before it writes anything."""
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,7 @@ TWO_FOUR = NMPattern(2, 4)
 
 EIGHT_BIT = ("float-quantized", "int-quantized", "naive-quantized")
 _EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings", "embed_positions")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _WORDS_OF_FLAGS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -105,6 +107,11 @@ def make_plan(
 def is_embedding(module: str) -> bool:
     """Whether a module is a table of embeddings, by its name."""
     return module.rpartition(".")[2] in _EMBEDDINGS
+
+
+def experts_of(names: Iterable[str]) -> list[str]:
+    """Those that are linears of experts, by their names; transformers packs them."""
+    return [name for name in names if _EXPERT.search(name)]
 
 
 def sparsity_config(plan: Plan, zeros: float) -> SparsityConfig | None:

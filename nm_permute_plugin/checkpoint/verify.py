@@ -111,9 +111,11 @@ def verify(
             recorded = read_promise(path)
         except ValueError as error:
             return Report((), (Fault("nm_permute/report.json", "", str(error)),))
-    said = recorded[1] if recorded else sparsity and sparsity.pattern
+    said = recorded.pattern if recorded else sparsity and sparsity.pattern
     pattern = pattern or said or NMPattern(2, 4)
-    promised = _promised(checkpoint, sparsity, recorded[0] if recorded else modules)
+    promised = _promised(
+        checkpoint, sparsity, recorded.modules if recorded else modules
+    )
     packed = packed_modules(checkpoint)
     faults = [
         Fault("config.json", name, "is said to be sparse, and has no weight")
@@ -140,6 +142,8 @@ def verify(
         stored = checkpoint.formats[module]
         if recorded and weight.dtype in WORDS:
             weight = clear_negative_zeros(weight)  # harmless where zeros are stored
+        if recorded and module in recorded.transposed:
+            weight = weight.t().contiguous()
         row = _row(stored, module, weight, pattern, module in promised)
         rows.append(row)
         faults += [

@@ -11,6 +11,8 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nm_permute_plugin.specs.orientation import bias_of, is_linear, weight_of
+
 
 class MaskedLinear(torch.autograd.Function):
     """
@@ -74,18 +76,18 @@ def forwards(replaced: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]
                 module.__dict__["forward"] = before
 
 
-def linear(model: nn.Module, name: str) -> nn.Linear:
+def linear(model: nn.Module, name: str) -> nn.Module:
     """
-    The linear of that name.
+    The Linear or Conv1D of that name.
 
     :raises ValueError: if the module is something else
     """
     module = model.get_submodule(name)
-    if not isinstance(module, nn.Linear):
+    if not is_linear(module):
         raise ValueError(f"{name} is a {type(module).__name__}, not a Linear")
     return module
 
 
-def _forward(module: nn.Linear, mask: Tensor, x: Tensor) -> Tensor:
-    out: Tensor = MaskedLinear.apply(x, module.weight, module.bias, mask)
+def _forward(module: nn.Module, mask: Tensor, x: Tensor) -> Tensor:
+    out: Tensor = MaskedLinear.apply(x, weight_of(module), bias_of(module), mask)
     return out

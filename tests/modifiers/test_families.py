@@ -11,11 +11,13 @@ import transformers
 from llmcompressor.modeling.moe.linearize import linearize_moe
 from loguru import logger
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from nm_permute_plugin.checkpoint.verify import verify
 from nm_permute_plugin.modifiers import LearnablePermutationModifier as Modifier
 from nm_permute_plugin.modifiers.names import saved_names
+from nm_permute_plugin.specs.orientation import is_linear, weight_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "specs"))  # for the zoo
 from zoo import ZOO, tiny  # noqa: E402
@@ -73,6 +75,7 @@ def tiny_tokenizer() -> object:
         ("gemma3-mqa", ["lm_head"]),
         ("phi3-gqa", ["lm_head"]),
         ("opt-350m", ["lm_head"]),
+        ("gpt2-three-heads", ["lm_head"]),
         ("qwen2moe-one-dense-layer", ["lm_head", "re:.*shared_expert_gate"]),
         ("qwen3moe-gqa", ["lm_head"]),
         ("mixtral-gqa", ["lm_head"]),
@@ -91,8 +94,7 @@ def test_a_family_is_ordered_pruned_and_reloaded(
     dense = [
         name
         for name, module in pruned.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and float((module.weight == 0).float().mean()) < 0.5
+        if is_linear(module) and float((module.weight == 0).float().mean()) < 0.5
     ]
     left = ("lm_head", "visual", "shared_expert_gate")
     assert [name for name in dense if not any(part in name for part in left)] == []
@@ -100,6 +102,42 @@ def test_a_family_is_ordered_pruned_and_reloaded(
     tokens = torch.arange(3, 30)[None]
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, pruned(tokens).logits)
+
+
+def test_conv1d_is_pruned_along_its_inputs_and_stored_dense(
+    run: Run, tmp_path: Path
+) -> None:
+    recover = ["rescale", "blocks", "end_to_end"]
+    steps = {"recover_epochs": 1, "recover_steps": 2, "evaluate_every": 1}
+    modifier = Modifier(method="search", search_rounds=2, recover=recover, **steps)
+    pruned = run("gpt2-tied", modifier)
+    layer = pruned.transformer.h[1]
+    conv1d = [layer.attn.c_attn, layer.attn.c_proj, layer.mlp.c_fc, layer.mlp.c_proj]
+    for module in conv1d:
+        kept = (weight_of(module) != 0).unflatten(-1, (-1, 4)).sum(-1)
+        assert kept.eq(2).all()
+        assert module.weight.shape[0] == weight_of(module).shape[1]
+    report = verify(tmp_path / "out")
+    assert report.good
+    assert [row.module for row in report.rows if row.promised] == [
+        f"transformer.h.{i}.{name}"
+        for i in range(2)
+        for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "8 of them store their weight as [in, out] (Conv1D)" in card
+    assert "stored dense, zeros included: Conv1D stores [in, out]" in card
+
+
+def test_a_conv1d_that_lost_its_pattern_is_found(run: Run, tmp_path: Path) -> None:
+    run("gpt2-tied", Modifier(method="identity"))
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["transformer.h.1.mlp.c_fc.weight"][4:7, 5] = 1.0
+    save_file(tensors, file, {"format": "pt"})
+    (fault,) = verify(tmp_path / "out").faults
+    assert fault.tensor == "transformer.h.1.mlp.c_fc"
+    assert fault.message.startswith("is not 2:4: row 5, channels 4..7 hold")
 
 
 def test_experts_are_saved_under_the_names_of_their_checkpoints(
@@ -129,13 +167,10 @@ def test_experts_have_orders_of_their_own(run: Run) -> None:
 
 REFUSED = [
     pytest.param(
-        "gpt2-tied", {}, r"transformer\.h\.0\.attn\.c_attn is a Conv1D", id="Conv1D"
-    ),
-    pytest.param(
-        "qwen3moe-gqa",
+        "gpt2-tied",
         {"format": "sparse-24-bitmask"},
-        "sparse-24-bitmask cannot hold a mixture of experts",
-        id="sparse experts",
+        r"sparse-24-bitmask cannot hold transformer\.h\.0\.attn\.c_attn: it is a Conv1D",
+        id="sparse Conv1D",
     ),
 ]
 
