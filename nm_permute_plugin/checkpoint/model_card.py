@@ -12,6 +12,7 @@ from loguru import logger
 
 from nm_permute_plugin.checkpoint.config import Format, quantization_format
 from nm_permute_plugin.checkpoint.directory import open_checkpoint, read_json
+from nm_permute_plugin.checkpoint.plan import experts_of
 from nm_permute_plugin.checkpoint.record import Promise
 from nm_permute_plugin.maths.pattern import NMPattern
 
@@ -249,9 +250,15 @@ def _loading(checkpoint: Path, format: Format) -> str:
     text = (
         "- transformers 5: `pip install nm-permute-plugin[compress]`, then\n\n"
         + python.format(first="import nm_permute_plugin\n")
-        + "\n\n- vLLM: `pip install nm-permute-plugin[vllm]`, then `vllm serve FOLDER`"
+        + "\n\n- vLLM: "
     )
-    if format == "sparse-24-bitmask":
+    formats = open_checkpoint(checkpoint).formats
+    experts = any(formats[name] != "dense" for name in experts_of(formats))
+    if experts:
+        text += "not before `nm-permute convert`, as below: it serves no sparse experts"
+    else:
+        text += "`pip install nm-permute-plugin[vllm]`, then `vllm serve FOLDER`"
+    if not experts and format == "sparse-24-bitmask":
         text += (
             "\n- vLLM up to 0.18.1, on Hopper GPUs, without the plugin: "
             "`nm-permute convert FOLDER OUT --legacy` first"

@@ -58,7 +58,7 @@ def make_plan(
     Look at every matrix that may be stored sparse.
 
     :param modules: those that must be; None for all that follow the pattern, embeddings
-        aside
+        aside. Experts of a layer are stored sparse all together or not at all
     :raises ValueError: if one of ``modules`` is missing or does not follow the pattern,
         or the format does not store the pattern
     """
@@ -101,6 +101,11 @@ def make_plan(
                     f"{checkpoint.file(module)}: {module}.weight cannot be stored as "
                     f"{format}: {found}. Prune it first, or leave it out."
                 )
+    for module in _apart(names, nonzeros):
+        del nonzeros[module]
+        dense[module] = (
+            "not all experts of its layer can be sparse, and they are packed"
+        )
     return Plan(format, pattern, nonzeros, dense, clear)
 
 
@@ -112,6 +117,12 @@ def is_embedding(module: str) -> bool:
 def experts_of(names: Iterable[str]) -> list[str]:
     """Those that are linears of experts, by their names; transformers packs them."""
     return [name for name in names if _EXPERT.search(name)]
+
+
+def _apart(names: Collection[str], sparse: Collection[str]) -> list[str]:
+    """Sparse experts of layers with dense ones: nothing packs the two together."""
+    mixed = {_EXPERT.split(name)[0] for name in experts_of(names) if name not in sparse}
+    return [name for name in experts_of(sparse) if _EXPERT.split(name)[0] in mixed]
 
 
 def sparsity_config(plan: Plan, zeros: float) -> SparsityConfig | None:

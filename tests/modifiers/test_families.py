@@ -158,6 +158,25 @@ def test_experts_that_would_not_come_back_are_refused(tmp_path: Path) -> None:
         saved_names(model, ["model.layers.0.mlp.experts.0.up_proj"])
 
 
+@pytest.mark.parametrize("format", ["sparse-24-bitmask", "sparse-bitmask", "auto"])
+@pytest.mark.parametrize("case", ["qwen2moe-gqa", "qwen3moe-gqa", "mixtral-gqa"])
+def test_experts_are_stored_sparse_where_asked_for(
+    run: Run, tmp_path: Path, case: str, format: str
+) -> None:
+    ignore = ["lm_head"] + ["re:.*shared_expert_gate"] * case.startswith("qwen2")
+    pruned = run(case, Modifier(method="identity", ignore=ignore, format=format))
+    report = verify(tmp_path / "out")
+    assert report.good
+    stored = {row.format for row in report.rows if ".experts." in row.module}
+    assert stored == {"dense" if format == "auto" else format}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("it serves no sparse experts" in card) == (format != "auto")
+    again = type(pruned).from_pretrained(tmp_path / "out")
+    tokens = torch.arange(3, 30)[None]
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, pruned(tokens).logits)
+
+
 def test_experts_have_orders_of_their_own(run: Run) -> None:
     modifier = Modifier(method="search", search_rounds=2)
     run("qwen3moe-gqa", modifier)
