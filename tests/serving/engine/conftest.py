@@ -11,7 +11,13 @@ from shutil import copytree
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from nm_permute_plugin.checkpoint.config import SparsityConfig
 from nm_permute_plugin.checkpoint.writer import convert
@@ -29,6 +35,7 @@ _GROUP = {
 }
 SCHEMES: dict[str, dict[str, object]] = {
     "bf16": {},
+    "qwen2": {},
     "fp8": {"scheme": "FP8_DYNAMIC", "targets": ["Linear"]},
     "fp8-static": {"scheme": "FP8", "targets": ["Linear"]},
     "int8": {"scheme": "W8A8", "targets": ["Linear"]},
@@ -119,7 +126,35 @@ def cut_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pruned(cut_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pruned:
+def qwen2(cut_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2, whose q, k and v have biases, and the tokenizer of the other."""
+    tokenizer = AutoTokenizer.from_pretrained(cut_model)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Qwen2ForCausalLM(config)
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.data.uniform_(0.5, 1.5)
+            else:
+                parameter.data.normal_(std=parameter.shape[1] ** -0.5)
+    out = tmp_path_factory.mktemp("qwen2") / "dense"
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def pruned(
+    cut_model: Path, qwen2: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Pruned:
     """A factory: the folder of ``("fp8", "dense")``, pruned by our recipe once."""
     folder = tmp_path_factory.mktemp("pruned")
 
@@ -132,8 +167,9 @@ def pruned(cut_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pruned:
             return out
         recipe = folder / f"{kind}.yaml"
         recipe.write_text(_recipe(SCHEMES[kind]))
-        rows = calibration_rows(cut_model, [embedded_text().train], 8, 128)
-        prune_checkpoint(cut_model, recipe, out, rows, "cpu")
+        source = qwen2 if kind == "qwen2" else cut_model
+        rows = calibration_rows(source, [embedded_text().train], 8, 128)
+        prune_checkpoint(source, recipe, out, rows, "cpu")
         return out
 
     return make
@@ -146,7 +182,7 @@ def said(
     """What each checkpoint's engine says, one engine after the other in one process."""
     folder = tmp_path_factory.mktemp("said")
     paths = {}
-    for kind in ("bf16", "fp8", "int8", "int8-static"):
+    for kind in ("bf16", "qwen2", "fp8", "int8", "int8-static"):
         paths[f"{kind}-dense"] = pruned(kind, "dense")
         paths[f"{kind}-sparse"] = pruned(kind, "sparse-24-bitmask")
     # as llm-compressor 0.10 left it: said to be 2:4, zeros stored
