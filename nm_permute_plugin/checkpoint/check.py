@@ -60,6 +60,17 @@ def check_pattern(
             )
 
 
+def to_store_sparse(asked: AskedFormat, pruned: Collection[str]) -> list[str]:
+    """
+    The pruned modules that a sparse format stores sparse; experts only if asked for.
+
+    >>> to_store_sparse("auto", ["mlp.experts.0.up_proj", "self_attn.q_proj"])
+    ['self_attn.q_proj']
+    """
+    experts = set(experts_of(pruned)) if asked == "auto" else ()
+    return [name for name in pruned if name not in experts]
+
+
 def stored_levels(checkpoint: Checkpoint, module: str, packed: bool) -> Tensor:
     """A module's weight as it is stored, in a dtype in which only a zero is all 0."""
     if packed:
@@ -98,17 +109,14 @@ def choose_format(
     quantized = quantization_format(checkpoint.config)
     if experts_of(pruned) and quantized is not None:
         return "dense", "no reader packs experts that are quantized and sparse"
-    if experts_of(pruned) and asked == "auto":
-        return (
-            "dense",
-            "vLLM serves no sparse experts; transformers reads them, if asked",
-        )
     if quantized is not None and quantized not in EIGHT_BIT:
         return "dense", f"sparse formats cannot hold {quantized}; its zeros are kept"
     if any(name.endswith(".weight_zero_point") for name in checkpoint.where):
         return "dense", "quantized around a zero point, zeros are not stored as zeros"
     if asked != "auto":
         return asked, "asked for"
-    if pattern == TWO_FOUR:
-        return "sparse-24-bitmask", "the default for 2:4"
+    if pattern == TWO_FOUR and to_store_sparse(asked, pruned):
+        experts = "; experts are stored dense, as vLLM serves them"
+        said = "the default for 2:4" + experts * bool(experts_of(pruned))
+        return "sparse-24-bitmask", said
     return "dense", f"the default for {pattern}"

@@ -11,6 +11,7 @@ from nm_permute_plugin.checkpoint.check import (
     AskedFormat,
     check_pattern,
     choose_format,
+    to_store_sparse,
 )
 from nm_permute_plugin.checkpoint.model_card import Card, write_card
 from nm_permute_plugin.checkpoint.record import write_record
@@ -52,7 +53,7 @@ class Finish:
                 folder,
                 folder,
                 format,
-                modules=pruned,
+                modules=to_store_sparse(self.asked, pruned),
                 pattern=pattern,
                 clear_zeros=True,
             )

@@ -99,7 +99,7 @@ class LearnablePermutationModifier(Modifier):
     :param format: how the checkpoint is saved: dense (zeros stored, loads everywhere),
         sparse-24-bitmask (2:4 only, smaller; needs this plugin to load), sparse-bitmask
         (any pattern, likewise) or auto: sparse-24-bitmask for 2:4, dense for other
-        patterns, for experts, and for what no sparse format holds (4-bit, Conv1D)
+        patterns, experts, and what no sparse format holds (4-bit quantization, Conv1D)
     :param spec: a permutation spec for an architecture that is not known
     :param steps: optimiser steps
     :param batch_size: rows of calibration text a step

@@ -129,14 +129,24 @@ def test_conv1d_is_pruned_along_its_inputs_and_stored_dense(
     assert "stored dense, zeros included: Conv1D stores [in, out]" in card
 
 
-def test_a_conv1d_that_lost_its_pattern_is_found(run: Run, tmp_path: Path) -> None:
-    run("gpt2-tied", Modifier(method="identity"))
+@pytest.mark.parametrize(
+    ("case", "module", "place"),
+    [
+        ("gpt2-tied", "transformer.h.1.mlp.c_fc", (slice(4, 7), 5)),
+        ("qwen3moe-gqa", "model.layers.1.mlp.experts.2.up_proj", (5, slice(4, 7))),
+    ],
+    ids=["Conv1D", "expert"],
+)
+def test_a_pattern_that_is_stored_dense_and_lost_is_found(
+    run: Run, tmp_path: Path, case: str, module: str, place: tuple
+) -> None:
+    run(case, Modifier(method="identity"))
     file = tmp_path / "out" / "model.safetensors"
     tensors = load_file(file)
-    tensors["transformer.h.1.mlp.c_fc.weight"][4:7, 5] = 1.0
+    tensors[f"{module}.weight"][place] = 1.0
     save_file(tensors, file, {"format": "pt"})
     (fault,) = verify(tmp_path / "out").faults
-    assert fault.tensor == "transformer.h.1.mlp.c_fc"
+    assert fault.tensor == module
     assert fault.message.startswith("is not 2:4: row 5, channels 4..7 hold")
 
 
@@ -167,8 +177,13 @@ def test_experts_are_stored_sparse_where_asked_for(
     pruned = run(case, Modifier(method="identity", ignore=ignore, format=format))
     report = verify(tmp_path / "out")
     assert report.good
-    stored = {row.format for row in report.rows if ".experts." in row.module}
-    assert stored == {"dense" if format == "auto" else format}
+    promised = [row for row in report.rows if row.promised]
+    experts = [row for row in promised if ".experts." in row.module]
+    assert len(experts) == 2 * 4 * 3
+    expected = "dense" if format == "auto" else format
+    assert {row.format for row in experts} == {expected}
+    others = {row.format for row in promised if row not in experts}
+    assert others == {"sparse-24-bitmask" if format == "auto" else format}
     card = (tmp_path / "out" / "README.md").read_text()
     assert ("it serves no sparse experts" in card) == (format != "auto")
     again = type(pruned).from_pretrained(tmp_path / "out")
