@@ -38,6 +38,7 @@ def run(tmp_path: Path) -> Run:
 
         name, config, options = CASES[case]
         model = tiny(name, config, options, torch.float32)
+        make_channels_matter(model)
         folder = tmp_path / "dense"
         model.save_pretrained(folder)
         words = transformers.PreTrainedTokenizerFast(
@@ -60,6 +61,14 @@ def run(tmp_path: Path) -> Run:
     return of
 
 
+def make_channels_matter(model: PreTrainedModel) -> None:
+    """Strong channels beside strong ones: another order then loses far less."""
+    with torch.no_grad():
+        for module in filter(is_linear, model.modules()):
+            weight = weight_of(module)
+            weight.mul_(torch.linspace(3, -3, weight.shape[1]).exp())
+
+
 def tiny_tokenizer() -> object:
     from tokenizers import Tokenizer, models
 
@@ -67,20 +76,38 @@ def tiny_tokenizer() -> object:
     return Tokenizer(models.WordLevel(words, unk_token="w00"))
 
 
+def assert_reloads(model: PreTrainedModel, folder: Path) -> None:
+    """What is read back from disk gives the same logits, bit for bit."""
+    again = type(model).from_pretrained(folder)
+    tokens = torch.arange(3, 30)[None]
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+
+HEAD = ["lm_head"]
+FAMILIES = [
+    ("llama-gqa", HEAD),
+    ("mistral-mqa", HEAD),
+    ("qwen2-gqa", HEAD),
+    ("qwen3-nine-heads", HEAD),
+    ("gemma2-mha-tied", HEAD),
+    ("gemma3-mqa", HEAD),
+    ("phi3-gqa", HEAD),
+    ("gpt2-tied", HEAD),
+    ("gpt2-three-heads", HEAD),
+    ("opt-tied", HEAD),
+    ("opt-350m", HEAD),
+    ("qwen2moe-one-dense-layer", [*HEAD, "re:.*shared_expert_gate"]),
+    ("qwen3moe-gqa", HEAD),
+    ("mixtral-gqa", HEAD),
+    ("qwen2-vl", VISUAL),
+    ("qwen2.5-vl", VISUAL),
+]
+
+
 @pytest.mark.parametrize("method", ["search", "learned"])
 @pytest.mark.parametrize(
-    ("case", "ignore"),
-    [
-        ("gemma2-mha-tied", ["lm_head"]),
-        ("gemma3-mqa", ["lm_head"]),
-        ("phi3-gqa", ["lm_head"]),
-        ("opt-350m", ["lm_head"]),
-        ("gpt2-three-heads", ["lm_head"]),
-        ("qwen2moe-one-dense-layer", ["lm_head", "re:.*shared_expert_gate"]),
-        ("qwen3moe-gqa", ["lm_head"]),
-        ("mixtral-gqa", ["lm_head"]),
-        ("qwen2.5-vl", VISUAL),
-    ],
+    ("case", "ignore"), [pytest.param(*values, id=values[0]) for values in FAMILIES]
 )
 def test_a_family_is_ordered_pruned_and_reloaded(
     run: Run, tmp_path: Path, case: str, ignore: list[str], method: str
@@ -88,9 +115,11 @@ def test_a_family_is_ordered_pruned_and_reloaded(
     options = {"steps": 2, "evaluate_every": 1, "block_size": 8, "search_rounds": 2}
     modifier = Modifier(method=method, ignore=ignore, **options)
     pruned = run(case, modifier)
-    families = {name.split(".")[0] for name in modifier.record.perms}
-    assert families == {"residual", "hidden", "value"}
-    assert modifier.record.fold_error < 1e-5
+    perms = modifier.record.perms
+    assert {name.split(".")[0] for name in perms} == {"residual", "hidden", "value"}
+    moved = [name for name, p in perms.items() if not torch.equal(p, p.sort().values)]
+    assert {"residual", "hidden"} <= {name.split(".")[0] for name in moved}
+    assert modifier.record.fold_error < 1e-4  # 4.3e-5 at most, in float32
     dense = [
         name
         for name, module in pruned.named_modules()
@@ -98,10 +127,8 @@ def test_a_family_is_ordered_pruned_and_reloaded(
     ]
     left = ("lm_head", "visual", "shared_expert_gate")
     assert [name for name in dense if not any(part in name for part in left)] == []
-    again = type(pruned).from_pretrained(tmp_path / "out")
-    tokens = torch.arange(3, 30)[None]
-    with torch.no_grad():
-        assert torch.equal(again(tokens).logits, pruned(tokens).logits)
+    assert verify(tmp_path / "out").good
+    assert_reloads(pruned, tmp_path / "out")
 
 
 def test_conv1d_is_pruned_along_its_inputs_and_stored_dense(
@@ -186,10 +213,23 @@ def test_experts_are_stored_sparse_where_asked_for(
     assert others == {"sparse-24-bitmask" if format == "auto" else format}
     card = (tmp_path / "out" / "README.md").read_text()
     assert ("it serves no sparse experts" in card) == (format != "auto")
-    again = type(pruned).from_pretrained(tmp_path / "out")
-    tokens = torch.arange(3, 30)[None]
-    with torch.no_grad():
-        assert torch.equal(again(tokens).logits, pruned(tokens).logits)
+    assert_reloads(pruned, tmp_path / "out")
+
+
+@pytest.mark.parametrize("format", ["auto", "sparse-bitmask"])
+def test_4of8_goes_the_whole_way(
+    run: Run, tmp_path: Path, assert_exactly, format: str
+) -> None:
+    steps = {"steps": 2, "evaluate_every": 1, "block_size": 8, "search_rounds": 2}
+    recover = {"recover": ["rescale"], "mask_structure": "4:8"}
+    modifier = Modifier(format=format, **steps, **recover)
+    pruned = run("llama-mha-tied", modifier)
+    assert_exactly(pruned, "4:8")
+    report = verify(tmp_path / "out")
+    assert report.good
+    stored = {row.format for row in report.rows if row.promised}
+    assert stored == {"dense" if format == "auto" else format}
+    assert_reloads(pruned, tmp_path / "out")
 
 
 def test_experts_have_orders_of_their_own(run: Run) -> None:
