@@ -316,7 +316,7 @@ def _tell_the_card(folder: Path, format: str) -> None:
 
     promise = read_promise(folder)
     if promise is not None and is_ours(folder):
-        write_storage(folder, *promise, cast("Format", format), "converted")
+        write_storage(folder, promise, cast("Format", format), "converted")
 
 
 def _read(files: list[Path]) -> str:

@@ -19,22 +19,19 @@ from pydantic import Field, PrivateAttr, model_validator
 from nm_permute_plugin.checkpoint.check import AskedFormat
 from nm_permute_plugin.checkpoint.finish import Finish
 from nm_permute_plugin.checkpoint.model_card import Card
+from nm_permute_plugin.checkpoint.plan import experts_of
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.scores import ScoreName
-from nm_permute_plugin.modifiers.names import (
-    experts_of,
-    name_experts_for_saving,
-    saved_names,
-)
+from nm_permute_plugin.modifiers.names import name_experts_for_saving, saved_names
 from nm_permute_plugin.modifiers.neighbours import is_pruned_later, refuse_shared_pass
 from nm_permute_plugin.modifiers.save import after_save
 from nm_permute_plugin.modifiers.targets import (
     DEFAULT_IGNORE,
     base_model_of,
-    dense_for_experts,
     match_linears,
     refuse_packed,
     refuse_tied,
+    transposed_of,
 )
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
 from nm_permute_plugin.specs.spec import ResolvedSpec, resolve
@@ -103,7 +100,7 @@ class LearnablePermutationModifier(Modifier):
     :param format: how the checkpoint is saved: dense (zeros stored, loads everywhere),
         sparse-24-bitmask (2:4 only, smaller; needs this plugin to load), sparse-bitmask
         (any pattern, likewise) or auto: sparse-24-bitmask for 2:4, dense for other
-        patterns and for what no sparse format holds (4-bit quantization)
+        patterns, experts, and what no sparse format holds (4-bit quantization, Conv1D)
     :param spec: a permutation spec for an architecture that is not known
     :param objective: end_to_end (the loss of the whole model) or layer_wise (the output
         error of decoder layers, one after the other: for models whose gradients do not
@@ -197,7 +194,7 @@ class LearnablePermutationModifier(Modifier):
     _record: Record | None = PrivateAttr(default=None)
     _promised: list[str] = PrivateAttr(default_factory=list)
     _base_model: str = PrivateAttr(default="")
-    _stored: AskedFormat = PrivateAttr(default="auto")
+    _transposed: list[str] = PrivateAttr(default_factory=list)
 
     @model_validator(mode="after")
     def _fields_make_sense_together(self) -> "LearnablePermutationModifier":
@@ -290,11 +287,11 @@ class LearnablePermutationModifier(Modifier):
                 head_dim_of(model.config),
             )
         self._base_model = base_model_of(model)
-        self._stored = self.format
         if experts_of(name for name, _ in model.named_modules()):
-            self._stored = dense_for_experts(self.format)
             name_experts_for_saving(model)
         names = saved_names(model, self._prunable)
+        transposed = transposed_of(model, self._prunable, self.format)
+        self._transposed = saved_names(model, transposed)
         if self.prune or is_pruned_later(self, self.mask_structure):
             self._promised = names
         refuse_packed(self._resolved)
@@ -358,18 +355,20 @@ class LearnablePermutationModifier(Modifier):
             retained=record.retained,
             history=record.history,
             versions=versions,
+            transposed=self._transposed,
         )
         report = {
             "modifier": self.model_dump(),
             "versions": versions,
             "pruned": self._promised,
+            "transposed": self._transposed,
             "fold_error": record.fold_error,
             "retained": record.retained,
             "seconds": record.seconds,
             "history": record.history,
             "recovered": [asdict(stage) for stage in record.recovered],
         }
-        return Finish(self._stored, card, record.perms, report)
+        return Finish(self.format, card, record.perms, report)
 
     @property
     def _multipliers(self) -> bool:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nm_permute_plugin.specs.orientation import bias_of, is_linear, weight_of
+
 Mask = Tensor | Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """1 or True where a weight is kept, [out, in]; or a function of the input, the weight and
 the bias that gives the masked linear's output."""
@@ -75,20 +77,21 @@ def forwards(replaced: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]
                 module.__dict__["forward"] = before
 
 
-def linear(model: nn.Module, name: str) -> nn.Linear:
+def linear(model: nn.Module, name: str) -> nn.Module:
     """
-    The linear of that name.
+    The Linear or Conv1D of that name.
 
     :raises ValueError: if the module is something else
     """
     module = model.get_submodule(name)
-    if not isinstance(module, nn.Linear):
+    if not is_linear(module):
         raise ValueError(f"{name} is a {type(module).__name__}, not a Linear")
     return module
 
 
-def _forward(module: nn.Linear, mask: Mask, x: Tensor) -> Tensor:
+def _forward(module: nn.Module, mask: Mask, x: Tensor) -> Tensor:
+    weight, bias = weight_of(module), bias_of(module)
     if not isinstance(mask, Tensor):
-        return mask(x, module.weight, module.bias)
-    out: Tensor = MaskedLinear.apply(x, module.weight, module.bias, mask)
+        return mask(x, weight, bias)
+    out: Tensor = MaskedLinear.apply(x, weight, bias, mask)
     return out

@@ -17,6 +17,7 @@ from nm_permute_plugin.maths.permutation import Permutation
 from nm_permute_plugin.maths.scores import ScoreName, score_weight
 from nm_permute_plugin.specs.exactness import random_perms
 from nm_permute_plugin.specs.fold import Write, fold, invert_all, write_in_place
+from nm_permute_plugin.specs.orientation import weight_of
 from nm_permute_plugin.specs.spec import ResolvedSpec
 from nm_permute_plugin.training.kept import KeptWeights
 from nm_permute_plugin.training.layer_wise import learn_layer_wise
@@ -173,7 +174,7 @@ def refuse_sparse(
     :raises ValueError: naming the first linear with as many zeros as the pattern asks for
     """
     for name in prunable:
-        weight = linear(model, name).weight.detach()
+        weight = weight_of(linear(model, name))
         zeros = float((weight == 0).float().mean())
         if zeros >= 1 - pattern.density:
             raise ValueError(
@@ -218,7 +219,7 @@ def _scores(
     norms: Mapping[str, Float[Tensor, " _in"]],
 ) -> dict[str, Float[Tensor, "_out _in"]]:
     return {
-        name: score_weight(score, linear(model, name).weight.detach(), norms.get(name))
+        name: score_weight(score, weight_of(linear(model, name)), norms.get(name))
         for name in prunable
     }
 
@@ -345,7 +346,7 @@ def _kept(
     """What the masks of the folded model keep."""
     masks = {}
     for name in prunable:
-        weight = linear(model, name).weight.detach()
+        weight = weight_of(linear(model, name))
         score = score_weight(settings.score, weight, norms.get(name))
         if name in multipliers:
             score = score * multipliers[name]
