@@ -14,6 +14,10 @@ from nm_permute_plugin.checkpoint.verify import verify
 from nm_permute_plugin.cli.app import app
 from nm_permute_plugin.cli.prune import spread
 
+CLASSES = {
+    "dinov2-labels": "Dinov2ForImageClassification",
+    "dinov2-bare": "Dinov2Model",
+}
 RECIPE = """
 prune_stage:
   permutation_modifiers:
@@ -84,6 +88,34 @@ def test_an_encoder_is_pruned_and_measured_by_its_neighbours(
     assert f"{out}: 9 images" in result.stdout
     result = run("evaluate", out, "--images", image_folder)
     assert re.search(r"17 nearest others\)$", result.stdout)
+
+
+@pytest.mark.parametrize(
+    ("case", "tag", "loads"),
+    [
+        ("dinov2-labels", "image-classification", "AutoModelForImageClassification"),
+        ("dinov2-bare", "image-feature-extraction", "AutoModel"),
+    ],
+)
+@pytest.mark.parametrize("format", ["dense", "sparse-24-bitmask"])
+def test_the_card_tells_how_to_load_and_measure_a_model_of_images(
+    image_checkpoint, image_folder, recipe, tmp_path, case, tag, loads, format
+) -> None:
+    dense, out = image_checkpoint(case), tmp_path / "out"
+    ignore = "classifier" if case == "dinov2-labels" else "lm_head"
+    recipe.write_text(RECIPE.format(ignore=ignore) + f"      format: {format}\n")
+    result = run("prune", dense, recipe, out, "--images", image_folder, "--samples", 9)
+    assert result.exit_code == 0, result.output
+    card = (out / "README.md").read_text()
+    assert f"pipeline_tag: {tag}\n" in card
+    assert f"from transformers import {loads}\n" in card
+    assert "nm-permute evaluate FOLDER --images PICTURES" in card
+    assert "perplexity" not in card
+    assert "vllm serve" not in card
+    assert "loss on held-back rows" in card
+    assert f"model = {loads}." in card
+    auto = getattr(transformers, loads)
+    assert type(auto.from_pretrained(out)).__name__ in CLASSES[case]
 
 
 def test_pictures_are_spread_evenly() -> None:
