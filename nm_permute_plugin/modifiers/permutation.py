@@ -36,6 +36,7 @@ from nm_permute_plugin.modifiers.targets import (
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
 from nm_permute_plugin.specs.spec import ResolvedSpec, resolve
 from nm_permute_plugin.training.blocks import BlockSettings
+from nm_permute_plugin.training.calibration import read_samples
 from nm_permute_plugin.training.distill import DistillSettings
 from nm_permute_plugin.training.learn import LearnSettings
 from nm_permute_plugin.training.objective import LossWeights
@@ -49,7 +50,6 @@ from nm_permute_plugin.training.pipeline import (
     refuse_inexact,
 )
 from nm_permute_plugin.training.recover import RecoverSettings, Stage
-from nm_permute_plugin.training.text import rows_of, split_text
 
 Family = Literal["residual", "hidden", "value"]
 VERSIONED = (
@@ -106,7 +106,8 @@ class LearnablePermutationModifier(Modifier):
         error of decoder layers, one after the other: for models whose gradients do not
         fit; the order of the residual stream stays the search's)
     :param steps: optimiser steps; layer_wise: of each layer
-    :param batch_size: rows of calibration text a step
+    :param batch_size: rows of calibration text, or images, a step; one sample of text
+        with images is a step of its own
     :param micro_batch_size: rows that go through the model at a time; a whole batch by
         default
     :param gradient_checkpointing: keep only what enters a layer, and run it again in
@@ -125,7 +126,8 @@ class LearnablePermutationModifier(Modifier):
         by as well, so that readers of one order choose for themselves; as ``prune`` by
         default, because a pruner that follows has scores of its own
     :param multiplier_rate: of AdamW, on the logarithms of the multipliers
-    :param divergence_weight: of the divergence from the dense model's predictions
+    :param divergence_weight: of the divergence from the dense model's predictions of
+        tokens or classes, or final hidden states where there are none
     :param cross_entropy_weight: of the next-token loss of the text itself
     :param hidden_weight: of the Smooth-L1 distance of all hidden states
     :param cosine_weight: of the cosine distance of the final hidden states
@@ -307,24 +309,24 @@ class LearnablePermutationModifier(Modifier):
         if self._resolved is None:
             raise RuntimeError("on_calibration_start ran before on_initialize")
         model = state.model
-        vocabulary = model.get_input_embeddings().num_embeddings
-        rows = rows_of(state.data.calib, vocabulary)
-        text = split_text(rows, self.batch_size, self.held_back, self.seed)
+        samples = read_samples(
+            model, state.data.calib, self.batch_size, self.held_back, self.seed
+        )
         logger.info(
             f"{self.method} order for {self.mask_structure} {self.score}: "
-            f"{len(self._prunable)} linears, {text.tokens} tokens to train on"
+            f"{len(self._prunable)} linears, {samples} to train on"
         )
         # Weights stay on the device that they are fetched to: each is read many times.
         with DisableQuantization(model), disable_offloading():
             if self.spec is not None:
                 refuse_inexact(
-                    model, self._resolved, text.train[0], update_offload_parameter
+                    model, self._resolved, samples.train[0], update_offload_parameter
                 )
             self._record = permute_and_prune(
                 model,
                 self._resolved,
                 self._prunable,
-                text,
+                samples,
                 self._settings(),
                 write=update_offload_parameter,
             )
@@ -340,7 +342,7 @@ class LearnablePermutationModifier(Modifier):
         after_save(state.model, self._finish(self._record))
         before, after = self._record.retained
         logger.info(
-            f"retained score {before:.4f} -> {after:.4f}, logits moved by the fold "
+            f"retained score {before:.4f} -> {after:.4f}, outputs moved by the fold "
             f"{self._record.fold_error:.1e}"
         )
         return True

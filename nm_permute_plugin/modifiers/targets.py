@@ -54,13 +54,13 @@ def match_linears(model: nn.Module, targets: list[str], ignore: list[str]) -> li
 
 def refuse_tied(model: PreTrainedModel, names: list[str]) -> None:
     """
-    See that no module to prune is the table of embeddings, under another name.
+    See that no module to prune is a table of embeddings, under another name.
 
     :raises ValueError: if one is
     """
-    table = model.get_input_embeddings().weight
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for name in names:
-        if model.get_submodule(name).weight is table:
+        if id(model.get_submodule(name).weight) in tables:
             raise ValueError(
                 f"{name} shares its weight with the embeddings, which would be pruned "
                 f"with it; add {name!r} to `ignore`, or untie them"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import Permutation
-from nm_permute_plugin.training.blocks import Hidden, relative_error
+from nm_permute_plugin.training.blocks import Hidden
 from nm_permute_plugin.training.kept import endless
 from nm_permute_plugin.training.layers import (
     calls_of,
@@ -28,6 +28,7 @@ from nm_permute_plugin.training.learn import (
     mean_loss,
 )
 from nm_permute_plugin.training.masking import Mask, masked
+from nm_permute_plugin.training.objective import relative_error
 from nm_permute_plugin.training.orders import LearnableOrders
 from nm_permute_plugin.training.stacking import StackedScore
 from nm_permute_plugin.training.statistics import Batch, token_mask

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from nm_permute_plugin.training.masking import forwards
-from nm_permute_plugin.training.statistics import Batch, on_device
+from nm_permute_plugin.training.statistics import (
+    Batch,
+    first_sample,
+    forward,
+    on_device,
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ def calls_of(model: nn.Module, layers: DecoderLayers, batch: Batch) -> Calls:
 
     replaced = dict.fromkeys(layers.modules, record)
     with torch.no_grad(), forwards(replaced), suppress(_AllCalled):
-        model(**on_device(batch, model), use_cache=False)
+        forward(model, on_device(batch, model))
     return calls
 
 
@@ -101,7 +106,7 @@ def check_layers(
 
     :raises ValueError: if they do not
     """
-    batch = {name: tensor[:1] for name, tensor in batches[0].items()}
+    batch = first_sample(batches[0])
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: object, output: Any) -> None:
@@ -110,7 +115,7 @@ def check_layers(
     hook = layers.modules[-1].register_forward_hook(keep)
     try:
         with torch.no_grad():
-            model(**on_device(batch, model), use_cache=False)
+            forward(model, on_device(batch, model))
     finally:
         hook.remove()
     calls = calls_of(model, layers, batch)

@@ -416,7 +416,7 @@ def test_bad_calibration_data_is_refused(
 
 def test_missing_calibration_data_is_refused(tiny_checkpoint, run_oneshot) -> None:
     # Without text no method runs: the fold is measured on text too.
-    with pytest.raises(ValueError, match="no calibration data.*a --text FILE.$"):
+    with pytest.raises(ValueError, match="no calibration data.*--images FOLDER"):
         run_oneshot(tiny_checkpoint(), SEARCH, dataset=None)
 
 
