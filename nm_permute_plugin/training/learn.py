@@ -175,9 +175,9 @@ def descend(
     bar = tqdm(range(1, settings.steps + 1), desc=what)
     for number in bar:
         tau = annealed(number - 1, settings.steps, *settings.temperature)
-        orders.assign()
         value = step(tau, number)
         optimizer.step()
+        orders.assign()
         optimizer.zero_grad()
         schedule.step()
         bar.set_postfix(loss=f"{value:.4f}", best=f"{best:.4f}", tau=f"{tau:.3f}")
