@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from nm_permute_plugin.training.objective import LossWeights, Outputs, run
 from nm_permute_plugin.training.statistics import Batch, on_device
 
-MOST_BYTES = 1 << 33
-"""Of memory on the CPU for what is kept."""
+MOST_BYTES = 1 << 31
+"""Of the device's memory for what is kept; batches beyond are run every time."""
 
 
 class Teacher:
     """
     The dense model: what the pruned one is compared with, again and again.
 
-    Logits are large, and what enters the output layer is small: that is kept on the CPU,
-    and the logits are made from it anew. Where the output layer is not the model's last
+    Logits are large, and what enters the output layer is small: that is kept, and the
+    logits are made from it anew. Where the output layer is not the model's last
     operation, or the loss needs more than the logits, the model runs every time.
 
     :param weights: of the loss
@@ -52,8 +52,7 @@ class Teacher:
             if key not in self._kept:
                 return self._run(key, ids, batch, self._head)
             _, entering = self._kept[key]
-            device = next(self._model.parameters()).device
-            return Outputs(self._head(entering.to(device, non_blocking=True)))
+            return Outputs(self._head(entering))
 
     def _run(
         self,
@@ -74,7 +73,7 @@ class Teacher:
         elif self._bytes + seen[0].nbytes <= MOST_BYTES:
             self._bytes += seen[0].nbytes
             # The tokens are kept too, so that no other batch takes their place.
-            self._kept[key] = ids, _on_host(seen[0])
+            self._kept[key] = ids, seen[0]
         return out
 
 
@@ -85,10 +84,3 @@ def _makes(
 ) -> bool:
     """Whether what entered the output layer is all that the logits are made from."""
     return len(entering) == 1 and torch.equal(head(entering[0]), logits)
-
-
-def _on_host(tensor: Tensor) -> Tensor:
-    """A copy in the CPU's memory, for which a GPU is not waited for."""
-    on_gpu = tensor.is_cuda
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
-    return copy.copy_(tensor, non_blocking=on_gpu)
