@@ -21,7 +21,7 @@ from nm_permute_plugin.maths.masks import nm_mask
 from nm_permute_plugin.maths.pattern import NMPattern
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "specs"))  # for the zoo
-from zoo import ZOO, tiny  # noqa: E402
+from zoo import ZOO, logits_of, tiny  # noqa: E402
 
 CASES = {case.id: case.values for case in ZOO}
 FAMILIES = ["qwen2moe-one-dense-layer", "qwen3moe-gqa", "mixtral-gqa"]
@@ -45,8 +45,7 @@ def dense(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 
 def logits(path: Path) -> Tensor:
     register_reader()
-    with torch.no_grad():
-        return AutoModelForCausalLM.from_pretrained(path)(TOKENS).logits
+    return logits_of(AutoModelForCausalLM.from_pretrained(path), TOKENS)
 
 
 @pytest.mark.parametrize("form", ["sparse-24-bitmask", "sparse-bitmask"])
