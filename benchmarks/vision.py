@@ -62,7 +62,7 @@ def main() -> None:
     args = _arguments()
     images = _calibration(args)
     test = labelled_images(args.test)
-    dense = look(args.model, test.files, args.device, args.batch_size)
+    dense = _dense(test.files, args)
     if dense.logits is None:
         raise ValueError(f"{args.model} has no classifier: fine-tune it first")
     config = model_class(args.model).config_class.from_pretrained(args.model)
@@ -94,6 +94,16 @@ def main() -> None:
                 }
                 args.out.write_text(json.dumps(record, indent=1) + "\n")
     print(_table(top1, results))
+
+
+def _dense(files: Sequence[Path], args: argparse.Namespace) -> Seen:
+    """What the dense model makes of the test pictures; kept beside the results."""
+    kept = args.out.with_suffix(".pt")
+    if args.resume and kept.exists():
+        return Seen(**torch.load(kept))
+    seen = look(args.model, files, args.device, args.batch_size)
+    torch.save({"features": seen.features, "logits": seen.logits}, kept)
+    return seen
 
 
 def _settings(args: argparse.Namespace) -> dict[str, str]:
