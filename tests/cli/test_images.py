@@ -231,7 +231,16 @@ def test_a_model_of_text_and_images_is_pruned_with_text_alone(
     report = verify(out)
     assert report.faults == ()
     assert sum(row.sparse for row in report.rows) == 14
+    result = run("evaluate", out, "--text", text, "--sequence-length", 32)
+    assert re.search(r"perplexity \d+\.\d\d \(windows of 32 tokens", result.stdout)
     again = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(out)
     assert (
         float((again.model.visual.blocks[0].attn.qkv.weight == 0).float().mean()) < 0.1
     )
+
+
+def test_perplexity_is_refused_where_no_token_is_predicted(
+    image_checkpoint, text_file: Path
+) -> None:
+    result = run("evaluate", image_checkpoint("bertmodel"), "--text", text_file)
+    assert_one_error(result, "BertModel predicts no next token")
