@@ -27,8 +27,9 @@ from nm_permute_plugin.training.blocks import BlockSettings
 from nm_permute_plugin.training.distill import DistillSettings
 from nm_permute_plugin.training.learn import LearnSettings
 from nm_permute_plugin.training.recover import RecoverSettings
-from nm_permute_plugin.training.text import rows_of, split_text
+from nm_permute_plugin.training.text import Row, split_text
 from report import Record, check_protocol, merged, plot, read, table, write
+from texts import text_rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,7 +56,7 @@ def _measure(args: argparse.Namespace) -> Record:
         before = read(out)
         check_protocol(arguments, before["arguments"])
         results = before["results"]
-    rows = _rows(args)
+    rows = text_rows(args.model, args.train, args.rows, args.sequence_length)
     test = tokenize(args.model, "\n\n".join(f.read_text() for f in args.test))
     if args.windows is not None:
         test = test[: args.windows * args.window]
@@ -85,7 +86,7 @@ def _measure(args: argparse.Namespace) -> Record:
 def _run(
     method: str,
     seed: int,
-    rows: list[torch.Tensor],
+    rows: list[Row],
     test: torch.Tensor,
     args: argparse.Namespace,
 ) -> Record:
@@ -147,16 +148,6 @@ def _perplexity(
     folder: str | Path, test: torch.Tensor, args: argparse.Namespace
 ) -> float:
     return evaluate_checkpoint(folder, test, args.window, args.device, args.batch_size)
-
-
-def _rows(args: argparse.Namespace) -> list[torch.Tensor]:
-    """Rows of the training text in a fixed random order, so that all files mix."""
-    tokens = tokenize(args.model, "\n\n".join(f.read_text() for f in args.train))
-    count = len(tokens) // args.sequence_length
-    rows = tokens[: count * args.sequence_length].view(count, -1)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    vocabulary = int(tokens.max()) + 1
-    return rows_of([{"input_ids": rows[order[: args.rows]]}], vocabulary)
 
 
 def _hardware(device: str) -> str:

@@ -12,16 +12,27 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 
 @pytest.fixture(scope="session")
-def arguments(
+def text_file(
     tmp_path_factory: pytest.TempPathFactory,
-    trained_checkpoint: Path,
     chain_rows: Callable[..., Tensor],
     words: Callable[[Tensor], str],
-) -> list[str]:
-    """A model and texts on the command line, small enough for seconds."""
+) -> Callable[[str, int], str]:
+    """A factory: the path of a text that the tiny trained model knows the like of."""
     folder = tmp_path_factory.mktemp("texts")
-    for name, seed in (("train", 999), ("test", 1000)):
-        (folder / f"{name}.txt").write_text(words(chain_rows(24, 32, seed=seed)))
-    texts = ["--train", str(folder / "train.txt"), "--test", str(folder / "test.txt")]
+
+    def write(name: str, seed: int) -> str:
+        path = folder / f"{name}.txt"
+        path.write_text(words(chain_rows(24, 32, seed=seed)))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def arguments(
+    trained_checkpoint: Path, text_file: Callable[[str, int], str]
+) -> list[str]:
+    """A model and text to train on, on the command line, small enough for seconds."""
     sizes = ["--sequence-length", "32", "--rows", "24", "--batch-size", "4"]
-    return [str(trained_checkpoint), *texts, *sizes, "--device", "cpu"]
+    train = ["--train", text_file("train", 999)]
+    return [str(trained_checkpoint), *train, *sizes, "--device", "cpu"]

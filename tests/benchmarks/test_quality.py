@@ -10,11 +10,12 @@ import quality
 
 
 @pytest.fixture
-def run(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def run(arguments: list[str], text_file, tmp_path: Path, capsys):
     """A factory: measure some methods into a file; the record and what was printed."""
 
     def measure(out: str, *options: str) -> tuple[dict, str]:
-        sizes = ["--window", "32", "--windows", "6", "--steps", "2"]
+        test = ["--test", text_file("test", 1000)]
+        sizes = [*test, "--window", "32", "--windows", "6", "--steps", "2"]
         options += ("--held-back", "0.1", "--out", str(tmp_path / out))
         quality.main([*arguments, *sizes, *options])
         return json.loads((tmp_path / out).read_text()), capsys.readouterr().out
@@ -70,3 +71,8 @@ def test_model_and_texts_are_asked_for(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         quality.main(["--methods", "wanda"])
     assert "give a model, --train and --test, or --merge" in capsys.readouterr().err
+
+
+def test_text_that_fills_no_row_is_refused(run) -> None:
+    with pytest.raises(ValueError, match="768 tokens fill no row of 4096"):
+        run("none.json", "--methods", "wanda", "--sequence-length", "4096")
