@@ -263,6 +263,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     sub["start"].add_argument("--warm-up", type=int, default=10)
     sub["start"].add_argument("--stop", type=int, default=50)
     sub["start"].set_defaults(steps=200, every=5)
+    sub["hardening"].set_defaults(steps=50, every=5)
     add = sub["transfer"].add_argument
     add("--other", type=Path, required=True, help="text of another kind")
     return parser.parse_args(argv)

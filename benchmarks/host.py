@@ -39,3 +39,4 @@ def sparsegpt(
         recipe=[modifier],
         dataset=DataLoader(list(batches), batch_size=None),
     )
+    reset_session()  # it would keep the model in memory

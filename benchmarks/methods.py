@@ -58,7 +58,8 @@ PERMLLM = LearnSettings(
     loss=LossWeights(divergence=0.0, cosine=1.0),
 )
 """https://arxiv.org/abs/2510.10136: hard places with the soft ones' gradient. A published
-step of 1e-3 moves a logit by 8e-3, because its logits are parameters times 8."""
+step of 1e-3 moves a logit by 8e-3, because its logits are parameters times 8. Its
+temperature falls linearly over the same range, ours geometrically."""
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,16 @@ def test_methods_are_measured_over_seeds(run) -> None:
     assert "| search | 2 |" in printed
 
 
+@pytest.mark.slow
+def test_sparsegpt_survives_the_disk(run) -> None:
+    methods = ["wanda", "sparsegpt", "learned+sparsegpt"]
+    record, _ = run("host.json", "--methods", *methods, "--seeds", "0")
+    wanda, *updated = (result["perplexity"] for result in record["results"])
+    assert record["dense"] < min(updated)
+    assert max(updated) < 2 * wanda
+    assert record["results"][-1]["settings"]["learn"]["shape"]["multipliers"] is False
+
+
 def test_stopped_run_is_resumed(run, monkeypatch: pytest.MonkeyPatch) -> None:
     first, _ = run("part.json", "--methods", "wanda")
     ran: list[str] = []
