@@ -15,6 +15,7 @@ import argparse
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -24,12 +25,8 @@ from torch.nn import functional as F
 
 from methods import Way, changed, parse_changes, ways
 from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.training.learn import (
-    LearnSettings,
-    backward_step,
-    frozen,
-    mean_loss,
-)
+from nm_permute_plugin.training.learn import LearnSettings, frozen, mean_loss
+from nm_permute_plugin.training.step import backward_step
 from nm_permute_plugin.training.text import split_text
 from subject import Subject, learning, load, parted
 from swaps import Swaps, Tried
@@ -76,8 +73,7 @@ def noise(subject: Subject, settings: LearnSettings, args: argparse.Namespace) -
     by_family: dict[str, list[Tensor]] = {name: [] for name in parameters}
     for batch in subject.text.train[: args.batches]:
         with frozen(subject.model), torch.enable_grad():
-            masks = orders.masks(settings.temperature[0], 0)
-            masks = {**subject.others, **masks}
+            masks = partial(subject.all_masks, orders, settings.temperature[0], 0)
             backward_step(subject.model, masks, batch, settings.loss)
         for family, tensors in parameters.items():
             grads = [x.grad.flatten() for x in tensors if x.grad is not None]
@@ -162,7 +158,7 @@ def hardening(
     held_back, weights = subject.text.held_back, settings.loss
     for step, temperature, orders in learning(subject, settings):
         with torch.no_grad():
-            masks = {**subject.others, **orders.masks(temperature, step)}
+            masks = subject.all_masks(orders, temperature, step)
         soft = mean_loss(subject.model, masks, held_back, weights)
         hard = subject.loss(orders, held_back, weights)
         table.append([str(step), f"{temperature:.3f}", f"{soft:.4f}", f"{hard:.4f}"])
