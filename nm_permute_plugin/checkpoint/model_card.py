@@ -12,6 +12,8 @@ from loguru import logger
 
 from nm_permute_plugin.checkpoint.config import Format, quantization_format
 from nm_permute_plugin.checkpoint.directory import open_checkpoint, read_json
+from nm_permute_plugin.checkpoint.plan import experts_of
+from nm_permute_plugin.checkpoint.record import Promise
 from nm_permute_plugin.checkpoint.task import task_of
 from nm_permute_plugin.maths.pattern import NMPattern
 
@@ -38,6 +40,7 @@ class Card:
     :param versions: of packages, by name
     :param format: how they are stored
     :param reason: why
+    :param transposed: the pruned modules that are stored as [in, out]
     """
 
     base_model: str
@@ -49,6 +52,7 @@ class Card:
     versions: Mapping[str, str]
     format: Format = "dense"
     reason: str = ""
+    transposed: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -84,15 +88,12 @@ def write_card(checkpoint: Path, card: Card) -> None:
         ]
     )
     (checkpoint / CARD).write_text(text + "\n", encoding="utf-8")
-    write_storage(checkpoint, card.pruned, card.pattern, card.format, card.reason)
+    promise = Promise(list(card.pruned), card.pattern, list(card.transposed))
+    write_storage(checkpoint, promise, card.format, card.reason)
 
 
 def write_storage(
-    checkpoint: Path,
-    pruned: Sequence[str],
-    pattern: NMPattern,
-    format: Format,
-    reason: str,
+    checkpoint: Path, promise: Promise, format: Format, reason: str
 ) -> None:
     """
     Say in a checkpoint's card how it is stored and loaded, in place of what stood there.
@@ -102,7 +103,7 @@ def write_storage(
     """
     parts = [
         "## What is sparse, and what is not",
-        _sparse(checkpoint, pruned, pattern, format, reason),
+        _sparse(checkpoint, promise, format, reason),
         "## How to load it",
         _loading(checkpoint, format),
     ]
@@ -181,13 +182,8 @@ def _what(card: Card) -> str:
     )
 
 
-def _sparse(
-    checkpoint: Path,
-    pruned: Sequence[str],
-    pattern: NMPattern,
-    format: Format,
-    reason: str,
-) -> str:
+def _sparse(checkpoint: Path, promise: Promise, format: Format, reason: str) -> str:
+    pruned = promise.modules
     opened = open_checkpoint(checkpoint)
     size = sum(shard.path.stat().st_size for shard in opened.shards) / 1e6
     quantized = quantization_format(opened.config)
@@ -198,12 +194,19 @@ def _sparse(
     }[format]
     others = [name for name in opened.matrices() if name not in set(pruned)]
     lines = [
-        f"- {pattern}: {len(pruned)} modules: {_families(pruned)}",
+        f"- {promise.pattern}: {len(pruned)} modules: {_families(pruned)}",
         f"- stored {stored}: {reason}",
         f"- not sparse: {_families(others) or 'no other matrix'}; biases and norms",
         f"- quantization: {f'`{quantized}`' if quantized else 'none'}",
         f"- weight files: {size:.1f} MB",
     ]
+    if promise.transposed:
+        lines.insert(
+            1,
+            f"- {len(promise.transposed)} of them store their weight as [in, out] "
+            "(Conv1D): there the pattern runs down the columns, and no sparse format or "
+            "kernel takes it",
+        )
     return "\n".join(lines if pruned else lines[3:])
 
 
@@ -271,9 +274,15 @@ def _loading(checkpoint: Path, format: Format) -> str:
     text = (
         "- transformers 5: `pip install nm-permute-plugin[compress]`, then\n\n"
         + python.format(first="import nm_permute_plugin\n")
-        + "\n\n- vLLM: `pip install nm-permute-plugin[vllm]`, then `vllm serve FOLDER`"
+        + "\n\n- vLLM: "
     )
-    if format == "sparse-24-bitmask":
+    formats = open_checkpoint(checkpoint).formats
+    experts = any(formats[name] != "dense" for name in experts_of(formats))
+    if experts:
+        text += "not before `nm-permute convert`, as below: it serves no sparse experts"
+    else:
+        text += "`pip install nm-permute-plugin[vllm]`, then `vllm serve FOLDER`"
+    if not experts and format == "sparse-24-bitmask":
         text += (
             "\n- vLLM up to 0.18.1, on Hopper GPUs, without the plugin: "
             "`nm-permute convert FOLDER OUT --legacy` first"

@@ -319,7 +319,7 @@ def _tell_the_card(folder: Path, format: str) -> None:
 
     promise = read_promise(folder)
     if promise is not None and is_ours(folder):
-        write_storage(folder, *promise, cast("Format", format), "converted")
+        write_storage(folder, promise, cast("Format", format), "converted")
 
 
 def _one_kind(text: list[Path] | None, images: Path | None, what: str) -> None:

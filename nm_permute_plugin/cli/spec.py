@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import transformers
 import yaml
-from torch import nn
 
 from nm_permute_plugin.evaluation.loading import model_class
 from nm_permute_plugin.maths.pattern import NMPattern
@@ -21,6 +20,7 @@ from nm_permute_plugin.specs.exactness import (
     to_float64,
     vary_constants,
 )
+from nm_permute_plugin.specs.orientation import is_linear
 from nm_permute_plugin.specs.probe import random_batch
 from nm_permute_plugin.specs.spec import ResolvedSpec, Spec, resolve
 
@@ -100,7 +100,7 @@ def check_spec(
     linears = [
         name
         for name, module in loaded.named_modules()
-        if isinstance(module, nn.Linear) and not _matches(name, ignore)
+        if is_linear(module) and not _matches(name, ignore)
     ]
     resolved = resolve(
         loaded,

@@ -63,8 +63,8 @@ def decoder_layers(model: nn.Module, linears: Iterable[str]) -> DecoderLayers:
     lost = next(x for x in linears if not lists or not x.startswith(f"{lists[0][0]}."))
     where = f"outside of {lists[0][0]}" if lists else "in a model without such a list"
     raise ValueError(
-        f"blocks are rebuilt decoder layer by decoder layer, but {lost} stands {where}: "
-        "add it to `ignore`, or recover with end_to_end only"
+        f"decoder layers are taken one by one, but {lost} stands {where}: add it to "
+        "`ignore`, or use end_to_end instead (`objective`, or `recover` without blocks)"
     )
 
 
@@ -123,7 +123,7 @@ def check_layers(
         raise ValueError(
             f"the layers {layers.names[0]} to {layers.names[-1]} of "
             f"{type(model).__name__} do not run one after the other on their own; "
-            "recover with end_to_end instead of blocks"
+            "use end_to_end instead (`objective`, or `recover` without blocks)"
         )
 
 

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nm_permute_plugin.training.divergence import cross_entropy, divergence
 from nm_permute_plugin.training.statistics import (
     Batch,
     counted_rows,
@@ -113,10 +114,14 @@ def loss(
     elif weights.divergence:
         # of tokens, or of classes: those of a row of tokens are one
         places = mask.any(-1) if mask.dim() == dense.logits.dim() else mask
-        total = total + weights.divergence * _divergence(pruned, dense, places)
+        total = total + weights.divergence * divergence(
+            pruned.logits, dense.logits, places
+        )
     if weights.cross_entropy:
         _refuse_no_language_model(pruned, batch)
-        total = total + weights.cross_entropy * _cross_entropy(pruned, batch, mask)
+        total = total + weights.cross_entropy * cross_entropy(
+            pruned.logits, batch["input_ids"], mask
+        )
     if weights.hidden:
         for ours, theirs in zip(pruned.hidden, dense.hidden, strict=True):
             pair = counted_rows(ours, mask), counted_rows(theirs, mask)
@@ -142,26 +147,9 @@ def relative_error(
     return ((ours - theirs).square().sum(-1) / theirs.square().sum(-1)).mean()
 
 
-def _divergence(
-    pruned: Outputs, dense: Outputs, mask: Bool[Tensor, "..."]
-) -> Float[Tensor, ""]:
-    ours = F.log_softmax(pruned.logits[mask].float(), dim=-1)
-    theirs = F.log_softmax(dense.logits[mask].float(), dim=-1)
-    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
-
-
 def _refuse_no_language_model(pruned: Outputs, batch: Mapping[str, Tensor]) -> None:
     if "input_ids" not in batch or pruned.is_hidden or pruned.logits.dim() < 3:
         raise ValueError(
             "cross_entropy_weight is for language models: this one does not predict the "
             "next token of text; set it to 0"
         )
-
-
-def _cross_entropy(
-    pruned: Outputs, batch: Mapping[str, Tensor], mask: Bool[Tensor, "rows tokens"]
-) -> Float[Tensor, ""]:
-    counts = mask[:, 1:] & mask[:, :-1]
-    return F.cross_entropy(
-        pruned.logits[:, :-1][counts].float(), batch["input_ids"][:, 1:][counts]
-    )

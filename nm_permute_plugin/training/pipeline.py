@@ -17,8 +17,10 @@ from nm_permute_plugin.maths.permutation import Permutation
 from nm_permute_plugin.maths.scores import ScoreName, score_weight
 from nm_permute_plugin.specs.exactness import random_perms
 from nm_permute_plugin.specs.fold import Write, fold, invert_all, write_in_place
+from nm_permute_plugin.specs.orientation import weight_of
 from nm_permute_plugin.specs.spec import ResolvedSpec
 from nm_permute_plugin.training.kept import KeptWeights
+from nm_permute_plugin.training.layer_wise import learn_layer_wise
 from nm_permute_plugin.training.layers import decoder_layers
 from nm_permute_plugin.training.learn import (
     Learned,
@@ -42,6 +44,7 @@ from nm_permute_plugin.training.statistics import (
 )
 
 Method = Literal["learned", "search", "identity"]
+Objective = Literal["end_to_end", "layer_wise"]
 
 FOLD_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest relative change of the outputs that rounding explains, by dtype; 0.05 below."""
@@ -56,6 +59,8 @@ class OrderSettings:
         starts from the search
     :param families: the kinds of spaces that are reordered
     :param search_rounds: rounds of assignment a space
+    :param objective: what is learned from: the whole model's loss, or the output errors of
+        decoder layers, one after the other
     :param prune: False folds the order and leaves the weights dense
     :param recover: how the weights that the masks keep are changed; by default not at all
     """
@@ -66,6 +71,7 @@ class OrderSettings:
     families: tuple[str, ...] = ("residual", "hidden", "value")
     search_rounds: int = 12
     learn: LearnSettings = field(default_factory=LearnSettings)
+    objective: Objective = "end_to_end"
     prune: bool = True
     recover: RecoverSettings = field(default_factory=RecoverSettings)
 
@@ -112,7 +118,8 @@ def permute_and_prune(
     :raises RuntimeError: if the fold changes the function of the model
     """
     refuse_sparse(model, prunable, settings.pattern)
-    if "blocks" in settings.recover.stages:
+    layer_wise = settings.method == "learned" and settings.objective == "layer_wise"
+    if layer_wise or "blocks" in settings.recover.stages:
         decoder_layers(model, prunable)  # refuse before the order is learned, not after
     clock = _Clock()
     norms = (
@@ -174,7 +181,7 @@ def refuse_sparse(
     :raises ValueError: naming the first linear with as many zeros as the pattern asks for
     """
     for name in prunable:
-        weight = linear(model, name).weight.detach()
+        weight = weight_of(linear(model, name))
         zeros = float((weight == 0).float().mean())
         if zeros >= 1 - pattern.density:
             raise ValueError(
@@ -219,7 +226,7 @@ def _scores(
     norms: Mapping[str, Float[Tensor, " _in"]],
 ) -> dict[str, Float[Tensor, "_out _in"]]:
     return {
-        name: score_weight(score, linear(model, name).weight.detach(), norms.get(name))
+        name: score_weight(score, weight_of(linear(model, name)), norms.get(name))
         for name in prunable
     }
 
@@ -227,7 +234,7 @@ def _scores(
 def _find_orders(
     model: nn.Module,
     resolved: ResolvedSpec,
-    scores: Mapping[str, Float[Tensor, "out in"]],
+    scores: dict[str, Float[Tensor, "_out _in"]],
     samples: Samples,
     settings: OrderSettings,
     clock: _Clock,
@@ -238,6 +245,8 @@ def _find_orders(
         for name, space in resolved.spaces.items()
         if space.readers and space.family in settings.families
     }
+    for stack in stacks.values():
+        scores |= stack.split(stack.score)  # the same numbers, stored once
     if settings.method == "identity":
         return Learned({})
     ordered = {reader.name for s in stacks.values() for reader in s.space.readers}
@@ -257,7 +266,10 @@ def _find_orders(
     clock.lap("search")
     if settings.method == "search":
         return Learned(searched.perms, history=searched.history)
-    learned = learn_orders(
+    learn = learn_orders
+    if settings.objective == "layer_wise":
+        learn = learn_layer_wise
+    learned = learn(
         model,
         stacks,
         searched.perms,
@@ -340,7 +352,7 @@ def _kept(
     """What the masks of the folded model keep."""
     masks = {}
     for name in prunable:
-        weight = linear(model, name).weight.detach()
+        weight = weight_of(linear(model, name))
         score = score_weight(settings.score, weight, norms.get(name))
         if name in multipliers:
             score = score * multipliers[name]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from nm_permute_plugin.specs.orientation import bias_of
 from nm_permute_plugin.training.kept import KeptWeights, Values
 from nm_permute_plugin.training.masking import linear
 from nm_permute_plugin.training.statistics import (
@@ -60,12 +61,13 @@ class _Sums:
         self.counted = torch.empty(0)
 
     def add(
-        self, name: str, module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor
+        self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
     ) -> None:
         x = counted_rows(inputs[0], self.counted)
         y = counted_rows(output, self.counted).float()
-        if module.bias is not None:
-            y = y - module.bias.float()
+        bias = bias_of(module)
+        if bias is not None:
+            y = y - bias.float()
         z = F.linear(x, self._kept.values[f"{name}.weight"]).float()
         new = torch.stack([y.square().sum(0), z.square().sum(0)])
         self._sums[name] = self._sums[name] + new if name in self._sums else new
