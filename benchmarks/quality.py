@@ -3,149 +3,100 @@
 Perplexity and gap closed of every method, over seeds, from reloaded checkpoints.
 
     python benchmarks/quality.py MODEL --train brown.txt --test wikitext-2/test.txt
+    python benchmarks/quality.py --merge a.json b.json --plot quality.png
 
 Each run loads the dense model, orders and prunes it, saves it, reads it back, measures.
+Methods that end in ``-free`` order the inputs of every linear alone, as published; what
+they find cannot be folded. ``free-mask`` learns the mask and no order: an upper bound.
 """
 
 import argparse
 import json
-import statistics
 import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nm_permute_plugin.evaluation.perplexity import (
-    evaluate_checkpoint,
-    gap_closed,
-    tokenize,
-)
+from methods import DEFAULT, METHODS, Budget, is_random, parse_changes, prune
+from nm_permute_plugin.evaluation.perplexity import evaluate_checkpoint, tokenize
 from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.maths.scores import ScoreName
-from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
-from nm_permute_plugin.specs.spec import resolve
 from nm_permute_plugin.training.blocks import BlockSettings
 from nm_permute_plugin.training.distill import DistillSettings
 from nm_permute_plugin.training.learn import LearnSettings
-from nm_permute_plugin.training.orders import OrderShape
-from nm_permute_plugin.training.pipeline import (
-    Method,
-    OrderSettings,
-    permute_and_prune,
-)
-from nm_permute_plugin.training.recover import RecoverSettings, Stage
-from nm_permute_plugin.training.text import Text, rows_of, split_text
-
-ORDERS: dict[str, tuple[ScoreName, Method]] = {
-    "magnitude": ("magnitude", "identity"),
-    "wanda": ("wanda", "identity"),
-    "ria": ("ria", "identity"),
-    "search": ("wanda", "search"),
-    "learned": ("wanda", "learned"),
-    "layer_wise": ("wanda", "learned"),
-}
-RECOVERIES: dict[str, tuple[Stage, ...]] = {
-    "rescale": ("rescale",),
-    "blocks": ("blocks",),
-    "end_to_end": ("end_to_end",),
-    "recover": ("blocks", "end_to_end"),
-}
-RECOVERED = [
-    f"{order}+{way}" for order in ("wanda", "search", "learned") for way in RECOVERIES
-]
+from nm_permute_plugin.training.recover import RecoverSettings
+from nm_permute_plugin.training.text import Row, split_text
+from report import Record, check_protocol, merged, plot, read, table, write
+from texts import text_rows
 
 
-def main() -> None:
-    args = _arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what the command line asks for."""
+    args = _arguments(argv)
+    if args.merge:
+        record = merged([read(path) for path in args.merge])
+        if args.out:
+            write(record, args.out)
+    else:
+        record = _measure(args)
+    print(table(record))
+    if args.plot:
+        plot(record, args.plot)
+
+
+def _measure(args: argparse.Namespace) -> Record:
+    """Run every method and seed; the record is written after each."""
     torch.manual_seed(0)
-    rows = _rows(args)
+    out = args.out or Path("quality.json")
+    arguments = {k: str(v) for k, v in vars(args).items()}
+    results: list[Record] = []
+    if args.resume and out.exists():
+        before = read(out)
+        check_protocol(arguments, before["arguments"])
+        results = before["results"]
+    rows = text_rows(args.model, args.train, args.rows, args.sequence_length)
     test = tokenize(args.model, "\n\n".join(f.read_text() for f in args.test))
     if args.windows is not None:
         test = test[: args.windows * args.window]
-    dense = _perplexity(args.model, test, args)
-    print(
-        f"{_hardware(args.device)}; {len(rows)} rows of {args.sequence_length} tokens"
-    )
-    print(f"test windows of {args.window} tokens; dense perplexity {dense:.2f}")
-    results: list[dict[str, object]] = []
+    record: Record = {
+        "hardware": _hardware(args.device),
+        "arguments": arguments,
+        "dense": _perplexity(args.model, test, args),
+        "results": results,
+    }
+    print(f"{record['hardware']}; {len(rows)} rows of {args.sequence_length} tokens")
+    print(f"windows of {args.window} tokens; dense perplexity {record['dense']:.2f}")
+    done = {(result["method"], result["seed"]) for result in results}
     for method in args.methods:
-        seeds = args.seeds if _is_random(method) else args.seeds[:1]
-        for seed in seeds:
+        for seed in args.seeds if is_random(method) else args.seeds[:1]:
+            if (method, seed) in done:
+                continue
             result = _run(method, seed, rows, test, args)
             results.append(result)
-            looks = ("history", "recovered")
-            print(json.dumps({k: v for k, v in result.items() if k not in looks}))
+            looks = ("history", "recovered", "settings")
+            shown = {k: v for k, v in result.items() if k not in looks}
+            print(json.dumps(shown), flush=True)
             # After every run: what was measured survives an interruption.
-            record = {
-                "hardware": _hardware(args.device),
-                "arguments": {k: str(v) for k, v in vars(args).items()},
-                "dense": dense,
-                "results": results,
-            }
-            args.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(_table(dense, results))
+            write(record, out)
+    return record
 
 
 def _run(
     method: str,
     seed: int,
-    rows: list[torch.Tensor],
+    rows: list[Row],
     test: torch.Tensor,
     args: argparse.Namespace,
-) -> dict[str, object]:
+) -> Record:
+    """One method with one seed: prune, save, read back, measure."""
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
     model = model.to(args.device).eval()
-    order, _, recovery = method.partition("+")
-    score, how = ORDERS[order]
-    pattern = NMPattern.parse(args.pattern)
-    prunable = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name != "lm_head"
-    ]
-    resolved = resolve(
-        model, spec_of(model), pattern, prunable, head_dim_of(model.config)
-    )
-    text: Text = split_text(rows, args.batch_size, args.held_back, seed)
-    learn = LearnSettings(
-        steps=args.steps,
-        learning_rate=args.learning_rate,
-        shape=OrderShape(
-            row_limit=args.row_limit, multipliers=args.multiplier_rate > 0
-        ),
-        multiplier_rate=args.multiplier_rate,
-        seed=seed,
-    )
-    recover = RecoverSettings(
-        stages=RECOVERIES[recovery] if recovery else (),
-        blocks=BlockSettings(
-            window=args.recover_window,
-            epochs=args.recover_epochs,
-            rate=args.recover_blocks_rate,
-            seed=seed,
-        ),
-        distill=DistillSettings(
-            steps=args.recover_steps, rate=args.recover_end_to_end_rate, seed=seed
-        ),
-    )
-    settings = OrderSettings(
-        pattern,
-        score=score,
-        method=how,
-        learn=learn,
-        objective="layer_wise" if order == "layer_wise" else "end_to_end",
-        recover=recover,
-    )
+    text = split_text(rows, args.batch_size, args.held_back, seed)
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    started = time.perf_counter()
-    record = permute_and_prune(model, resolved, prunable, text, settings)
-    seconds = time.perf_counter() - started
+    outcome = prune(model, args.model, method, text, _budget(args, seed))
     peak = torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else None
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -156,18 +107,41 @@ def _run(
         "method": method,
         "seed": seed,
         "perplexity": value,
-        "seconds": seconds,
-        "stages": record.seconds,
+        "tokens": outcome.batches * args.batch_size * args.sequence_length,
         "peak_gib": peak,
-        "fold_error": record.fold_error,
-        "retained": record.retained,
-        "recovered": [asdict(stage) for stage in record.recovered],
-        "history": record.history,
+        **asdict(outcome),
     }
 
 
-def _is_random(method: str) -> bool:
-    return "+" in method or method in ("search", "learned", "layer_wise")
+def _budget(args: argparse.Namespace, seed: int) -> Budget:
+    """What all methods get; an option that was not given is the package's default."""
+    ours = LearnSettings()
+    if args.learning_rate is not None:
+        ours = replace(ours, learning_rate=args.learning_rate)
+    if args.multiplier_rate is not None:
+        ours = replace(ours, multiplier_rate=args.multiplier_rate)
+    shape = replace(ours.shape, multipliers=ours.multiplier_rate > 0)
+    if args.row_limit is not None:
+        shape = replace(shape, row_limit=args.row_limit)
+    recover = RecoverSettings(
+        blocks=BlockSettings(
+            window=args.recover_window,
+            epochs=args.recover_epochs,
+            rate=args.recover_blocks_rate,
+            seed=seed,
+        ),
+        distill=DistillSettings(
+            steps=args.recover_steps, rate=args.recover_end_to_end_rate, seed=seed
+        ),
+    )
+    return Budget(
+        NMPattern.parse(args.pattern),
+        args.steps,
+        seed,
+        replace(ours, shape=shape),
+        recover,
+        parse_changes(args.set),
+    )
 
 
 def _perplexity(
@@ -176,86 +150,62 @@ def _perplexity(
     return evaluate_checkpoint(folder, test, args.window, args.device, args.batch_size)
 
 
-def _rows(args: argparse.Namespace) -> list[torch.Tensor]:
-    """Rows of the training text in a fixed random order, so that all files mix."""
-    tokens = tokenize(args.model, "\n\n".join(f.read_text() for f in args.train))
-    count = len(tokens) // args.sequence_length
-    rows = tokens[: count * args.sequence_length].view(count, -1)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    vocabulary = int(tokens.max()) + 1
-    return rows_of([{"input_ids": rows[order[: args.rows]]}], vocabulary)
-
-
-def _table(dense: float, results: Sequence[dict[str, object]]) -> str:
-    by_method: dict[str, list[float]] = {}
-    seconds: dict[str, list[float]] = {}
-    for result in results:
-        name = str(result["method"])
-        by_method.setdefault(name, []).append(float(str(result["perplexity"])))
-        seconds.setdefault(name, []).append(float(str(result["seconds"])))
-    lines = ["| method | seeds | perplexity | gap closed | spread | seconds |"]
-    lines += ["|---|---|---|---|---|---|", f"| dense | | {dense:.2f} | | | |"]
-    base = by_method.get("wanda", [None])[0]
-    for name, values in by_method.items():
-        closed = spread = ""
-        if base is not None and _is_random(name):
-            gaps = [gap_closed(value, base, dense) for value in values]
-            closed = f"{statistics.mean(gaps):.1%}"
-            spread = f"{min(gaps):.1%} to {max(gaps):.1%}"
-        lines.append(
-            f"| {name} | {len(values)} | {statistics.mean(values):.2f} | {closed} "
-            f"| {spread} | {statistics.mean(seconds[name]):.0f} |"
-        )
-    return "\n".join(lines)
-
-
 def _hardware(device: str) -> str:
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     return f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--train", type=Path, nargs="+", required=True)
-    parser.add_argument("--test", type=Path, nargs="+", required=True)
-    choices = [*ORDERS, *RECOVERED]
-    parser.add_argument(
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("model", type=Path, nargs="?")
+    add("--train", type=Path, nargs="+")
+    add("--test", type=Path, nargs="+")
+    add(
         "--methods",
         nargs="+",
-        default=list(ORDERS),
-        choices=choices,
+        default=DEFAULT,
+        choices=METHODS,
         metavar="METHOD",
-        help=", ".join(choices),
+        help=", ".join(METHODS),
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--pattern", default="2:4")
-    parser.add_argument("--rows", type=int, default=2048)
-    parser.add_argument("--sequence-length", type=int, default=1024)
-    parser.add_argument("--window", type=int, default=2048)
-    parser.add_argument(
-        "--windows", type=int, help="the first ones only; all if absent"
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--pattern", default="2:4")
+    add("--rows", type=int, default=2048)
+    add("--sequence-length", type=int, default=1024)
+    add("--window", type=int, default=2048)
+    add("--windows", type=int, help="the first ones only; all if absent")
+    add("--batch-size", type=int, default=8)
+    add("--held-back", type=float, default=0.01)
+    add("--steps", type=int, default=200, help="of every method that learns")
+    add("--row-limit", type=int, help="of ours; see LearnablePermutationModifier")
+    add("--learning-rate", type=float, help="of ours")
+    add("--multiplier-rate", type=float, help="of ours; 0: none are learned")
+    add(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="METHOD.FIELD=VALUE",
+        help="another setting of one method, as in amd.learning_rate=0.03",
     )
-    parser.add_argument(
-        "--row-limit", type=int, help="see LearnablePermutationModifier"
-    )
-    parser.add_argument("--learning-rate", type=float, default=0.01)
-    parser.add_argument(
-        "--multiplier-rate", type=float, default=0.03, help="0: none are learned"
-    )
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--held-back", type=float, default=0.01)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--recover-window", type=int, default=1)
-    parser.add_argument("--recover-epochs", type=int, default=4)
-    parser.add_argument("--recover-steps", type=int, default=200)
-    parser.add_argument("--recover-blocks-rate", type=float, default=0.01)
-    parser.add_argument("--recover-end-to-end-rate", type=float, default=0.003)
-    parser.add_argument("--out", type=Path, default=Path("quality.json"))
+    add("--recover-window", type=int, default=1)
+    add("--recover-epochs", type=int, default=4)
+    add("--recover-steps", type=int, default=200)
+    add("--recover-blocks-rate", type=float, default=0.01)
+    add("--recover-end-to-end-rate", type=float, default=0.003)
+    add("--out", type=Path, help="the record; quality.json if absent")
+    add("--resume", action="store_true", help="keep the results that --out holds")
+    add("--merge", type=Path, nargs="+", help="show these records as one; runs nothing")
+    add("--plot", type=Path, help="a picture of the gaps closed")
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default)
-    return parser.parse_args()
+    add("--device", default=default)
+    args = parser.parse_args(argv)
+    if not args.merge and not (args.model and args.train and args.test):
+        parser.error("give a model, --train and --test, or --merge")
+    return args
 
 
 if __name__ == "__main__":

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimiser steps of learning, one at a time, for what the package's own loop hides."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nm_permute_plugin.training.kept import endless
+from nm_permute_plugin.training.learn import LearnSettings, backward_step, frozen
+from nm_permute_plugin.training.statistics import Batch
+
+
+def learning_steps(
+    model: nn.Module,
+    masks_at: Callable[[int], Mapping[str, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    train: Sequence[Batch],
+    settings: LearnSettings,
+    warm_up: int = 0,
+) -> Iterator[tuple[int, float]]:
+    """
+    The number and the training loss of every step, each after it was taken.
+
+    Batches, their order and the fall of the rate are those of ``learn_orders``.
+
+    :param masks_at: the masks of all linears at a step, from 1 on, with gradients
+    :param warm_up: steps over which the rate rises first; none: it starts where it falls
+    """
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda done: rate(done, settings.steps, warm_up)
+    )
+    order = endless(len(train), settings.seed)
+    with frozen(model):
+        for step in range(1, settings.steps + 1):
+            with torch.enable_grad():
+                masks = masks_at(step)
+                value = backward_step(model, masks, train[next(order)], settings.loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            yield step, value
+
+
+def rate(done: int, steps: int, warm_up: int) -> float:
+    """
+    The share of the learning rate after so many steps: it falls linearly to 1 / steps.
+
+    >>> [rate(done, 4, 0) for done in range(5)], rate(0, 4, 1)
+    ([1.0, 0.8125, 0.625, 0.4375, 0.25], 0.5)
+    """
+    falling = 1 - (1 - 1 / steps) * done / steps
+    return falling * min(1.0, (done + 1) / (warm_up + 1))

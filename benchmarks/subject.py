@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a diagnosis looks at: a model, its scores by space, a start, and text."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from loop import learning_steps
+from methods import prunable
+from nm_permute_plugin.maths.masks import nm_mask
+from nm_permute_plugin.maths.pattern import NMPattern
+from nm_permute_plugin.maths.permutation import Permutation, invert
+from nm_permute_plugin.maths.scores import score_weight
+from nm_permute_plugin.maths.sinkhorn import annealed
+from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
+from nm_permute_plugin.specs.spec import resolve
+from nm_permute_plugin.training.learn import LearnSettings, hard_masks, mean_loss
+from nm_permute_plugin.training.masking import linear
+from nm_permute_plugin.training.objective import LossWeights
+from nm_permute_plugin.training.orders import LearnableOrders
+from nm_permute_plugin.training.search import search_orders
+from nm_permute_plugin.training.stacking import StackedScore
+from nm_permute_plugin.training.statistics import Batch, input_norms
+from nm_permute_plugin.training.text import Text
+
+Perms = Mapping[str, Permutation]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """
+    A dense model and where the learning of its order starts.
+
+    :param stacks: Wanda's scores, by space
+    :param start: by space
+    :param others: masks of linears that no space orders
+    """
+
+    model: PreTrainedModel
+    stacks: dict[str, StackedScore]
+    start: Perms
+    others: dict[str, Tensor]
+    text: Text
+    pattern: NMPattern
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and so of the masks."""
+        return next(self.model.parameters()).dtype
+
+    def orders(self, settings: LearnSettings) -> LearnableOrders:
+        """Parameters of the orders, at the start."""
+        return LearnableOrders(
+            self.stacks, self.start, self.pattern, settings.shape, self.dtype
+        )
+
+    def masks(self, perms: Perms) -> dict[str, Tensor]:
+        """Hard masks of all linears."""
+        return hard_masks(self.stacks, perms, self.others, self.pattern)
+
+    def loss(
+        self, orders: LearnableOrders, batches: list[Batch], weights: LossWeights
+    ) -> float:
+        """The loss under the orders as they stand, hard, multipliers included."""
+        multipliers = orders.multipliers()
+        scaled = {name: s.times(multipliers) for name, s in self.stacks.items()}
+        masks = hard_masks(scaled, orders.perms(), self.others, self.pattern)
+        return mean_loss(self.model, masks, batches, weights)
+
+
+def load(
+    folder: Path,
+    text: Text,
+    pattern: NMPattern,
+    rounds: int,
+    seed: int,
+    device: str,
+    dtype: torch.dtype,
+) -> Subject:
+    """
+    Measure a model and search its start.
+
+    :param rounds: of the search; 0 starts in the order as it is
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model = model.to(device).eval()
+    linears = prunable(model)
+    resolved = resolve(
+        model, spec_of(model), pattern, linears, head_dim_of(model.config)
+    )
+    norms = input_norms(model, linears, text.train)
+    scores = {
+        name: score_weight("wanda", linear(model, name).weight.detach(), norms[name])
+        for name in linears
+    }
+    stacks = {
+        name: StackedScore.of(space, scores)
+        for name, space in resolved.spaces.items()
+        if space.readers
+    }
+    others = {name: nm_mask(scores[name], pattern) for name in resolved.unordered}
+    as_it_is = Subject(model, stacks, {}, others, text, pattern)
+
+    def judge(perms: Perms) -> float:
+        masks = as_it_is.masks(perms)
+        return mean_loss(model, masks, text.held_back, LearnSettings().loss)
+
+    start = search_orders(stacks, pattern, rounds, seed, judge).perms
+    return replace(as_it_is, start=start)
+
+
+def learning(
+    subject: Subject, settings: LearnSettings, warm_up: int = 0
+) -> Iterator[tuple[int, float, LearnableOrders]]:
+    """
+    Learn, with a look before the first step and after every ``evaluate_every``.
+
+    :param warm_up: steps over which the learning rates rise first
+    :return: the step, the temperature of its masks, and the orders, which go on changing
+    """
+    orders = subject.orders(settings)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": orders.parameters(), "weight_decay": settings.weight_decay},
+            {"params": orders.log_multipliers(), "lr": settings.multiplier_rate},
+        ],
+        lr=settings.learning_rate,
+        weight_decay=0.0,
+    )
+
+    def temperature(step: int) -> float:
+        return annealed(max(step - 1, 0), settings.steps, *settings.temperature)
+
+    def masks_at(step: int) -> dict[str, Tensor]:
+        return {**subject.others, **orders.masks(temperature(step), step)}
+
+    yield 0, temperature(0), orders
+    train = subject.text.train
+    for step, _ in learning_steps(
+        subject.model, masks_at, optimizer, train, settings, warm_up
+    ):
+        if step % settings.evaluate_every == 0 or step == settings.steps:
+            yield step, temperature(step), orders
+
+
+def parted(before: Perms, after: Perms, m: int) -> float:
+    """
+    The share of pairs that had a group of ``m`` in common and have none any more.
+
+    >>> order = torch.arange(4)
+    >>> parted({"residual": order}, {"residual": order[[0, 2, 1, 3]]}, 2)
+    1.0
+    """
+    left = pairs = 0
+    for name, old in before.items():
+        group = invert(after[name]) // m
+        mates = rearrange(group[old], "(g m) -> g m", m=m)
+        first, second = torch.triu_indices(m, m, offset=1).to(mates.device)
+        left += int((mates[:, first] != mates[:, second]).sum())
+        pairs += mates.shape[0] * len(first)
+    return left / pairs

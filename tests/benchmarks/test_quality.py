@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark of quality as it is called."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import quality
+
+
+@pytest.fixture
+def run(arguments: list[str], text_file, tmp_path: Path, capsys):
+    """A factory: measure some methods into a file; the record and what was printed."""
+
+    def measure(out: str, *options: str) -> tuple[dict, str]:
+        test = ["--test", text_file("test", 1000)]
+        sizes = [*test, "--window", "32", "--windows", "6", "--steps", "2"]
+        options += ("--held-back", "0.1", "--out", str(tmp_path / out))
+        quality.main([*arguments, *sizes, *options])
+        return json.loads((tmp_path / out).read_text()), capsys.readouterr().out
+
+    return measure
+
+
+def test_methods_are_measured_over_seeds(run) -> None:
+    record, printed = run(
+        "all.json", "--methods", "wanda", "search", "free-mask", "--seeds", "0", "1"
+    )
+    runs = [(result["method"], result["seed"]) for result in record["results"]]
+    both = [(method, seed) for method in ("search", "free-mask") for seed in (0, 1)]
+    assert runs == [("wanda", 0), *both]
+    wanda, *others = (result["perplexity"] for result in record["results"])
+    assert record["dense"] < wanda
+    assert len(set(others)) > 1
+    assert record["results"][-1]["tokens"] == 2 * 4 * 32
+    assert record["results"][-1]["settings"]["learn"]["steps"] == 2
+    assert "| search | 2 |" in printed
+
+
+@pytest.mark.slow
+def test_sparsegpt_survives_the_disk(run) -> None:
+    methods = ["wanda", "sparsegpt", "learned+sparsegpt"]
+    record, _ = run("host.json", "--methods", *methods, "--seeds", "0")
+    wanda, *updated = (result["perplexity"] for result in record["results"])
+    assert record["dense"] < min(updated)
+    assert max(updated) < 2 * wanda
+    assert record["results"][-1]["settings"]["learn"]["shape"]["multipliers"] is False
+
+
+def test_stopped_run_is_resumed(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, _ = run("part.json", "--methods", "wanda")
+    ran: list[str] = []
+    prune = quality.prune
+    monkeypatch.setattr(
+        quality, "prune", lambda *args: (ran.append(args[2]), prune(*args))[1]
+    )
+    methods = ["--methods", "wanda", "search", "--seeds", "0"]
+    whole, _ = run("part.json", *methods, "--resume")
+    assert ran == ["search"]
+    assert whole["results"][0] == first["results"][0]
+    with pytest.raises(ValueError, match="pattern 2:4 and 4:8|pattern 4:8 and 2:4"):
+        run("part.json", *methods, "--resume", "--pattern", "4:8")
+
+
+def test_parts_of_a_run_are_merged(
+    run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("wanda", "search"):
+        run(f"{name}.json", "--methods", name, "--seeds", "0")
+    parts = [str(tmp_path / f"{name}.json") for name in ("wanda", "search")]
+    whole, picture = tmp_path / "whole.json", tmp_path / "gaps.png"
+    quality.main(["--merge", *parts, "--out", str(whole), "--plot", str(picture)])
+    record = json.loads(whole.read_text())
+    assert [result["method"] for result in record["results"]] == ["wanda", "search"]
+    assert "| search | 1 |" in capsys.readouterr().out
+    assert picture.stat().st_size > 0
+
+
+def test_model_and_texts_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        quality.main(["--methods", "wanda"])
+    assert "give a model, --train and --test, or --merge" in capsys.readouterr().err
+
+
+def test_text_that_fills_no_row_is_refused(run) -> None:
+    with pytest.raises(ValueError, match="768 tokens fill no row of 4096"):
+        run("none.json", "--methods", "wanda", "--sequence-length", "4096")
