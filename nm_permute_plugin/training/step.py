@@ -14,7 +14,12 @@ from nm_permute_plugin.training.checkpointing import (
 )
 from nm_permute_plugin.training.masking import Mask, masked
 from nm_permute_plugin.training.objective import LossWeights, loss, run
-from nm_permute_plugin.training.statistics import Batch, on_device, token_mask
+from nm_permute_plugin.training.statistics import (
+    Batch,
+    first_sample,
+    on_device,
+    token_mask,
+)
 from nm_permute_plugin.training.teacher import Teacher
 
 Masks = Callable[[], Mapping[str, Mask]]
@@ -86,8 +91,8 @@ def activation_bytes(
     micro_batch_size: int | None = None,
 ) -> int:
     """What a step keeps between forward and backward, estimated from one row."""
-    rows = len(token_mask(batch))
-    one = {name: tensor[:1] for name, tensor in batch.items()} if rows > 1 else batch
+    one = first_sample(batch)
+    rows = len(token_mask(batch)) // len(token_mask(one))
     row = on_device(one, model)
     dense = Teacher(model, weights, keep=False)(row)
     with torch.enable_grad(), masked(model, masks()):
@@ -113,10 +118,10 @@ def check_finite(value: float, which: str) -> float:
 
 def _parts(batch: Batch, size: int | None) -> Iterator[tuple[Batch, float]]:
     """Rows of a batch, so many at a time, with their share of its tokens."""
-    if size is None:
+    counted: Tensor = token_mask(batch)
+    if size is None or len(counted) <= size:
         yield batch, 1.0
         return
-    counted: Tensor = token_mask(batch)
     for first in range(0, len(counted), size):
         rows = slice(first, first + size)
         share = float(counted[rows].sum() / counted.sum())
