@@ -137,7 +137,7 @@ def _pruned(checkpoint: Path) -> list[str]:
     promise = read_promise(checkpoint)
     if promise is None:
         raise ValueError(f"{checkpoint} has no record of a run")
-    return promise[0]
+    return promise.modules
 
 
 def _rows(args: argparse.Namespace) -> list[list[int]]:

@@ -15,6 +15,7 @@ from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.scores import ScoreName, score_weight
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
 from nm_permute_plugin.specs.fold import write_in_place
+from nm_permute_plugin.specs.orientation import weight_of
 from nm_permute_plugin.specs.spec import resolve
 from nm_permute_plugin.training.kept import KeptWeights
 from nm_permute_plugin.training.learn import LearnSettings
@@ -23,6 +24,7 @@ from nm_permute_plugin.training.objective import LossWeights
 from nm_permute_plugin.training.orders import OrderShape
 from nm_permute_plugin.training.pipeline import (
     Method,
+    Objective,
     OrderSettings,
     permute_and_prune,
 )
@@ -77,6 +79,7 @@ class Way:
     folded: bool = True
     rounds: int = 12
     learn: LearnSettings = field(default_factory=LearnSettings)
+    objective: Objective = "end_to_end"
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ def ways(ours: LearnSettings) -> dict[str, Way]:
         "learned": Way(method="learned", learn=ours),
         "learned-order": Way(method="learned", learn=order_only),
         "learned-free": Way(method="learned", folded=False, learn=ours),
+        "layer_wise": Way(method="learned", learn=ours, objective="layer_wise"),
         "amd": amd,
         "amd-free": replace(amd, folded=False),
         "permllm": permllm,
@@ -167,7 +171,16 @@ def parse_changes(texts: Iterable[str]) -> dict[str, dict[str, object]]:
     """
     known = ways(LearnSettings())
     names = {x.name for cls in (LearnSettings, OrderShape, Way) for x in fields(cls)}
-    names -= {"steps", "seed", "shape", "loss", "learn", "method", "folded"}
+    names -= {
+        "steps",
+        "seed",
+        "shape",
+        "loss",
+        "learn",
+        "method",
+        "folded",
+        "objective",
+    }
     changes: dict[str, dict[str, object]] = {}
     for text in texts:
         target, _, value = text.partition("=")
@@ -236,6 +249,7 @@ def prune(
         method=way.method,
         search_rounds=way.rounds,
         learn=learn,
+        objective=way.objective,
         prune=then != SPARSEGPT,
         recover=replace(budget.recover, stages=stages),
     )
@@ -271,7 +285,7 @@ def _unfolded(model: nn.Module, way: Way, text: Text, budget: Budget) -> Unfolde
     linears = prunable(model)
     norms = input_norms(model, linears, text.train)
     scores = {
-        name: score_weight(way.score, linear(model, name).weight.detach(), norms[name])
+        name: score_weight(way.score, weight_of(linear(model, name)), norms[name])
         for name in linears
     }
     if way.method == "mask":

@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +21,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.specs.architectures import LLAMA
 from nm_permute_plugin.specs.spec import resolve
-from nm_permute_plugin.training.learn import backward_step, frozen
+from nm_permute_plugin.training.learn import frozen
 from nm_permute_plugin.training.objective import LossWeights
 from nm_permute_plugin.training.orders import LearnableOrders, OrderShape
 from nm_permute_plugin.training.stacking import StackedScore
+from nm_permute_plugin.training.step import backward_step
 
 SMOLLM2 = (576, 1536, 30, 9, 3, 49152)
 
@@ -38,9 +40,13 @@ def main() -> None:
     steps = iter(range(10**6))
 
     def learn() -> None:
-        masks = orders.masks(temperature=0.5, step=next(steps))
+        orders.assign()
+        masks = partial(orders.masks, temperature=0.5, step=next(steps))
         with frozen(model), torch.enable_grad():
             backward_step(model, masks, {"input_ids": ids}, LossWeights())
+        with torch.no_grad():  # as an optimiser would: the assignment is solved anew
+            for logits in orders.parameters():
+                logits.add_(torch.randn_like(logits), alpha=0.01)
 
     def plain() -> None:
         # Gradients of the activations and of every linear's weight, as a training step.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all tests share: the hypothesis profile, a seeded generator and tiny models."""
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,11 +9,13 @@ import pytest
 import torch
 from einops import rearrange
 from hypothesis import settings
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitImageProcessorPil,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -124,6 +127,42 @@ def words() -> Callable[[Tensor], str]:
     return lambda tokens: " ".join(
         f"w{token:02}" for token in tokens.flatten().tolist()
     )
+
+
+@pytest.fixture
+def image_checkpoint(tmp_path: Path) -> Checkpoint:
+    """A factory: the folder of a tiny random model of 16 x 16 images, and a processor."""
+
+    def save(case: str = "dinov2-labels", name: str = "dense", **options) -> Path:
+        sys.path.insert(0, str(Path(__file__).parent / "specs"))
+        from zoo import ZOO, tiny
+
+        (values,) = [entry.values for entry in ZOO if entry.id == case]
+        architecture, config, size = values
+        tiny(architecture, config, size | options, torch.float32).save_pretrained(
+            tmp_path / name
+        )
+        BitImageProcessorPil(
+            size={"height": 16, "width": 16}, do_center_crop=False
+        ).save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three class folders with six noisy pictures each, one colour a class."""
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = torch.Generator().manual_seed(8)
+    for channel, name in enumerate(("blue", "green", "red")):
+        (folder / name).mkdir()
+        for number in range(6):
+            values = torch.randint(0, 80, (20, 24, 3), generator=generator)
+            values[..., channel] += 150
+            picture = Image.fromarray(values.to(torch.uint8).numpy())
+            picture.save(folder / name / f"{number}.png")
+    return folder
 
 
 @pytest.fixture

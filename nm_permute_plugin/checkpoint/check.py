@@ -12,18 +12,29 @@ from nm_permute_plugin.checkpoint.codec import WORDS, clear_negative_zeros
 from nm_permute_plugin.checkpoint.config import Format, quantization_format
 from nm_permute_plugin.checkpoint.directory import Checkpoint, open_checkpoint
 from nm_permute_plugin.checkpoint.packed import packed_levels, packed_modules
-from nm_permute_plugin.checkpoint.plan import EIGHT_BIT, TWO_FOUR, find_excess
+from nm_permute_plugin.checkpoint.plan import (
+    EIGHT_BIT,
+    TWO_FOUR,
+    experts_of,
+    find_excess,
+)
 from nm_permute_plugin.maths.pattern import NMPattern
 
 AskedFormat = Literal["auto", "dense", "sparse-24-bitmask", "sparse-bitmask"]
 
 
-def check_pattern(path: Path, modules: Collection[str], pattern: NMPattern) -> None:
+def check_pattern(
+    path: Path,
+    modules: Collection[str],
+    pattern: NMPattern,
+    transposed: Collection[str] = (),
+) -> None:
     """
     Read every module back, one at a time, and see that it follows the pattern.
 
     Zero is what is zero once it is loaded: -0.0 too, and the zero of a packed level.
 
+    :param transposed: the modules that are stored as [in, out]
     :raises ValueError: if one does not, naming module, row and channels, or has no
         weight in the checkpoint
     """
@@ -35,6 +46,8 @@ def check_pattern(path: Path, modules: Collection[str], pattern: NMPattern) -> N
                 f"{module} was pruned, and the checkpoint has no weight of that name"
             )
         levels = stored_levels(checkpoint, module, module in packed)
+        if module in transposed:
+            levels = levels.t().contiguous()
         found = find_excess(levels, pattern)
         if found is not None:
             row, channel, count = found
@@ -45,6 +58,17 @@ def check_pattern(path: Path, modules: Collection[str], pattern: NMPattern) -> N
                 "QuantizationModifier does), or leaves this module out; the checkpoint "
                 "is not written."
             )
+
+
+def to_store_sparse(asked: AskedFormat, pruned: Collection[str]) -> list[str]:
+    """
+    The pruned modules that a sparse format stores sparse; experts only if asked for.
+
+    >>> to_store_sparse("auto", ["mlp.experts.0.up_proj", "self_attn.q_proj"])
+    ['self_attn.q_proj']
+    """
+    experts = set(experts_of(pruned)) if asked == "auto" else ()
+    return [name for name in pruned if name not in experts]
 
 
 def stored_levels(checkpoint: Checkpoint, module: str, packed: bool) -> Tensor:
@@ -62,26 +86,37 @@ def stored_levels(checkpoint: Checkpoint, module: str, packed: bool) -> Tensor:
 
 
 def choose_format(
-    path: Path, asked: AskedFormat, pattern: NMPattern, pruned: Collection[str]
+    path: Path,
+    asked: AskedFormat,
+    pattern: NMPattern,
+    pruned: Collection[str],
+    transposed: Collection[str] = (),
 ) -> tuple[Format, str]:
     """
     How a checkpoint is stored, and why.
 
     :param asked: auto is sparse-24-bitmask where the pattern is 2:4 and the weights have
         8 bits and more, and dense elsewhere
+    :param transposed: the modules that are stored as [in, out]
     """
     if not pruned:
         return "dense", "nothing is pruned"
     if asked == "dense":
         return "dense", "asked for"
+    if transposed:
+        return "dense", "Conv1D stores [in, out], and sparse formats hold [out, in]"
     checkpoint = open_checkpoint(path)
     quantized = quantization_format(checkpoint.config)
+    if experts_of(pruned) and quantized is not None:
+        return "dense", "no reader packs experts that are quantized and sparse"
     if quantized is not None and quantized not in EIGHT_BIT:
         return "dense", f"sparse formats cannot hold {quantized}; its zeros are kept"
     if any(name.endswith(".weight_zero_point") for name in checkpoint.where):
         return "dense", "quantized around a zero point, zeros are not stored as zeros"
     if asked != "auto":
         return asked, "asked for"
-    if pattern == TWO_FOUR:
-        return "sparse-24-bitmask", "the default for 2:4"
+    if pattern == TWO_FOUR and to_store_sparse(asked, pruned):
+        experts = "; experts are stored dense, as vLLM serves them"
+        said = "the default for 2:4" + experts * bool(experts_of(pruned))
+        return "sparse-24-bitmask", said
     return "dense", f"the default for {pattern}"

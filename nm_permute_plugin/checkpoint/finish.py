@@ -11,6 +11,7 @@ from nm_permute_plugin.checkpoint.check import (
     AskedFormat,
     check_pattern,
     choose_format,
+    to_store_sparse,
 )
 from nm_permute_plugin.checkpoint.model_card import Card, write_card
 from nm_permute_plugin.checkpoint.record import write_record
@@ -42,8 +43,9 @@ class Finish:
             naming module, row and channels
         """
         pattern, pruned = self.card.pattern, self.card.pruned
-        check_pattern(folder, pruned, pattern)
-        format, reason = choose_format(folder, self.asked, pattern, pruned)
+        transposed = self.card.transposed
+        check_pattern(folder, pruned, pattern, transposed)
+        format, reason = choose_format(folder, self.asked, pattern, pruned, transposed)
         logger.info(f"stored {format}: {reason}")
         if format != "dense":
             # pruning modifiers of the host leave -0.0 behind
@@ -51,7 +53,7 @@ class Finish:
                 folder,
                 folder,
                 format,
-                modules=pruned,
+                modules=to_store_sparse(self.asked, pruned),
                 pattern=pattern,
                 clear_zeros=True,
             )

@@ -12,6 +12,9 @@ from loguru import logger
 
 from nm_permute_plugin.checkpoint.config import Format, quantization_format
 from nm_permute_plugin.checkpoint.directory import open_checkpoint, read_json
+from nm_permute_plugin.checkpoint.plan import experts_of
+from nm_permute_plugin.checkpoint.record import Promise
+from nm_permute_plugin.checkpoint.task import task_of
 from nm_permute_plugin.maths.pattern import NMPattern
 
 CARD = "README.md"
@@ -31,12 +34,13 @@ class Card:
 
     :param base_model: a hub name, or the name of the folder that the model came from
     :param pruned: the modules that follow the pattern; none where nothing was pruned
-    :param fold_error: relative change of the dense logits by the fold
+    :param fold_error: relative change of the dense outputs by the fold
     :param retained: share of the total score that the masks keep, before and after
     :param history: what the held-back rows said while the order was learned
     :param versions: of packages, by name
     :param format: how they are stored
     :param reason: why
+    :param transposed: the pruned modules that are stored as [in, out]
     """
 
     base_model: str
@@ -48,6 +52,7 @@ class Card:
     versions: Mapping[str, str]
     format: Format = "dense"
     reason: str = ""
+    transposed: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -71,28 +76,24 @@ def write_card(checkpoint: Path, card: Card) -> None:
     """Write ``README.md`` of a checkpoint whose other files are there already."""
     text = "\n\n".join(
         [
-            _front_matter(card),
+            _front_matter(checkpoint, card),
             OURS,
             f"# {card.base_model.rpartition('/')[2]}, {_title(card)}",
             _what(card),
             "\n".join(_STORAGE),
             "## Evaluation",
-            "\n".join([_EVALUATION[0], *_TABLE, _EVALUATION[1]]),
-            _held_back(card),
+            *_evaluation(checkpoint, card),
             "## How it was made",
             _making(checkpoint, card),
         ]
     )
     (checkpoint / CARD).write_text(text + "\n", encoding="utf-8")
-    write_storage(checkpoint, card.pruned, card.pattern, card.format, card.reason)
+    promise = Promise(list(card.pruned), card.pattern, list(card.transposed))
+    write_storage(checkpoint, promise, card.format, card.reason)
 
 
 def write_storage(
-    checkpoint: Path,
-    pruned: Sequence[str],
-    pattern: NMPattern,
-    format: Format,
-    reason: str,
+    checkpoint: Path, promise: Promise, format: Format, reason: str
 ) -> None:
     """
     Say in a checkpoint's card how it is stored and loaded, in place of what stood there.
@@ -102,7 +103,7 @@ def write_storage(
     """
     parts = [
         "## What is sparse, and what is not",
-        _sparse(checkpoint, pruned, pattern, format, reason),
+        _sparse(checkpoint, promise, format, reason),
         "## How to load it",
         _loading(checkpoint, format),
     ]
@@ -148,11 +149,12 @@ def keep_foreign_card(folder: Path) -> None:
     logger.warning(f"{path} was there before; it is {kept.name} now")
 
 
-def _front_matter(card: Card) -> str:
+def _front_matter(checkpoint: Path, card: Card) -> str:
     tags = ["nm-permute-plugin", "llm-compressor", "compressed-tensors"]
     if card.pruned:
         tags += ["sparsity", str(card.pattern).replace(":", "of")]
-    lines = ["library_name: transformers", "pipeline_tag: text-generation"]
+    task = task_of(read_json(checkpoint / "config.json"))
+    lines = ["library_name: transformers", f"pipeline_tag: {task.tag}"]
     if "/" in card.base_model:  # a hub would link the name of a folder to a stranger
         lines.append(f"base_model: {json.dumps(card.base_model)}")
     lines += ["tags:", *(f"- {tag}" for tag in tags)]
@@ -166,8 +168,8 @@ def _title(card: Card) -> str:
 def _what(card: Card) -> str:
     made = (
         f"`{card.base_model}`, its channels reordered and the order written into the "
-        "weights: nothing is permuted when the model runs. On calibration text the "
-        f"dense model's logits moved by {card.fold_error:.1e} (relative), which is "
+        "weights: nothing is permuted when the model runs. On calibration data the "
+        f"dense model's outputs moved by {card.fold_error:.1e} (relative), which is "
         "rounding: the order alone changes nothing."
     )
     if not card.pruned:
@@ -180,13 +182,8 @@ def _what(card: Card) -> str:
     )
 
 
-def _sparse(
-    checkpoint: Path,
-    pruned: Sequence[str],
-    pattern: NMPattern,
-    format: Format,
-    reason: str,
-) -> str:
+def _sparse(checkpoint: Path, promise: Promise, format: Format, reason: str) -> str:
+    pruned = promise.modules
     opened = open_checkpoint(checkpoint)
     size = sum(shard.path.stat().st_size for shard in opened.shards) / 1e6
     quantized = quantization_format(opened.config)
@@ -197,12 +194,19 @@ def _sparse(
     }[format]
     others = [name for name in opened.matrices() if name not in set(pruned)]
     lines = [
-        f"- {pattern}: {len(pruned)} modules: {_families(pruned)}",
+        f"- {promise.pattern}: {len(pruned)} modules: {_families(pruned)}",
         f"- stored {stored}: {reason}",
         f"- not sparse: {_families(others) or 'no other matrix'}; biases and norms",
         f"- quantization: {f'`{quantized}`' if quantized else 'none'}",
         f"- weight files: {size:.1f} MB",
     ]
+    if promise.transposed:
+        lines.insert(
+            1,
+            f"- {len(promise.transposed)} of them store their weight as [in, out] "
+            "(Conv1D): there the pattern runs down the columns, and no sparse format or "
+            "kernel takes it",
+        )
     return "\n".join(lines if pruned else lines[3:])
 
 
@@ -215,41 +219,70 @@ def _families(modules: Sequence[str]) -> str:
     )
 
 
-def _held_back(card: Card) -> str:
+def _evaluation(checkpoint: Path, card: Card) -> list[str]:
+    """The table of perplexities, for a model of text, and what is known already."""
+    if task_of(read_json(checkpoint / "config.json")).pictures:
+        said = (
+            "`nm-permute evaluate FOLDER --images PICTURES --dense DENSE` measures its "
+            "accuracy, and how near its features are to the dense model's."
+        )
+        return [said + _held_back(card)]
     said = (
         "Rows are added by `nm-permute evaluate FOLDER --text FILE --card`: perplexity "
         "of the checkpoint as it is read back, one token stream, windows that do not "
         "overlap."
     )
+    table = "\n".join([_EVALUATION[0], *_TABLE, _EVALUATION[1]])
+    return [table, said + _held_back(card)]
+
+
+def _held_back(card: Card) -> str:
     if not card.history:
-        return said
+        return ""
     first = card.history[0]["held_back"]
     best = min(entry["held_back"] for entry in card.history)
-    return said + (
+    return (
         " While the order was learned, the loss on held-back rows of the calibration "
-        f"text went from {first:.4f} to {best:.4f} (before any quantization). That is "
-        "the loss of the recipe on text that chose the order: no test result."
+        f"data went from {first:.4f} to {best:.4f} (before any quantization). That is "
+        "the loss of the recipe on data that chose the order: no test result."
     )
 
 
 def _loading(checkpoint: Path, format: Format) -> str:
+    config = read_json(checkpoint / "config.json")
+    task = task_of(config)
     python = (
-        "```python\n{first}from transformers import AutoModelForCausalLM\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto")\n```'
+        f"```python\n{{first}}from transformers import {task.auto_class}\n\n"
+        f'model = {task.auto_class}.from_pretrained("FOLDER", dtype="auto")\n```'
     )
     if format == "dense":
-        known = quantization_format(read_json(checkpoint / "config.json"))
-        needs = " with compressed-tensors installed" if known else ""
+        needs = (
+            " with compressed-tensors installed" if quantization_format(config) else ""
+        )
+        loads = " loads" if task.pictures else " and vLLM load"
         return (
-            f"An ordinary checkpoint: transformers{needs} and vLLM load it with no "
+            f"An ordinary checkpoint: transformers{needs}{loads} it with no "
             "plugin, and run it as a dense model.\n\n" + python.format(first="")
+        )
+    if task.pictures:
+        return (
+            "- transformers 5: `pip install nm-permute-plugin[compress]`, then\n\n"
+            + python.format(first="import nm_permute_plugin\n")
+            + "\n\n- anywhere else: `nm-permute convert FOLDER OUT --format dense` first; "
+            "no weight changes a bit. vLLM serves no models of pictures alone."
         )
     text = (
         "- transformers 5: `pip install nm-permute-plugin[compress]`, then\n\n"
         + python.format(first="import nm_permute_plugin\n")
-        + "\n\n- vLLM: `pip install nm-permute-plugin[vllm]`, then `vllm serve FOLDER`"
+        + "\n\n- vLLM: "
     )
-    if format == "sparse-24-bitmask":
+    formats = open_checkpoint(checkpoint).formats
+    experts = any(formats[name] != "dense" for name in experts_of(formats))
+    if experts:
+        text += "not before `nm-permute convert`, as below: it serves no sparse experts"
+    else:
+        text += "`pip install nm-permute-plugin[vllm]`, then `vllm serve FOLDER`"
+    if not experts and format == "sparse-24-bitmask":
         text += (
             "\n- vLLM up to 0.18.1, on Hopper GPUs, without the plugin: "
             "`nm-permute convert FOLDER OUT --legacy` first"

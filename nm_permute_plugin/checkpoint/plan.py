@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a conversion will store sparse and what not, before it writes anything."""
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,7 @@ TWO_FOUR = NMPattern(2, 4)
 
 EIGHT_BIT = ("float-quantized", "int-quantized", "naive-quantized")
 _EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings", "embed_positions")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _WORDS_OF_FLAGS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -56,7 +58,7 @@ def make_plan(
     Look at every matrix that may be stored sparse.
 
     :param modules: those that must be; None for all that follow the pattern, embeddings
-        aside
+        aside. Experts of a layer are stored sparse all together or not at all
     :raises ValueError: if one of ``modules`` is missing or does not follow the pattern,
         or the format does not store the pattern
     """
@@ -99,12 +101,28 @@ def make_plan(
                     f"{checkpoint.file(module)}: {module}.weight cannot be stored as "
                     f"{format}: {found}. Prune it first, or leave it out."
                 )
+    for module in _apart(names, nonzeros):
+        del nonzeros[module]
+        dense[module] = (
+            "not all experts of its layer can be sparse, and they are packed"
+        )
     return Plan(format, pattern, nonzeros, dense, clear)
 
 
 def is_embedding(module: str) -> bool:
     """Whether a module is a table of embeddings, by its name."""
     return module.rpartition(".")[2] in _EMBEDDINGS
+
+
+def experts_of(names: Iterable[str]) -> list[str]:
+    """Those that are linears of experts, by their names; transformers packs them."""
+    return [name for name in names if _EXPERT.search(name)]
+
+
+def _apart(names: Collection[str], sparse: Collection[str]) -> list[str]:
+    """Sparse experts of layers with dense ones: nothing packs the two together."""
+    mixed = {_EXPERT.split(name)[0] for name in experts_of(names) if name not in sparse}
+    return [name for name in experts_of(sparse) if _EXPERT.split(name)[0] in mixed]
 
 
 def sparsity_config(plan: Plan, zeros: float) -> SparsityConfig | None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -10,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from nm_permute_plugin.checkpoint.bitmask import decompress_any
-from nm_permute_plugin.checkpoint.codec import decompress
 from nm_permute_plugin.checkpoint.config import (
     QUANT_METHOD,
+    Format,
     SparsityConfig,
     quantization_config,
     read_sparsity_config,
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from transformers.core_model_loading import WeightTransform
 
 _SPARSE = ("sparse-24-bitmask", "sparse-bitmask")
-_PARTS = PARTS["sparse-bitmask"]
 _THREADS = 4
 
 
@@ -55,12 +54,16 @@ def register_reader() -> None:
 def _classes() -> tuple[type, type]:
     """The two classes that transformers asks for, made when it is there."""
     from transformers.core_model_loading import (
-        ConversionOps,
         WeightConverter,
         WeightRenaming,
         rename_source_key,
     )
     from transformers.quantizers import auto
+
+    from nm_permute_plugin.checkpoint.conversions import (
+        sparse_conversions,
+        without_sparse,
+    )
 
     stock_config = auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD]
     stock_quantizer = auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD]
@@ -90,26 +93,6 @@ def _classes() -> tuple[type, type]:
             made[0].sparsity = read_sparsity_config(inner)
             return made if return_unused_kwargs else made[0]
 
-    class Decompress(ConversionOps):
-        """The stored tensors of one module -> its dense weight."""
-
-        def convert(
-            self,
-            input_dict: Mapping[str, Sequence[Tensor]],
-            *,
-            full_layer_name: str,
-            model: nn.Module,
-            **kwargs: object,
-        ) -> dict[str, Tensor]:
-            parts = {
-                part: input_dict[f"\\.{part}$"][0]
-                for part in _PARTS
-                if f"\\.{part}$" in input_dict
-            }
-            owner, _, leaf = full_layer_name.rpartition(".")
-            target = getattr(model.get_submodule(owner), leaf)
-            return {full_layer_name: _dense(parts, target, full_layer_name)}
-
     class SparseQuantizer(stock_quantizer):  # type: ignore[valid-type, misc]
         """The stock quantizer, with the sparse weights decompressed as they arrive."""
 
@@ -136,14 +119,11 @@ def _classes() -> tuple[type, type]:
         def update_weight_conversions(
             self, weight_conversions: list[WeightTransform]
         ) -> list[WeightTransform]:
-            ours = WeightConverter(
-                source_patterns=[f"\\.{part}$" for part in _PARTS],
-                target_patterns=".weight",
-                operations=[Decompress()],
-            )
-            stock = super().update_weight_conversions(weight_conversions)
+            stock = weight_conversions
+            if self.quantization_config.is_quantized:
+                stock = super().update_weight_conversions(weight_conversions)
             # of the converters only the first to match is used
-            everything = [ours, *stock]
+            everything = [*sparse_conversions(weight_conversions), *stock]
             renamings = [e for e in everything if isinstance(e, WeightRenaming)]
             converters = [e for e in everything if isinstance(e, WeightConverter)]
             known = self._model.base_model_prefix, self._model.state_dict()
@@ -159,14 +139,8 @@ def _classes() -> tuple[type, type]:
             self, model: PreTrainedModel, **kwargs: object
         ) -> None:
             # saving would take the conversions back, and compress what it cannot
-            model._weight_conversions = [
-                conversion
-                for conversion in getattr(model, "_weight_conversions", None) or ()
-                if not any(
-                    isinstance(operation, Decompress)
-                    for operation in getattr(conversion, "operations", ())
-                )
-            ]
+            used = getattr(model, "_weight_conversions", None) or ()
+            model._weight_conversions = without_sparse(used)
             if self.quantization_config.is_quantized:
                 super()._process_model_after_weight_loading(model, **kwargs)
             else:
@@ -178,28 +152,6 @@ def _classes() -> tuple[type, type]:
             return sparsity
 
     return CompressedTensorsConfig, SparseQuantizer
-
-
-def _dense(parts: Mapping[str, Tensor], target: Tensor, name: str) -> Tensor:
-    """The dense weight in the dtype in which the model holds it."""
-    missing = {"compressed", "bitmask", "shape"} - set(parts)
-    if missing:
-        raise ValueError(f"{name}: the checkpoint has no {', '.join(sorted(missing))}")
-    decode = decompress_any if "row_offsets" in parts else decompress
-    weight = decode(**parts, name=name)
-    if weight.shape != target.shape:
-        raise ValueError(
-            f"{name} is {tuple(weight.shape)} in the checkpoint, and "
-            f"{tuple(target.shape)} in the model that config.json describes"
-        )
-    if weight.dtype == target.dtype:
-        return weight
-    if 1 in (weight.dtype.itemsize, target.dtype.itemsize):
-        raise ValueError(
-            f"{name} is {weight.dtype} in the checkpoint, {target.dtype} in the model. "
-            "Its quantization_config does not belong to these weights."
-        )
-    return weight.to(target.dtype)
 
 
 def _check_files(files: Sequence[str]) -> dict[str, Shard]:
@@ -222,14 +174,27 @@ def _check_names(
     transformers fills weights that it does not find with random numbers.
     """
     expected = model.state_dict()
-    for module, stored in stored_formats(files).items():
-        name = f"{module}.compressed"
+    formats = stored_formats(files)
+    sources: dict[str, dict[Format, str]] = defaultdict(dict)
+    for module, stored in formats.items():
+        name = f"{module}.{PARTS[stored][0]}"
+        sources[renamed[name]][stored] = module
         if stored != "dense" and renamed[name] not in expected:
             raise NotImplementedError(
                 f"{files[name].path}: {module} is stored sparse, and "
-                f"{type(model).__name__} has no weight of that name (experts that are "
-                "merged at loading, say). Convert the checkpoint to dense first."
+                f"{type(model).__name__} has no weight of that name. Convert the "
+                "checkpoint to dense first."
             )
+    for target, kinds in sources.items():
+        if len(kinds) > 1:
+            modules = (f"{module} {stored}" for stored, module in kinds.items())
+            raise NotImplementedError(
+                f"{target} is made of weights that are stored in different ways: "
+                f"{', '.join(modules)}. Convert the checkpoint to dense first."
+            )
+    for name in sparsity.targets or ():
+        if "." in name and not name.startswith("re:") and name not in formats:
+            raise ValueError(_missing(name))
     found = set(renamed.values())
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     for module_name, module in model.named_modules():
@@ -241,7 +206,11 @@ def _check_names(
             and weight not in found | tied
             and files
         ):
-            raise ValueError(
-                f"the checkpoint has no weight for {module_name}, which its "
-                "sparsity_config says is sparse. It is damaged, or cut short."
-            )
+            raise ValueError(_missing(module_name))
+
+
+def _missing(module: str) -> str:
+    return (
+        f"the checkpoint has no weight for {module}, which its sparsity_config says is "
+        "sparse. It is damaged, or cut short."
+    )

@@ -3,6 +3,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -41,9 +42,22 @@ def read_record(checkpoint: Path) -> tuple[dict[str, Permutation], dict[str, obj
     return load_file(folder / "permutations.safetensors"), report
 
 
-def read_promise(checkpoint: Path) -> tuple[list[str], NMPattern] | None:
+@dataclass(frozen=True)
+class Promise:
     """
-    The modules that a run pruned, and the pattern; None without a record of it.
+    What a run pruned.
+
+    :param transposed: those of the modules that are stored as [in, out]
+    """
+
+    modules: list[str]
+    pattern: NMPattern
+    transposed: list[str]
+
+
+def read_promise(checkpoint: Path) -> Promise | None:
+    """
+    What a run pruned in a checkpoint; None without a record of it.
 
     :raises ValueError: if there is a record and it cannot be read
     """
@@ -53,6 +67,8 @@ def read_promise(checkpoint: Path) -> tuple[list[str], NMPattern] | None:
     try:
         report = json.loads(path.read_text())
         pruned = [str(name) for name in report["pruned"]]
-        return pruned, NMPattern.parse(report["modifier"]["mask_structure"])
+        transposed = [str(name) for name in report.get("transposed", ())]
+        pattern = NMPattern.parse(report["modifier"]["mask_structure"])
+        return Promise(pruned, pattern, transposed)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no record of a run: {error!r}") from error

@@ -92,8 +92,8 @@ def verify(
     files; dtypes, shapes and bitmasks of what is stored sparse; the N:M pattern of
     every promised module; that weights and scales are finite, and scales positive.
 
-    :param modules: what must be sparse; None for what ``config.json`` promises, or,
-        where it promises nothing, the record of the run that pruned
+    :param modules: what must be sparse; None for what ``config.json`` promises, and the
+        record of the run that pruned
     :param pattern: None for the one promised, or 2:4
     """
     path = Path(path)
@@ -106,14 +106,15 @@ def verify(
     except DamagedError as error:
         return Report((), _file_faults(path) or (_fault(error),))
     recorded = None
-    if sparsity is None and modules is None:
+    if modules is None:
         try:
             recorded = read_promise(path)
         except ValueError as error:
             return Report((), (Fault("nm_permute/report.json", "", str(error)),))
-    said = recorded[1] if recorded else sparsity and sparsity.pattern
+    said = sparsity.pattern if sparsity else recorded and recorded.pattern
     pattern = pattern or said or NMPattern(2, 4)
-    promised = _promised(checkpoint, sparsity, recorded[0] if recorded else modules)
+    declared = _declared(checkpoint, sparsity, modules)
+    promised = declared | set(recorded.modules if recorded else ())
     packed = packed_modules(checkpoint)
     faults = [
         Fault("config.json", name, "is said to be sparse, and has no weight")
@@ -138,24 +139,29 @@ def verify(
             faults.append(_fault(error))
             continue
         stored = checkpoint.formats[module]
-        if recorded and weight.dtype in WORDS:
+        if stored == "dense" and module not in declared and weight.dtype in WORDS:
             weight = clear_negative_zeros(weight)  # harmless where zeros are stored
+        if recorded and module in recorded.transposed:
+            weight = weight.t().contiguous()
         row = _row(stored, module, weight, pattern, module in promised)
         rows.append(row)
         faults += [
             Fault(checkpoint.file(module).name, module, message)
-            for message in _weight_faults(checkpoint, row, weight, sparsity, pattern)
+            for message in [
+                *_storage_faults(stored, sparsity, module in declared),
+                *_weight_faults(checkpoint, row, weight, pattern),
+            ]
         ]
     faults += _other_faults(checkpoint)
     return Report(tuple(rows), tuple(faults))
 
 
-def _promised(
+def _declared(
     checkpoint: Checkpoint,
     sparsity: SparsityConfig | None,
     modules: Collection[str] | None,
 ) -> set[str]:
-    """The names of what must be sparse; classes are read as all but embeddings."""
+    """What config.json, or the caller, says is sparse; classes: all but embeddings."""
     if modules is not None:
         return set(modules)
     if sparsity is None:
@@ -194,21 +200,21 @@ def _row(
     )
 
 
-def _weight_faults(
-    checkpoint: Checkpoint,
-    row: Row,
-    weight: Tensor,
-    sparsity: SparsityConfig | None,
-    pattern: NMPattern,
+def _storage_faults(
+    stored: str, sparsity: SparsityConfig | None, declared: bool
 ) -> Iterator[str]:
-    stored = row.format
     if stored != "dense" and (sparsity is None or sparsity.format != stored):
         said = "nothing" if sparsity is None else sparsity.format
         yield f"is stored as {stored}, config.json says {said}"
-    elif stored != "dense" and not row.promised:
+    elif stored != "dense" and not declared:
         yield f"is stored as {stored}, config.json does not say that it is sparse"
-    elif row.promised and sparsity is not None and stored != sparsity.format:
+    elif declared and sparsity is not None and stored != sparsity.format:
         yield f"is stored {stored}, config.json says {sparsity.format}"
+
+
+def _weight_faults(
+    checkpoint: Checkpoint, row: Row, weight: Tensor, pattern: NMPattern
+) -> Iterator[str]:
     if row.promised and not row.sparse:
         yield _pattern_fault(weight, pattern)
     if not bool(torch.isfinite(_values(weight)).all()):

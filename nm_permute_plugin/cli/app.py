@@ -25,6 +25,10 @@ TextFiles = Annotated[
     list[Path] | None,
     typer.Option("--text", help="Plain text to calibrate and train on; repeatable."),
 ]
+Images = Annotated[
+    Path | None,
+    typer.Option("--images", help="Folder of pictures, for a model of images."),
+]
 Device = Annotated[
     str | None, typer.Option(help="cpu or cuda; the GPU if there is one.")
 ]
@@ -60,8 +64,9 @@ def prune(
         Path, typer.Argument(help="Folder of the checkpoint, new or empty.")
     ],
     text: TextFiles = None,
+    images: Images = None,
     samples: Annotated[
-        int, typer.Option(min=2, help="Rows of calibration text.")
+        int, typer.Option(min=2, help="Rows of calibration text, or pictures.")
     ] = 512,
     sequence_length: Annotated[
         int, typer.Option(min=2, help="Tokens of a row.")
@@ -70,23 +75,33 @@ def prune(
 ) -> None:
     """Run a recipe with LearnablePermutationModifier on a model."""
     with _clear_errors():
-        if not text:
-            raise ValueError("give calibration text: --text FILE, once or more")
-        texts = [_read([file]) for file in text]
+        _one_kind(text, images, "give calibration text")
+        texts = [_read([file]) for file in text or []]
         for path in (model, recipe):
             if not path.exists():
                 raise FileNotFoundError(f"{path} does not exist")
-        from nm_permute_plugin.cli.prune import calibration_rows, prune_checkpoint
+        from nm_permute_plugin.cli import prune as run
+        from nm_permute_plugin.evaluation import loading
+        from nm_permute_plugin.evaluation.images import image_files
 
-        rows = calibration_rows(model, texts, samples, sequence_length)
-        minutes = prune_checkpoint(model, recipe, out, rows, device)
-    typer.echo(f"{out}: {len(rows) * sequence_length} tokens, {minutes:.1f} minutes")
+        if images is not None:
+            loading.refuse_images_for(model)
+            files = run.spread(image_files(images), samples)
+            minutes = run.prune_with_images(model, recipe, out, files, device)
+            amount = f"{len(files)} images"
+        else:
+            loading.refuse_text_for(model)
+            rows = run.calibration_rows(model, texts, samples, sequence_length)
+            minutes = run.prune_checkpoint(model, recipe, out, rows, device)
+            amount = f"{len(rows) * sequence_length} tokens"
+    typer.echo(f"{out}: {amount}, {minutes:.1f} minutes")
 
 
 @app.command()
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of the checkpoint.")],
     text: TextFiles = None,
+    images: Images = None,
     sequence_length: Annotated[
         int, typer.Option(min=2, help="Tokens of a window.")
     ] = 2048,
@@ -95,61 +110,49 @@ def evaluate(
         typer.Option(help="Checkpoint of the same score and pattern, order as it is."),
     ] = None,
     dense: Annotated[
-        Path | None, typer.Option(help="The model before pruning, for the gap closed.")
+        Path | None,
+        typer.Option(
+            help="The model before pruning, for the gap closed; with --images for the "
+            "cosine of the features."
+        ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 1,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Windows or pictures at a time.")
+    ] = 1,
     card: Annotated[
         bool, typer.Option("--card", help="Put the result into the model card.")
     ] = False,
     device: Device = None,
 ) -> None:
-    """Perplexity of a checkpoint on a text; with --base and --dense the gap closed."""
+    """Perplexity of a checkpoint on a text; with --base and --dense the gap closed.
+
+    With --images, the accuracy of a model of images on a folder of CLASS/*.jpg: of its
+    classifier, or of the nearest neighbours of its features where it has none.
+    """
     with _clear_errors():
-        if not text:
-            raise ValueError("give text to evaluate on: --text FILE, once or more")
-        if (base is None) != (dense is None):
+        _one_kind(text, images, "give text to evaluate on")
+        if images is not None and (base is not None or card):
+            raise ValueError("--base and --card are for --text, not for --images")
+        if text and (base is None) != (dense is None):
             raise ValueError("the gap closed needs both --base and --dense")
-        content = _read(text)
-        folders = {"checkpoint": checkpoint}
-        if base is not None and dense is not None:
-            folders |= {"base": base, "dense": dense}
-        for folder in folders.values():
-            if not (folder / "config.json").exists():
-                raise FileNotFoundError(
-                    f"{folder} holds no checkpoint (no config.json)"
-                )
-        from nm_permute_plugin.evaluation.perplexity import (
-            evaluate_checkpoint,
-            gap_closed,
-            tokenize,
-        )
+        content = _read(text or [])
+        from nm_permute_plugin.cli import evaluate as run
 
-        values = {}
-        for name, folder in folders.items():
-            tokens = tokenize(folder, content)
-            values[name] = evaluate_checkpoint(
-                folder, tokens, sequence_length, device or _device(), batch_size
+        where = device or _device()
+        if images is not None:
+            lines = run.evaluate_on_images(checkpoint, images, where, batch_size, dense)
+        else:
+            lines = run.evaluate_on_text(
+                checkpoint,
+                content,
+                sequence_length,
+                where,
+                batch_size,
+                compared=(base, dense) if base and dense else None,
+                card_row=" + ".join(file.name for file in text or []) if card else None,
             )
-            typer.echo(
-                f"{folder}: perplexity {values[name]:.2f} "
-                f"(windows of {sequence_length} tokens, {len(tokens)} tokens)"
-            )
-        gap = None
-        if base is not None:
-            gap = gap_closed(values["checkpoint"], values["base"], values["dense"])
-            typer.echo(f"gap closed: {gap:.1%}")
-        if card:
-            from nm_permute_plugin.checkpoint.model_card import (
-                Evaluation,
-                add_evaluation,
-            )
-
-            name = " + ".join(file.name for file in text)
-            used = len(tokenize(checkpoint, content)) // sequence_length
-            row = Evaluation(
-                name, sequence_length, used * sequence_length, values["checkpoint"], gap
-            )
-            add_evaluation(checkpoint, row)
+        for line in lines:
+            typer.echo(line)
 
 
 @app.command()
@@ -316,7 +319,17 @@ def _tell_the_card(folder: Path, format: str) -> None:
 
     promise = read_promise(folder)
     if promise is not None and is_ours(folder):
-        write_storage(folder, *promise, cast("Format", format), "converted")
+        write_storage(folder, promise, cast("Format", format), "converted")
+
+
+def _one_kind(text: list[Path] | None, images: Path | None, what: str) -> None:
+    """See that there is text, or images, and not both."""
+    if not text and images is None:
+        raise ValueError(f"{what}: --text FILE, once or more, or --images FOLDER")
+    if text and images is not None:
+        raise ValueError(
+            "--text and --images are for different models; give one of them"
+        )
 
 
 def _read(files: list[Path]) -> str:

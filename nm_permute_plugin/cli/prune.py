@@ -5,15 +5,20 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
 from llmcompressor import oneshot, reset_session
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+from transformers import AutoTokenizer
 
+from nm_permute_plugin.evaluation.images import image_processor, pixels
+from nm_permute_plugin.evaluation.loading import model_class
 from nm_permute_plugin.evaluation.perplexity import tokenize
 from nm_permute_plugin.modifiers.recipe import read_recipe
 
@@ -35,24 +40,73 @@ def prune_checkpoint(
     :raises FileExistsError: if ``out`` holds files already
     :raises OSError: if ``out`` cannot be written
     """
+
+    def data() -> dict[str, Any]:
+        return {
+            "tokenizer": AutoTokenizer.from_pretrained(model),
+            "dataset": Dataset.from_dict({"input_ids": [list(row) for row in rows]}),
+            "max_seq_length": max(map(len, rows)),
+            "num_calibration_samples": len(rows),
+            "shuffle_calibration_samples": False,
+        }
+
+    return _prune(model, recipe, out, data, device)
+
+
+def prune_with_images(
+    model: str | Path,
+    recipe: Path,
+    out: Path,
+    files: Sequence[Path],
+    device: str | None = None,
+) -> float:
+    """
+    ``prune_checkpoint`` for a model of images.
+
+    :param files: pictures to calibrate and train on
+    :raises ValueError: as well, for a picture that cannot be read
+    """
+
+    def data() -> dict[str, Any]:
+        processor = image_processor(model)
+        batches = [{"pixel_values": p} for p in pixels(processor, files, batch_size=32)]
+        loader = DataLoader(cast("TorchDataset[Any]", batches), batch_size=None)
+        return {"processor": processor, "dataset": loader}
+
+    return _prune(model, recipe, out, data, device)
+
+
+def spread(files: Sequence[Path], samples: int) -> list[Path]:
+    """``samples`` of the files at most, spread evenly."""
+    if len(files) <= samples:
+        return list(files)
+    chosen = torch.linspace(0, len(files) - 1, samples).long().tolist()
+    return [files[i] for i in chosen]
+
+
+def _prune(
+    model: str | Path,
+    recipe: Path,
+    out: Path,
+    data: Callable[[], dict[str, Any]],
+    device: str | None,
+) -> float:
+    """``oneshot`` into a folder that appears only when all went well; minutes."""
     read_recipe(recipe)
     out = out.resolve()
     reserved = _reserve(out)
     unfinished = reserved / out.name
     started = time.perf_counter()
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        calibration = data()
+        loaded = model_class(model).from_pretrained(model, dtype="auto")
         loaded = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         reset_session()
         oneshot(
             model=loaded,
-            tokenizer=AutoTokenizer.from_pretrained(model),
             recipe=str(recipe),
-            dataset=Dataset.from_dict({"input_ids": [list(row) for row in rows]}),
-            max_seq_length=max(map(len, rows)),
-            num_calibration_samples=len(rows),
-            shuffle_calibration_samples=False,
             output_dir=str(unfinished),
+            **calibration,
         )
         os.replace(unfinished, out)
     except SafetensorError as error:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import transformers
 import yaml
-from torch import nn
 
+from nm_permute_plugin.evaluation.loading import model_class
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
 from nm_permute_plugin.specs.exactness import (
@@ -20,6 +20,7 @@ from nm_permute_plugin.specs.exactness import (
     to_float64,
     vary_constants,
 )
+from nm_permute_plugin.specs.orientation import is_linear
 from nm_permute_plugin.specs.probe import random_batch
 from nm_permute_plugin.specs.spec import ResolvedSpec, Spec, resolve
 
@@ -99,7 +100,7 @@ def check_spec(
     linears = [
         name
         for name, module in loaded.named_modules()
-        if isinstance(module, nn.Linear) and not _matches(name, ignore)
+        if is_linear(module) and not _matches(name, ignore)
     ]
     resolved = resolve(
         loaded,
@@ -139,14 +140,8 @@ def read_spec(file: Path) -> Spec:
 def _load(folder: Path, layers: int | None, seed: int) -> transformers.PreTrainedModel:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no model (no config.json)")
+    kind = model_class(folder)
     config = transformers.AutoConfig.from_pretrained(folder)
-    names = config.architectures or []
-    kind = getattr(transformers, names[0], None) if names else None
-    if kind is None:
-        raise ValueError(
-            f"{folder}/config.json names no class of transformers in `architectures`: "
-            f"{names}"
-        )
     if layers is None and any(folder.glob("*.safetensors")):
         return kind.from_pretrained(folder, dtype=torch.float64)
     if layers is not None:

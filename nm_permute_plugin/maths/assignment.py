@@ -2,6 +2,7 @@
 """Hard assignments: the best one-to-one matching of a matrix of benefits."""
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -25,24 +26,48 @@ def assign(
     >>> assign(torch.tensor([[[1.0, 2.0], [1.0, 5.0]]]))
     tensor([[0, 1]])
     """
+    return assign_later(benefit)()
+
+
+def assign_later(
+    benefit: Float[Tensor, "blocks rows columns"],
+) -> Callable[[], Int[Tensor, "blocks rows"]]:
+    """
+    ``assign`` in the background: the benefits are copied now, the columns come on call.
+
+    A GPU can run what it was given meanwhile.
+
+    :raises ValueError: as ``assign``
+    """
     blocks, rows, columns = benefit.shape
     if rows % columns:
         raise ValueError(f"{rows} rows cannot be shared evenly by {columns} columns")
-    if bool(benefit.isnan().any()):
+    device, capacity = benefit.device, rows // columns
+    matrices = benefit.detach().to("cpu", torch.float32, copy=True).numpy()
+    if bool(np.isnan(matrices).any()):
         raise ValueError("the benefits to assign by hold NaN")
-    capacity = rows // columns
-    matrices = benefit.detach().float().cpu().numpy().repeat(capacity, axis=-1)
-    chosen = np.empty(matrices.shape[:2], dtype=np.int64)
+    # Where every row can have the column it likes best, that is the best there is.
+    chosen = matrices.argmax(-1)
+    taken = (chosen[..., None] == np.arange(columns)).sum(1)
+    hard = (taken != capacity).any(-1).nonzero()[0]
 
     def solve(part: slice) -> None:
-        for block in range(blocks)[part]:
-            chosen[block] = linear_sum_assignment(matrices[block], maximize=True)[1]
+        for block in hard[part]:
+            square = matrices[block].repeat(capacity, axis=-1)
+            chosen[block] = linear_sum_assignment(square, maximize=True)[1] // capacity
 
     # SciPy leaves Python's lock free: threads share the blocks.
-    threads = min(blocks, os.cpu_count() or 1)
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(solve, [slice(first, None, threads) for first in range(threads)]))
-    return torch.from_numpy(chosen).to(benefit.device) // capacity
+    threads = max(1, min(len(hard), os.cpu_count() or 1))
+    pool = ThreadPoolExecutor(threads)
+    work = [pool.submit(solve, slice(first, None, threads)) for first in range(threads)]
+    pool.shutdown(wait=False)
+
+    def result() -> Tensor:
+        for done in work:
+            done.result()
+        return torch.from_numpy(chosen).to(device)
+
+    return result
 
 
 def order_by(column: Int[Tensor, "blocks rows"]) -> Int[Tensor, "blocks rows"]:

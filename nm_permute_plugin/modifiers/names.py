@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The names that modules have on disk: transformers saves many under older ones."""
 
-import re
 from collections.abc import Iterable
 
 import torch
@@ -17,16 +16,12 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from nm_permute_plugin.checkpoint.plan import experts_of
+
 _UNPACKED = {
     (".experts.gate_up_proj",): ("gate_proj", "up_proj"),
     (".experts.down_proj",): ("down_proj",),
 }
-_EXPERT = re.compile(r"\.experts\.\d+\.")
-
-
-def experts_of(names: Iterable[str]) -> list[str]:
-    """Those that are linears of experts, which transformers keeps packed."""
-    return [name for name in names if _EXPERT.search(name)]
 
 
 def name_experts_for_saving(model: PreTrainedModel) -> None:

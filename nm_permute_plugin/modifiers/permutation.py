@@ -19,39 +19,37 @@ from pydantic import Field, PrivateAttr, model_validator
 from nm_permute_plugin.checkpoint.check import AskedFormat
 from nm_permute_plugin.checkpoint.finish import Finish
 from nm_permute_plugin.checkpoint.model_card import Card
+from nm_permute_plugin.checkpoint.plan import experts_of
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.scores import ScoreName
-from nm_permute_plugin.modifiers.names import (
-    experts_of,
-    name_experts_for_saving,
-    saved_names,
-)
+from nm_permute_plugin.modifiers.names import name_experts_for_saving, saved_names
 from nm_permute_plugin.modifiers.neighbours import is_pruned_later, refuse_shared_pass
 from nm_permute_plugin.modifiers.save import after_save
 from nm_permute_plugin.modifiers.targets import (
     DEFAULT_IGNORE,
     base_model_of,
-    dense_for_experts,
     match_linears,
     refuse_packed,
     refuse_tied,
+    transposed_of,
 )
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
 from nm_permute_plugin.specs.spec import ResolvedSpec, resolve
 from nm_permute_plugin.training.blocks import BlockSettings
+from nm_permute_plugin.training.calibration import read_samples
 from nm_permute_plugin.training.distill import DistillSettings
 from nm_permute_plugin.training.learn import LearnSettings
 from nm_permute_plugin.training.objective import LossWeights
 from nm_permute_plugin.training.orders import OrderShape, Relaxation
 from nm_permute_plugin.training.pipeline import (
     Method,
+    Objective,
     OrderSettings,
     Record,
     permute_and_prune,
     refuse_inexact,
 )
 from nm_permute_plugin.training.recover import RecoverSettings, Stage
-from nm_permute_plugin.training.text import rows_of, split_text
 
 Family = Literal["residual", "hidden", "value"]
 VERSIONED = (
@@ -102,10 +100,18 @@ class LearnablePermutationModifier(Modifier):
     :param format: how the checkpoint is saved: dense (zeros stored, loads everywhere),
         sparse-24-bitmask (2:4 only, smaller; needs this plugin to load), sparse-bitmask
         (any pattern, likewise) or auto: sparse-24-bitmask for 2:4, dense for other
-        patterns and for what no sparse format holds (4-bit quantization)
+        patterns, experts, and what no sparse format holds (4-bit quantization, Conv1D)
     :param spec: a permutation spec for an architecture that is not known
-    :param steps: optimiser steps
-    :param batch_size: rows of calibration text a step
+    :param objective: end_to_end (the loss of the whole model) or layer_wise (the output
+        error of decoder layers, one after the other: for models whose gradients do not
+        fit; the order of the residual stream stays the search's)
+    :param steps: optimiser steps; layer_wise: of each layer
+    :param batch_size: rows of calibration text, or images, a step; one sample of text
+        with images is a step of its own
+    :param micro_batch_size: rows that go through the model at a time; a whole batch by
+        default
+    :param gradient_checkpointing: keep only what enters a layer, and run it again in
+        backward; by default where a GPU's memory asks for it
     :param learning_rate: of AdamW, on the logits; falls linearly to 0
     :param temperature_start: of the matching, at the first step
     :param temperature_end: of the matching, at the last step
@@ -120,7 +126,8 @@ class LearnablePermutationModifier(Modifier):
         by as well, so that readers of one order choose for themselves; as ``prune`` by
         default, because a pruner that follows has scores of its own
     :param multiplier_rate: of AdamW, on the logarithms of the multipliers
-    :param divergence_weight: of the divergence from the dense model's predictions
+    :param divergence_weight: of the divergence from the dense model's predictions of
+        tokens or classes, or final hidden states where there are none
     :param cross_entropy_weight: of the next-token loss of the text itself
     :param hidden_weight: of the Smooth-L1 distance of all hidden states
     :param cosine_weight: of the cosine distance of the final hidden states
@@ -151,8 +158,11 @@ class LearnablePermutationModifier(Modifier):
     prune: bool = True
     format: AskedFormat = "auto"
     spec: dict[str, str] | None = None
+    objective: Objective = "end_to_end"
     steps: int = Field(default=200, ge=1)
     batch_size: int = Field(default=8, ge=1)
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    gradient_checkpointing: bool | None = None
     learning_rate: float = Field(default=0.01, gt=0)
     temperature_start: float = Field(default=1.0, gt=0)
     temperature_end: float = Field(default=0.1, gt=0)
@@ -186,7 +196,7 @@ class LearnablePermutationModifier(Modifier):
     _record: Record | None = PrivateAttr(default=None)
     _promised: list[str] = PrivateAttr(default_factory=list)
     _base_model: str = PrivateAttr(default="")
-    _stored: AskedFormat = PrivateAttr(default="auto")
+    _transposed: list[str] = PrivateAttr(default_factory=list)
 
     @model_validator(mode="after")
     def _fields_make_sense_together(self) -> "LearnablePermutationModifier":
@@ -227,8 +237,23 @@ class LearnablePermutationModifier(Modifier):
                 f"score_multipliers: true needs relaxation: insertion, not "
                 f"{self.relaxation}"
             )
+        self._passes_make_sense()
         self._recovery_makes_sense()
         return self
+
+    def _passes_make_sense(self) -> None:
+        if self.micro_batch_size and self.micro_batch_size > self.batch_size:
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} is above batch_size="
+                f"{self.batch_size}: a batch cannot be cut into parts larger than itself"
+            )
+        if self.objective == "layer_wise" and (
+            self.micro_batch_size or self.gradient_checkpointing
+        ):
+            raise ValueError(
+                "micro_batch_size and gradient_checkpointing are for objective: "
+                "end_to_end; layer_wise has one layer at a time in memory"
+            )
 
     def _recovery_makes_sense(self) -> None:
         if self.recover == "none":
@@ -264,11 +289,11 @@ class LearnablePermutationModifier(Modifier):
                 head_dim_of(model.config),
             )
         self._base_model = base_model_of(model)
-        self._stored = self.format
         if experts_of(name for name, _ in model.named_modules()):
-            self._stored = dense_for_experts(self.format)
             name_experts_for_saving(model)
         names = saved_names(model, self._prunable)
+        transposed = transposed_of(model, self._prunable, self.format)
+        self._transposed = saved_names(model, transposed)
         if self.prune or is_pruned_later(self, self.mask_structure):
             self._promised = names
         refuse_packed(self._resolved)
@@ -284,24 +309,24 @@ class LearnablePermutationModifier(Modifier):
         if self._resolved is None:
             raise RuntimeError("on_calibration_start ran before on_initialize")
         model = state.model
-        vocabulary = model.get_input_embeddings().num_embeddings
-        rows = rows_of(state.data.calib, vocabulary)
-        text = split_text(rows, self.batch_size, self.held_back, self.seed)
+        samples = read_samples(
+            model, state.data.calib, self.batch_size, self.held_back, self.seed
+        )
         logger.info(
             f"{self.method} order for {self.mask_structure} {self.score}: "
-            f"{len(self._prunable)} linears, {text.tokens} tokens to train on"
+            f"{len(self._prunable)} linears, {samples} to train on"
         )
         # Weights stay on the device that they are fetched to: each is read many times.
         with DisableQuantization(model), disable_offloading():
             if self.spec is not None:
                 refuse_inexact(
-                    model, self._resolved, text.train[0], update_offload_parameter
+                    model, self._resolved, samples.train[0], update_offload_parameter
                 )
             self._record = permute_and_prune(
                 model,
                 self._resolved,
                 self._prunable,
-                text,
+                samples,
                 self._settings(),
                 write=update_offload_parameter,
             )
@@ -317,7 +342,7 @@ class LearnablePermutationModifier(Modifier):
         after_save(state.model, self._finish(self._record))
         before, after = self._record.retained
         logger.info(
-            f"retained score {before:.4f} -> {after:.4f}, logits moved by the fold "
+            f"retained score {before:.4f} -> {after:.4f}, outputs moved by the fold "
             f"{self._record.fold_error:.1e}"
         )
         return True
@@ -332,18 +357,20 @@ class LearnablePermutationModifier(Modifier):
             retained=record.retained,
             history=record.history,
             versions=versions,
+            transposed=self._transposed,
         )
         report = {
             "modifier": self.model_dump(),
             "versions": versions,
             "pruned": self._promised,
+            "transposed": self._transposed,
             "fold_error": record.fold_error,
             "retained": record.retained,
             "seconds": record.seconds,
             "history": record.history,
             "recovered": [asdict(stage) for stage in record.recovered],
         }
-        return Finish(self._stored, card, record.perms, report)
+        return Finish(self.format, card, record.perms, report)
 
     @property
     def _multipliers(self) -> bool:
@@ -376,6 +403,8 @@ class LearnablePermutationModifier(Modifier):
             evaluate_every=self.evaluate_every,
             weight_decay=self.weight_decay,
             seed=self.seed,
+            micro_batch_size=self.micro_batch_size,
+            gradient_checkpointing=self.gradient_checkpointing,
         )
         return OrderSettings(
             pattern=NMPattern.parse(self.mask_structure),
@@ -384,6 +413,7 @@ class LearnablePermutationModifier(Modifier):
             families=tuple(self.spaces),
             search_rounds=self.search_rounds,
             learn=learn,
+            objective=self.objective,
             prune=self.prune,
             recover=RecoverSettings(
                 stages=() if self.recover == "none" else tuple(self.recover),

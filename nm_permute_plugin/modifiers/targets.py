@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from nm_permute_plugin.checkpoint.check import AskedFormat
+from nm_permute_plugin.specs.orientation import CONV1D, is_linear, is_transposed
 from nm_permute_plugin.specs.spec import ResolvedSpec
 
 DEFAULT_IGNORE = ["lm_head"]
@@ -15,11 +16,14 @@ DEFAULT_IGNORE = ["lm_head"]
 
 def match_linears(model: nn.Module, targets: list[str], ignore: list[str]) -> list[str]:
     """
-    The names of the linears to prune.
+    The names of the linears to prune; the target ``Linear`` means Conv1D as well.
 
     :raises ValueError: if a target or an ignore matches nothing, if a target is no
-        Linear, or if nothing is left
+        linear, or if nothing is left
     """
+    if "Linear" in targets and any(map(is_transposed, model.modules())):
+        linears = list(match_named_modules(model, ["Linear"]))
+        targets = [x for x in targets if linears or x != "Linear"] + [CONV1D]
     names = [name for name, _ in model.named_modules()]
     for pattern in ignore if ignore != DEFAULT_IGNORE else ():
         known = any(match_name(name, pattern) for name in names)
@@ -34,18 +38,12 @@ def match_linears(model: nn.Module, targets: list[str], ignore: list[str]) -> li
                 f"target {pattern!r} matches no module of the model; use 'Linear', a "
                 f"name like {_example(names)!r}, or a pattern that starts with 're:'"
             )
-    for name, _ in match_named_modules(model, ["Conv1D"], ignore):
-        raise ValueError(
-            f"{name} is a Conv1D, which stores its weight as [in, out]; N:M masks are for "
-            "Linear modules. Its channels can be reordered (`nm-permute spec`), not "
-            f"pruned; add it to `ignore`, 're:.*{name.rpartition('.')[2]}$' for example."
-        )
     matched = list(match_named_modules(model, targets, ignore))
     for name, module in matched:
-        if not isinstance(module, nn.Linear):
+        if not is_linear(module):
             raise ValueError(
-                f"target {name} is a {type(module).__name__}; only Linear modules can "
-                "be pruned N:M. Narrow `targets`, or add it to `ignore`."
+                f"target {name} is a {type(module).__name__}; only Linear and Conv1D "
+                "modules can be pruned N:M. Narrow `targets`, or add it to `ignore`."
             )
     if not matched:
         raise ValueError(
@@ -56,13 +54,13 @@ def match_linears(model: nn.Module, targets: list[str], ignore: list[str]) -> li
 
 def refuse_tied(model: PreTrainedModel, names: list[str]) -> None:
     """
-    See that no module to prune is the table of embeddings, under another name.
+    See that no module to prune is a table of embeddings, under another name.
 
     :raises ValueError: if one is
     """
-    table = model.get_input_embeddings().weight
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for name in names:
-        if model.get_submodule(name).weight is table:
+        if id(model.get_submodule(name).weight) in tables:
             raise ValueError(
                 f"{name} shares its weight with the embeddings, which would be pruned "
                 f"with it; add {name!r} to `ignore`, or untie them"
@@ -84,18 +82,23 @@ def refuse_packed(resolved: ResolvedSpec) -> None:
             )
 
 
-def dense_for_experts(asked: AskedFormat) -> AskedFormat:
+def transposed_of(
+    model: nn.Module, names: list[str], asked: AskedFormat = "auto"
+) -> list[str]:
     """
-    How a checkpoint of experts is stored: no reader of the sparse formats packs them.
+    Those of the linears that are stored as [in, out], which no sparse format holds.
 
-    :raises ValueError: if a sparse format is asked for
+    :param asked: the format of the recipe
+    :raises ValueError: if it is a sparse one, and there are such linears
     """
-    if asked not in ("auto", "dense"):
+    found = [name for name in names if is_transposed(model.get_submodule(name))]
+    if found and asked not in ("auto", "dense"):
         raise ValueError(
-            f"format {asked} cannot hold a mixture of experts: transformers packs the "
-            "experts while loading, which knows no sparse weights; use format: dense"
+            f"format {asked} cannot hold {found[0]}: it is a Conv1D, which stores its "
+            "weight as [in, out], and sparse formats hold [out, in]. Use format: dense, "
+            "or leave `format` out."
         )
-    return "dense"
+    return found
 
 
 def base_model_of(model: nn.Module) -> str:

@@ -58,6 +58,7 @@ def measure(checkpoint: Path, workload: Workload) -> list[dict[str, object]]:
         max_num_seqs=max(workload.batches),
         tensor_parallel_size=workload.tensor_parallel,
         enforce_eager=workload.eager,
+        skip_tokenizer_init=True,  # tokens in, tokens out
         enable_prefix_caching=False,
         seed=0,
     )
@@ -84,7 +85,9 @@ def _timings(llm: "LLM", workload: Workload) -> Iterator[tuple[int, float, float
             {"prompt_token_ids": source.choices(range(vocabulary), k=length)}
             for length in [workload.prompt_tokens] * batch
         ]
-        sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        sampling = SamplingParams(
+            temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False
+        )
         started = time.perf_counter()
         llm.generate(prompts, sampling, use_tqdm=False)
         return time.perf_counter() - started

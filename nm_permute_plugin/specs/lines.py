@@ -70,7 +70,7 @@ class Line:
         claimed = [space for space in claimed if space is not None]
         if len(claimed) != len(set(claimed)):
             raise ValueError(
-                f"the spec's line {self.text!r} claims a space twice: "
+                f"parameter {name}: the spec's line {self.text!r} claims a space twice: "
                 f"{' '.join(self.words)!r}"
             )
         return axes

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.specs.claim import MovedParameter, claim
 from nm_permute_plugin.specs.lines import FAMILIES
+from nm_permute_plugin.specs.orientation import input_axis
 from nm_permute_plugin.specs.sizes import HeadDim, Size, measure
 
 Spec = Mapping[str, str]
@@ -141,7 +142,8 @@ def resolve(
     :raises ValueError: with the parameter's name, what was found and what to do
     """
     claims, sizes = measure(claim(model, spec), head_dim)
-    readers, unordered = _readers(claims, sizes, pattern, set(prunable))
+    inputs = {name: input_axis(model.get_submodule(name)) for name in prunable}
+    readers, unordered = _readers(claims, sizes, pattern, inputs)
     return ResolvedSpec(
         parameters=tuple(claims),
         spaces={
@@ -156,16 +158,16 @@ def _readers(
     claims: list[MovedParameter],
     sizes: Mapping[str, Size],
     pattern: NMPattern,
-    prunable: set[str],
+    inputs: Mapping[str, int],
 ) -> tuple[dict[str, list[Reader]], dict[str, str]]:
     readers: dict[str, list[Reader]] = defaultdict(list)
     unordered: dict[str, str] = {}
     for item in claims:
         for name in item.names:
             owner = name.removesuffix(".weight")
-            if owner == name or owner not in prunable:
+            if owner == name or owner not in inputs:
                 continue
-            axis = item.matrices[0][-1]
+            axis, length = item.matrices[0][inputs[owner]], item.shape[inputs[owner]]
             spaces = {part.space for part in axis}
             if len(spaces) > 1:
                 raise ValueError(
@@ -173,7 +175,7 @@ def _readers(
                     f"be pruned in their orders; add {owner!r} to `ignore`"
                 )
             space = spaces.pop()
-            width = item.shape[-1] if space is None else sizes[space].wall
+            width = length if space is None else sizes[space].wall
             if width % pattern.m:
                 raise ValueError(
                     f"{name} has its input channels in runs of {width}, which "
@@ -183,7 +185,7 @@ def _readers(
             if space is None:
                 unordered[owner] = axis[0].reason
             else:
-                times = item.shape[-1] // sizes[space].channels
+                times = length // sizes[space].channels
                 readers[space].append(
                     Reader(owner, times, width) if times > 1 else Reader(owner)
                 )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from loguru import logger
 from torch import Tensor
 from tqdm import tqdm
@@ -25,11 +25,12 @@ from nm_permute_plugin.training.layers import (
     run_layers,
 )
 from nm_permute_plugin.training.learn import frozen
+from nm_permute_plugin.training.objective import relative_error
+from nm_permute_plugin.training.samples import Samples
 from nm_permute_plugin.training.statistics import token_mask
-from nm_permute_plugin.training.text import Text
 
 Look = dict[str, int | float]
-Hidden = Float[Tensor, "_rows _tokens _width"]  # batches differ
+Hidden = Float[Tensor, "*_places _width"]  # batches differ
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class BlockSettings:
     How decoder layers are rebuilt.
 
     :param window: decoder layers that are trained together
-    :param epochs: passes over the training text, a window
+    :param epochs: passes over the training samples, a window
     :param rate: of AdamW, relative to the size of the weights (``kept.Optimizer``)
     :param seed: of the order of the batches
     """
@@ -50,7 +51,7 @@ class BlockSettings:
 
 
 def rebuild_blocks(
-    kept: KeptWeights, text: Text, settings: BlockSettings
+    kept: KeptWeights, samples: Samples, settings: BlockSettings
 ) -> tuple[Values, list[Look]]:
     """
     Train the kept weights of every window of decoder layers to give the dense outputs.
@@ -65,7 +66,7 @@ def rebuild_blocks(
     :raises ValueError: if there are no decoder layers, if they do not run on their own,
         or if an error is not finite
     """
-    work = _Work(kept, text)
+    work = _Work(kept, samples)
     dense = [calls_of(kept.model, work.layers, b).hidden.cpu() for b in work.batches]
     pruned = list(dense)
     values: Values = {}
@@ -85,27 +86,15 @@ def rebuild_blocks(
     return values, looks
 
 
-def relative_error(
-    ours: Hidden, theirs: Hidden, counted: Bool[Tensor, "_rows _tokens"]
-) -> Float[Tensor, ""]:
-    """
-    ``|ours_t - theirs_t|^2 / |theirs_t|^2``, the mean over the tokens that count.
-
-    Relative, because the few tokens with huge activations would drown all others.
-    """
-    difference = (ours[counted].float() - theirs[counted].float()).square().sum(-1)
-    return (difference / theirs[counted].float().square().sum(-1)).mean()
-
-
 class _Work:
-    """The layers and the text of a run; the held-back batches come last."""
+    """The layers and the samples of a run; the held-back batches come last."""
 
-    def __init__(self, kept: KeptWeights, text: Text) -> None:
+    def __init__(self, kept: KeptWeights, samples: Samples) -> None:
         self.kept = kept
         self.layers = decoder_layers(kept.model, kept.linears)
-        check_layers(kept.model, self.layers, text.held_back)
-        self.batches = [*text.train, *text.held_back]
-        self.train = len(text.train)
+        check_layers(kept.model, self.layers, samples.held_back)
+        self.batches = [*samples.train, *samples.held_back]
+        self.train = len(samples.train)
         self.judges = range(self.train, len(self.batches))
 
     def run(self, index: int, span: range, hidden: Hidden) -> Hidden:

@@ -15,8 +15,8 @@ from nm_permute_plugin.training.kept import (
 )
 from nm_permute_plugin.training.learn import frozen
 from nm_permute_plugin.training.objective import LossWeights, loss, run
+from nm_permute_plugin.training.samples import Samples
 from nm_permute_plugin.training.statistics import on_device
-from nm_permute_plugin.training.text import Text
 
 Look = dict[str, int | float]
 
@@ -28,7 +28,7 @@ class DistillSettings:
 
     :param steps: optimiser steps, a batch each
     :param rate: of AdamW, relative to the size of the weights (``kept.Optimizer``)
-    :param evaluate_every: steps between two looks at the held-back text
+    :param evaluate_every: steps between two looks at the held-back samples
     :param seed: of the order of the batches
     :param loss: weights of the loss
     """
@@ -41,25 +41,25 @@ class DistillSettings:
 
 
 def distill(
-    kept: KeptWeights, text: Text, settings: DistillSettings
+    kept: KeptWeights, samples: Samples, settings: DistillSettings
 ) -> tuple[Values, list[Look]]:
     """
     Train all kept weights against the dense model's predictions; the masks stay.
 
-    :return: the best values by the held-back text, none if none are better, and one look
-        an evaluation: step, held-back loss and, from the first step on, training loss
+    :return: the best values by the held-back samples, none if none are better, and one
+        look an evaluation: step, held-back loss and, from the first step on, training loss
     :raises ValueError: if a loss is not finite
     """
     masters = kept.masters(kept.linears)
     optimizer = Optimizer(masters, settings.rate, settings.steps)
-    order = endless(len(text.train), settings.seed)
-    best = kept.mean_loss(text.held_back, settings.loss)
+    order = endless(len(samples.train), settings.seed)
+    best = kept.mean_loss(samples.held_back, settings.loss)
     better: Values = {}
     looks: list[Look] = [{"step": 0, "held_back": best}]
     bar = tqdm(range(1, settings.steps + 1), desc="Distilling the kept weights")
     with frozen(kept.model), torch.enable_grad():
         for step in bar:
-            batch = on_device(text.train[next(order)], kept.model)
+            batch = on_device(samples.train[next(order)], kept.model)
             with torch.no_grad():
                 dense = run(kept.model, batch, settings.loss)
             with kept.running(masters):
@@ -73,7 +73,7 @@ def distill(
             if step % settings.evaluate_every and step != settings.steps:
                 continue
             now = kept.rounded(masters)
-            held = kept.mean_loss(text.held_back, settings.loss, now)
+            held = kept.mean_loss(samples.held_back, settings.loss, now)
             looks.append({"step": step, "held_back": held, "loss": training})
             if held < best:
                 best, better = held, now

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nm_permute_plugin.specs.fold import Write
+from nm_permute_plugin.specs.orientation import as_stored, bias_of, weight_of
 from nm_permute_plugin.training.masking import forwards, linear
 from nm_permute_plugin.training.objective import LossWeights, loss, run
 from nm_permute_plugin.training.statistics import Batch, on_device
 
 Values = dict[str, Tensor]
-"""Weights and biases of linears, by the name of the parameter."""
+"""Weights [out, in] and biases of linears, by the name of the parameter."""
 
 
 class KeptWeights:
@@ -38,10 +39,10 @@ class KeptWeights:
         self.values: Values = {}
         for name, dropped in self._dropped.items():
             module = linear(model, name)
-            weight = module.weight.detach()
-            self.values[f"{name}.weight"] = weight.masked_fill(dropped, 0)
-            if module.bias is not None:
-                self.values[f"{name}.bias"] = module.bias.detach().clone()
+            self.values[f"{name}.weight"] = weight_of(module).masked_fill(dropped, 0)
+            bias = bias_of(module)
+            if bias is not None:
+                self.values[f"{name}.bias"] = bias.clone()
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -115,7 +116,10 @@ class KeptWeights:
         """Store the values in the model, which is pruned from then on."""
         for name, value in self.values.items():
             owner, _, leaf = name.rpartition(".")
-            write(self.model.get_submodule(owner), leaf, value)
+            module = self.model.get_submodule(owner)
+            if leaf == "weight":
+                value = as_stored(module, value).contiguous()
+            write(module, leaf, value)
 
 
 class Optimizer:

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from nm_permute_plugin.training.masking import forwards
-from nm_permute_plugin.training.statistics import Batch, on_device
+from nm_permute_plugin.training.statistics import (
+    Batch,
+    first_sample,
+    forward,
+    on_device,
+)
 
 
 @dataclass(frozen=True)
@@ -58,8 +63,8 @@ def decoder_layers(model: nn.Module, linears: Iterable[str]) -> DecoderLayers:
     lost = next(x for x in linears if not lists or not x.startswith(f"{lists[0][0]}."))
     where = f"outside of {lists[0][0]}" if lists else "in a model without such a list"
     raise ValueError(
-        f"blocks are rebuilt decoder layer by decoder layer, but {lost} stands {where}: "
-        "add it to `ignore`, or recover with end_to_end only"
+        f"decoder layers are taken one by one, but {lost} stands {where}: add it to "
+        "`ignore`, or use end_to_end instead (`objective`, or `recover` without blocks)"
     )
 
 
@@ -78,7 +83,7 @@ def calls_of(model: nn.Module, layers: DecoderLayers, batch: Batch) -> Calls:
 
     replaced = dict.fromkeys(layers.modules, record)
     with torch.no_grad(), forwards(replaced), suppress(_AllCalled):
-        model(**on_device(batch, model), use_cache=False)
+        forward(model, on_device(batch, model))
     return calls
 
 
@@ -101,7 +106,7 @@ def check_layers(
 
     :raises ValueError: if they do not
     """
-    batch = {name: tensor[:1] for name, tensor in batches[0].items()}
+    batch = first_sample(batches[0])
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: object, output: Any) -> None:
@@ -110,7 +115,7 @@ def check_layers(
     hook = layers.modules[-1].register_forward_hook(keep)
     try:
         with torch.no_grad():
-            model(**on_device(batch, model), use_cache=False)
+            forward(model, on_device(batch, model))
     finally:
         hook.remove()
     calls = calls_of(model, layers, batch)
@@ -118,7 +123,7 @@ def check_layers(
         raise ValueError(
             f"the layers {layers.names[0]} to {layers.names[-1]} of "
             f"{type(model).__name__} do not run one after the other on their own; "
-            "recover with end_to_end instead of blocks"
+            "use end_to_end instead (`objective`, or `recover` without blocks)"
         )
 
 

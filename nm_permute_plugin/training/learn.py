@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learn the order end to end: frozen weights, one matrix of logits per block."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from loguru import logger
@@ -13,11 +14,16 @@ from tqdm import tqdm
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import Permutation
 from nm_permute_plugin.maths.sinkhorn import annealed
-from nm_permute_plugin.training.masking import masked
+from nm_permute_plugin.training.masking import Mask, masked
 from nm_permute_plugin.training.objective import LossWeights, loss, run
 from nm_permute_plugin.training.orders import LearnableOrders, OrderShape
 from nm_permute_plugin.training.stacking import StackedScore
 from nm_permute_plugin.training.statistics import Batch, on_device
+from nm_permute_plugin.training.step import (
+    backward_step,
+    check_finite,
+    layers_to_checkpoint,
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,9 @@ class LearnSettings:
     :param loss: weights of the loss
     :param evaluate_every: steps between two looks at the held-back text
     :param seed: of the order of the batches
+    :param micro_batch_size: rows that go through the model at a time; None: a whole batch
+    :param gradient_checkpointing: keep only what enters a layer, and run it again in
+        backward; None: where a GPU's memory asks for it
     """
 
     steps: int = 200
@@ -45,6 +54,8 @@ class LearnSettings:
     loss: LossWeights = field(default_factory=LossWeights)
     evaluate_every: int = 20
     seed: int = 0
+    micro_batch_size: int | None = None
+    gradient_checkpointing: bool | None = None
 
 
 @dataclass
@@ -94,6 +105,59 @@ def learn_orders(
         )
     dtype = next(model.parameters()).dtype
     orders = LearnableOrders(stacks, start, pattern, settings.shape, dtype)
+    batches = _shuffled(train, settings.seed)
+
+    def masks(tau: float, step: int) -> dict[str, Mask]:
+        return {**other_masks, **orders.masks(tau, step)}
+
+    def look(now: Learned) -> float:
+        hard = hard_masks(stacks, now.perms, other_masks, pattern, now.multipliers)
+        return mean_loss(model, hard, held_back, settings.loss)
+
+    with frozen(model), torch.enable_grad():
+        layers = layers_to_checkpoint(
+            model,
+            [*other_masks, *(r.name for s in stacks.values() for r in s.space.readers)],
+            partial(masks, 1.0, 0),
+            train[0],
+            settings.loss,
+            settings.micro_batch_size,
+            settings.gradient_checkpointing,
+        )
+
+        def step(tau: float, number: int) -> float:
+            return backward_step(
+                model,
+                partial(masks, tau, number),
+                next(batches),
+                settings.loss,
+                settings.micro_batch_size,
+                layers,
+            )
+
+        learned = descend(orders, step, look, settings)
+    looks = [look["held_back"] for look in learned.history]
+    logger.info(
+        f"learned {len(stacks)} orders in {settings.steps} steps: held-back loss "
+        f"{looks[0]:.4f} -> {min(looks):.4f}"
+    )
+    return learned
+
+
+def descend(
+    orders: LearnableOrders,
+    step: Callable[[float, int], float],
+    look: Callable[[Learned], float],
+    settings: LearnSettings,
+    what: str = "Learning the order",
+) -> Learned:
+    """
+    Optimise orders, and keep the best by the looks; the first is at the start.
+
+    :param step: leaves the gradients of a step, given its temperature and its number;
+        returns the loss
+    :param look: the loss on the held-back text
+    """
     optimizer = torch.optim.AdamW(
         [
             {"params": orders.parameters(), "weight_decay": settings.weight_decay},
@@ -105,43 +169,27 @@ def learn_orders(
     schedule = torch.optim.lr_scheduler.LinearLR(
         optimizer, 1.0, 1 / settings.steps, total_iters=settings.steps
     )
-
-    def look() -> tuple[float, Learned]:
-        now = Learned(orders.perms(), orders.multipliers())
-        scaled = {name: stack.times(now.multipliers) for name, stack in stacks.items()}
-        masks = hard_masks(scaled, now.perms, other_masks, pattern)
-        return mean_loss(model, masks, held_back, settings.loss), now
-
-    best, learned = look()
+    learned = Learned(orders.perms(), orders.multipliers())
+    best = look(learned)
     history: list[dict[str, int | float]] = [{"step": 0, "held_back": best}]
-    batches = _shuffled(train, settings.seed)
-    bar = tqdm(range(1, settings.steps + 1), desc="Learning the order")
-    with frozen(model), torch.enable_grad():
-        for step in bar:
-            tau = annealed(step - 1, settings.steps, *settings.temperature)
-            value = backward_step(
-                model,
-                {**other_masks, **orders.masks(tau, step)},
-                next(batches),
-                settings.loss,
-            )
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            bar.set_postfix(loss=f"{value:.4f}", best=f"{best:.4f}", tau=f"{tau:.3f}")
-            if step % settings.evaluate_every and step != settings.steps:
-                continue
-            held, now = look()
-            history.append(
-                {"step": step, "held_back": held, "loss": value, "temperature": tau}
-            )
-            if held < best:
-                best, learned = held, now
-    first = history[0]["held_back"]
-    logger.info(
-        f"learned {len(stacks)} orders in {settings.steps} steps: held-back loss "
-        f"{first:.4f} -> {best:.4f}"
-    )
+    bar = tqdm(range(1, settings.steps + 1), desc=what)
+    for number in bar:
+        tau = annealed(number - 1, settings.steps, *settings.temperature)
+        orders.assign()
+        value = step(tau, number)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        bar.set_postfix(loss=f"{value:.4f}", best=f"{best:.4f}", tau=f"{tau:.3f}")
+        if number % settings.evaluate_every and number != settings.steps:
+            continue
+        now = Learned(orders.perms(), orders.multipliers())
+        held = look(now)
+        history.append(
+            {"step": number, "held_back": held, "loss": value, "temperature": tau}
+        )
+        if held < best:
+            best, learned = held, now
     learned.history = history
     return learned
 
@@ -151,11 +199,16 @@ def hard_masks(
     perms: Mapping[str, Permutation],
     other_masks: Mapping[str, Tensor],
     pattern: NMPattern,
+    multipliers: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The masks of all linears under the orders, in the channels' old places."""
+    """
+    The masks of all linears under the orders, in the channels' old places.
+
+    :param multipliers: of the scores, by linear, one an input channel; 1 by default
+    """
     masks = dict(other_masks)
     for name, stack in stacks.items():
-        masks |= stack.masks(perms[name], pattern)
+        masks |= stack.masks(perms[name], pattern, multipliers)
     return masks
 
 
@@ -177,30 +230,7 @@ def mean_loss(
             dense = run(model, batch, weights)
             with masked(model, masks):
                 total += float(loss(run(model, batch, weights), dense, batch, weights))
-    _check_finite(total, "held-back")
-    return total / len(batches)
-
-
-def backward_step(
-    model: nn.Module, masks: Mapping[str, Tensor], batch: Batch, weights: LossWeights
-) -> float:
-    """One forward and backward pass; the gradients stay behind the masks."""
-    batch = on_device(batch, model)
-    with torch.no_grad():
-        dense = run(model, batch, weights)
-    with masked(model, masks):
-        value = loss(run(model, batch, weights), dense, batch, weights)
-        _check_finite(float(value.detach()), "training")
-        value.backward()
-    return float(value.detach())
-
-
-def _check_finite(value: float, which: str) -> None:
-    if not torch.isfinite(torch.tensor(value)):
-        raise ValueError(
-            f"the {which} loss is {value}; load the model in bfloat16 or float32 and "
-            "check the calibration data"
-        )
+    return check_finite(total, "held-back") / len(batches)
 
 
 def _shuffled(batches: Sequence[Batch], seed: int) -> Iterator[Batch]:

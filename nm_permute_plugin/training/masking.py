@@ -7,9 +7,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from nm_permute_plugin.specs.orientation import bias_of, is_linear, weight_of
+
+Mask = Tensor | Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""1 or True where a weight is kept, [out, in]; or a function of the input, the weight and
+the bias that gives the masked linear's output."""
 
 
 class MaskedLinear(torch.autograd.Function):
@@ -41,14 +46,12 @@ class MaskedLinear(torch.autograd.Function):
 
 
 @contextmanager
-def masked(
-    model: nn.Module, masks: Mapping[str, Shaped[Tensor, "out in"]]
-) -> Iterator[None]:
+def masked(model: nn.Module, masks: Mapping[str, Mask]) -> Iterator[None]:
     """
     Let the named linears multiply by their masks while the context lasts.
 
-    :param masks: by module name, 1 or True where a weight is kept, between 0 and 1 while
-        soft; a mask that needs gradients has the weight's dtype
+    :param masks: by module name; as a tensor between 0 and 1 while soft; one that needs
+        gradients has the weight's dtype
     """
     linears = {name: linear(model, name) for name in masks}
     with forwards(
@@ -74,18 +77,21 @@ def forwards(replaced: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]
                 module.__dict__["forward"] = before
 
 
-def linear(model: nn.Module, name: str) -> nn.Linear:
+def linear(model: nn.Module, name: str) -> nn.Module:
     """
-    The linear of that name.
+    The Linear or Conv1D of that name.
 
     :raises ValueError: if the module is something else
     """
     module = model.get_submodule(name)
-    if not isinstance(module, nn.Linear):
+    if not is_linear(module):
         raise ValueError(f"{name} is a {type(module).__name__}, not a Linear")
     return module
 
 
-def _forward(module: nn.Linear, mask: Tensor, x: Tensor) -> Tensor:
-    out: Tensor = MaskedLinear.apply(x, module.weight, module.bias, mask)
+def _forward(module: nn.Module, mask: Mask, x: Tensor) -> Tensor:
+    weight, bias = weight_of(module), bias_of(module)
+    if not isinstance(mask, Tensor):
+        return mask(x, weight, bias)
+    out: Tensor = MaskedLinear.apply(x, weight, bias, mask)
     return out

@@ -2,16 +2,16 @@
 """The orders of all spaces as parameters: logits that say which channels go together."""
 
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 import torch
-from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nm_permute_plugin.maths.assignment import assign, order_by
+from nm_permute_plugin.maths.assignment import assign_later, order_by
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import (
     Permutation,
@@ -20,12 +20,10 @@ from nm_permute_plugin.maths.permutation import (
     invert,
 )
 from nm_permute_plugin.maths.sinkhorn import sinkhorn
-from nm_permute_plugin.training.relaxation import (
-    InsertionMask,
-    Reorder,
-    RowSample,
-    permuted_mask,
-)
+from nm_permute_plugin.training.grouping import Grouping
+from nm_permute_plugin.training.insertion import InsertionMask
+from nm_permute_plugin.training.masking import Mask
+from nm_permute_plugin.training.relaxation import Reorder, RowSample, permuted_mask
 from nm_permute_plugin.training.stacking import StackedScore
 
 Relaxation = Literal["insertion", "straight_through", "soft"]
@@ -79,7 +77,8 @@ class LearnableOrders:
 
     :param stacks: the scores of all readers, by space
     :param start: the orders to begin with, by space
-    :param dtype: of the masks: that of the weights
+    :param dtype: of masks that are tensors: that of the weights
+    :param fixed: spaces that keep the order they begin with; multipliers are learned
     """
 
     def __init__(
@@ -89,15 +88,21 @@ class LearnableOrders:
         pattern: NMPattern,
         shape: OrderShape,
         dtype: torch.dtype,
+        fixed: Collection[str] = (),
     ) -> None:
-        alike: dict[tuple[tuple[int, ...], int], list[StackedScore]] = defaultdict(list)
-        for stack in stacks.values():
+        alike: dict[tuple[object, int, bool], list[StackedScore]] = defaultdict(list)
+        for name, stack in stacks.items():
             size = shape.size_in(stack.space.wall, pattern.m)
-            alike[stack.sections, size].append(stack)
-        self.bundles = [
-            _Bundle(same, start, size, pattern, shape, dtype)
-            for (_, size), same in alike.items()
-        ]
+            alike[stack.sections, size, name in fixed].append(stack)
+        self.bundles: list[_Bundle] = []
+        for (_, size, is_fixed), same in alike.items():
+            own = shape
+            if is_fixed:
+                own = replace(shape, relaxation="insertion", start_logit=1.0)
+            kind = _Insertions if own.relaxation == "insertion" else _Places
+            bundle = kind(same, start, size, pattern, own, dtype)
+            bundle.logits.requires_grad_(not is_fixed)
+            self.bundles.append(bundle)
 
     def parameters(self) -> list[nn.Parameter]:
         """The logits, [blocks, size, columns], one tensor for all spaces of a shape."""
@@ -114,6 +119,11 @@ class LearnableOrders:
             found |= bundle.multipliers()
         return found
 
+    def assign(self) -> None:
+        """Begin to make the logits hard, so that it is done when the masks are asked."""
+        for bundle in self.bundles:
+            bundle.assign()
+
     def perms(self) -> dict[str, Permutation]:
         """The orders as they stand, hard, by space."""
         found: dict[str, Permutation] = {}
@@ -121,15 +131,13 @@ class LearnableOrders:
             found |= bundle.perms()
         return found
 
-    def masks(
-        self, temperature: float, step: int
-    ) -> dict[str, Float[Tensor, "out in"]]:
+    def masks(self, temperature: float, step: int) -> dict[str, Mask]:
         """
         The masks of all readers, by linear, with gradients for the logits.
 
         :param step: chooses the rows that weigh the moves
         """
-        masks: dict[str, Float[Tensor, "out in"]] = {}
+        masks: dict[str, Mask] = {}
         for bundle in self.bundles:
             masks |= bundle.masks(temperature, step)
         return masks
@@ -139,13 +147,9 @@ class _Bundle(nn.Module):
     """
     Spaces with equally many rows and blocks of one size, side by side in one tensor.
 
-    All layers of a model have the same shape: one matching, one assignment and one mask
-    serve them together.
+    All layers of a model have the same shape: one matching and one assignment serve them
+    together.
     """
-
-    start: Permutation
-    back: Permutation
-    score: Float[Tensor, "rows blocks size"]
 
     def __init__(
         self,
@@ -163,73 +167,85 @@ class _Bundle(nn.Module):
             shape,
             dtype,
         )
-        self.widths = [stack.space.size for stack in stacks]
-        score = torch.cat([stack.score for stack in stacks], dim=1)
-        offsets = [sum(self.widths[:i]) for i in range(len(stacks))]
-        starts = [
-            start[stack.space.name].to(score.device) + offset
-            for stack, offset in zip(stacks, offsets, strict=True)
-        ]
-        whole = torch.cat(starts)
-        self.register_buffer("start", whole)
-        self.register_buffer("back", invert(whole))
-        blocks = rearrange(score[:, whole], "r (b s) -> r b s", s=size)
-        self.register_buffer("score", blocks)
+        device = stacks[0].score.device
+        self.starts = [start[stack.space.name].to(device) for stack in stacks]
+        self.counts = [stack.space.size // size for stack in stacks]
         columns = shape.columns(size, pattern.m)
-        own = torch.arange(size, device=score.device) * columns // size
+        own = torch.arange(size, device=device) * columns // size
         firm = nn.functional.one_hot(own, columns).float() * shape.start_logit
-        self.logits = nn.Parameter(firm.repeat(blocks.shape[1], 1, 1))
-        self.sections = stacks[0].sections
+        self.logits = nn.Parameter(firm.repeat(sum(self.counts), 1, 1))
         self.log_multiplier = nn.Parameter(
-            score.new_zeros(len(self.sections), *blocks.shape[1:]),
+            firm.new_zeros(len(stacks[0].sections), sum(self.counts), size),
             requires_grad=shape.multipliers,
         )
+        self._hard: tuple[int, Callable[[], Tensor]] | None = None
+
+    def assign(self) -> Callable[[], Int[Tensor, "blocks size"]]:
+        """The hard columns, on call; begun anew only when the logits have changed."""
+        version = self.logits._version
+        if self._hard is None or self._hard[0] != version:
+            self._hard = version, cache(assign_later(self.logits))
+        return self._hard[1]
 
     def perms(self) -> dict[str, Permutation]:
-        whole = compose(self.start, from_blocks(order_by(assign(self.logits))))
-        parts, offset = {}, 0
-        for stack, width in zip(self.stacks, self.widths, strict=True):
-            parts[stack.space.name] = whole[offset : offset + width] - offset
-            offset += width
-        return parts
+        hard = order_by(self.assign()()).split(self.counts)
+        return {
+            stack.space.name: compose(start, from_blocks(order))
+            for stack, start, order in zip(self.stacks, self.starts, hard, strict=True)
+        }
 
     def multipliers(self) -> dict[str, Float[Tensor, " in"]]:
-        whole = rearrange(self.log_multiplier.detach().exp(), "r b s -> r (b s)")
-        parts = whole[:, self.back].split(self.widths, dim=1)
+        parts = self.log_multiplier.detach().exp().split(self.counts, dim=1)
         found: dict[str, Float[Tensor, " in"]] = {}
-        for stack, part in zip(self.stacks, parts, strict=True):
-            found |= stack.inputs(part)
+        for stack, start, part in zip(self.stacks, self.starts, parts, strict=True):
+            found |= stack.inputs(part.flatten(1)[:, invert(start)])
         return found
 
-    def masks(
-        self, temperature: float, step: int
-    ) -> dict[str, Float[Tensor, "out in"]]:
-        soft = sinkhorn(self.logits, temperature, self.shape.sinkhorn_iterations)
-        mask = rearrange(self._mask(soft, step), "r b s -> r (b s)")
-        parts = Reorder.apply(mask, self.back).split(self.widths, dim=1)
-        masks: dict[str, Float[Tensor, "out in"]] = {}
-        for stack, part in zip(self.stacks, parts, strict=True):
-            masks |= stack.split(part)
+    def soft(self, temperature: float) -> Float[Tensor, "blocks size columns"]:
+        return sinkhorn(self.logits, temperature, self.shape.sinkhorn_iterations)
+
+    def masks(self, temperature: float, step: int) -> dict[str, Mask]:
+        raise NotImplementedError
+
+
+class _Insertions(_Bundle):
+    """Columns are groups: one mask a reader."""
+
+    def masks(self, temperature: float, step: int) -> dict[str, Mask]:
+        masks: dict[str, Mask] = {}
+        parts = zip(
+            self.stacks,
+            self.starts,
+            self.soft(temperature).split(self.counts),
+            self.assign()().split(self.counts),
+            self.log_multiplier.split(self.counts, dim=1),
+            strict=True,
+        )
+        for stack, start, soft, hard, logs in parts:
+            rows, readers = stack.parts(), stack.space.readers
+            sample = RowSample.of_step(sum(stack.rows), self.shape.row_limit, step)
+            grouping = Grouping(start, hard, self.pattern)
+            of_readers = logs.split([reader.queries for reader in readers])
+            for reader, score, log in zip(readers, rows, of_readers, strict=True):
+                masks[reader.name] = InsertionMask(
+                    reader, score, grouping, soft, log, sample
+                )
+                sample = sample.after(len(score))
         return masks
 
-    def _mask(
-        self, soft: Float[Tensor, "blocks size columns"], step: int
-    ) -> Float[Tensor, "rows blocks size"]:
-        hard = assign(self.logits)
-        if self.shape.relaxation == "insertion":
-            sample = RowSample.of_step(len(self.score), self.shape.row_limit, step)
-            mask: Tensor = InsertionMask.apply(
-                self.score,
-                self.log_multiplier,
-                self.sections,
-                soft,
-                hard,
-                self.pattern,
-                sample,
-                self.dtype,
-            )
-            return mask
+
+class _Places(_Bundle):
+    """Columns are places: soft, or hard with the soft matching's gradient."""
+
+    def masks(self, temperature: float, step: int) -> dict[str, Mask]:
+        soft = self.soft(temperature)
         if self.shape.relaxation == "straight_through":
-            places = nn.functional.one_hot(hard, soft.shape[-1])
+            places = nn.functional.one_hot(self.assign()(), soft.shape[-1])
             soft = places + soft - soft.detach()
-        return permuted_mask(self.score, soft, self.pattern).to(self.dtype)
+        masks: dict[str, Mask] = {}
+        parts = zip(self.stacks, self.starts, soft.split(self.counts), strict=True)
+        for stack, start, of_stack in parts:
+            blocks = stack.score[:, start].unflatten(-1, of_stack.shape[:2])
+            mask = permuted_mask(blocks, of_stack, self.pattern).to(self.dtype)
+            masks |= stack.split(Reorder.apply(mask.flatten(1), invert(start)))
+        return masks

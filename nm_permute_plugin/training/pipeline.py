@@ -17,8 +17,10 @@ from nm_permute_plugin.maths.permutation import Permutation
 from nm_permute_plugin.maths.scores import ScoreName, score_weight
 from nm_permute_plugin.specs.exactness import random_perms
 from nm_permute_plugin.specs.fold import Write, fold, invert_all, write_in_place
+from nm_permute_plugin.specs.orientation import weight_of
 from nm_permute_plugin.specs.spec import ResolvedSpec
 from nm_permute_plugin.training.kept import KeptWeights
+from nm_permute_plugin.training.layer_wise import learn_layer_wise
 from nm_permute_plugin.training.layers import decoder_layers
 from nm_permute_plugin.training.learn import (
     Learned,
@@ -28,16 +30,24 @@ from nm_permute_plugin.training.learn import (
     mean_loss,
 )
 from nm_permute_plugin.training.masking import linear
+from nm_permute_plugin.training.objective import answer
 from nm_permute_plugin.training.recover import RecoverSettings, StageRecord, recover
+from nm_permute_plugin.training.samples import Samples
 from nm_permute_plugin.training.search import search_orders
 from nm_permute_plugin.training.stacking import StackedScore
-from nm_permute_plugin.training.statistics import Batch, input_norms, on_device
-from nm_permute_plugin.training.text import Text
+from nm_permute_plugin.training.statistics import (
+    Batch,
+    first_sample,
+    forward,
+    input_norms,
+    on_device,
+)
 
 Method = Literal["learned", "search", "identity"]
+Objective = Literal["end_to_end", "layer_wise"]
 
 FOLD_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-"""Largest relative change of the logits that rounding explains, by dtype; 0.05 below."""
+"""Largest relative change of the outputs that rounding explains, by dtype; 0.05 below."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,8 @@ class OrderSettings:
         starts from the search
     :param families: the kinds of spaces that are reordered
     :param search_rounds: rounds of assignment a space
+    :param objective: what is learned from: the whole model's loss, or the output errors of
+        decoder layers, one after the other
     :param prune: False folds the order and leaves the weights dense
     :param recover: how the weights that the masks keep are changed; by default not at all
     """
@@ -59,6 +71,7 @@ class OrderSettings:
     families: tuple[str, ...] = ("residual", "hidden", "value")
     search_rounds: int = 12
     learn: LearnSettings = field(default_factory=LearnSettings)
+    objective: Objective = "end_to_end"
     prune: bool = True
     recover: RecoverSettings = field(default_factory=RecoverSettings)
 
@@ -69,7 +82,7 @@ class Record:
     What a run did, with its figures.
 
     :param perms: by space, ``new[j] = old[perm[j]]``
-    :param fold_error: relative change of the dense logits by the fold, on text
+    :param fold_error: relative change of the dense outputs by the fold, on a sample
     :param retained: share of the total score that the masks keep, before and after
     :param seconds: by stage
     :param recovered: what each stage of the recovery did
@@ -87,40 +100,41 @@ def permute_and_prune(
     model: nn.Module,
     resolved: ResolvedSpec,
     prunable: Sequence[str],
-    text: Text,
+    samples: Samples,
     settings: OrderSettings,
     write: Write = write_in_place,
 ) -> Record:
     """
     Order the channels, fold the order exactly, zero what the N:M mask drops, and recover.
 
-    Statistics come from the dense model. After the fold the dense model's logits are
-    compared with those before; if they differ by more than rounding explains, the fold is
-    undone and refused.
+    Statistics come from the dense model. After the fold the dense model's logits (final
+    hidden states of a model without a head) are compared with those before; if they differ
+    by more than rounding explains, the fold is undone and refused.
 
     :param prunable: names of the linears to prune
     :param write: how a parameter's new value is stored
-    :raises ValueError: for a model that is sparse already, for bad statistics, for logits
+    :raises ValueError: for a model that is sparse already, for bad statistics, for outputs
         that are not finite, and for a recovery that cannot run
     :raises RuntimeError: if the fold changes the function of the model
     """
     refuse_sparse(model, prunable, settings.pattern)
-    if "blocks" in settings.recover.stages:
+    layer_wise = settings.method == "learned" and settings.objective == "layer_wise"
+    if layer_wise or "blocks" in settings.recover.stages:
         decoder_layers(model, prunable)  # refuse before the order is learned, not after
     clock = _Clock()
     norms = (
-        input_norms(model, prunable, text.train)
+        input_norms(model, prunable, samples.train)
         if settings.score != "magnitude"
         else {}
     )
     clock.lap("statistics")
     scores = _scores(model, prunable, settings.score, norms)
-    found = _find_orders(model, resolved, scores, text, settings, clock)
+    found = _find_orders(model, resolved, scores, samples, settings, clock)
     before = _retained(resolved, scores, Learned({}), settings.pattern)
     after = _retained(resolved, scores, found, settings.pattern)
     del scores
-    fold_error = _fold_checked(model, resolved, found.perms, text.train[0], write)
-    logger.info(f"folded {len(found.perms)} orders; logits moved by {fold_error:.1e}")
+    fold_error = _fold_checked(model, resolved, found.perms, samples.train[0], write)
+    logger.info(f"folded {len(found.perms)} orders; outputs moved by {fold_error:.1e}")
     clock.lap("fold")
     recovered: list[StageRecord] = []
     if settings.prune:
@@ -128,7 +142,7 @@ def permute_and_prune(
         multipliers = in_new_order(resolved, found.multipliers, found.perms)
         kept = _kept(model, prunable, norms, multipliers, settings)
         if settings.recover.stages:
-            recovered = recover(kept, text, settings.recover)
+            recovered = recover(kept, samples, settings.recover)
             clock.lap("recover")
         kept.write(write)
         clock.lap("prune")
@@ -167,7 +181,7 @@ def refuse_sparse(
     :raises ValueError: naming the first linear with as many zeros as the pattern asks for
     """
     for name in prunable:
-        weight = linear(model, name).weight.detach()
+        weight = weight_of(linear(model, name))
         zeros = float((weight == 0).float().mean())
         if zeros >= 1 - pattern.density:
             raise ValueError(
@@ -212,7 +226,7 @@ def _scores(
     norms: Mapping[str, Float[Tensor, " _in"]],
 ) -> dict[str, Float[Tensor, "_out _in"]]:
     return {
-        name: score_weight(score, linear(model, name).weight.detach(), norms.get(name))
+        name: score_weight(score, weight_of(linear(model, name)), norms.get(name))
         for name in prunable
     }
 
@@ -220,8 +234,8 @@ def _scores(
 def _find_orders(
     model: nn.Module,
     resolved: ResolvedSpec,
-    scores: Mapping[str, Float[Tensor, "out in"]],
-    text: Text,
+    scores: dict[str, Float[Tensor, "_out _in"]],
+    samples: Samples,
     settings: OrderSettings,
     clock: _Clock,
 ) -> Learned:
@@ -231,6 +245,8 @@ def _find_orders(
         for name, space in resolved.spaces.items()
         if space.readers and space.family in settings.families
     }
+    for stack in stacks.values():
+        scores |= stack.split(stack.score)  # the same numbers, stored once
     if settings.method == "identity":
         return Learned({})
     ordered = {reader.name for s in stacks.values() for reader in s.space.readers}
@@ -242,7 +258,7 @@ def _find_orders(
 
     def judge(perms: Mapping[str, Permutation]) -> float:
         masks = hard_masks(stacks, perms, others, settings.pattern)
-        return mean_loss(model, masks, text.held_back, settings.learn.loss)
+        return mean_loss(model, masks, samples.held_back, settings.learn.loss)
 
     searched = search_orders(
         stacks, settings.pattern, settings.search_rounds, settings.learn.seed, judge
@@ -250,13 +266,16 @@ def _find_orders(
     clock.lap("search")
     if settings.method == "search":
         return Learned(searched.perms, history=searched.history)
-    learned = learn_orders(
+    learn = learn_orders
+    if settings.objective == "layer_wise":
+        learn = learn_layer_wise
+    learned = learn(
         model,
         stacks,
         searched.perms,
         others,
-        text.train,
-        text.held_back,
+        samples.train,
+        samples.held_back,
         settings.pattern,
         settings.learn,
     )
@@ -296,32 +315,31 @@ def _fold_checked(
     probe: Batch,
     write: Write,
 ) -> float:
-    """Fold, and return the relative change of the logits; undo a fold that is wrong."""
-    before = _logits(model, probe)
+    """Fold, and return the relative change of the outputs; undo a fold that is wrong."""
+    before = _outputs(model, probe)
     if not bool(before.isfinite().all()):
         raise ValueError(
-            "the dense model's logits are not finite; check its weights, and load it in "
+            "the dense model's outputs are not finite; check its weights, and load it in "
             "bfloat16 or float32"
         )
     fold(model, resolved, perms, write)
-    after = _logits(model, probe)
+    after = _outputs(model, probe)
     error = float((after - before).norm() / before.norm())
     dtype = next(model.parameters()).dtype
     if not error <= FOLD_TOLERANCE.get(dtype, 0.05):
         fold(model, resolved, invert_all(perms), write)
         raise RuntimeError(
-            f"folding changed the model's logits by {error:.1e} (relative), more than "
+            f"folding changed the model's outputs by {error:.1e} (relative), more than "
             f"rounding in {dtype} explains: the permutation spec does not fit this "
             "model. The weights are as they were; correct `spec:` in the recipe."
         )
     return error
 
 
-def _logits(model: nn.Module, probe: Batch) -> Tensor:
+def _outputs(model: nn.Module, probe: Batch) -> Tensor:
     with torch.no_grad():
-        batch = {name: tensor[:1] for name, tensor in on_device(probe, model).items()}
-        logits: Tensor = model(**batch, use_cache=False).logits
-        return logits.double()
+        batch = on_device(first_sample(probe), model)
+        return answer(forward(model, batch)).double()
 
 
 def _kept(
@@ -334,7 +352,7 @@ def _kept(
     """What the masks of the folded model keep."""
     masks = {}
     for name in prunable:
-        weight = linear(model, name).weight.detach()
+        weight = weight_of(linear(model, name))
         score = score_weight(settings.score, weight, norms.get(name))
         if name in multipliers:
             score = score * multipliers[name]

@@ -11,7 +11,7 @@ from nm_permute_plugin.training.blocks import BlockSettings, rebuild_blocks
 from nm_permute_plugin.training.distill import DistillSettings, distill
 from nm_permute_plugin.training.kept import KeptWeights, Values
 from nm_permute_plugin.training.rescale import rescaled
-from nm_permute_plugin.training.text import Text
+from nm_permute_plugin.training.samples import Samples
 
 Stage = Literal["rescale", "blocks", "end_to_end"]
 
@@ -34,9 +34,9 @@ class StageRecord:
     """
     What one stage did.
 
-    :param held_back: the whole model's loss on the held-back text, before and after
+    :param held_back: the whole model's loss on the held-back samples, before and after
     :param kept: whether the new weights were kept: the loss fell
-    :param history: the stage's own looks at the held-back text
+    :param history: the stage's own looks at the held-back samples
     """
 
     stage: Stage
@@ -47,24 +47,24 @@ class StageRecord:
 
 
 def recover(
-    kept: KeptWeights, text: Text, settings: RecoverSettings
+    kept: KeptWeights, samples: Samples, settings: RecoverSettings
 ) -> list[StageRecord]:
     """
     Change the weights that masks keep, so that the pruned model follows the dense one.
 
-    Every stage is judged by the loss of the whole pruned model on the held-back text;
+    Every stage is judged by the loss of the whole pruned model on the held-back samples;
     what does not make it better is dropped. The same seed gives the same weights.
 
     :param kept: what the masks keep; its values are replaced, the model stays as it is
     :raises ValueError: if a stage cannot run on this model, or a loss is not finite
     """
     weights = settings.distill.loss
-    loss = kept.mean_loss(text.held_back, weights)
+    loss = kept.mean_loss(samples.held_back, weights)
     records = []
     for stage in settings.stages:
         started = time.perf_counter()
-        values, history = _run(stage, kept, text, settings)
-        after = kept.mean_loss(text.held_back, weights, values)
+        values, history = _run(stage, kept, samples, settings)
+        after = kept.mean_loss(samples.held_back, weights, values)
         better = after < loss
         seconds = time.perf_counter() - started
         records.append(StageRecord(stage, (loss, after), better, seconds, history))
@@ -79,10 +79,10 @@ def recover(
 
 
 def _run(
-    stage: Stage, kept: KeptWeights, text: Text, settings: RecoverSettings
+    stage: Stage, kept: KeptWeights, samples: Samples, settings: RecoverSettings
 ) -> tuple[Values, list[dict[str, int | float]]]:
     if stage == "rescale":
-        return kept.rounded(rescaled(kept, text.train)), []
+        return kept.rounded(rescaled(kept, samples.train)), []
     if stage == "blocks":
-        return rebuild_blocks(kept, text, settings.blocks)
-    return distill(kept, text, settings.distill)
+        return rebuild_blocks(kept, samples, settings.blocks)
+    return distill(kept, samples, settings.distill)

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """N:M masks that depend differentiably on an assignment of channels."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,6 +16,10 @@ from nm_permute_plugin.maths.permutation import Permutation, invert
 
 Assignment = Float[Tensor, "blocks size columns"]
 """Share of each channel in each column: a place (``columns == size``) or a group."""
+
+
+SOFTNESS = 0.3
+"""How far ahead a rival still counts, in units of the log-score."""
 
 
 def permuted_mask(
@@ -63,44 +65,14 @@ class RowSample:
         stride = 1 if limit is None else -(-rows // limit)
         return cls(step % stride, stride)
 
+    def after(self, rows: int) -> "RowSample":
+        """
+        The same sample, where the first so many rows are left out.
 
-class InsertionMask(torch.autograd.Function):
-    """
-    The N:M mask under a hard grouping; its gradient knows what every move would do.
-
-    Forward: keep the top N of every group. Backward: ``insertion_costs``, as the gradient
-    of the assignment's entry (channel, group), and ``rivalry``, summed over the rows that
-    share a multiplier, as that of the logarithm of the multiplier.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        score: Float[Tensor, "rows blocks size"],
-        log_multiplier: Float[Tensor, "sections blocks size"],
-        sections: tuple[int, ...],
-        groups: Assignment,
-        column: Int[Tensor, "blocks size"],
-        pattern: NMPattern,
-        sample: RowSample,
-        dtype: torch.dtype,
-    ) -> Float[Tensor, "rows blocks size"]:
-        scaled = multiplied(score, log_multiplier, sections)
-        ctx.save_for_backward(scaled, column)
-        ctx.sections, ctx.pattern, ctx.sample = sections, pattern, sample
-        return grouped_mask(scaled, column, pattern).to(dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        scaled, column = ctx.saved_tensors
-        (grad,) = grads
-        of_multiplier = None
-        if ctx.needs_input_grad[1]:
-            rival = rivalry(scaled, grad, column, ctx.pattern).split(ctx.sections)
-            of_multiplier = torch.stack([section.sum(0) for section in rival])
-        rows = slice(ctx.sample.offset, None, ctx.sample.stride)
-        costs = insertion_costs(scaled[rows], grad[rows], column, ctx.pattern)
-        return None, of_multiplier, None, costs, None, None, None, None
+        >>> RowSample(offset=1, stride=3).after(rows=2)
+        RowSample(offset=2, stride=3)
+        """
+        return RowSample((self.offset - rows) % self.stride, self.stride)
 
 
 def grouped_mask(
@@ -118,11 +90,12 @@ def grouped_mask(
 def multiplied(
     score: Float[Tensor, "rows blocks size"],
     log_multiplier: Float[Tensor, "sections blocks size"],
-    sections: tuple[int, ...],
 ) -> Float[Tensor, "rows blocks size"]:
-    """Scores times the multipliers of their section, a run of so many rows."""
-    parts = zip(score.split(list(sections)), log_multiplier.exp(), strict=True)
-    return torch.cat([part * factor for part, factor in parts])
+    """Scores times the multipliers of their section, a run of rows as long as others."""
+    count = len(log_multiplier)
+    sections = rearrange(score, "(section row) b s -> section row b s", section=count)
+    scaled = sections * log_multiplier.exp()[:, None]
+    return rearrange(scaled, "section row b s -> (section row) b s")
 
 
 class Reorder(torch.autograd.Function):
@@ -146,7 +119,7 @@ def rivalry(
     grad: Float[Tensor, "rows blocks size"],
     column: Int[Tensor, "blocks size"],
     pattern: NMPattern,
-    softness: float = 0.3,
+    softness: float = SOFTNESS,
 ) -> Float[Tensor, "rows blocks size"]:
     """
     The change of the loss when a log-score grows, were the choice a little soft.
@@ -156,7 +129,7 @@ def rivalry(
     difference of the two log-scores; what is kept otherwise is the rival.
 
     :param grad: of the loss with respect to the mask
-    :param softness: how far ahead a rival still counts, in units of the log-score
+    :param softness: see ``SOFTNESS``
     """
     order = order_by(column).expand_as(score)
 
@@ -202,8 +175,9 @@ def insertion_costs(
     costs = torch.zeros(blocks, size, count, dtype=torch.float32, device=score.device)
     own = torch.zeros(blocks, size, dtype=torch.float32, device=score.device)
     order = order_by(column)
-    sum_moves, elements = _how_to_sum(score.device, count)
-    step = max(1, elements // (blocks * size))
+    # Small enough for a CPU's cache, large enough to fill a GPU.
+    elements = 1 << (20 if score.device.type == "cpu" else 26)
+    step = max(1, elements // (blocks * size * count))
     for start in range(0, rows, step):
         s, g = score[start : start + step], grad[start : start + step].float()
         index = order.expand_as(s)
@@ -218,19 +192,6 @@ def insertion_costs(
         kept = s > best_out.gather(-1, group)
         own += ((g - loser.gather(-1, group)) * kept).sum(0)
     return costs.scatter_(-1, column[..., None], own[..., None])
-
-
-SumMoves = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-def _how_to_sum(device: torch.device, groups: int) -> tuple[SumMoves, int]:
-    """Who sums the moves, and how many scores at a time."""
-    if device.type == "cuda" and find_spec("triton") is not None:
-        from nm_permute_plugin.training.triton_moves import sum_moves_in_triton
-
-        return sum_moves_in_triton, 1 << 26
-    # Small enough for a CPU's cache, large enough to fill a GPU.
-    return sum_moves, (1 << (20 if device.type == "cpu" else 26)) // groups
 
 
 def sum_moves(

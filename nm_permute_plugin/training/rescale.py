@@ -10,19 +10,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from nm_permute_plugin.specs.orientation import bias_of
 from nm_permute_plugin.training.kept import KeptWeights, Values
 from nm_permute_plugin.training.masking import linear
-from nm_permute_plugin.training.statistics import Batch, on_device, token_mask
+from nm_permute_plugin.training.statistics import (
+    Batch,
+    counted_rows,
+    forward,
+    on_device,
+    token_mask,
+)
 
 
 def rescaled(kept: KeptWeights, batches: Sequence[Batch]) -> Values:
     """
     The kept weights, every row times the number that gives it the dense output's energy.
 
-    With ``y = x W^T`` and ``z = x (W * mask)^T`` over all tokens of text that ran through
-    the dense model, row ``r`` is multiplied by ``sqrt(sum(y_r^2) / sum(z_r^2))``; by 1
-    where ``z_r`` is 0. Biases stay as they are. The least squares fit,
-    ``sum(y_r z_r) / sum(z_r^2)``, made the whole model worse.
+    With ``y = x W^T`` and ``z = x (W * mask)^T`` over all tokens or patches that
+    ran through the dense model, row ``r`` is multiplied by
+    ``sqrt(sum(y_r^2) / sum(z_r^2))``; by 1 where ``z_r`` is 0. Biases stay as they are.
+    The least squares fit, ``sum(y_r z_r) / sum(z_r^2)``, made the whole model worse.
     """
     sums = _Sums(kept)
     hooks = [
@@ -34,7 +41,7 @@ def rescaled(kept: KeptWeights, batches: Sequence[Batch]) -> Values:
             for batch in tqdm(batches, desc="Rescaling rows"):
                 batch = on_device(batch, kept.model)
                 sums.counted = token_mask(batch)
-                kept.model(**batch, use_cache=False)
+                forward(kept.model, batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -54,12 +61,13 @@ class _Sums:
         self.counted = torch.empty(0)
 
     def add(
-        self, name: str, module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor
+        self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
     ) -> None:
-        x = inputs[0][self.counted]
-        y = output[self.counted].float()
-        if module.bias is not None:
-            y = y - module.bias.float()
+        x = counted_rows(inputs[0], self.counted)
+        y = counted_rows(output, self.counted).float()
+        bias = bias_of(module)
+        if bias is not None:
+            y = y - bias.float()
         z = F.linear(x, self._kept.values[f"{name}.weight"]).float()
         new = torch.stack([y.square().sum(0), z.square().sum(0)])
         self._sums[name] = self._sums[name] + new if name in self._sums else new

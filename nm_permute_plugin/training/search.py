@@ -33,6 +33,9 @@ ROUNDS_A_LOOK = 3
 MOST_SCORES = 1 << 28
 """Searched at a time; more do not make a GPU any faster."""
 
+MOST_SCORES_OF_A_SPACE = 1 << 28
+"""Of a space with more, evenly spread rows are searched: they know what the others want."""
+
 
 @dataclass
 class Searched:
@@ -164,7 +167,7 @@ def _steps_of_all(
 ) -> Iterator[Orders]:
     """The orders of all spaces, a step at a time; runs of one shape go together."""
     runs = {
-        name: _runs(stack.score, pattern, stack.space.wall)
+        name: _runs(_some_rows(stack.score), pattern, stack.space.wall)
         for name, stack in stacks.items()
     }
     batches = []
@@ -180,6 +183,11 @@ def _steps_of_all(
             parts = next(steps).split(sizes)
             found |= dict(zip(names, map(from_blocks, parts), strict=True))
         yield {name: found[name] for name in stacks}
+
+
+def _some_rows(score: Score) -> Float[Tensor, "some channels"]:
+    """All rows of a score, or evenly spread ones of one that is very large."""
+    return score[:: -(-score.numel() // MOST_SCORES_OF_A_SPACE)]
 
 
 def _alike(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:

@@ -53,13 +53,6 @@ class StackedScore:
             for reader, part in zip(self.space.readers, parts, strict=True)
         }
 
-    def times(self, multipliers: Mapping[str, Float[Tensor, " in"]]) -> "StackedScore":
-        """The scores, every input channel of the readers named times its multiplier."""
-        scores = self.split(self.score)
-        for name in multipliers.keys() & scores.keys():
-            scores[name] = scores[name] * multipliers[name]
-        return StackedScore.of(self.space, scores)
-
     def split(
         self, stacked: Shaped[Tensor, "rows channels"]
     ) -> dict[str, Shaped[Tensor, "out in"]]:
@@ -70,8 +63,29 @@ class StackedScore:
             for reader, part in zip(self.space.readers, parts, strict=True)
         }
 
+    def parts(self) -> list[Float[Tensor, "_rows channels"]]:
+        """The rows of each reader, in the order of ``space.readers``; no copies."""
+        return list(self.score.split(list(self.rows)))
+
     def masks(
-        self, order: Permutation, pattern: NMPattern
-    ) -> dict[str, Bool[Tensor, "out in"]]:
-        """The N:M masks of all readers under an order, in the channels' old places."""
-        return self.split(nm_mask(self.score[:, order], pattern)[:, invert(order)])
+        self,
+        order: Permutation,
+        pattern: NMPattern,
+        multipliers: Mapping[str, Float[Tensor, " _in"]] | None = None,
+    ) -> dict[str, Bool[Tensor, "_out _in"]]:
+        """
+        The N:M masks of all readers under an order, in the channels' old places.
+
+        :param multipliers: by reader, of the scores of every input channel; 1 by default
+        """
+        back = invert(order)
+        masks: dict[str, Bool[Tensor, "_out _in"]] = {}
+        for reader, score in zip(self.space.readers, self.parts(), strict=True):
+            if multipliers and reader.name in multipliers:
+                factors = reader.view(multipliers[reader.name][None])
+                sections = score.unflatten(0, (reader.queries, -1))
+                score = (sections * factors[:, None]).flatten(0, 1)
+            masks[reader.name] = reader.unview(
+                nm_mask(score[:, order], pattern)[:, back]
+            )
+        return masks

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Input norms of linears, from one pass of calibration text over the DENSE model."""
+"""Input norms of linears, from one pass of samples over the DENSE model."""
 
 from collections.abc import Iterable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -10,8 +11,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 Batch = Mapping[str, Tensor]
-"""Keyword arguments of the model's forward: ``input_ids`` and, where rows are padded,
-``attention_mask``, each [rows, tokens]."""
+"""
+Keyword arguments of the model's forward, one of
+
+- text: ``input_ids`` and, where rows are padded, ``attention_mask``, each [rows, tokens]
+- images: ``pixel_values`` [images, channels, height, width], and nothing else
+- one sample of text with images: what the model's processor gives for it
+"""
 
 
 def input_norms(
@@ -20,8 +26,9 @@ def input_norms(
     """
     ``||x_j||_2`` of every input channel of every linear, over all tokens of ``batches``.
 
-    Squares are summed in float32; tokens that ``attention_mask`` hides do not count. No
-    layer is pruned meanwhile: the same score on statistics of pruned layers is far worse.
+    Squares are summed in float32; tokens that ``attention_mask`` hides do not count, all
+    patches of images do. No layer is pruned meanwhile: the same score on statistics of
+    pruned layers is far worse.
 
     :param linears: module names
     :raises ValueError: if there are no tokens, if an activation is not finite, or if a
@@ -40,8 +47,8 @@ def input_norms(
                 batch = on_device(batch, model)
                 counted = token_mask(batch)
                 tokens += int(counted.sum())
-                squares.padding = None if bool(counted.all()) else ~counted
-                model(**batch, use_cache=False)
+                squares.mask = None if bool(counted.all()) else counted
+                forward(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -63,32 +70,71 @@ def input_norms(
 
 
 def on_device(batch: Batch, model: nn.Module) -> dict[str, Tensor]:
-    """The batch where the model's embedding lives."""
-    device = next(model.parameters()).device
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    """The batch where the model's embedding lives, its pixels in the model's dtype."""
+    parameter = next(model.parameters())
+    return {
+        name: tensor.to(
+            parameter.device,
+            parameter.dtype if tensor.is_floating_point() else tensor.dtype,
+        )
+        for name, tensor in batch.items()
+    }
 
 
-def token_mask(batch: Batch) -> Tensor:
-    """True for the tokens that count, [rows, tokens]."""
+def forward(model: nn.Module, batch: Batch, **options: bool) -> Any:
+    """One forward pass; nothing is kept for tokens that would follow."""
+    if "input_ids" in batch:
+        options["use_cache"] = False
+    return model(**batch, **options)
+
+
+def first_sample(batch: Batch) -> dict[str, Tensor]:
+    """The first row or image of a batch; all of one that is a single sample."""
+    lengths = {len(tensor) for tensor in batch.values()}
+    if len(lengths) > 1:  # patches of images beside tokens
+        return dict(batch)
+    return {name: tensor[:1] for name, tensor in batch.items()}
+
+
+def token_mask(batch: Batch) -> Bool[Tensor, "rows tokens"] | Bool[Tensor, " images"]:
+    """True for what counts: tokens that are no padding, and whole images."""
     if "attention_mask" in batch:
         return batch["attention_mask"].bool()
-    return torch.ones_like(batch["input_ids"], dtype=torch.bool)
+    if "input_ids" in batch:
+        return torch.ones_like(batch["input_ids"], dtype=torch.bool)
+    pixels = batch["pixel_values"]
+    return torch.ones(len(pixels), dtype=torch.bool, device=pixels.device)
+
+
+def counted_rows(
+    values: Float[Tensor, "*_any width"],
+    mask: Bool[Tensor, "rows tokens"] | Bool[Tensor, " images"],
+) -> Float[Tensor, "_counted width"]:
+    """
+    The vectors that count, one a row.
+
+    All do where the mask is not for them: a tower of images inside of a language model
+    has patches, not tokens.
+    """
+    if values.shape[: mask.dim()] == mask.shape:
+        values = values[mask]
+    return values.flatten(0, -2)
 
 
 class _Squares:
     """
     Sums of squares of the inputs of linears, in float32.
 
-    :ivar padding: the tokens of the batch at hand that do not count, if there are any
+    :ivar mask: what counts of the batch at hand; None if all of it does
     """
 
     def __init__(self) -> None:
         self.sums: dict[str, Float[Tensor, " in"]] = {}
-        self.padding: Bool[Tensor, "rows tokens"] | None = None
+        self.mask: Tensor | None = None
 
     def add(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        squares = inputs[0].detach().float().square()
-        if self.padding is not None:
-            squares = squares.masked_fill(self.padding[..., None], 0)
-        total = squares.flatten(0, -2).sum(dim=0)
+        values = inputs[0].detach()
+        if self.mask is not None:
+            values = counted_rows(values, self.mask)
+        total = values.float().square().flatten(0, -2).sum(dim=0)
         self.sums[name] = self.sums[name] + total if name in self.sums else total

@@ -15,6 +15,7 @@ from nm_permute_plugin.checkpoint.model_card import (
     write_card,
     write_storage,
 )
+from nm_permute_plugin.checkpoint.record import Promise
 from nm_permute_plugin.checkpoint.writer import convert
 from nm_permute_plugin.maths.pattern import NMPattern
 
@@ -119,20 +120,21 @@ def test_a_card_without_the_table_is_refused(tmp_path: Path) -> None:
 
 def test_another_way_of_storing_is_said_and_the_rest_stays(sparse) -> None:
     path, modules = sparse
+    promise = Promise(list(modules), NMPattern(2, 4), [])
     make_card(path, "sparse-24-bitmask", modules)
     card = path / "README.md"
     card.write_text(card.read_text().replace("## Evaluation", "My own words."))
     add_evaluation(path, Evaluation("c.txt", 2048, 16384, 9.0))
     before = card.read_text()
     convert(path, path, "dense")
-    write_storage(path, modules, NMPattern(2, 4), "dense", "converted")
+    write_storage(path, promise, "dense", "converted")
     text = card.read_text()
     assert "stored dense, zeros included: converted" in text
     assert "Without the plugin" not in text
     assert "My own words." in text
     assert "| c.txt | 2048 |" in text
     convert(path, path, "sparse-24-bitmask", modules=modules)
-    write_storage(path, modules, NMPattern(2, 4), "sparse-24-bitmask", "asked for")
+    write_storage(path, promise, "sparse-24-bitmask", "asked for")
     assert card.read_text() == before
 
 

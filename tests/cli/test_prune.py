@@ -6,8 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
+from nm_permute_plugin.checkpoint.verify import verify
 from nm_permute_plugin.cli.prune import calibration_rows, prune_checkpoint
 
 ROWS = [list(range(32))] * 10
@@ -39,6 +45,22 @@ def test_a_run_writes_the_folder_and_nothing_beside_it(
     kept = [name for name in listing(tmp_path) if not name.startswith("out")]
     assert kept == before
     assert_exactly(AutoModelForCausalLM.from_pretrained(out))
+
+
+def test_a_gpt2_is_pruned_by_the_same_recipe(
+    before: list[str], recipe: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    size = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    config = GPT2Config(vocab_size=48, bos_token_id=1, eos_token_id=2, **size)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    AutoTokenizer.from_pretrained(tmp_path / "dense").save_pretrained(tmp_path / "gpt2")
+    prune_checkpoint(tmp_path / "gpt2", recipe, tmp_path / "out", ROWS, "cpu")
+    assert verify(tmp_path / "out").good
+    for block in AutoModelForCausalLM.from_pretrained(tmp_path / "out").transformer.h:
+        for conv1d in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_proj):
+            kept = (conv1d.weight != 0).unflatten(0, (-1, 4)).sum(1)
+            assert kept.eq(2).all()
 
 
 def test_missing_parents_are_made(

@@ -26,6 +26,8 @@ NOT_DEFAULT = {
     "spec": {"model.norm.weight": "residual", "model.layers.{i}.{a,b}.bias?": "_"},
     "steps": 7,
     "batch_size": 3,
+    "micro_batch_size": 2,
+    "gradient_checkpointing": True,
     "learning_rate": 0.5,
     "temperature_start": 0.75,
     "temperature_end": 0.25,
@@ -59,11 +61,14 @@ RECOVER = {
     "recover_blocks_rate": 0.05,
     "recover_end_to_end_rate": 0.02,
 }
+# Layers one by one need no help with memory.
+LAYER_WISE = {"objective": "layer_wise"}
 FIELDS = {
     "default": {},
     "not default": NOT_DEFAULT,
     "sparse format": FORMAT,
     "recover": RECOVER,
+    "layer-wise": LAYER_WISE,
 }
 
 SEARCH = """
@@ -95,7 +100,7 @@ def assert_untouched(model: torch.nn.Module, before: dict[str, torch.Tensor]) ->
 
 def test_the_table_of_other_values_names_every_field_of_ours() -> None:
     ours = set(Modifier.model_fields) - set(Modifier.__bases__[0].model_fields)
-    others = NOT_DEFAULT | FORMAT | RECOVER
+    others = NOT_DEFAULT | FORMAT | RECOVER | LAYER_WISE
     assert set(others) == ours
     default = Modifier()
     assert [n for n, v in others.items() if getattr(default, n) == v] == []
@@ -119,7 +124,7 @@ def test_fields_survive_the_recipe_that_the_host_saves(
     Recipe.from_modifiers(modifier, "prune").yaml(str(tmp_path / "recipe.yaml"))
     (read,) = Recipe.create_instance(str(tmp_path / "recipe.yaml")).modifiers
     assert type(read) is Modifier
-    for name in (*NOT_DEFAULT, *FORMAT, *RECOVER):
+    for name in (*NOT_DEFAULT, *FORMAT, *RECOVER, *LAYER_WISE):
         assert getattr(read, name) == getattr(modifier, name), name
 
 
@@ -168,6 +173,16 @@ REFUSED = {
         "2:4 only, not 4:8",
     ),
     "an unknown format": ({"format": "sparse"}, "format"),
+    "a part larger than the batch": (
+        {"micro_batch_size": 9},
+        "micro_batch_size=9 is above batch_size=8",
+    ),
+    "layers run again one by one": (
+        LAYER_WISE | {"gradient_checkpointing": True},
+        "are for objective: end_to_end",
+    ),
+    "parts one by one": (LAYER_WISE | {"micro_batch_size": 2}, "one layer at a time"),
+    "an unknown objective": ({"objective": "blocks"}, "'end_to_end' or 'layer_wise'"),
     "an unknown method": ({"method": "magic"}, "'learned', 'search' or 'identity'"),
     "an unknown score": ({"score": "taste"}, "score"),
     "an unknown space": ({"spaces": ["query"]}, "spaces"),
@@ -401,7 +416,7 @@ def test_bad_calibration_data_is_refused(
 
 def test_missing_calibration_data_is_refused(tiny_checkpoint, run_oneshot) -> None:
     # Without text no method runs: the fold is measured on text too.
-    with pytest.raises(ValueError, match="no calibration data.*a --text FILE.$"):
+    with pytest.raises(ValueError, match="no calibration data.*--images FOLDER"):
         run_oneshot(tiny_checkpoint(), SEARCH, dataset=None)
 
 

@@ -24,7 +24,12 @@ FOLLOWS = {
     "w4a16": ["QuantizationModifier"],
     "smoothquant": ["SmoothQuantModifier", "QuantizationModifier"],
 }
-NAME = re.compile(r"(\d+)of(\d+)_([a-z]+)(?:_then_([a-z0-9]+))?")
+NAME = re.compile(r"(\d+)of(\d+)_([a-z]+)(?:_(vit|qwen25vl))?(?:_then_([a-z0-9]+))?")
+IGNORED = {
+    None: ["lm_head"],
+    "vit": ["classifier"],
+    "qwen25vl": ["lm_head", "re:.*visual.*"],
+}
 
 
 def test_there_are_recipes() -> None:
@@ -34,8 +39,8 @@ def test_there_are_recipes() -> None:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_recipe_yields_what_its_name_says(file: Path) -> None:
     found = NAME.fullmatch(file.stem)
-    assert found, "recipes are named <n>of<m>_<method or score>[_then_<modifier>]"
-    n, m, word, follows = found.groups()
+    assert found, "named <n>of<m>_<method or score>[_<model>][_then_<modifier>]"
+    n, m, word, model, follows = found.groups()
     first, *others = Recipe.create_instance(read_recipe(file)).modifiers
     assert type(first) is LearnablePermutationModifier
     assert first.mask_structure == f"{n}:{m}"
@@ -43,7 +48,7 @@ def test_a_recipe_yields_what_its_name_says(file: Path) -> None:
         assert (first.method, first.score) == (word, "wanda")
     else:
         assert (first.method, first.score) == ("identity", word)
-    assert first.ignore == ["lm_head"]
+    assert first.ignore == IGNORED[model]
     assert (first.recover != "none") == (follows == "recover")
     names = [type(modifier).__name__ for modifier in others]
     assert names == FOLLOWS[follows]

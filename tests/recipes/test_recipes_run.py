@@ -12,7 +12,8 @@ from nm_permute_plugin.checkpoint.verify import verify
 
 pytestmark = pytest.mark.slow
 
-FILES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+ALL = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+FILES = [file for file in ALL if not file.stem.endswith(("vit", "qwen25vl"))]
 LINEARS = 14
 MODULE = "model.layers.1.mlp.down_proj"
 # Groups of 4-bit weights have 128 channels.

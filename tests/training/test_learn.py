@@ -55,8 +55,7 @@ class Task:
         """The loss on the held-back text under the masks that were learned."""
         masks: dict[str, Tensor] = {}
         for name, stack in self.stacks.items():
-            scaled = stack.times(learned.multipliers)
-            masks |= scaled.masks(learned.perms[name], TWO_OF_FOUR)
+            masks |= stack.masks(learned.perms[name], TWO_OF_FOUR, learned.multipliers)
         return mean_loss(self.model, masks, self.held_back, weights)
 
 

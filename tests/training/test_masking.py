@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from nm_permute_plugin.training.masking import MaskedLinear, masked
 
@@ -130,3 +131,28 @@ def test_weights_get_no_gradients(model: nn.Module, generator: torch.Generator) 
         model(torch.randn(5, 6, generator=generator)).sum().backward()
     assert model[0].weight.grad is None
     assert mask.grad is not None
+
+
+def test_a_conv1d_multiplies_by_a_mask_over_its_inputs(
+    generator: torch.Generator,
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Conv1D(4, 6))
+    nn.init.normal_(model[0].bias)
+    x = torch.randn(5, 6, generator=generator)
+    mask = torch.rand(4, 6, generator=generator).requires_grad_(True)
+    with masked(model, {"0": mask}):
+        inside = model(x)
+    expected = F.linear(x, model[0].weight.t() * mask, model[0].bias)
+    assert torch.equal(inside, expected)
+    inside.sum().backward()
+    torch.testing.assert_close(mask.grad, x.sum(0) * model[0].weight.t().detach())
+
+
+def test_what_is_no_linear_is_not_masked() -> None:
+    model = nn.Sequential(nn.LayerNorm(4))
+    with (
+        pytest.raises(ValueError, match="0 is a LayerNorm"),
+        masked(model, {"0": torch.ones(4, 1)}),
+    ):
+        pass

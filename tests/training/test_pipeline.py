@@ -73,7 +73,7 @@ def go(resolve_model, text):
 
     def run(model: nn.Module, settings: OrderSettings = SEARCH, **options) -> Record:
         resolved = options.pop("resolved", None) or resolve_model(model)
-        arguments = {"prunable": linears(model), "text": text} | options
+        arguments = {"prunable": linears(model), "samples": text} | options
         return permute_and_prune(model, resolved, settings=settings, **arguments)
 
     return run

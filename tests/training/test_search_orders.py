@@ -99,6 +99,27 @@ def test_every_space_retains_more_than_before() -> None:
         assert retained_score(score[:, order], TWO_OF_FOUR) > before
 
 
+def test_a_part_of_the_rows_finds_an_order_for_all(
+    monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    """Channels that are alike stand together; every row would rather part them."""
+    channels = torch.arange(32) // 4
+    score = torch.rand(600, 8, generator=generator)[:, channels]
+    score = score + 0.1 * torch.rand(600, 32, generator=generator)
+    stacks = {"hidden.0": StackedScore(Space("hidden.0", 32, 32), score, (600,))}
+    retained = {}
+    for most in (1 << 28, 600 * 32 // 5):
+        name = "nm_permute_plugin.training.search.MOST_SCORES_OF_A_SPACE"
+        monkeypatch.setattr(name, most)
+        judge = by_score(stacks)
+        (order,) = search_orders(stacks, TWO_OF_FOUR, 12, 0, judge).perms.values()
+        retained[most] = retained_score(score[:, order], TWO_OF_FOUR)
+    before = retained_score(score, TWO_OF_FOUR)
+    whole, part = (value - before for value in retained.values())
+    assert whole > 0
+    assert part > 0.9 * whole
+
+
 @pytest.mark.parametrize("favourite", range(5))
 def test_the_orders_that_the_judge_likes_best_are_kept(favourite: int) -> None:
     seen: list[dict[str, Tensor]] = []

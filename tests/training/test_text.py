@@ -54,17 +54,14 @@ def test_rows_that_predict_nothing_are_left_out() -> None:
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
-        (None, "there is no calibration data"),
         ([], "holds 0 tokens in 0 rows"),
-        ([{"pixel_values": torch.zeros(1)}], "holds pixel_values, but no input_ids"),
-        ([{}], "holds nothing, but no input_ids"),
         ([{"input_ids": torch.zeros(1, 255, dtype=torch.int64)}], "holds 255 tokens"),
         (
             [{"input_ids": torch.full((1, 256), VOCABULARY)}],
             "token 1000, but the model knows only 1000 tokens",
         ),
     ],
-    ids=["none", "empty", "images", "nothing", "too few", "unknown token"],
+    ids=["empty", "too few", "unknown token"],
 )
 def test_text_that_is_no_use_is_refused(batches, message: str) -> None:
     with pytest.raises(ValueError, match=message):

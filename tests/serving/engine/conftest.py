@@ -11,7 +11,15 @@ from shutil import copytree
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from nm_permute_plugin.checkpoint.config import SparsityConfig
 from nm_permute_plugin.checkpoint.writer import convert
@@ -35,6 +43,21 @@ SCHEMES: dict[str, dict[str, object]] = {
     "int8-static": {"config_groups": {"group_0": _GROUP}},
 }
 """How each kind is quantized after it has been pruned; static: one scale a tensor."""
+
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+RANDOM = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3-moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, EXPERTS),
+}
+"""Random models: one whose q, k and v have biases, and one of experts."""
 
 # One thread: what is computed twice is the same twice. Little memory for the cache.
 ENVIRONMENT = {
@@ -119,7 +142,37 @@ def cut_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pruned(cut_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pruned:
+def random_model(
+    cut_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """A factory: the folder of a random model, with the tokenizer of the other."""
+
+    def make(kind: str) -> Path:
+        tokenizer = AutoTokenizer.from_pretrained(cut_model)
+        config_class, model_class, more = RANDOM[kind]
+        config = config_class(**SIZES, **more, vocab_size=len(tokenizer))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = model_class(config)
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.data.uniform_(0.5, 1.5)
+                else:
+                    parameter.data.normal_(std=parameter.shape[-1] ** -0.5)
+        out = tmp_path_factory.mktemp(kind) / "dense"
+        model.to(torch.bfloat16).save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pruned(
+    cut_model: Path,
+    random_model: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Pruned:
     """A factory: the folder of ``("fp8", "dense")``, pruned by our recipe once."""
     folder = tmp_path_factory.mktemp("pruned")
 
@@ -131,9 +184,10 @@ def pruned(cut_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pruned:
             convert(make(kind, "sparse-24-bitmask"), out, "dense")
             return out
         recipe = folder / f"{kind}.yaml"
-        recipe.write_text(_recipe(SCHEMES[kind]))
-        rows = calibration_rows(cut_model, [embedded_text().train], 8, 128)
-        prune_checkpoint(cut_model, recipe, out, rows, "cpu")
+        recipe.write_text(_recipe(SCHEMES.get(kind, {})))
+        source = random_model(kind) if kind in RANDOM else cut_model
+        rows = calibration_rows(source, [embedded_text().train], 8, 128)
+        prune_checkpoint(source, recipe, out, rows, "cpu")
         return out
 
     return make
@@ -146,7 +200,7 @@ def said(
     """What each checkpoint's engine says, one engine after the other in one process."""
     folder = tmp_path_factory.mktemp("said")
     paths = {}
-    for kind in ("bf16", "fp8", "int8", "int8-static"):
+    for kind in ("bf16", *RANDOM, "fp8", "int8", "int8-static"):
         paths[f"{kind}-dense"] = pruned(kind, "dense")
         paths[f"{kind}-sparse"] = pruned(kind, "sparse-24-bitmask")
     # as llm-compressor 0.10 left it: said to be 2:4, zeros stored
@@ -165,7 +219,7 @@ def said(
 
 
 def _recipe(scheme: Mapping[str, object]) -> str:
-    order = {"method": "search", "search_rounds": 1, "format": "sparse-24-bitmask"}
+    order = {"method": "search", "search_rounds": 1}
     stage = {"permutation_modifiers": {"LearnablePermutationModifier": order}}
     if scheme:
         fields = {**scheme, "ignore": ["lm_head"]}

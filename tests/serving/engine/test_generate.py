@@ -9,7 +9,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 SPARSE = "16 of 16 2:4 layers are served sparse"
-KINDS = ["bf16", "fp8", "int8", "int8-static"]
+KINDS = ["bf16", "qwen2", "qwen3-moe", "fp8", "int8", "int8-static"]
 
 
 def same(left: dict, right: dict) -> bool:
@@ -27,6 +27,7 @@ def test_quantizing_changes_what_is_said(said) -> None:
     # that it does shows that the comparison above can fail
     assert not same(said["bf16-sparse"], said["int8-sparse"])
     assert not same(said["fp8-sparse"], said["int8-sparse"])
+    assert not same(said["qwen2-sparse"], said["bf16-sparse"])
 
 
 def test_2of4_with_stored_zeros_is_served_too(said) -> None:
@@ -43,9 +44,11 @@ def test_a_quantized_checkpoint_that_is_not_sparse_keeps_the_stock_class(
 
 def test_without_a_gpu_one_warning_names_layers_and_reason(said) -> None:
     warnings = [line for line in said["log"]["lines"] if "served dense" in line]
-    assert len(warnings) == 5  # one for each of the five checkpoints that are claimed
+    assert len(warnings) == 7  # one for each of the seven checkpoints that are claimed
+    counts = [warning.split(" 2:4 layers")[0][-8:] for warning in warnings]
+    # of the experts' model the attention is sparse, two layers in each of four
+    assert sorted(counts) == sorted(["16 of 16"] * 6 + ["] 8 of 8"])
     for warning in warnings:
-        assert "16 of 16" in warning
         assert "model.layers.0.self_attn.qkv_proj" in warning
         assert "no CUDA device" in warning
 

@@ -14,7 +14,7 @@ import sys
 PROMPTS = ["The capital of France is", "def fibonacci(n):\n    "]
 
 
-def generate(directory, tensor_parallel):
+def generate(directory, prompts, **options):
     """Greedy tokens with their logprobs, and which classes of vLLM made them."""
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -23,11 +23,11 @@ def generate(directory, tensor_parallel):
         directory,
         max_model_len=128,
         enforce_eager=True,
-        tensor_parallel_size=tensor_parallel,
+        **options,
     )
     sampling = SamplingParams(temperature=0, max_tokens=12, logprobs=3)
     # one by one: how rows are batched would show in the last bits
-    answers = [llm.generate(p, sampling, use_tqdm=False)[0] for p in PROMPTS]
+    answers = [llm.generate(p, sampling, use_tqdm=False)[0] for p in prompts]
     config = llm.llm_engine.vllm_config
     said = {
         "config": type(config.quant_config).__name__,
@@ -45,7 +45,10 @@ def generate(directory, tensor_parallel):
 def main(words):
     out, *directories = words
     workers = int(os.environ.get("TENSOR_PARALLEL", "1"))
-    said = {directory: generate(directory, workers) for directory in directories}
+    said = {
+        directory: generate(directory, PROMPTS, tensor_parallel_size=workers)
+        for directory in directories
+    }
     with open(out, "w") as file:
         json.dump(said, file)
 

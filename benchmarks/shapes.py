@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Time and memory of learning an order for a model of a true shape, with random weights.
+
+    python benchmarks/shapes.py llama-2-7b --rows 8 --sequence-length 2048 --search
+
+A plain forward and backward pass of the same model and batch comes first, then learning
+with the package's default settings, and the search over all spaces where asked for. Time
+and memory do not depend on the values of weights and tokens.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nm_permute_plugin.maths.pattern import NMPattern
+from nm_permute_plugin.specs.architectures import LLAMA
+from nm_permute_plugin.specs.spec import resolve
+from nm_permute_plugin.training.checkpointing import checkpointed, repeated_layers
+from nm_permute_plugin.training.learn import (
+    LearnSettings,
+    hard_masks,
+    learn_orders,
+    mean_loss,
+)
+from nm_permute_plugin.training.orders import OrderShape
+from nm_permute_plugin.training.search import search_orders
+from nm_permute_plugin.training.stacking import StackedScore
+
+PATTERN = NMPattern(2, 4)
+SHAPES: dict[str, dict[str, int | bool]] = {
+    "smollm2-135m": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
+    "llama-3.2-1b": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
+    "llama-2-7b": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+class Batches(list[dict[str, Tensor]]):
+    """One batch, and the times at which it was asked for: a step begins with its batch."""
+
+    def __init__(self, batch: dict[str, Tensor]) -> None:
+        super().__init__([batch])
+        self.times: list[float] = []
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        self.times.append(now())
+        return super().__getitem__(index)
+
+
+def main() -> None:
+    args = arguments()
+    torch.manual_seed(0)
+    model = model_of(args)
+    ids = torch.randint(
+        model.config.vocab_size,
+        (args.rows, args.sequence_length),
+        device=model.device,
+    )
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    print(
+        f"{args.shape}, {len(model.model.layers)} layers, {weights / 1e9:.2f}e9 weights, "
+        f"{args.rows} x {args.sequence_length} tokens, {hardware(args)}"
+    )
+    linears = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head"
+    ]
+    plain = plain_pass(model, ids, linears, args)
+    stacks = stacks_of(model, linears)
+    start = {
+        name: torch.arange(stack.space.size, device=model.device)
+        for name, stack in stacks.items()
+    }
+    if args.search:
+        seconds, peak = measured(
+            lambda: search_orders(stacks, PATTERN, 12, 0, lambda perms: 0.0)
+        )
+        print(
+            f"search over {len(stacks)} spaces: {seconds:.1f} s{peak}, judge left out"
+        )
+    batches = Batches({"input_ids": ids})
+    settings = LearnSettings(
+        steps=args.steps + 2,
+        evaluate_every=args.steps + 2,
+        shape=OrderShape(multipliers=True, row_limit=args.row_limit),
+        micro_batch_size=args.micro_batch_size,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )
+    held_back = [{"input_ids": ids}]
+    _, peak = measured(
+        lambda: learn_orders(
+            model, stacks, start, {}, batches, held_back, PATTERN, settings
+        )
+    )
+    # The last so many: what comes before a step's batch is not the step's.
+    times = batches.times[-args.steps - 1 :]
+    gaps = [end - begin for begin, end in zip(times, times[1:], strict=False)]
+    step = statistics.median(gaps)
+    look, _ = measured(
+        lambda: mean_loss(
+            model, hard_masks(stacks, start, {}, PATTERN), held_back, settings.loss
+        )
+    )
+    print(f"a step of learning: {step:.3f} s ({len(gaps)} steps){peak}")
+    print(f"a look at one held-back batch: {look:.3f} s")
+    print(f"300 steps: {300 * step / 60:.1f} minutes, looks left out")
+    print(f"learning / plain: {step / plain:.2f}")
+
+
+def plain_pass(
+    model: LlamaForCausalLM, ids: Tensor, linears: list[str], args: argparse.Namespace
+) -> float:
+    """Gradients of the activations and of every weight, as in training."""
+
+    def run() -> None:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    layers: list[nn.Module] = []
+    try:
+        measured(run)
+    except torch.OutOfMemoryError:
+        layers = repeated_layers(model, linears)
+        model.zero_grad(set_to_none=True)
+    with checkpointed(layers):
+        seconds = [measured(run) for _ in range(args.steps + 1)][1:]
+    middle, peak = sorted(seconds)[len(seconds) // 2]
+    how = ", layers run again in backward" if layers else ""
+    print(f"plain forward and backward: {middle:.3f} s{peak}{how}")
+    return middle
+
+
+def model_of(args: argparse.Namespace) -> LlamaForCausalLM:
+    shape = dict(SHAPES[args.shape])
+    if args.layers is not None:
+        shape["num_hidden_layers"] = args.layers
+    config = LlamaConfig(**shape, max_position_embeddings=args.sequence_length)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(args.device):
+            return LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(default)
+
+
+def stacks_of(model: LlamaForCausalLM, linears: list[str]) -> dict[str, StackedScore]:
+    """Scores by space; magnitudes, since values do not matter."""
+    resolved = resolve(model, LLAMA, PATTERN, linears, model.config.head_dim)
+    scores = {
+        name: model.get_submodule(name).weight.detach().float().abs()
+        for name in linears
+    }
+    stacks: dict[str, StackedScore] = {}
+    for name, space in resolved.spaces.items():
+        stacks[name] = StackedScore.of(space, scores)
+        scores |= stacks[name].split(stacks[name].score)
+    return stacks
+
+
+def measured(run: Callable[[], object]) -> tuple[float, str]:
+    """Seconds, and on a GPU the most memory that was taken meanwhile, as text."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    begin = now()
+    run()
+    seconds = now() - begin
+    if not torch.cuda.is_available():
+        return seconds, ""
+    return seconds, f", peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+
+
+def now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def hardware(args: argparse.Namespace) -> str:
+    where = f"CPU, {torch.get_num_threads()} threads"
+    if args.device == "cuda":
+        where = torch.cuda.get_device_name()
+    return f"{where}, torch {torch.__version__}"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--sequence-length", type=int, default=2048)
+    parser.add_argument("--layers", type=int, help="fewer than the shape has")
+    parser.add_argument("--steps", type=int, default=5, help="steps that are timed")
+    parser.add_argument("--search", action="store_true", help="time the search too")
+    parser.add_argument("--row-limit", type=int, help="see the modifier, as the next")
+    parser.add_argument("--micro-batch-size", type=int)
+    parser.add_argument(
+        "--gradient-checkpointing", action=argparse.BooleanOptionalAction
+    )
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What transformers does while loading, so that stored sparse weights become dense ones."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor, nn
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    WeightTransform,
+)
+
+from nm_permute_plugin.checkpoint.bitmask import decompress_any
+from nm_permute_plugin.checkpoint.codec import decompress
+from nm_permute_plugin.checkpoint.directory import PARTS
+
+_PARTS = PARTS["sparse-bitmask"]
+_WEIGHT = ".weight"
+
+
+def sparse_conversions(stock: Iterable[WeightTransform]) -> list[WeightConverter]:
+    """
+    What reads sparse weights; to stand before transformers' own conversions.
+
+    Where those merge weights into one (the experts of a layer, say), the same is done
+    with sparse ones, once they are dense.
+
+    :param stock: transformers' own
+    """
+    merging = [
+        conversion
+        for conversion in stock
+        if isinstance(conversion, WeightConverter)
+        and len(conversion.target_patterns) == 1
+        and all(source.endswith(_WEIGHT) for source in conversion.source_patterns)
+    ]
+    plain = WeightConverter(
+        source_patterns=_stored(""),
+        target_patterns=_WEIGHT,
+        operations=[Decompress(), Fit()],
+    )
+    return [*map(_after_decompressing, merging), plain]
+
+
+def without_sparse(used: Iterable[WeightTransform]) -> list[WeightTransform]:
+    """The conversions of a model as if its checkpoint had been dense, for saving it."""
+    kept: dict[int, WeightTransform] = {}
+    for conversion in used:
+        first = next(iter(getattr(conversion, "operations", ())), None)
+        stock = first.instead_of if isinstance(first, Decompress) else conversion
+        if stock is not None:
+            kept[id(stock)] = stock
+    return list(kept.values())
+
+
+class Decompress(ConversionOps):
+    """
+    The stored tensors of modules -> their dense weights.
+
+    :param instead_of: the conversion that does the same for dense checkpoints
+    """
+
+    def __init__(self, instead_of: WeightConverter | None = None) -> None:
+        self.instead_of = instead_of
+
+    def convert(
+        self,
+        input_dict: dict[str, Sequence[Tensor]],
+        *,
+        full_layer_name: str,
+        **kwargs: object,
+    ) -> dict[str, list[Tensor]]:
+        """By the pattern of their values: what comes after keeps the patterns' order."""
+        stored: dict[str, dict[str, Sequence[Tensor]]] = defaultdict(dict)
+        for pattern in list(input_dict):
+            source, _, part = pattern.removesuffix("$").rpartition("\\.")
+            stored[source][part] = input_dict.pop(pattern)
+        return {
+            _stored(source)[0]: _decompress(parts, full_layer_name)
+            for source, parts in stored.items()
+        }
+
+
+class Fit(ConversionOps):
+    """A dense tensor -> itself in the model's dtype, once its shape is the model's."""
+
+    def convert(
+        self,
+        input_dict: Mapping[str, Tensor | Sequence[Tensor]],
+        *,
+        full_layer_name: str,
+        model: nn.Module,
+        **kwargs: object,
+    ) -> dict[str, Tensor]:
+        (found,) = input_dict.values()
+        tensor = found if isinstance(found, Tensor) else found[0]
+        owner, _, leaf = full_layer_name.rpartition(".")
+        target: Tensor = getattr(model.get_submodule(owner), leaf)
+        return {full_layer_name: _fitted(tensor, target, full_layer_name)}
+
+
+def _after_decompressing(conversion: WeightConverter) -> WeightConverter:
+    sources = [source.removesuffix(_WEIGHT) for source in conversion.source_patterns]
+    made = WeightConverter(
+        source_patterns=[pattern for source in sources for pattern in _stored(source)],
+        target_patterns=list(conversion.target_patterns),
+        operations=[Decompress(conversion), *conversion.operations, Fit()],
+    )
+    made.scope_prefix = conversion.scope_prefix
+    made.base_model_prefix = conversion.base_model_prefix
+    return made
+
+
+def _stored(source: str) -> list[str]:
+    """The patterns of the tensors that store a module's weight."""
+    return [f"{source}\\.{part}$" for part in _PARTS]
+
+
+def _decompress(parts: Mapping[str, Sequence[Tensor]], name: str) -> list[Tensor]:
+    """The dense weights of modules whose parts stand in the same order."""
+    missing = {"compressed", "bitmask", "shape"} - set(parts)
+    if missing:
+        raise ValueError(f"{name}: the checkpoint has no {', '.join(sorted(missing))}")
+    decode = decompress_any if "row_offsets" in parts else decompress
+    return [
+        decode(**dict(zip(parts, one, strict=True)), name=name)
+        for one in zip(*parts.values(), strict=True)
+    ]
+
+
+def _fitted(weight: Tensor, target: Tensor, name: str) -> Tensor:
+    if weight.shape != target.shape:
+        raise ValueError(
+            f"{name} is {tuple(weight.shape)} in the checkpoint, and "
+            f"{tuple(target.shape)} in the model that config.json describes"
+        )
+    if weight.dtype == target.dtype:
+        return weight
+    if 1 in (weight.dtype.itemsize, target.dtype.itemsize):
+        raise ValueError(
+            f"{name} is {weight.dtype} in the checkpoint, {target.dtype} in the model. "
+            "Its quantization_config does not belong to these weights."
+        )
+    return weight.to(target.dtype)

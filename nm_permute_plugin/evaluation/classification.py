@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How well a model of images tells classes apart, and how near its features stay."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from nm_permute_plugin.evaluation.images import (
+    LabelledImages,
+    image_processor,
+    labelled_images,
+    pixels,
+)
+from nm_permute_plugin.evaluation.loading import model_class, refuse_images_for
+
+NEIGHBOURS = 20
+"""Pictures that vote where there is no classifier."""
+
+TEMPERATURE = 0.07
+"""A neighbour's vote weighs ``exp(cosine / TEMPERATURE)`` (arXiv 2104.14294, app. F.1)."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """
+    What a model makes of pictures.
+
+    :param features: the class token of the last hidden states, or their mean
+    :param logits: of the model's labels; None without a classifier
+    """
+
+    features: Float[Tensor, "images width"]
+    logits: Float[Tensor, "images labels"] | None
+
+
+@dataclass(frozen=True)
+class ImageResult:
+    """
+    What pictures of known classes say about a model.
+
+    :param top1: share of pictures whose class comes first
+    :param top5: share of pictures whose class is among the first five
+    :param neighbours: how many other pictures voted; 0 where the model has a classifier
+    :param fidelity: mean cosine of its features to the dense model's; None without one
+    """
+
+    top1: float
+    top5: float
+    images: int
+    classes: int
+    neighbours: int
+    fidelity: float | None = None
+
+    def __str__(self) -> str:
+        how = f", {self.neighbours} nearest others" if self.neighbours else ""
+        return (
+            f"top-1 {self.top1:.2%}, top-5 {self.top5:.2%} ({self.images} images, "
+            f"{self.classes} classes{how})"
+        )
+
+
+def evaluate_images(
+    checkpoint: str | Path,
+    folder: Path,
+    device: str,
+    dense: str | Path | None = None,
+    batch_size: int = 32,
+) -> ImageResult:
+    """
+    Accuracy of a checkpoint, read back from disk, on a folder of class folders.
+
+    A classifier is asked for the class. Without one, every picture is given the class
+    that its nearest neighbours among the others have, by the cosine of their features.
+
+    :param dense: folder of the model before pruning, for the fidelity of the features
+    :raises ValueError: for a model that takes text, for pictures that cannot be read, and
+        for classes that the model does not know
+    """
+    for model in (checkpoint, dense or checkpoint):
+        refuse_images_for(model)
+    pictures = labelled_images(folder)
+    seen = look(checkpoint, pictures.files, device, batch_size)
+    fidelity = None
+    if dense is not None:
+        theirs = look(dense, pictures.files, device, batch_size).features
+        fidelity = mean_cosine(seen.features, theirs)
+    if seen.logits is None:
+        neighbours = min(NEIGHBOURS, len(pictures.files) - 1)
+        scores = votes(seen.features, pictures, neighbours)
+        labels = pictures.labels
+    else:
+        neighbours, scores = 0, seen.logits
+        names = (
+            model_class(checkpoint).config_class.from_pretrained(checkpoint).id2label
+        )
+        labels = labels_of(pictures, [names[i] for i in range(scores.shape[1])])
+    return ImageResult(
+        top1=accuracy(scores, labels, 1),
+        top5=accuracy(scores, labels, 5),
+        images=len(pictures.files),
+        classes=len(pictures.classes),
+        neighbours=neighbours,
+        fidelity=fidelity,
+    )
+
+
+def look(
+    checkpoint: str | Path, files: Sequence[Path], device: str, batch_size: int
+) -> Seen:
+    """
+    What a checkpoint makes of pictures, in their order.
+
+    :raises ValueError: for pictures that cannot be read, or outputs that are not finite
+    """
+    processor = image_processor(checkpoint)
+    model = model_class(checkpoint).from_pretrained(checkpoint, dtype="auto")
+    model = model.to(device).eval()
+    features: list[Tensor] = []
+    logits: list[Tensor] = []
+    hook = model.base_model.register_forward_hook(
+        lambda module, inputs, out: features.append(feature_of(module, out))
+    )
+    count = -(-len(files) // batch_size)
+    bar = tqdm(pixels(processor, files, batch_size), "Images", count, leave=False)
+    with torch.no_grad():
+        for values in bar:
+            out = model(pixel_values=values.to(device, model.dtype))
+            if getattr(out, "logits", None) is not None:
+                logits.append(out.logits.float().cpu())
+    hook.remove()
+    seen = Seen(torch.cat(features), torch.cat(logits) if logits else None)
+    if not bool(seen.features.isfinite().all()):
+        raise ValueError(f"{checkpoint}: the features are not finite: broken weights")
+    return seen
+
+
+def feature_of(encoder: nn.Module, out: Any) -> Float[Tensor, "images width"]:
+    """One vector a picture: the class token where there is one, else the mean."""
+    hidden: Tensor = out.last_hidden_state.float().cpu()
+    names = {name.rpartition(".")[2] for name, _ in encoder.named_parameters()}
+    if names & {"cls_token", "class_embedding"}:
+        return hidden[:, 0]
+    return hidden.mean(1)
+
+
+def mean_cosine(
+    ours: Float[Tensor, "images width"], theirs: Float[Tensor, "images width"]
+) -> float:
+    """
+    The mean over pictures of the cosine of two models' features.
+
+    >>> mean_cosine(torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.eye(2))
+    0.5
+    """
+    return float(F.cosine_similarity(ours, theirs, dim=-1).mean())
+
+
+def accuracy(
+    scores: Float[Tensor, "images labels"], labels: Int[Tensor, " images"], top: int
+) -> float:
+    """
+    The share of pictures whose label is among the ``top`` largest scores.
+
+    >>> accuracy(torch.eye(3), torch.tensor([0, 1, 0]), top=1)
+    0.6666666666666666
+    """
+    first = scores.topk(min(top, scores.shape[1]), dim=1).indices
+    return int((first == labels[:, None]).any(1).sum()) / len(labels)
+
+
+def votes(
+    features: Float[Tensor, "images width"], pictures: LabelledImages, neighbours: int
+) -> Float[Tensor, "images classes"]:
+    """
+    What the nearest other pictures say about the class of each.
+
+    :raises ValueError: if there are fewer than two classes: any vote would be right
+    """
+    if len(pictures.classes) < 2:
+        raise ValueError(
+            f"all pictures are of the class {pictures.classes[0]}; without a classifier, "
+            "at least two class folders are needed"
+        )
+    unit = F.normalize(features, dim=-1)
+    cosines = unit @ unit.T
+    cosines.fill_diagonal_(-torch.inf)
+    near = cosines.topk(neighbours, dim=1)
+    weights = (near.values / TEMPERATURE).exp()
+    scores = torch.zeros(len(features), len(pictures.classes))
+    return scores.scatter_add(1, pictures.labels[near.indices], weights)
+
+
+def labels_of(pictures: LabelledImages, names: Sequence[str]) -> Int[Tensor, " images"]:
+    """
+    The classifier's number of each picture's class.
+
+    Class folders have the names of the model's labels, or there are as many as labels and
+    stand in the same order when sorted, as in copies of ImageNet.
+
+    :param names: of the model's labels
+    :raises ValueError: if neither is so
+    """
+    unknown = [name for name in pictures.classes if name not in names]
+    if not unknown:
+        return torch.tensor([names.index(name) for name in pictures.classes])[
+            pictures.labels
+        ]
+    if len(unknown) == len(pictures.classes) == len(names):
+        return pictures.labels
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    raise ValueError(
+        f"class folder {unknown[0]} is none of the model's {len(names)} labels ({shown}), "
+        f"and {len(pictures.classes)} folders are not one a label; name the folders after "
+        "the labels"
+    )

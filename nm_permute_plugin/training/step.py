@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forward and backward over a batch under masks, in as little memory as there is."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nm_permute_plugin.training.checkpointing import (
+    checkpointed,
+    free_bytes,
+    kept_bytes,
+    repeated_layers,
+)
+from nm_permute_plugin.training.masking import Mask, masked
+from nm_permute_plugin.training.objective import LossWeights, loss, run
+from nm_permute_plugin.training.statistics import Batch, on_device, token_mask
+
+Masks = Callable[[], Mapping[str, Mask]]
+"""Makes the masks of a step, by linear."""
+
+
+def backward_step(
+    model: nn.Module,
+    masks: Masks,
+    batch: Batch,
+    weights: LossWeights,
+    micro_batch_size: int | None = None,
+    layers: Sequence[nn.Module] = (),
+) -> float:
+    """
+    Forward and backward over a batch; the gradients stay behind the masks.
+
+    :param masks: asked anew for every part, once the dense model has been set to work
+    :param micro_batch_size: rows at a time; a part weighs as many tokens as count in it,
+        so rows of one length have the gradient of the whole batch. None: all of them
+    :param layers: that keep only what enters them, and run again in backward
+    :return: the loss
+    :raises ValueError: if it is not finite
+    """
+    total = 0.0
+    for part, share in _parts(batch, micro_batch_size):
+        part = on_device(part, model)
+        with torch.no_grad():
+            dense = run(model, part, weights)
+        with masked(model, masks()), checkpointed(layers):
+            value = share * loss(run(model, part, weights), dense, part, weights)
+            value.backward()
+        total += float(value.detach())
+    return check_finite(total, "training")
+
+
+def layers_to_checkpoint(
+    model: nn.Module,
+    linears: Sequence[str],
+    masks: Masks,
+    batch: Batch,
+    weights: LossWeights,
+    micro_batch_size: int | None = None,
+    wanted: bool | None = None,
+) -> list[nn.Module]:
+    """
+    The layers to run again in backward: all that hold any of the linears, or none.
+
+    :param wanted: None: all where the activations of a step would take more than half of
+        what is left of a GPU's memory, which one row of the batch is run for
+    """
+    if wanted is None:
+        free = free_bytes(next(model.parameters()).device)
+        wanted = (
+            free is not None
+            and 2 * activation_bytes(model, masks, batch, weights, micro_batch_size)
+            > free
+        )
+    return repeated_layers(model, linears) if wanted else []
+
+
+def activation_bytes(
+    model: nn.Module,
+    masks: Masks,
+    batch: Batch,
+    weights: LossWeights,
+    micro_batch_size: int | None = None,
+) -> int:
+    """What a step keeps between forward and backward, estimated from one row."""
+    rows = len(token_mask(batch))
+    one = {name: tensor[:1] for name, tensor in batch.items()} if rows > 1 else batch
+    row = on_device(one, model)
+    with torch.no_grad():
+        dense = run(model, row, weights)
+    with torch.enable_grad(), masked(model, masks()):
+        of_row = kept_bytes(
+            model, lambda: loss(run(model, row, weights), dense, row, weights)
+        )
+    return of_row * min(rows, micro_batch_size or rows)
+
+
+def check_finite(value: float, which: str) -> float:
+    """
+    The value.
+
+    :raises ValueError: if it is not finite
+    """
+    if not torch.isfinite(torch.tensor(value)):
+        raise ValueError(
+            f"the {which} loss is {value}; load the model in bfloat16 or float32 and "
+            "check the calibration data"
+        )
+    return value
+
+
+def _parts(batch: Batch, size: int | None) -> Iterator[tuple[Batch, float]]:
+    """Rows of a batch, so many at a time, with their share of its tokens."""
+    if size is None:
+        yield batch, 1.0
+        return
+    counted: Tensor = token_mask(batch)
+    for first in range(0, len(counted), size):
+        rows = slice(first, first + size)
+        share = float(counted[rows].sum() / counted.sum())
+        yield {name: tensor[rows] for name, tensor in batch.items()}, share

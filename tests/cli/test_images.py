@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command on models of images: prune, evaluate, and one error a mistake."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import transformers
+from click.testing import Result
+from typer.testing import CliRunner
+
+from nm_permute_plugin.checkpoint.verify import verify
+from nm_permute_plugin.cli.app import app
+from nm_permute_plugin.cli.prune import spread
+
+CLASSES = {
+    "dinov2-labels": "Dinov2ForImageClassification",
+    "dinov2-bare": "Dinov2Model",
+}
+RECIPE = """
+prune_stage:
+  permutation_modifiers:
+    LearnablePermutationModifier:
+      method: learned
+      steps: 2
+      block_size: 8
+      search_rounds: 2
+      ignore: [{ignore}]
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(ignore="classifier"))
+    return path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def assert_one_error(result: Result, message: str) -> None:
+    assert result.exit_code == 1
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert re.search(message, lines[0])
+
+
+@pytest.mark.parametrize("case", ["dinov2-labels", "vit-labels", "deit-labels"])
+def test_a_classifier_is_pruned_saved_and_measured(
+    image_checkpoint, image_folder: Path, recipe: Path, tmp_path: Path, case: str
+) -> None:
+    dense, out = image_checkpoint(case, num_labels=3), tmp_path / "out"
+    result = run(
+        "prune", dense, recipe, out, "--images", image_folder, "--device", "cpu"
+    )
+    assert result.exit_code == 0, result.output
+    assert f"{out}: 18 images" in result.stdout
+    report = verify(out)
+    assert report.faults == ()
+    sparse = [row.module for row in report.rows if row.sparse]
+    assert len(sparse) == 12
+    assert {row.format for row in report.rows if row.sparse} == {"sparse-24-bitmask"}
+    for changed in ("classifier", "projection"):
+        assert not any(changed in name for name in sparse)
+    result = run("evaluate", out, "--images", image_folder, "--dense", dense)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert re.search(r"out: top-1 \d+\.\d\d%, top-5 100.00% \(18 images", lines[0])
+    (cosine,) = re.findall(r"cosine of the features to .*: (\d\.\d{4})$", lines[1])
+    assert 0.1 < float(cosine) < 1
+    converted = tmp_path / "converted"
+    result = run("convert", out, converted, "--format", "dense")
+    assert result.exit_code == 0, result.output
+    again = run("evaluate", converted, "--images", image_folder, "--dense", dense)
+    assert again.stdout.splitlines()[1] == lines[1]
+
+
+def test_an_encoder_is_pruned_and_measured_by_its_neighbours(
+    image_checkpoint, image_folder: Path, recipe: Path, tmp_path: Path
+) -> None:
+    dense, out = image_checkpoint("dinov2-bare"), tmp_path / "out"
+    recipe.write_text(RECIPE.format(ignore="lm_head"))
+    result = run("prune", dense, recipe, out, "--images", image_folder, "--samples", 9)
+    assert result.exit_code == 0, result.output
+    assert f"{out}: 9 images" in result.stdout
+    result = run("evaluate", out, "--images", image_folder)
+    assert re.search(r"17 nearest others\)$", result.stdout)
+
+
+@pytest.mark.parametrize(
+    ("case", "tag", "loads"),
+    [
+        ("dinov2-labels", "image-classification", "AutoModelForImageClassification"),
+        ("dinov2-bare", "image-feature-extraction", "AutoModel"),
+    ],
+)
+@pytest.mark.parametrize("format", ["dense", "sparse-24-bitmask"])
+def test_the_card_tells_how_to_load_and_measure_a_model_of_images(
+    image_checkpoint, image_folder, recipe, tmp_path, case, tag, loads, format
+) -> None:
+    dense, out = image_checkpoint(case), tmp_path / "out"
+    ignore = "classifier" if case == "dinov2-labels" else "lm_head"
+    recipe.write_text(RECIPE.format(ignore=ignore) + f"      format: {format}\n")
+    result = run("prune", dense, recipe, out, "--images", image_folder, "--samples", 9)
+    assert result.exit_code == 0, result.output
+    card = (out / "README.md").read_text()
+    assert f"pipeline_tag: {tag}\n" in card
+    assert f"from transformers import {loads}\n" in card
+    assert "nm-permute evaluate FOLDER --images PICTURES" in card
+    assert "perplexity" not in card
+    assert "vllm serve" not in card
+    assert "loss on held-back rows" in card
+    assert f"model = {loads}." in card
+    auto = getattr(transformers, loads)
+    assert type(auto.from_pretrained(out)).__name__ in CLASSES[case]
+
+
+def test_pictures_are_spread_evenly() -> None:
+    files = [Path(str(i)) for i in range(10)]
+    assert [file.name for file in spread(files, 4)] == ["0", "3", "6", "9"]
+    assert spread(files, 10) == files
+
+
+@pytest.mark.parametrize("command", ["prune", "evaluate"])
+def test_text_and_images_together_are_refused(
+    image_checkpoint, image_folder, recipe, tmp_path, text_file, command: str
+) -> None:
+    rest = [recipe, tmp_path / "out"] if command == "prune" else []
+    both = ["--images", image_folder, "--text", text_file]
+    result = run(command, image_checkpoint(), *rest, *both)
+    assert_one_error(result, "are for different models; give one of them")
+
+
+@pytest.mark.parametrize("command", ["prune", "evaluate"])
+def test_a_model_is_given_what_it_takes(
+    image_checkpoint,
+    tiny_checkpoint,
+    image_folder,
+    recipe,
+    tmp_path,
+    text_file,
+    command,
+) -> None:
+    rest = [recipe, tmp_path / "out"] if command == "prune" else []
+    result = run(command, tiny_checkpoint(), *rest, "--images", image_folder)
+    assert_one_error(
+        result, "LlamaForCausalLM takes no images; give --text FILE instead"
+    )
+    result = run(command, image_checkpoint(name="seer"), *rest, "--text", text_file)
+    assert_one_error(
+        result, "Dinov2ForImageClassification takes no text; give --images"
+    )
+    result = run(
+        command, image_checkpoint("qwen2.5-vl"), *rest, "--images", image_folder
+    )
+    assert_one_error(result, "takes text with its images")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["prune", "evaluate"])
+def test_folders_that_are_no_use_are_refused(
+    image_checkpoint, recipe, tmp_path, command: str
+) -> None:
+    rest = [recipe, tmp_path / "out"] if command == "prune" else []
+    dense = image_checkpoint()
+    result = run(command, dense, *rest, "--images", tmp_path / "nowhere")
+    assert_one_error(result, "nowhere does not exist")
+    (tmp_path / "empty").mkdir()
+    result = run(command, dense, *rest, "--images", tmp_path / "empty")
+    assert_one_error(result, "empty holds no pictures")
+    (tmp_path / "empty" / "cat").mkdir()
+    (tmp_path / "empty" / "cat" / "bad.jpg").write_bytes(b"no picture")
+    result = run(command, dense, *rest, "--images", tmp_path / "empty")
+    assert_one_error(result, r"bad\.jpg is no picture that can be read")
+    assert not (tmp_path / "out").exists()
+
+
+def test_classes_that_do_not_fit_are_refused(
+    image_checkpoint, image_folder: Path, tmp_path: Path
+) -> None:
+    dense = image_checkpoint(num_labels=7)
+    result = run("evaluate", dense, "--images", image_folder)
+    assert_one_error(result, "class folder blue is none of the model's 7 labels")
+    result = run("evaluate", dense, "--images", image_folder / "red")
+    assert_one_error(result, r"0\.png stands in no class folder")
+    one = tmp_path / "one"
+    shutil.copytree(image_folder / "red", one / "red")
+    result = run("evaluate", image_checkpoint("vit-bare", "bare"), "--images", one)
+    assert_one_error(result, "all pictures are of the class red")
+
+
+@pytest.mark.parametrize("option", [["--base", "x", "--dense", "x"], ["--card"]])
+def test_options_of_text_are_refused_with_images(
+    image_checkpoint, image_folder: Path, option: list[str]
+) -> None:
+    result = run("evaluate", image_checkpoint(), "--images", image_folder, *option)
+    assert_one_error(result, "--base and --card are for --text")
+
+
+def test_a_folder_without_a_checkpoint_is_refused(image_folder, tmp_path: Path) -> None:
+    result = run("evaluate", tmp_path, "--images", image_folder)
+    assert_one_error(result, r"holds no checkpoint \(no config\.json\)")
+
+
+def test_a_class_that_is_not_known_is_refused(image_checkpoint, image_folder) -> None:
+    folder = image_checkpoint()
+    config = transformers.Dinov2Config.from_pretrained(folder)
+    config.architectures = ["Unknown"]
+    config.save_pretrained(folder)
+    result = run("evaluate", folder, "--images", image_folder)
+    assert_one_error(result, r"names no class of transformers .*\['Unknown'\]")
