@@ -131,6 +131,7 @@ def ways(ours: LearnSettings) -> dict[str, Way]:
         "search-free": Way(method="search", folded=False),
         "learned": Way(method="learned", learn=ours),
         "learned-order": Way(method="learned", learn=order_only),
+        "layer-wise": Way(method="learned", learn=ours, objective="layer_wise"),
         "learned-free": Way(method="learned", folded=False, learn=ours),
         "layer_wise": Way(method="learned", learn=ours, objective="layer_wise"),
         "amd": amd,

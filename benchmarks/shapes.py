@@ -68,15 +68,28 @@ SHAPES: dict[str, dict[str, int | bool]] = {
 
 
 class Batches(list[dict[str, Tensor]]):
-    """One batch, and the times at which it was asked for: a step begins with its batch."""
+    """
+    One batch, and the times at which it was asked for: a step begins with its batch.
 
-    def __init__(self, batch: dict[str, Tensor]) -> None:
-        super().__init__([batch])
+    The first ``new`` times it comes in new memory, as a batch that was never seen.
+    """
+
+    def __init__(self, ids: Tensor, new: int) -> None:
+        super().__init__([{"input_ids": ids}])
+        self.new = new
         self.times: list[float] = []
 
     def __getitem__(self, index):  # type: ignore[no-untyped-def]
         self.times.append(now())
-        return super().__getitem__(index)
+        batch = super().__getitem__(index)
+        if len(self.times) > self.new:
+            return batch
+        return {"input_ids": batch["input_ids"].clone()}
+
+    def step(self, first: int, last: int) -> float:
+        """The seconds of a step, the median from the first to before the last."""
+        times = self.times[first : last + 1]
+        return statistics.median(b - a for a, b in zip(times, times[1:], strict=False))
 
 
 def main() -> None:
@@ -111,10 +124,13 @@ def main() -> None:
         print(
             f"search over {len(stacks)} spaces: {seconds:.1f} s{peak}, judge left out"
         )
-    batches = Batches({"input_ids": ids})
+    # Asked for: once before the first step, which warms up, then `count` times as new;
+    # once more, to be known from then on, then `count` times, and once for the last's end.
+    count = args.steps
+    batches = Batches(ids, new=count + 2)
     settings = LearnSettings(
-        steps=args.steps + 2,
-        evaluate_every=args.steps + 2,
+        steps=2 * count + 3,
+        evaluate_every=2 * count + 3,
         shape=OrderShape(multipliers=True, row_limit=args.row_limit),
         micro_batch_size=args.micro_batch_size,
         gradient_checkpointing=args.gradient_checkpointing,
@@ -125,19 +141,19 @@ def main() -> None:
             model, stacks, start, {}, batches, held_back, PATTERN, settings
         )
     )
-    # The last so many: what comes before a step's batch is not the step's.
-    times = batches.times[-args.steps - 1 :]
-    gaps = [end - begin for begin, end in zip(times, times[1:], strict=False)]
-    step = statistics.median(gaps)
+    first = batches.step(2, count + 2)
+    later = batches.step(count + 3, 2 * count + 3)
     look, _ = measured(
         lambda: mean_loss(
             model, hard_masks(stacks, start, {}, PATTERN), held_back, settings.loss
         )
     )
-    print(f"a step of learning: {step:.3f} s ({len(gaps)} steps){peak}")
-    print(f"a look at one held-back batch: {look:.3f} s")
-    print(f"300 steps: {300 * step / 60:.1f} minutes, looks left out")
-    print(f"learning / plain: {step / plain:.2f}")
+    print(f"learning, {count} steps of each kind{peak}; a look at a batch {look:.3f} s")
+    for epoch, step in (("first epoch", first), ("later epochs", later)):
+        print(
+            f"a step of the {epoch}: {step:.3f} s, learning / plain {step / plain:.2f}, "
+            f"300 steps {300 * step / 60:.1f} minutes"
+        )
 
 
 def plain_pass(

@@ -62,7 +62,7 @@ def main() -> None:
     args = _arguments()
     images = _calibration(args)
     test = labelled_images(args.test)
-    dense = look(args.model, test.files, args.device, args.batch_size)
+    dense = _dense(test.files, args)
     if dense.logits is None:
         raise ValueError(f"{args.model} has no classifier: fine-tune it first")
     config = model_class(args.model).config_class.from_pretrained(args.model)
@@ -70,13 +70,14 @@ def main() -> None:
     top1 = accuracy(dense.logits, labels, 1)
     print(f"{len(images)} pictures to calibrate; {len(labels)} test pictures")
     print(f"dense top-1 {top1:.2%}", flush=True)
-    results: list[dict[str, object]] = []
+    results = _resumed(args)
+    done = {(r["pattern"], r["method"], r["seed"]) for r in results}
     for pattern in args.patterns:
         for method in args.methods:
             for seed in args.seeds if method in SEEDED else args.seeds[:1]:
-                result = _run(method, pattern, seed, images, args)
-                seen = result.pop("seen")
-                assert isinstance(seen, Seen)
+                if (pattern, method, seed) in done:
+                    continue
+                result, seen = _run(method, pattern, seed, images, args)
                 assert seen.logits is not None
                 result["top1"] = accuracy(seen.logits, labels, 1)
                 result["fidelity"] = mean_cosine(seen.features, dense.features)
@@ -87,12 +88,39 @@ def main() -> None:
                 record = {
                     "torch": torch.__version__,
                     "threads": torch.get_num_threads(),
-                    "arguments": {k: str(v) for k, v in vars(args).items()},
+                    "settings": _settings(args),
                     "dense": top1,
                     "results": results,
                 }
                 args.out.write_text(json.dumps(record, indent=1) + "\n")
     print(_table(top1, results))
+
+
+def _dense(files: Sequence[Path], args: argparse.Namespace) -> Seen:
+    """What the dense model makes of the test pictures; kept beside the results."""
+    kept = args.out.with_suffix(".pt")
+    if args.resume and kept.exists():
+        return Seen(**torch.load(kept))
+    seen = look(args.model, files, args.device, args.batch_size)
+    torch.save({"features": seen.features, "logits": seen.logits}, kept)
+    return seen
+
+
+def _settings(args: argparse.Namespace) -> dict[str, str]:
+    """What one run depends on, beside its method, pattern and seed."""
+    chosen = ("methods", "patterns", "seeds", "out", "resume")
+    return {k: str(v) for k, v in vars(args).items() if k not in chosen}
+
+
+def _resumed(args: argparse.Namespace) -> list[dict[str, object]]:
+    """The results of an earlier call with the same settings, if asked for."""
+    if not args.resume or not args.out.exists():
+        return []
+    record = json.loads(args.out.read_text())
+    if record["settings"] != _settings(args):
+        raise ValueError(f"{args.out} was measured with {record['settings']}")
+    results: list[dict[str, object]] = record["results"]
+    return results
 
 
 def _calibration(args: argparse.Namespace) -> Tensor:
@@ -105,7 +133,7 @@ def _calibration(args: argparse.Namespace) -> Tensor:
 
 def _run(
     method: str, pattern: str, seed: int, images: Tensor, args: argparse.Namespace
-) -> dict[str, object]:
+) -> tuple[dict[str, object], Seen]:
     dtype = getattr(torch, args.dtype)
     model = model_class(args.model).from_pretrained(args.model, dtype=dtype)
     model = model.to(args.device).eval()
@@ -125,6 +153,7 @@ def _run(
         method=how,
         learn=LearnSettings(
             steps=args.steps,
+            evaluate_every=args.evaluate_every,
             learning_rate=args.learning_rate,
             multiplier_rate=args.multiplier_rate,
             shape=OrderShape(
@@ -146,15 +175,15 @@ def _run(
         del model
         files = labelled_images(args.test).files
         seen = look(folder, files, args.device, args.batch_size)
-    return {
+    result: dict[str, object] = {
         "pattern": pattern,
         "method": method,
         "seed": seed,
         "seconds": seconds,
         "retained": record.retained[1],
         "history": record.history,
-        "seen": seen,
     }
+    return result, seen
 
 
 def _table(dense: float, results: Sequence[dict[str, object]]) -> str:
@@ -163,6 +192,9 @@ def _table(dense: float, results: Sequence[dict[str, object]]) -> str:
         "|---|---|---|---|---|---|---|---|",
         f"| | dense | | {dense:.2%} | | | 1 | |",
     ]
+    results = sorted(
+        results, key=lambda r: (r["pattern"], list(METHODS).index(r["method"]))
+    )
     base = {r["pattern"]: _float(r, "top1") for r in results if r["method"] == "wanda"}
     for pattern, method in dict.fromkeys((r["pattern"], r["method"]) for r in results):
         runs = [r for r in results if (r["pattern"], r["method"]) == (pattern, method)]
@@ -197,6 +229,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--held-back", type=float, default=0.1)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--evaluate-every", type=int, default=20)
     parser.add_argument(
         "--row-limit", type=int, help="see LearnablePermutationModifier"
     )
@@ -207,6 +240,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--hidden", type=float, default=0.0)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--out", type=Path, default=Path("vision.json"))
+    parser.add_argument("--resume", action="store_true", help="add to what --out holds")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default)
     return parser.parse_args()

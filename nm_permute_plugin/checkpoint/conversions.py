@@ -103,7 +103,10 @@ class Fit(ConversionOps):
 
 
 def _after_decompressing(conversion: WeightConverter) -> WeightConverter:
-    sources = [source.removesuffix(_WEIGHT) for source in conversion.source_patterns]
+    sources = [
+        source.removesuffix(_WEIGHT).removesuffix("\\")  # of an escaped dot
+        for source in conversion.source_patterns
+    ]
     made = WeightConverter(
         source_patterns=[pattern for source in sources for pattern in _stored(source)],
         target_patterns=list(conversion.target_patterns),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nm_permute_plugin.checkpoint.model_card import Evaluation, add_evaluation
 from nm_permute_plugin.evaluation.classification import evaluate_images
-from nm_permute_plugin.evaluation.loading import refuse_text_for
+from nm_permute_plugin.evaluation.loading import refuse_perplexity_of
 from nm_permute_plugin.evaluation.perplexity import (
     evaluate_checkpoint,
     gap_closed,
@@ -35,7 +35,7 @@ def evaluate_on_text(
     folders = (checkpoint, *(compared or ()))
     for folder in folders:
         _check_folder(folder)
-        refuse_text_for(folder)
+        refuse_perplexity_of(folder)
     values = []
     for folder in folders:
         tokens = tokenize(folder, text)

@@ -53,6 +53,20 @@ def refuse_text_for(folder: str | Path) -> None:
         raise ValueError(f"{kind.__name__} takes no text; give --images FOLDER instead")
 
 
+def refuse_perplexity_of(folder: str | Path) -> None:
+    """
+    See that a checkpoint predicts the next token of text.
+
+    :raises ValueError: if it does not
+    """
+    refuse_text_for(folder)
+    kind = model_class(folder)
+    if not kind.can_generate():
+        raise ValueError(
+            f"{kind.__name__} predicts no next token: perplexity is for language models"
+        )
+
+
 def _modalities(kind: Any) -> set[str]:
     stated = kind.input_modalities
     return {stated} if isinstance(stated, str) else set(stated)

@@ -9,7 +9,9 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
+
+from nm_permute_plugin.evaluation.loading import model_class
 
 MOST_NATS = 700.0
 """Above this, a mean negative log-likelihood is no float's exponent."""
@@ -79,8 +81,8 @@ def tokenize(checkpoint: str | Path, text: str) -> Int[Tensor, " tokens"]:
 
 
 def load_checkpoint(checkpoint: str | Path, device: str) -> nn.Module:
-    """A causal language model as it is on disk, sparse formats included."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
+    """A language model as it is on disk, sparse formats included."""
+    model = model_class(checkpoint).from_pretrained(checkpoint, dtype="auto")
     loaded: nn.Module = model.to(device).eval()
     return loaded
 

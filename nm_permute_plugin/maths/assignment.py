@@ -65,7 +65,11 @@ def assign_later(
     def result() -> Tensor:
         for done in work:
             done.result()
-        return torch.from_numpy(chosen).to(device)
+        columns = torch.from_numpy(chosen)
+        if device.type != "cuda":
+            return columns.to(device)
+        # Pinned memory is copied when the GPU comes to it; the host need not wait.
+        return columns.pin_memory().to(device, non_blocking=True)
 
     return result
 

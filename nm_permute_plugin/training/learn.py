@@ -24,6 +24,7 @@ from nm_permute_plugin.training.step import (
     check_finite,
     layers_to_checkpoint,
 )
+from nm_permute_plugin.training.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -106,13 +107,14 @@ def learn_orders(
     dtype = next(model.parameters()).dtype
     orders = LearnableOrders(stacks, start, pattern, settings.shape, dtype)
     batches = _shuffled(train, settings.seed)
+    teacher = Teacher(model, settings.loss)
 
     def masks(tau: float, step: int) -> dict[str, Mask]:
         return {**other_masks, **orders.masks(tau, step)}
 
     def look(now: Learned) -> float:
         hard = hard_masks(stacks, now.perms, other_masks, pattern, now.multipliers)
-        return mean_loss(model, hard, held_back, settings.loss)
+        return mean_loss(model, hard, held_back, settings.loss, teacher)
 
     with frozen(model), torch.enable_grad():
         layers = layers_to_checkpoint(
@@ -133,6 +135,7 @@ def learn_orders(
                 settings.loss,
                 settings.micro_batch_size,
                 layers,
+                teacher,
             )
 
         learned = descend(orders, step, look, settings)
@@ -175,9 +178,9 @@ def descend(
     bar = tqdm(range(1, settings.steps + 1), desc=what)
     for number in bar:
         tau = annealed(number - 1, settings.steps, *settings.temperature)
-        orders.assign()
         value = step(tau, number)
         optimizer.step()
+        orders.assign()
         optimizer.zero_grad()
         schedule.step()
         bar.set_postfix(loss=f"{value:.4f}", best=f"{best:.4f}", tau=f"{tau:.3f}")
@@ -217,17 +220,20 @@ def mean_loss(
     masks: Mapping[str, Tensor],
     batches: Sequence[Batch],
     weights: LossWeights,
+    teacher: Teacher | None = None,
 ) -> float:
     """
     The loss of the model under the masks, the mean over the batches.
 
+    :param teacher: the dense model, which runs for every batch by default
     :raises ValueError: if it is not finite
     """
     total = 0.0
+    teacher = teacher or Teacher(model, weights, keep=False)
     with torch.no_grad():
         for batch in batches:
+            dense = teacher(batch)
             batch = on_device(batch, model)
-            dense = run(model, batch, weights)
             with masked(model, masks):
                 total += float(loss(run(model, batch, weights), dense, batch, weights))
     return check_finite(total, "held-back") / len(batches)

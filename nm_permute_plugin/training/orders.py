@@ -120,7 +120,7 @@ class LearnableOrders:
         return found
 
     def assign(self) -> None:
-        """Begin to make the logits hard, so that it is done when the masks are asked."""
+        """Begin to make the logits hard, after every change: the next masks need it."""
         for bundle in self.bundles:
             bundle.assign()
 
@@ -181,14 +181,20 @@ class _Bundle(nn.Module):
         self._hard: tuple[int, Callable[[], Tensor]] | None = None
 
     def assign(self) -> Callable[[], Int[Tensor, "blocks size"]]:
-        """The hard columns, on call; begun anew only when the logits have changed."""
-        version = self.logits._version
-        if self._hard is None or self._hard[0] != version:
-            self._hard = version, cache(assign_later(self.logits))
-        return self._hard[1]
+        """Begin to make the logits hard; what comes back waits for it."""
+        result = cache(assign_later(self.logits))
+        # The version tells of changes in place, but for those of fused optimisers.
+        self._hard = self.logits._version, result
+        return result
+
+    def hard(self) -> Int[Tensor, "blocks size"]:
+        """The column of each channel."""
+        if self._hard is None or self._hard[0] != self.logits._version:
+            return self.assign()()
+        return self._hard[1]()
 
     def perms(self) -> dict[str, Permutation]:
-        hard = order_by(self.assign()()).split(self.counts)
+        hard = order_by(self.hard()).split(self.counts)
         return {
             stack.space.name: compose(start, from_blocks(order))
             for stack, start, order in zip(self.stacks, self.starts, hard, strict=True)
@@ -217,7 +223,7 @@ class _Insertions(_Bundle):
             self.stacks,
             self.starts,
             self.soft(temperature).split(self.counts),
-            self.assign()().split(self.counts),
+            self.hard().split(self.counts),
             self.log_multiplier.split(self.counts, dim=1),
             strict=True,
         )
@@ -240,7 +246,7 @@ class _Places(_Bundle):
     def masks(self, temperature: float, step: int) -> dict[str, Mask]:
         soft = self.soft(temperature)
         if self.shape.relaxation == "straight_through":
-            places = nn.functional.one_hot(self.assign()(), soft.shape[-1])
+            places = nn.functional.one_hot(self.hard(), soft.shape[-1])
             soft = places + soft - soft.detach()
         masks: dict[str, Mask] = {}
         parts = zip(self.stacks, self.starts, soft.split(self.counts), strict=True)

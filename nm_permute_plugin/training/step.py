@@ -15,6 +15,7 @@ from nm_permute_plugin.training.checkpointing import (
 from nm_permute_plugin.training.masking import Mask, masked
 from nm_permute_plugin.training.objective import LossWeights, loss, run
 from nm_permute_plugin.training.statistics import Batch, on_device, token_mask
+from nm_permute_plugin.training.teacher import Teacher
 
 Masks = Callable[[], Mapping[str, Mask]]
 """Makes the masks of a step, by linear."""
@@ -27,6 +28,7 @@ def backward_step(
     weights: LossWeights,
     micro_batch_size: int | None = None,
     layers: Sequence[nn.Module] = (),
+    teacher: Teacher | None = None,
 ) -> float:
     """
     Forward and backward over a batch; the gradients stay behind the masks.
@@ -35,14 +37,15 @@ def backward_step(
     :param micro_batch_size: rows at a time; a part weighs as many tokens as count in it,
         so rows of one length have the gradient of the whole batch. None: all of them
     :param layers: that keep only what enters them, and run again in backward
+    :param teacher: the dense model, which runs for every batch by default
     :return: the loss
     :raises ValueError: if it is not finite
     """
     total = 0.0
+    teacher = teacher or Teacher(model, weights, keep=False)
     for part, share in _parts(batch, micro_batch_size):
+        dense = teacher(part)
         part = on_device(part, model)
-        with torch.no_grad():
-            dense = run(model, part, weights)
         with masked(model, masks()), checkpointed(layers):
             value = share * loss(run(model, part, weights), dense, part, weights)
             value.backward()
@@ -86,8 +89,7 @@ def activation_bytes(
     rows = len(token_mask(batch))
     one = {name: tensor[:1] for name, tensor in batch.items()} if rows > 1 else batch
     row = on_device(one, model)
-    with torch.no_grad():
-        dense = run(model, row, weights)
+    dense = Teacher(model, weights, keep=False)(row)
     with torch.enable_grad(), masked(model, masks()):
         of_row = kept_bytes(
             model, lambda: loss(run(model, row, weights), dense, row, weights)

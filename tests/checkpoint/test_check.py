@@ -4,6 +4,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoint_files import KINDS, MakeDense, tensors_of
 from safetensors.torch import save_file
 
@@ -76,3 +77,37 @@ def test_nothing_pruned_is_stored_dense(make_dense: MakeDense) -> None:
         "dense",
         "nothing is pruned",
     )
+
+
+EXPERT = "model.layers.0.mlp.experts.0.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "pruned", "expected"),
+    [
+        ("auto", "bf16", [DOWN, EXPERT], ("sparse-24-bitmask", "experts are stored")),
+        ("auto", "bf16", [EXPERT], ("dense", "the default for")),
+        ("sparse-24-bitmask", "bf16", [EXPERT], ("sparse-24-bitmask", "asked for")),
+        ("auto", "fp8", [DOWN, EXPERT], ("dense", "quantized and sparse")),
+    ],
+)
+def test_experts_are_sparse_where_asked_for(
+    make_dense: MakeDense, asked: str, kind: str, pruned: list[str], expected: tuple
+) -> None:
+    format, reason = choose_format(make_dense(kind), asked, TWO_FOUR, pruned)
+    assert format == expected[0]
+    assert expected[1] in reason
+
+
+def test_what_is_stored_transposed_is_held_to_its_inputs(tmp_path: Path) -> None:
+    weight = torch.tensor([[1.0, 1.0], [0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
+    save_file({"c_fc.weight": weight}, tmp_path / SINGLE, {"format": "pt"})
+    (tmp_path / "config.json").write_text("{}")
+    check_pattern(tmp_path, ["c_fc"], TWO_FOUR, transposed=["c_fc"])
+    found, reason = choose_format(tmp_path, "auto", TWO_FOUR, ["c_fc"], ["c_fc"])
+    assert found == "dense"
+    assert "Conv1D" in reason
+    weight[1, 0] = 2.0
+    save_file({"c_fc.weight": weight}, tmp_path / SINGLE, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"c_fc is not 2:4 .* row 0, channels 0\.\.3"):
+        check_pattern(tmp_path, ["c_fc"], TWO_FOUR, transposed=["c_fc"])

@@ -11,8 +11,17 @@ from checkpoint_files import assert_same_bits, assert_same_tensors, tensors_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+)
 
 from nm_permute_plugin.checkpoint.config import read_sparsity_config
+from nm_permute_plugin.checkpoint.conversions import (
+    sparse_conversions,
+    without_sparse,
+)
 from nm_permute_plugin.checkpoint.directory import SINGLE, read_json
 from nm_permute_plugin.checkpoint.reader import register_reader
 from nm_permute_plugin.checkpoint.verify import verify
@@ -21,7 +30,7 @@ from nm_permute_plugin.maths.masks import nm_mask
 from nm_permute_plugin.maths.pattern import NMPattern
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "specs"))  # for the zoo
-from zoo import ZOO, tiny  # noqa: E402
+from zoo import ZOO, logits_of, tiny  # noqa: E402
 
 CASES = {case.id: case.values for case in ZOO}
 FAMILIES = ["qwen2moe-one-dense-layer", "qwen3moe-gqa", "mixtral-gqa"]
@@ -45,8 +54,7 @@ def dense(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 
 def logits(path: Path) -> Tensor:
     register_reader()
-    with torch.no_grad():
-        return AutoModelForCausalLM.from_pretrained(path)(TOKENS).logits
+    return logits_of(AutoModelForCausalLM.from_pretrained(path), TOKENS)
 
 
 @pytest.mark.parametrize("form", ["sparse-24-bitmask", "sparse-bitmask"])
@@ -151,3 +159,20 @@ def test_fewer_experts_than_the_config_says_are_an_error(
     (sparse / "config.json").write_text(json.dumps({**config, key: 5}))
     with pytest.raises(RuntimeError, match="automatic conversion"):
         logits(sparse)
+
+
+@pytest.mark.parametrize("dot", [r"\.", "."], ids=["escaped", "plain"])
+def test_patterns_are_read_with_and_without_escaped_dots(dot: str) -> None:
+    stock = WeightConverter(
+        source_patterns=[f"mlp.experts.*.{name}{dot}weight" for name in ("w1", "w3")],
+        target_patterns="mlp.experts.gate_up_proj",
+        operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
+    )
+    merging, plain = sparse_conversions([stock])
+    name = "model.layers.3.mlp.experts.7.w3"
+    target = "model.layers.3.mlp.experts.gate_up_proj"
+    for part in PARTS:
+        assert merging.rename_source_key(f"{name}.{part}")[0] == target
+        assert plain.rename_source_key(f"lm_head.{part}")[0] == "lm_head.weight"
+    assert merging.rename_source_key(f"{name}.weight") == (f"{name}.weight", None)
+    assert without_sparse([merging, plain, stock]) == [stock]

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from click.testing import Result
 from typer.testing import CliRunner
@@ -212,3 +213,34 @@ def test_a_class_that_is_not_known_is_refused(image_checkpoint, image_folder) ->
     config.save_pretrained(folder)
     result = run("evaluate", folder, "--images", image_folder)
     assert_one_error(result, r"names no class of transformers .*\['Unknown'\]")
+
+
+def test_a_model_of_text_and_images_is_pruned_with_text_alone(
+    image_checkpoint, tiny_checkpoint, recipe, tmp_path: Path, words
+) -> None:
+    folder, out = image_checkpoint("qwen2.5-vl"), tmp_path / "out"
+    (folder / "preprocessor_config.json").unlink()
+    speaker = tiny_checkpoint(name="speaker")
+    transformers.AutoTokenizer.from_pretrained(speaker).save_pretrained(folder)
+    text = tmp_path / "text.txt"
+    ids = torch.randint(3, 39, (640,), generator=torch.Generator().manual_seed(4))
+    text.write_text(words(ids))
+    recipe.write_text(RECIPE.format(ignore='"lm_head", "re:.*visual.*"'))
+    result = run("prune", folder, recipe, out, "--text", text, "--sequence-length", 32)
+    assert result.exit_code == 0, result.output
+    report = verify(out)
+    assert report.faults == ()
+    assert sum(row.sparse for row in report.rows) == 14
+    result = run("evaluate", out, "--text", text, "--sequence-length", 32)
+    assert re.search(r"perplexity \d+\.\d\d \(windows of 32 tokens", result.stdout)
+    again = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(out)
+    assert (
+        float((again.model.visual.blocks[0].attn.qkv.weight == 0).float().mean()) < 0.1
+    )
+
+
+def test_perplexity_is_refused_where_no_token_is_predicted(
+    image_checkpoint, text_file: Path
+) -> None:
+    result = run("evaluate", image_checkpoint("bertmodel"), "--text", text_file)
+    assert_one_error(result, "BertModel predicts no next token")

@@ -293,3 +293,16 @@ def tiny(name: str, config: str, options: dict, dtype: torch.dtype) -> PreTraine
                 else:
                     parameter.normal_(std=parameter.shape[-1] ** -0.5)
     return to_float64(model) if dtype == torch.float64 else model.to(dtype).eval()
+
+
+def logits_of(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    """
+    The logits, whatever file the weights came from.
+
+    Loaded weights lie where they lay in the file, and the last bits of a product differ
+    with the place: here each has memory of its own first.
+    """
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+        return model(tokens).logits

@@ -326,3 +326,18 @@ def test_frozen_weights_are_freed_after_an_exception(task: Task) -> None:
     with pytest.raises(KeyError), frozen(task.model):
         raise KeyError
     assert all(p.requires_grad for p in task.model.parameters())
+
+
+def test_the_dense_model_runs_once_a_batch(task: Task) -> None:
+    """In the looks and in every epoch it is the pruned model that runs."""
+    runs: list[bool] = []
+    down = task.model.model.layers[0].mlp.down_proj
+    task.model.model.norm.register_forward_hook(
+        lambda *rest: runs.append("forward" in down.__dict__)
+    )
+    settings = replace(FAST, steps=8, evaluate_every=4)
+    task.learn(settings)
+    batches, looks = len(task.train) + len(task.held_back), 3
+    pruned = settings.steps + looks * len(task.held_back)
+    assert runs.count(True) == pruned
+    assert runs.count(False) == batches

@@ -131,3 +131,33 @@ def test_hidden_states_are_taken_only_where_they_are_needed(
         plain = model(tokens).logits
     assert len(out.hidden) == count
     assert torch.equal(out.logits, plain)
+
+
+def test_classes_of_rows_are_compared_row_by_row(
+    batch: dict[str, Tensor], generator: torch.Generator
+) -> None:
+    pruned, dense = (Outputs(torch.randn(2, 7, generator=generator)) for _ in range(2))
+    p, q = (out.logits.double().softmax(-1) for out in (dense, pruned))
+    expected = float((p * (p / q).log()).sum(-1).mean())
+    images = {"pixel_values": torch.zeros(2, 3, 8, 8)}
+    for given in (batch, images):
+        value = loss(pruned, dense, given, LossWeights())
+        assert float(value) == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_a_head_final_hidden_states_are_compared_relative_to_their_size(
+    batch: dict[str, Tensor], generator: torch.Generator
+) -> None:
+    pruned, dense = (
+        Outputs(torch.randn(2, 5, 3, generator=generator), is_hidden=True)
+        for _ in range(2)
+    )
+    errors = (pruned.logits - dense.logits).square().sum(
+        -1
+    ) / dense.logits.square().sum(-1)
+    counted = batch["attention_mask"].bool()
+    value = loss(pruned, dense, batch, LossWeights(divergence=2.0))
+    assert float(value) == pytest.approx(2 * float(errors[counted].mean()), rel=1e-5)
+    images = {"pixel_values": torch.zeros(2, 3, 8, 8)}
+    value = loss(pruned, dense, images, LossWeights())
+    assert float(value) == pytest.approx(float(errors.mean()), rel=1e-5)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nm_permute_plugin.maths.assignment import assign_later
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import check_permutation, same_groups
 from nm_permute_plugin.training.insertion import InsertionMask
@@ -223,3 +224,21 @@ def test_readers_share_the_sample_of_their_space(stacks, start, limit) -> None:
             rows += [first + row for row in of_reader]
             first += count
         assert rows == list(range(first)[whole.offset :: whole.stride])
+
+
+def test_an_assignment_can_be_begun_anew(stacks, start, monkeypatch) -> None:
+    """What changes logits unseen, as a fused optimiser does, is followed by a call."""
+    orders = LearnableOrders(stacks, start, TWO_OF_FOUR, SHAPE, torch.float32)
+    begun: list[Tensor] = []
+
+    def count(benefit: Tensor):
+        begun.append(benefit)
+        return assign_later(benefit)
+
+    monkeypatch.setattr("nm_permute_plugin.training.orders.assign_later", count)
+    orders.perms()
+    orders.masks(1.0, step=0)
+    assert len(begun) == len(orders.bundles)
+    orders.assign()
+    orders.perms()
+    assert len(begun) == 2 * len(orders.bundles)

@@ -10,14 +10,19 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parent / "interpret_insertion.py"
+ROOT = SCRIPT.parents[2]
 
 
 @pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
 )
-def test_triton_finds_what_pytorch_finds() -> None:
+def test_triton_finds_what_pytorch_finds(pytestconfig: pytest.Config) -> None:
+    command = [sys.executable]
+    if pytestconfig.pluginmanager.hasplugin("_cov"):
+        data, source = f"--data-file={ROOT / '.coverage'}", "--source=nm_permute_plugin"
+        command += ["-m", "coverage", "run", "--parallel-mode", data, source]
     run = subprocess.run(
-        [sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False
+        [*command, str(SCRIPT)], capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
     differences = json.loads(run.stdout.splitlines()[-1])

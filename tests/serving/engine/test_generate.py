@@ -2,6 +2,7 @@
 """The real engine says the same with sparse checkpoints as with their dense forms."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -45,9 +46,9 @@ def test_a_quantized_checkpoint_that_is_not_sparse_keeps_the_stock_class(
 def test_without_a_gpu_one_warning_names_layers_and_reason(said) -> None:
     warnings = [line for line in said["log"]["lines"] if "served dense" in line]
     assert len(warnings) == 7  # one for each of the seven checkpoints that are claimed
-    counts = [warning.split(" 2:4 layers")[0][-8:] for warning in warnings]
+    counts = re.findall(r"(\d+ of \d+) 2:4 layers", "\n".join(warnings))
     # of the experts' model the attention is sparse, two layers in each of four
-    assert sorted(counts) == sorted(["16 of 16"] * 6 + ["] 8 of 8"])
+    assert sorted(counts) == sorted(["16 of 16"] * 6 + ["8 of 8"])
     for warning in warnings:
         assert "model.layers.0.self_attn.qkv_proj" in warning
         assert "no CUDA device" in warning
