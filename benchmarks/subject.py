@@ -146,6 +146,7 @@ def learning(
     for step, _ in learning_steps(
         subject.model, masks_at, optimizer, train, settings, warm_up
     ):
+        orders.assign()
         if step % settings.evaluate_every == 0 or step == settings.steps:
             yield step, temperature(step), orders
 
