@@ -15,7 +15,6 @@ import argparse
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -25,7 +24,12 @@ from torch.nn import functional as F
 
 from methods import Way, changed, parse_changes, ways
 from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.training.learn import LearnSettings, frozen, mean_loss
+from nm_permute_plugin.training.learn import (
+    LearnSettings,
+    frozen,
+    mean_loss,
+)
+from nm_permute_plugin.training.masking import Mask
 from nm_permute_plugin.training.step import backward_step
 from nm_permute_plugin.training.text import split_text
 from subject import Subject, learning, load, parted
@@ -70,10 +74,13 @@ def noise(subject: Subject, settings: LearnSettings, args: argparse.Namespace) -
         if settings.shape.multipliers:
             multipliers = parameters.setdefault(f"{family} multipliers", [])
             multipliers.append(bundle.log_multiplier)
+
+    def masks() -> dict[str, Mask]:
+        return {**subject.others, **orders.masks(settings.temperature[0], 0)}
+
     by_family: dict[str, list[Tensor]] = {name: [] for name in parameters}
     for batch in subject.text.train[: args.batches]:
         with frozen(subject.model), torch.enable_grad():
-            masks = partial(subject.all_masks, orders, settings.temperature[0], 0)
             backward_step(subject.model, masks, batch, settings.loss)
         for family, tensors in parameters.items():
             grads = [x.grad.flatten() for x in tensors if x.grad is not None]
@@ -158,7 +165,7 @@ def hardening(
     held_back, weights = subject.text.held_back, settings.loss
     for step, temperature, orders in learning(subject, settings):
         with torch.no_grad():
-            masks = subject.all_masks(orders, temperature, step)
+            masks = {**subject.others, **orders.masks(temperature, step)}
         soft = mean_loss(subject.model, masks, held_back, weights)
         hard = subject.loss(orders, held_back, weights)
         table.append([str(step), f"{temperature:.3f}", f"{soft:.4f}", f"{hard:.4f}"])

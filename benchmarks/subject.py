@@ -18,6 +18,7 @@ from nm_permute_plugin.maths.permutation import Permutation, invert
 from nm_permute_plugin.maths.scores import score_weight
 from nm_permute_plugin.maths.sinkhorn import annealed
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
+from nm_permute_plugin.specs.orientation import weight_of
 from nm_permute_plugin.specs.spec import resolve
 from nm_permute_plugin.training.learn import LearnSettings, hard_masks, mean_loss
 from nm_permute_plugin.training.masking import Mask, linear
@@ -59,12 +60,6 @@ class Subject:
             self.stacks, self.start, self.pattern, settings.shape, self.dtype
         )
 
-    def all_masks(
-        self, orders: LearnableOrders, temperature: float, step: int
-    ) -> dict[str, Mask]:
-        """The masks of all linears while orders are learned."""
-        return {**self.others, **orders.masks(temperature, step)}
-
     def masks(self, perms: Perms) -> dict[str, Tensor]:
         """Hard masks of all linears."""
         return hard_masks(self.stacks, perms, self.others, self.pattern)
@@ -102,7 +97,7 @@ def load(
     )
     norms = input_norms(model, linears, text.train)
     scores = {
-        name: score_weight("wanda", linear(model, name).weight.detach(), norms[name])
+        name: score_weight("wanda", weight_of(linear(model, name)), norms[name])
         for name in linears
     }
     stacks = {
@@ -144,13 +139,14 @@ def learning(
         return annealed(max(step - 1, 0), settings.steps, *settings.temperature)
 
     def masks_at(step: int) -> dict[str, Mask]:
-        return subject.all_masks(orders, temperature(step), step)
+        return {**subject.others, **orders.masks(temperature(step), step)}
 
     yield 0, temperature(0), orders
     train = subject.text.train
     for step, _ in learning_steps(
         subject.model, masks_at, optimizer, train, settings, warm_up
     ):
+        orders.assign()
         if step % settings.evaluate_every == 0 or step == settings.steps:
             yield step, temperature(step), orders
 
