@@ -20,7 +20,7 @@ from nm_permute_plugin.maths.sinkhorn import annealed
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
 from nm_permute_plugin.specs.spec import resolve
 from nm_permute_plugin.training.learn import LearnSettings, hard_masks, mean_loss
-from nm_permute_plugin.training.masking import linear
+from nm_permute_plugin.training.masking import Mask, linear
 from nm_permute_plugin.training.objective import LossWeights
 from nm_permute_plugin.training.orders import LearnableOrders
 from nm_permute_plugin.training.search import search_orders
@@ -67,9 +67,8 @@ class Subject:
         self, orders: LearnableOrders, batches: list[Batch], weights: LossWeights
     ) -> float:
         """The loss under the orders as they stand, hard, multipliers included."""
-        multipliers = orders.multipliers()
-        scaled = {name: s.times(multipliers) for name, s in self.stacks.items()}
-        masks = hard_masks(scaled, orders.perms(), self.others, self.pattern)
+        perms, multipliers = orders.perms(), orders.multipliers()
+        masks = hard_masks(self.stacks, perms, self.others, self.pattern, multipliers)
         return mean_loss(self.model, masks, batches, weights)
 
 
@@ -136,7 +135,7 @@ def learning(
     def temperature(step: int) -> float:
         return annealed(max(step - 1, 0), settings.steps, *settings.temperature)
 
-    def masks_at(step: int) -> dict[str, Tensor]:
+    def masks_at(step: int) -> dict[str, Mask]:
         return {**subject.others, **orders.masks(temperature(step), step)}
 
     yield 0, temperature(0), orders
