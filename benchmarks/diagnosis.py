@@ -24,7 +24,11 @@ from torch.nn import functional as F
 
 from methods import Way, changed, parse_changes, ways
 from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.training.learn import LearnSettings, frozen, mean_loss
+from nm_permute_plugin.training.learn import (
+    LearnSettings,
+    frozen,
+    mean_loss,
+)
 from nm_permute_plugin.training.masking import Mask
 from nm_permute_plugin.training.step import backward_step
 from nm_permute_plugin.training.text import split_text
@@ -70,11 +74,11 @@ def noise(subject: Subject, settings: LearnSettings, args: argparse.Namespace) -
         if settings.shape.multipliers:
             multipliers = parameters.setdefault(f"{family} multipliers", [])
             multipliers.append(bundle.log_multiplier)
-    by_family: dict[str, list[Tensor]] = {name: [] for name in parameters}
 
     def masks() -> dict[str, Mask]:
         return {**subject.others, **orders.masks(settings.temperature[0], 0)}
 
+    by_family: dict[str, list[Tensor]] = {name: [] for name in parameters}
     for batch in subject.text.train[: args.batches]:
         with frozen(subject.model), torch.enable_grad():
             backward_step(subject.model, masks, batch, settings.loss)

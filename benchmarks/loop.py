@@ -12,6 +12,7 @@ from nm_permute_plugin.training.learn import LearnSettings, frozen
 from nm_permute_plugin.training.masking import Mask
 from nm_permute_plugin.training.statistics import Batch
 from nm_permute_plugin.training.step import backward_step
+from nm_permute_plugin.training.teacher import Teacher
 
 
 def learning_steps(
@@ -33,12 +34,19 @@ def learning_steps(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda done: rate(done, settings.steps, warm_up)
     )
+    teacher = Teacher(model, settings.loss)
     order = endless(len(train), settings.seed)
     with frozen(model):
         for step in range(1, settings.steps + 1):
             with torch.enable_grad():
-                masks = partial(masks_at, step)
-                value = backward_step(model, masks, train[next(order)], settings.loss)
+                value = backward_step(
+                    model,
+                    partial(masks_at, step),
+                    train[next(order)],
+                    settings.loss,
+                    settings.micro_batch_size,
+                    teacher=teacher,
+                )
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()

@@ -18,6 +18,7 @@ from nm_permute_plugin.maths.permutation import Permutation, invert
 from nm_permute_plugin.maths.scores import score_weight
 from nm_permute_plugin.maths.sinkhorn import annealed
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
+from nm_permute_plugin.specs.orientation import weight_of
 from nm_permute_plugin.specs.spec import resolve
 from nm_permute_plugin.training.learn import LearnSettings, hard_masks, mean_loss
 from nm_permute_plugin.training.masking import Mask, linear
@@ -67,8 +68,10 @@ class Subject:
         self, orders: LearnableOrders, batches: list[Batch], weights: LossWeights
     ) -> float:
         """The loss under the orders as they stand, hard, multipliers included."""
-        perms, multipliers = orders.perms(), orders.multipliers()
-        masks = hard_masks(self.stacks, perms, self.others, self.pattern, multipliers)
+        multipliers = orders.multipliers()
+        masks = hard_masks(
+            self.stacks, orders.perms(), self.others, self.pattern, multipliers
+        )
         return mean_loss(self.model, masks, batches, weights)
 
 
@@ -94,7 +97,7 @@ def load(
     )
     norms = input_norms(model, linears, text.train)
     scores = {
-        name: score_weight("wanda", linear(model, name).weight.detach(), norms[name])
+        name: score_weight("wanda", weight_of(linear(model, name)), norms[name])
         for name in linears
     }
     stacks = {
@@ -143,6 +146,7 @@ def learning(
     for step, _ in learning_steps(
         subject.model, masks_at, optimizer, train, settings, warm_up
     ):
+        orders.assign()
         if step % settings.evaluate_every == 0 or step == settings.steps:
             yield step, temperature(step), orders
 

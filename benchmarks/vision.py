@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ from nm_permute_plugin.evaluation.images import (
 )
 from nm_permute_plugin.evaluation.loading import model_class
 from nm_permute_plugin.maths.pattern import NMPattern
+from nm_permute_plugin.maths.permutation import invert
 from nm_permute_plugin.maths.scores import ScoreName
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
 from nm_permute_plugin.specs.spec import resolve
@@ -175,6 +177,10 @@ def _run(
         del model
         files = labelled_images(args.test).files
         seen = look(folder, files, args.device, args.batch_size)
+    if "residual" in record.perms:
+        # The fold has put the channels of the features into this order.
+        back = invert(record.perms["residual"])
+        seen = replace(seen, features=seen.features[:, back])
     result: dict[str, object] = {
         "pattern": pattern,
         "method": method,

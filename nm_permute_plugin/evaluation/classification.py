@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from nm_permute_plugin.checkpoint.record import FOLDER, read_record
 from nm_permute_plugin.evaluation.images import (
     LabelledImages,
     image_processor,
@@ -19,6 +20,7 @@ from nm_permute_plugin.evaluation.images import (
     pixels,
 )
 from nm_permute_plugin.evaluation.loading import model_class, refuse_images_for
+from nm_permute_plugin.maths.permutation import Permutation, invert
 
 NEIGHBOURS = 20
 """Pictures that vote where there is no classifier."""
@@ -32,7 +34,8 @@ class Seen:
     """
     What a model makes of pictures.
 
-    :param features: the class token of the last hidden states, or their mean
+    :param features: the class token of the last hidden states, or their mean, channels
+        in the order that they had before any fold
     :param logits: of the model's labels; None without a classifier
     """
 
@@ -135,10 +138,21 @@ def look(
             if getattr(out, "logits", None) is not None:
                 logits.append(out.logits.float().cpu())
     hook.remove()
-    seen = Seen(torch.cat(features), torch.cat(logits) if logits else None)
+    found = torch.cat(features)
+    order = _order_of(Path(checkpoint))
+    if order is not None:
+        found = found[:, invert(order)]
+    seen = Seen(found, torch.cat(logits) if logits else None)
     if not bool(seen.features.isfinite().all()):
         raise ValueError(f"{checkpoint}: the features are not finite: broken weights")
     return seen
+
+
+def _order_of(checkpoint: Path) -> Permutation | None:
+    """How a fold has ordered the hidden states, by the run's record; None if it did not."""
+    if not (checkpoint / FOLDER).exists():
+        return None
+    return read_record(checkpoint)[0].get("residual")
 
 
 def feature_of(encoder: nn.Module, out: Any) -> Float[Tensor, "images width"]:
