@@ -42,6 +42,7 @@ from nm_permute_plugin.training.statistics import (
     input_norms,
     on_device,
 )
+from nm_permute_plugin.training.teacher import Teacher
 
 Method = Literal["learned", "search", "identity"]
 Objective = Literal["end_to_end", "layer_wise"]
@@ -256,9 +257,11 @@ def _find_orders(
         if name not in ordered
     }
 
+    teacher = Teacher(model, settings.learn.loss)
+
     def judge(perms: Mapping[str, Permutation]) -> float:
         masks = hard_masks(stacks, perms, others, settings.pattern)
-        return mean_loss(model, masks, samples.held_back, settings.learn.loss)
+        return mean_loss(model, masks, samples.held_back, settings.learn.loss, teacher)
 
     searched = search_orders(
         stacks, settings.pattern, settings.search_rounds, settings.learn.seed, judge
