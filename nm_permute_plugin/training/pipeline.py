@@ -241,13 +241,12 @@ def _find_orders(
     clock: _Clock,
 ) -> Learned:
     """The orders of the chosen families' spaces, by the chosen method."""
-    stacks = {
-        name: StackedScore.of(space, scores)
-        for name, space in resolved.spaces.items()
-        if space.readers and space.family in settings.families
-    }
-    for stack in stacks.values():
-        scores |= stack.split(stack.score)  # the same numbers, stored once
+    stacks: dict[str, StackedScore] = {}
+    for name, space in resolved.spaces.items():
+        if space.readers and space.family in settings.families:
+            stacks[name] = StackedScore.of(space, scores)
+            # The same numbers; both at once would not fit beside a large model.
+            scores |= stacks[name].split(stacks[name].score)
     if settings.method == "identity":
         return Learned({})
     ordered = {reader.name for s in stacks.values() for reader in s.space.readers}
