@@ -12,7 +12,7 @@ and memory do not depend on the values of weights and tokens.
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -92,8 +92,9 @@ class Batches(list[dict[str, Tensor]]):
         return statistics.median(b - a for a, b in zip(times, times[1:], strict=False))
 
 
-def main() -> None:
-    args = arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure one shape."""
+    args = arguments(argv)
     torch.manual_seed(0)
     model = model_of(args)
     ids = torch.randint(
@@ -232,7 +233,7 @@ def hardware(args: argparse.Namespace) -> str:
     return f"{where}, torch {torch.__version__}"
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--rows", type=int, default=8)
@@ -247,7 +248,7 @@ def arguments() -> argparse.Namespace:
     )
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

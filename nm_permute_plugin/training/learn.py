@@ -217,7 +217,7 @@ def hard_masks(
 
 def mean_loss(
     model: nn.Module,
-    masks: Mapping[str, Tensor],
+    masks: Mapping[str, Mask],
     batches: Sequence[Batch],
     weights: LossWeights,
     teacher: Teacher | None = None,

@@ -42,6 +42,7 @@ from nm_permute_plugin.training.statistics import (
     input_norms,
     on_device,
 )
+from nm_permute_plugin.training.teacher import Teacher
 
 Method = Literal["learned", "search", "identity"]
 Objective = Literal["end_to_end", "layer_wise"]
@@ -240,13 +241,12 @@ def _find_orders(
     clock: _Clock,
 ) -> Learned:
     """The orders of the chosen families' spaces, by the chosen method."""
-    stacks = {
-        name: StackedScore.of(space, scores)
-        for name, space in resolved.spaces.items()
-        if space.readers and space.family in settings.families
-    }
-    for stack in stacks.values():
-        scores |= stack.split(stack.score)  # the same numbers, stored once
+    stacks: dict[str, StackedScore] = {}
+    for name, space in resolved.spaces.items():
+        if space.readers and space.family in settings.families:
+            stacks[name] = StackedScore.of(space, scores)
+            # The same numbers; both at once would not fit beside a large model.
+            scores |= stacks[name].split(stacks[name].score)
     if settings.method == "identity":
         return Learned({})
     ordered = {reader.name for s in stacks.values() for reader in s.space.readers}
@@ -256,9 +256,11 @@ def _find_orders(
         if name not in ordered
     }
 
+    teacher = Teacher(model, settings.learn.loss)
+
     def judge(perms: Mapping[str, Permutation]) -> float:
         masks = hard_masks(stacks, perms, others, settings.pattern)
-        return mean_loss(model, masks, samples.held_back, settings.learn.loss)
+        return mean_loss(model, masks, samples.held_back, settings.learn.loss, teacher)
 
     searched = search_orders(
         stacks, settings.pattern, settings.search_rounds, settings.learn.seed, judge

@@ -18,6 +18,9 @@ PROGRAMS = 4096
 FEWEST_ROWS = 8
 """Of a share: the sums of each are written out, so short ones do not pay."""
 
+SUMS_OF_A_WARP = 512
+"""Of a tile, channels times groups: more would not stay in registers."""
+
 PAIRS = 128
 """Of a row and a group; so many a program that makes masks."""
 
@@ -250,6 +253,7 @@ class _Sums:
         grouping, pattern = self.grouping, self.grouping.pattern
         blocks, size = grouping.column.shape
         groups = size // pattern.m
+        tile = triton.next_power_of_2(size), triton.next_power_of_2(groups)
         in_run = len(range(rows)[sample.offset :: sample.stride]) // runs
         shares = max(1, min(in_run // FEWEST_ROWS, PROGRAMS // (blocks * runs)))
         parts = runs * shares
@@ -285,8 +289,9 @@ class _Sums:
             M=pattern.m,
             MOVES=moves,
             RIVALS=rivals,
-            SIZE=triton.next_power_of_2(size),
-            GROUPS=triton.next_power_of_2(groups),
+            SIZE=tile[0],
+            GROUPS=tile[1],
             MEMBERS=triton.next_power_of_2(pattern.m),
+            num_warps=min(16, max(4, tile[0] * tile[1] // SUMS_OF_A_WARP)),
         )
         return of_moves, own, rival
