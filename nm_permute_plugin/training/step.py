@@ -113,10 +113,11 @@ def check_finite(value: float, which: str) -> float:
 
 def _parts(batch: Batch, size: int | None) -> Iterator[tuple[Batch, float]]:
     """Rows of a batch, so many at a time, with their share of its tokens."""
-    if size is None:
+    counted: Tensor = token_mask(batch)
+    if size is None or len(counted) <= size:
+        # A single sample of text has other lengths beside it: the patches of its images.
         yield batch, 1.0
         return
-    counted: Tensor = token_mask(batch)
     for first in range(0, len(counted), size):
         rows = slice(first, first + size)
         share = float(counted[rows].sum() / counted.sum())
