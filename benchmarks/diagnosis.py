@@ -26,10 +26,11 @@ from methods import Way, changed, parse_changes, ways
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.training.learn import (
     LearnSettings,
-    backward_step,
     frozen,
     mean_loss,
 )
+from nm_permute_plugin.training.masking import Mask
+from nm_permute_plugin.training.step import backward_step
 from nm_permute_plugin.training.text import split_text
 from subject import Subject, learning, load, parted
 from swaps import Swaps, Tried
@@ -73,11 +74,13 @@ def noise(subject: Subject, settings: LearnSettings, args: argparse.Namespace) -
         if settings.shape.multipliers:
             multipliers = parameters.setdefault(f"{family} multipliers", [])
             multipliers.append(bundle.log_multiplier)
+
+    def masks() -> dict[str, Mask]:
+        return {**subject.others, **orders.masks(settings.temperature[0], 0)}
+
     by_family: dict[str, list[Tensor]] = {name: [] for name in parameters}
     for batch in subject.text.train[: args.batches]:
         with frozen(subject.model), torch.enable_grad():
-            masks = orders.masks(settings.temperature[0], 0)
-            masks = {**subject.others, **masks}
             backward_step(subject.model, masks, batch, settings.loss)
         for family, tensors in parameters.items():
             grads = [x.grad.flatten() for x in tensors if x.grad is not None]

@@ -2,18 +2,22 @@
 """Optimiser steps of learning, one at a time, for what the package's own loop hides."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nm_permute_plugin.training.kept import endless
-from nm_permute_plugin.training.learn import LearnSettings, backward_step, frozen
+from nm_permute_plugin.training.learn import LearnSettings, frozen
+from nm_permute_plugin.training.masking import Mask
 from nm_permute_plugin.training.statistics import Batch
+from nm_permute_plugin.training.step import backward_step
+from nm_permute_plugin.training.teacher import Teacher
 
 
 def learning_steps(
     model: nn.Module,
-    masks_at: Callable[[int], Mapping[str, Tensor]],
+    masks_at: Callable[[int], Mapping[str, Mask]],
     optimizer: torch.optim.Optimizer,
     train: Sequence[Batch],
     settings: LearnSettings,
@@ -30,12 +34,19 @@ def learning_steps(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda done: rate(done, settings.steps, warm_up)
     )
+    teacher = Teacher(model, settings.loss)
     order = endless(len(train), settings.seed)
     with frozen(model):
         for step in range(1, settings.steps + 1):
             with torch.enable_grad():
-                masks = masks_at(step)
-                value = backward_step(model, masks, train[next(order)], settings.loss)
+                value = backward_step(
+                    model,
+                    partial(masks_at, step),
+                    train[next(order)],
+                    settings.loss,
+                    settings.micro_batch_size,
+                    teacher=teacher,
+                )
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()

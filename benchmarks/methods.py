@@ -15,6 +15,7 @@ from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.scores import ScoreName, score_weight
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
 from nm_permute_plugin.specs.fold import write_in_place
+from nm_permute_plugin.specs.orientation import weight_of
 from nm_permute_plugin.specs.spec import resolve
 from nm_permute_plugin.training.kept import KeptWeights
 from nm_permute_plugin.training.learn import LearnSettings
@@ -132,6 +133,7 @@ def ways(ours: LearnSettings) -> dict[str, Way]:
         "learned-order": Way(method="learned", learn=order_only),
         "layer-wise": Way(method="learned", learn=ours, objective="layer_wise"),
         "learned-free": Way(method="learned", folded=False, learn=ours),
+        "layer_wise": Way(method="learned", learn=ours, objective="layer_wise"),
         "amd": amd,
         "amd-free": replace(amd, folded=False),
         "permllm": permllm,
@@ -284,7 +286,7 @@ def _unfolded(model: nn.Module, way: Way, text: Text, budget: Budget) -> Unfolde
     linears = prunable(model)
     norms = input_norms(model, linears, text.train)
     scores = {
-        name: score_weight(way.score, linear(model, name).weight.detach(), norms[name])
+        name: score_weight(way.score, weight_of(linear(model, name)), norms[name])
         for name in linears
     }
     if way.method == "mask":

@@ -18,9 +18,10 @@ from nm_permute_plugin.maths.permutation import Permutation, invert
 from nm_permute_plugin.maths.scores import score_weight
 from nm_permute_plugin.maths.sinkhorn import annealed
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
+from nm_permute_plugin.specs.orientation import weight_of
 from nm_permute_plugin.specs.spec import resolve
 from nm_permute_plugin.training.learn import LearnSettings, hard_masks, mean_loss
-from nm_permute_plugin.training.masking import linear
+from nm_permute_plugin.training.masking import Mask, linear
 from nm_permute_plugin.training.objective import LossWeights
 from nm_permute_plugin.training.orders import LearnableOrders
 from nm_permute_plugin.training.search import search_orders
@@ -68,8 +69,9 @@ class Subject:
     ) -> float:
         """The loss under the orders as they stand, hard, multipliers included."""
         multipliers = orders.multipliers()
-        scaled = {name: s.times(multipliers) for name, s in self.stacks.items()}
-        masks = hard_masks(scaled, orders.perms(), self.others, self.pattern)
+        masks = hard_masks(
+            self.stacks, orders.perms(), self.others, self.pattern, multipliers
+        )
         return mean_loss(self.model, masks, batches, weights)
 
 
@@ -95,7 +97,7 @@ def load(
     )
     norms = input_norms(model, linears, text.train)
     scores = {
-        name: score_weight("wanda", linear(model, name).weight.detach(), norms[name])
+        name: score_weight("wanda", weight_of(linear(model, name)), norms[name])
         for name in linears
     }
     stacks = {
@@ -136,7 +138,7 @@ def learning(
     def temperature(step: int) -> float:
         return annealed(max(step - 1, 0), settings.steps, *settings.temperature)
 
-    def masks_at(step: int) -> dict[str, Tensor]:
+    def masks_at(step: int) -> dict[str, Mask]:
         return {**subject.others, **orders.masks(temperature(step), step)}
 
     yield 0, temperature(0), orders
@@ -144,6 +146,7 @@ def learning(
     for step, _ in learning_steps(
         subject.model, masks_at, optimizer, train, settings, warm_up
     ):
+        orders.assign()
         if step % settings.evaluate_every == 0 or step == settings.steps:
             yield step, temperature(step), orders
 

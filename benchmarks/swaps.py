@@ -8,12 +8,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nm_permute_plugin.maths.permutation import Permutation
-from nm_permute_plugin.training.learn import backward_step, frozen
+from nm_permute_plugin.training.learn import frozen
 from nm_permute_plugin.training.masking import masked
 from nm_permute_plugin.training.objective import LossWeights, loss, run
 from nm_permute_plugin.training.relaxation import insertion_costs
 from nm_permute_plugin.training.stacking import StackedScore
 from nm_permute_plugin.training.statistics import Batch, on_device
+from nm_permute_plugin.training.step import backward_step
 from subject import Subject
 
 Pair = tuple[int, int]
@@ -134,7 +135,7 @@ def _mask_gradients(
         for name, mask in masks.items()
     }
     with frozen(subject.model), torch.enable_grad():
-        backward_step(subject.model, leaves, batch, weights)
+        backward_step(subject.model, lambda: leaves, batch, weights)
     return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
 

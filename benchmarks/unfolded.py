@@ -83,8 +83,7 @@ def order_alone(
     learned = learn_orders(
         model, stacks, searched.perms, {}, text.train, text.held_back, pattern, learn
     )
-    scaled = {name: stack.times(learned.multipliers) for name, stack in stacks.items()}
-    masks = hard_masks(scaled, learned.perms, {}, pattern)
+    masks = hard_masks(stacks, learned.perms, {}, pattern, learned.multipliers)
     return Unfolded(masks, learned.perms, learned.history)
 
 

@@ -14,7 +14,12 @@ from nm_permute_plugin.training.checkpointing import (
 )
 from nm_permute_plugin.training.masking import Mask, masked
 from nm_permute_plugin.training.objective import LossWeights, loss, run
-from nm_permute_plugin.training.statistics import Batch, on_device, token_mask
+from nm_permute_plugin.training.statistics import (
+    Batch,
+    first_sample,
+    on_device,
+    token_mask,
+)
 from nm_permute_plugin.training.teacher import Teacher
 
 Masks = Callable[[], Mapping[str, Mask]]
@@ -86,8 +91,8 @@ def activation_bytes(
     micro_batch_size: int | None = None,
 ) -> int:
     """What a step keeps between forward and backward, estimated from one row."""
-    rows = len(token_mask(batch))
-    one = {name: tensor[:1] for name, tensor in batch.items()} if rows > 1 else batch
+    one = first_sample(batch)
+    rows = len(token_mask(batch)) // len(token_mask(one))
     row = on_device(one, model)
     dense = Teacher(model, weights, keep=False)(row)
     with torch.enable_grad(), masked(model, masks()):
