@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from nm_permute_plugin.checkpoint.config import SparsityConfig
 from nm_permute_plugin.cli.bench_serve import bench_serve
-from nm_permute_plugin.serving.bench import Workload
+from nm_permute_plugin.serving.bench import Workload, engine_arguments
 
 SHAPES = {
     "llama-3-8b": {
@@ -49,6 +49,7 @@ def main() -> None:
         prompt_tokens=args.prompt_tokens,
         output_tokens=args.output_tokens,
         eager=args.eager,
+        engine=engine_arguments(args.engine),
     )
     for kind in args.dtypes:
         checkpoint = args.out / f"{args.shape}-{kind}"
@@ -192,6 +193,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--output-tokens", type=int, default=128)
     parser.add_argument("--eager", action="store_true", help="without compiled graphs")
+    parser.add_argument(
+        "--engine", default="{}", help="further arguments of vllm.LLM, as JSON"
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="where weights are made")
     return parser.parse_args()

@@ -291,6 +291,9 @@ def bench_serve(
     enforce_eager: Annotated[
         bool, typer.Option("--enforce-eager", help="Without compiled graphs.")
     ] = False,
+    engine: Annotated[
+        str, typer.Option(help="Further arguments of vllm.LLM, as a JSON object.")
+    ] = "{}",
     out: Annotated[
         Path | None, typer.Option(help="Folder for serve.json and serve.png.")
     ] = None,
@@ -298,7 +301,7 @@ def bench_serve(
     """Time vLLM with a checkpoint, on sparse kernels and without them; needs vLLM."""
     with _clear_errors():
         from nm_permute_plugin.cli.bench_serve import bench_serve as run
-        from nm_permute_plugin.serving.bench import Workload
+        from nm_permute_plugin.serving.bench import Workload, engine_arguments
 
         workload = Workload(
             batches=tuple(batch or Workload.batches),
@@ -307,6 +310,7 @@ def bench_serve(
             repeats=repeats,
             tensor_parallel=tensor_parallel_size,
             eager=enforce_eager,
+            engine=engine_arguments(engine),
         )
         table = run(checkpoint, workload, out)
     _print_table(table)

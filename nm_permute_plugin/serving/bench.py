@@ -11,10 +11,10 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -33,6 +33,7 @@ class Workload:
     :param repeats: of which the median is taken
     :param tensor_parallel: devices
     :param eager: without compiled graphs
+    :param engine: further arguments of ``vllm.LLM``; they go before those above
     """
 
     batches: tuple[int, ...] = (1, 8, 32)
@@ -41,6 +42,28 @@ class Workload:
     repeats: int = 3
     tensor_parallel: int = 1
     eager: bool = False
+    engine: Mapping[str, object] = field(default_factory=dict)
+
+
+def engine_arguments(text: str) -> dict[str, object]:
+    """
+    Arguments of ``vllm.LLM`` from a JSON object.
+
+    :raises ValueError: if it is none
+
+    >>> engine_arguments('{"gpu_memory_utilization": 0.8}')
+    {'gpu_memory_utilization': 0.8}
+    """
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--engine {text!r} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"--engine {text!r} is no JSON object; write it like "
+            '{"attention_backend": "TRITON_ATTN"}'
+        )
+    return found
 
 
 def measure(checkpoint: Path, workload: Workload) -> list[dict[str, object]]:
@@ -52,16 +75,16 @@ def measure(checkpoint: Path, workload: Workload) -> list[dict[str, object]]:
     """
     from vllm import LLM
 
-    llm = LLM(
-        str(checkpoint),
-        max_model_len=workload.prompt_tokens + workload.output_tokens,
-        max_num_seqs=max(workload.batches),
-        tensor_parallel_size=workload.tensor_parallel,
-        enforce_eager=workload.eager,
-        skip_tokenizer_init=True,  # tokens in, tokens out
-        enable_prefix_caching=False,
-        seed=0,
-    )
+    arguments: dict[str, Any] = {
+        "max_model_len": workload.prompt_tokens + workload.output_tokens,
+        "max_num_seqs": max(workload.batches),
+        "tensor_parallel_size": workload.tensor_parallel,
+        "enforce_eager": workload.eager,
+        "skip_tokenizer_init": True,  # tokens in, tokens out
+        "enable_prefix_caching": False,
+        "seed": 0,
+    }
+    llm = LLM(str(checkpoint), **{**arguments, **workload.engine})
     steps = workload.output_tokens - 1
     found: list[dict[str, object]] = []
     for batch, prefill, whole in _timings(llm, workload):

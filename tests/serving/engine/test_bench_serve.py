@@ -37,6 +37,15 @@ def test_a_checkpoint_that_is_not_sparse_is_refused(tmp_path: Path) -> None:
     assert "does not say that it is 2:4" in error_of(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "told"), [("{", "is not JSON"), ("[1]", "is no JSON object")]
+)
+def test_arguments_of_the_engine_are_a_json_object(
+    tmp_path: Path, text: str, told: str
+) -> None:
+    assert told in error_of(tmp_path, "--engine", text)
+
+
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
 def test_without_vllm_the_way_to_it_is_named(sparse_config: Path) -> None:
     assert "nm-permute-plugin[vllm]" in error_of(sparse_config)
@@ -54,7 +63,13 @@ def test_both_sides_are_timed_in_one_run(pruned, run_engine) -> None:
     path = pruned("int8", "sparse-24-bitmask")
     words = "--batch 1 --batch 2 --prompt-tokens 16 --output-tokens 4 --repeats 1"
     done = run_engine(
-        "nm_permute.py", "bench-serve", path, *words.split(), "--enforce-eager"
+        "nm_permute.py",
+        "bench-serve",
+        path,
+        *words.split(),
+        "--enforce-eager",
+        "--engine",
+        '{"max_num_batched_tokens": 64}',
     )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [
