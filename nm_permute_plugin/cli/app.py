@@ -117,8 +117,9 @@ def evaluate(
         ),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Windows or pictures at a time.")
-    ] = 1,
+        int | None,
+        typer.Option(min=1, help="At a time: 1 window or 32 pictures by default."),
+    ] = None,
     card: Annotated[
         bool, typer.Option("--card", help="Put the result into the model card.")
     ] = False,
@@ -140,14 +141,16 @@ def evaluate(
 
         where = device or _device()
         if images is not None:
-            lines = run.evaluate_on_images(checkpoint, images, where, batch_size, dense)
+            lines = run.evaluate_on_images(
+                checkpoint, images, where, batch_size or 32, dense
+            )
         else:
             lines = run.evaluate_on_text(
                 checkpoint,
                 content,
                 sequence_length,
                 where,
-                batch_size,
+                batch_size or 1,
                 compared=(base, dense) if base and dense else None,
                 card_row=" + ".join(file.name for file in text or []) if card else None,
             )

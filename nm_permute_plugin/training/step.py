@@ -120,6 +120,7 @@ def _parts(batch: Batch, size: int | None) -> Iterator[tuple[Batch, float]]:
     """Rows of a batch, so many at a time, with their share of its tokens."""
     counted: Tensor = token_mask(batch)
     if size is None or len(counted) <= size:
+        # A single sample of text has other lengths beside it: the patches of its images.
         yield batch, 1.0
         return
     for first in range(0, len(counted), size):

@@ -19,6 +19,7 @@ from nm_permute_plugin.training.learn import LearnSettings
 from nm_permute_plugin.training.objective import LossWeights, answer
 from nm_permute_plugin.training.orders import OrderShape
 from nm_permute_plugin.training.pipeline import (
+    Objective,
     OrderSettings,
     Record,
     permute_and_prune,
@@ -34,6 +35,10 @@ IMAGES = [
 ]  # fmt: skip
 ENCODERS = ["bertmodel", "bertforsequenceclassification", "bertfortokenclassification"]
 BOTH = ["qwen2-vl", "qwen2.5-vl"]
+SAVING = {
+    "layer_wise": {"objective": "layer_wise"},
+    "micro batches": {"micro_batch_size": 2},
+}
 HIDDEN = LossWeights(divergence=1.0, hidden=0.1, cosine=1.0)
 
 
@@ -50,13 +55,20 @@ def run(
     stages: tuple[Stage, ...] = (),
     loss: LossWeights | None = None,
     prunable: list[str] | None = None,
+    objective: Objective = "end_to_end",
+    micro_batch_size: int | None = None,
 ) -> Record:
     prunable = zoo_linears(model) if prunable is None else prunable
     loss = loss or LossWeights()
     settings = OrderSettings(
         PATTERN,
+        objective=objective,
         learn=LearnSettings(
-            steps=2, evaluate_every=1, shape=OrderShape(block_size=4), loss=loss
+            steps=2,
+            evaluate_every=1,
+            shape=OrderShape(block_size=4),
+            loss=loss,
+            micro_batch_size=micro_batch_size,
         ),
         search_rounds=2,
         recover=RecoverSettings(
@@ -81,6 +93,17 @@ def test_a_model_is_ordered_pruned_and_recovered(case: str) -> None:
     for name in zoo_linears(model):
         groups = (model.get_submodule(name).weight != 0).unflatten(1, (-1, 4)).sum(-1)
         assert bool((groups <= 2).all()), name
+
+
+@pytest.mark.parametrize("case", ["dinov2-labels", "bertmodel", "qwen2.5-vl"])
+@pytest.mark.parametrize("how", ["layer_wise", "micro batches"])
+def test_memory_is_saved_alike(case: str, how: str) -> None:
+    model = zoo_model(case)
+    prunable = [name for name in zoo_linears(model) if ".visual." not in name]
+    record = run(model, prunable=prunable, **SAVING[how])
+    assert len(record.history) >= 2
+    assert all(entry["held_back"] > 0 for entry in record.history)
+    assert record.fold_error < 1e-5
 
 
 @pytest.mark.parametrize("case", ["dinov2-labels", "dinov2-bare", "bertmodel"])
