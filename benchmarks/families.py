@@ -70,7 +70,7 @@ RECIPE = """prune_stage:
 
 
 def make(folder: Path, only: str) -> None:
-    """Prune a random model of each family, and convert it to its dense form."""
+    """Prune a random model of each family, and convert it; what is there stays."""
     import transformers
 
     from nm_permute_plugin.checkpoint.writer import convert
@@ -82,7 +82,7 @@ def make(folder: Path, only: str) -> None:
     generator = torch.Generator().manual_seed(3)
     rows = torch.randint(3, 40000, (12, 32), generator=generator).tolist()
     for family, (kind, config, options) in FAMILIES.items():
-        if only not in family:
+        if only not in family or (folder / family / "dense").exists():
             continue
         torch.manual_seed(0)
         sizes = getattr(transformers, config)(vocab_size=len(tokenizer), **options)
