@@ -116,5 +116,10 @@ class Sparse24Config(CompressedTensorsConfig):
 def _mapped(entries: Iterable[str], mapper: WeightsMapper) -> Iterator[str]:
     """Module names go through the mapper; class names and patterns stay."""
     for entry in entries:
-        is_name = "." in entry and not entry.startswith("re:")
-        yield from mapper.apply_list([entry]) if is_name else [entry]
+        if entry.startswith("re:") or entry[:1].isupper():
+            yield entry
+        elif "." in entry:
+            yield from mapper.apply_list([entry])
+        else:  # lm_head, say: prefixes of a mapper end in a dot
+            for name in mapper.apply_list([f"{entry}.weight"]):
+                yield name.removesuffix(".weight")

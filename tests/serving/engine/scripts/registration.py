@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What registering twice leaves in vLLM, and what it imports, as JSON on stdout."""
+"""What registering leaves in vLLM, what it imports, how names map: JSON on stdout."""
 
 import json
 import sys
@@ -20,9 +20,24 @@ def main():
     register()
     register()
 
+    from vllm.model_executor.models.utils import WeightsMapper
+
     from nm_permute_plugin.serving.config import Sparse24Config
 
+    block = {
+        "format": "sparse-24-bitmask",
+        "sparsity_structure": "2:4",
+        "targets": ["Linear", "re:model.*", "model.layers.0.mlp.up_proj"],
+        "ignore": ["lm_head"],
+    }
+    renamed = Sparse24Config.from_config(
+        {"quant_method": "compressed-tensors", "sparsity_config": block}
+    )
+    prefixes = {"model.": "text.model.", "lm_head.": "text.lm_head."}
+    renamed.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix=prefixes))
     found = {
+        "targets": renamed.sparsity.targets,
+        "ignore": renamed.sparsity.ignore,
         "times": quantization.QUANTIZATION_METHODS.count("nm_sparse24"),
         "class": find("nm_sparse24").__name__,
         "stock": [before, find("compressed-tensors").__name__],
