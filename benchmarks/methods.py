@@ -133,7 +133,6 @@ def ways(ours: LearnSettings) -> dict[str, Way]:
         "learned-order": Way(method="learned", learn=order_only),
         "layer-wise": Way(method="learned", learn=ours, objective="layer_wise"),
         "learned-free": Way(method="learned", folded=False, learn=ours),
-        "layer_wise": Way(method="learned", learn=ours, objective="layer_wise"),
         "amd": amd,
         "amd-free": replace(amd, folded=False),
         "permllm": permllm,

@@ -168,7 +168,8 @@ def plot(record: Record, path: Path) -> None:
         text = f" {means[name]:.0%}"
         axes.text(max(0.0, *closed[name]), place, text, va="center")
     axes.set_yticks(range(len(names)), names)
-    axes.set_xlim(SHORTEST_BAR, max(0.5, *(max(of) for of in closed.values())) + 0.1)
+    least = max(SHORTEST_BAR, min(0.0, *(min(of) for of in closed.values())))
+    axes.set_xlim(least, max(0.5, *(max(of) for of in closed.values())) + 0.1)
     axes.axvline(0, color="black", linewidth=0.8)
     arguments = record["arguments"]
     pattern, window = arguments.get("pattern"), arguments.get("window")

@@ -146,10 +146,11 @@ def _dealt(
     together: int,
 ) -> list[list[Pair]]:
     """The first pairs in sets, no group twice in a set; a set may stay short."""
+    group = column.tolist()
     dealt: list[list[Pair]] = [[] for _ in range(sets)]
     touched: list[set[int]] = [set() for _ in range(sets)]
     for first, second in pairs[: 20 * sets * together].tolist():
-        groups = {int(column[first]), int(column[second])}
+        groups = {group[first], group[second]}
         for few, seen in zip(dealt, touched, strict=True):
             if len(few) < together and not groups & seen:
                 few.append((first, second))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import diagnosis
+from loop import rate
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.training.learn import LearnSettings
 from nm_permute_plugin.training.objective import LossWeights
@@ -127,6 +128,13 @@ def test_learning_is_the_packages_own(subject: Subject) -> None:
     )
     theirs = [look["held_back"] for look in learned.history]
     assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_warm_up_rises_and_then_falls_as_without() -> None:
+    plain, warm = ([rate(done, 10, w) for done in range(10)] for w in (0, 3))
+    assert plain[0] == 1
+    assert warm[0] == 0.25
+    assert warm[3:] == plain[3:] == sorted(plain[3:], reverse=True)
 
 
 def test_parted_counts_pairs_and_not_places() -> None:
