@@ -29,8 +29,8 @@ from nm_permute_plugin.training.pipeline import (
     permute_and_prune,
 )
 from nm_permute_plugin.training.recover import RecoverSettings, Stage
+from nm_permute_plugin.training.samples import Samples
 from nm_permute_plugin.training.statistics import input_norms
-from nm_permute_plugin.training.text import Text
 from unfolded import Unfolded, learn_masks, order_alone
 
 SPARSEGPT = "sparsegpt"
@@ -214,7 +214,7 @@ def changed(way: Way, changes: Mapping[str, object]) -> Way:
 
 
 def prune(
-    model: nn.Module, folder: Path, name: str, text: Text, budget: Budget
+    model: nn.Module, folder: Path, name: str, text: Samples, budget: Budget
 ) -> Outcome:
     """
     Run a method: the model is pruned in place.
@@ -281,7 +281,7 @@ def prunable(model: nn.Module) -> list[str]:
     ]
 
 
-def _unfolded(model: nn.Module, way: Way, text: Text, budget: Budget) -> Unfolded:
+def _unfolded(model: nn.Module, way: Way, text: Samples, budget: Budget) -> Unfolded:
     linears = prunable(model)
     norms = input_norms(model, linears, text.train)
     scores = {

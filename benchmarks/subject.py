@@ -24,10 +24,10 @@ from nm_permute_plugin.training.learn import LearnSettings, hard_masks, mean_los
 from nm_permute_plugin.training.masking import Mask, linear
 from nm_permute_plugin.training.objective import LossWeights
 from nm_permute_plugin.training.orders import LearnableOrders
+from nm_permute_plugin.training.samples import Samples
 from nm_permute_plugin.training.search import search_orders
 from nm_permute_plugin.training.stacking import StackedScore
 from nm_permute_plugin.training.statistics import Batch, input_norms
-from nm_permute_plugin.training.text import Text
 
 Perms = Mapping[str, Permutation]
 
@@ -77,7 +77,7 @@ class Subject:
 
 def load(
     folder: Path,
-    text: Text,
+    text: Samples,
     pattern: NMPattern,
     rounds: int,
     seed: int,

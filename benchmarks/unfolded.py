@@ -21,9 +21,9 @@ from nm_permute_plugin.training.learn import (
     mean_loss,
 )
 from nm_permute_plugin.training.relaxation import rivalry
+from nm_permute_plugin.training.samples import Samples
 from nm_permute_plugin.training.search import search_orders
 from nm_permute_plugin.training.stacking import StackedScore
-from nm_permute_plugin.training.text import Text
 
 Masks = dict[str, Tensor]
 Look = dict[str, int | float]
@@ -57,7 +57,7 @@ def own_spaces(
 def order_alone(
     model: nn.Module,
     scores: Mapping[str, Float[Tensor, "_out _in"]],
-    text: Text,
+    text: Samples,
     pattern: NMPattern,
     rounds: int,
     learn: LearnSettings,
@@ -119,7 +119,7 @@ class FreeMask(torch.autograd.Function):
 def learn_masks(
     model: nn.Module,
     scores: Mapping[str, Float[Tensor, "_out _in"]],
-    text: Text,
+    text: Samples,
     pattern: NMPattern,
     settings: LearnSettings,
 ) -> Unfolded:

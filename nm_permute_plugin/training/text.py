@@ -16,9 +16,6 @@ Row = Int[Tensor, " _tokens"]  # rows differ in length: the axis is not compared
 FEWEST_TOKENS = 256
 """Below this, input norms say nothing."""
 
-Text = Samples
-"""Samples that are text."""
-
 
 def rows_of(batches: Iterable[Batch], vocabulary: int) -> list[Row]:
     """

@@ -14,13 +14,14 @@ from nm_permute_plugin.training.blocks import (
     relative_error,
 )
 from nm_permute_plugin.training.objective import LossWeights
-from nm_permute_plugin.training.text import Text, split_text
+from nm_permute_plugin.training.samples import Samples
+from nm_permute_plugin.training.text import split_text
 
 SETTINGS = BlockSettings(epochs=6, rate=0.05)
 
 
 @pytest.fixture
-def text(chain_rows) -> Text:
+def text(chain_rows) -> Samples:
     return split_text(list(chain_rows(40, 24, seed=1)), 4, held_back=0.2, seed=0)
 
 
@@ -35,7 +36,7 @@ def test_the_error_is_relative_to_each_token_and_skips_padding() -> None:
 @pytest.mark.parametrize("window", [1, 2])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 def test_most_of_a_planted_loss_is_regained(
-    tiny_model, text: Text, window: int, architecture: str
+    tiny_model, text: Samples, window: int, architecture: str
 ) -> None:
     kept = planted(tiny_model(architecture))
     values, looks = rebuild_blocks(kept, text, replace(SETTINGS, window=window))
@@ -64,7 +65,7 @@ def test_a_later_layer_corrects_the_errors_of_an_earlier_one(
 
 @pytest.mark.parametrize("rate", [0.01, 50.0], ids=["good", "far too high"])
 def test_no_window_is_worse_on_held_back_rows(
-    trained_checkpoint, text: Text, rate: float
+    trained_checkpoint, text: Samples, rate: float
 ) -> None:
     kept = kept_of(AutoModelForCausalLM.from_pretrained(trained_checkpoint))
     values, looks = rebuild_blocks(kept, text, replace(SETTINGS, rate=rate))
@@ -75,7 +76,7 @@ def test_no_window_is_worse_on_held_back_rows(
     assert better == ([0, 1] if rate == 0.01 else [])
 
 
-def test_the_kept_weights_change_only_when_taken(tiny_model, text: Text) -> None:
+def test_the_kept_weights_change_only_when_taken(tiny_model, text: Samples) -> None:
     model = tiny_model("llama")
     dense = {name: p.detach().clone() for name, p in model.named_parameters()}
     kept = kept_of(model)
@@ -90,7 +91,7 @@ def test_the_kept_weights_change_only_when_taken(tiny_model, text: Text) -> None
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_zeros_stay_and_the_seed_decides(
-    tiny_model, text: Text, dtype: torch.dtype
+    tiny_model, text: Samples, dtype: torch.dtype
 ) -> None:
     runs = []
     for seed in (1, 1, 2):
@@ -108,10 +109,10 @@ def test_zeros_stay_and_the_seed_decides(
 
 def test_padding_is_not_learned_from(tiny_model, chain_rows) -> None:
     rows = chain_rows(12, 24, seed=1)
-    short = Text([{"input_ids": rows[:8, :16]}], [{"input_ids": rows[8:, :16]}])
+    short = Samples([{"input_ids": rows[:8, :16]}], [{"input_ids": rows[8:, :16]}])
     mask = torch.ones_like(rows)
     mask[:, 16:] = 0
-    padded = Text(
+    padded = Samples(
         [{"input_ids": rows[:8], "attention_mask": mask[:8]}],
         [{"input_ids": rows[8:], "attention_mask": mask[8:]}],
     )
@@ -133,7 +134,7 @@ def test_layers_without_pruned_linears_are_passed_through(
     assert all("layers.1.mlp" in name for name in values)
 
 
-def test_activations_that_are_not_finite_are_refused(tiny_model, text: Text) -> None:
+def test_activations_that_are_not_finite_are_refused(tiny_model, text: Samples) -> None:
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")

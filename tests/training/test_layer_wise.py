@@ -20,8 +20,9 @@ from nm_permute_plugin.training.learn import (
 )
 from nm_permute_plugin.training.orders import OrderShape
 from nm_permute_plugin.training.pipeline import OrderSettings, permute_and_prune
+from nm_permute_plugin.training.samples import Samples
 from nm_permute_plugin.training.stacking import StackedScore
-from nm_permute_plugin.training.text import Text, split_text
+from nm_permute_plugin.training.text import split_text
 
 TWO_OF_FOUR = NMPattern(2, 4)
 FAST = LearnSettings(
@@ -33,7 +34,7 @@ FAST = LearnSettings(
 
 
 @pytest.fixture
-def text(chain_rows) -> Text:
+def text(chain_rows) -> Samples:
     return split_text(list(chain_rows(20, 24, seed=1)), 4, held_back=0.2, seed=0)
 
 
@@ -63,7 +64,7 @@ def as_they_are(stacks: dict[str, StackedScore]) -> dict[str, Tensor]:
 def learn(
     model: nn.Module,
     stacks: dict[str, StackedScore],
-    text: Text,
+    text: Samples,
     settings: LearnSettings = FAST,
     start: dict[str, Tensor] | None = None,
     others: dict[str, Tensor] | None = None,
@@ -84,7 +85,7 @@ def loss_of(
     model: nn.Module,
     stacks: dict[str, StackedScore],
     learned: Learned,
-    text: Text,
+    text: Samples,
     others: dict[str, Tensor] | None = None,
 ) -> float:
     masks = hard_masks(
@@ -118,7 +119,7 @@ def test_a_planted_order_is_approached(
 
 @pytest.mark.parametrize("relaxation", ["insertion", "straight_through", "soft"])
 def test_a_trained_model_loses_less_than_at_the_start(
-    trained, resolve_model, text: Text, relaxation: str
+    trained, resolve_model, text: Samples, relaxation: str
 ) -> None:
     stacks = stacks_of(trained, resolve_model)
     multipliers = relaxation == "insertion"
@@ -151,7 +152,7 @@ def test_steps_that_spoil_everything_leave_the_start(
 
 
 def test_a_better_layer_that_worsens_the_whole_is_not_kept(
-    trained, resolve_model, text: Text, monkeypatch: pytest.MonkeyPatch
+    trained, resolve_model, text: Samples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The errors of layers are a proxy: the loss of the whole has the last word."""
     stacks = stacks_of(trained, resolve_model)
@@ -167,7 +168,7 @@ def test_a_better_layer_that_worsens_the_whole_is_not_kept(
 
 
 def test_an_order_that_layers_share_stays_and_its_readers_choose(
-    trained, resolve_model, text: Text, legal_perms
+    trained, resolve_model, text: Samples, legal_perms
 ) -> None:
     stacks = stacks_of(trained, resolve_model)
     start = legal_perms(resolve_model(trained))
@@ -209,7 +210,7 @@ def test_masks_of_other_linears_stay_on_and_weights_are_left_alone(
 
 
 def test_only_one_layer_runs_with_gradients(
-    trained, resolve_model, text: Text, monkeypatch: pytest.MonkeyPatch
+    trained, resolve_model, text: Samples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stacks = stacks_of(trained, resolve_model)
     runs: list[int] = []
@@ -241,7 +242,7 @@ def test_a_part_of_a_space_holds_the_rows_of_its_readers(
 
 
 def test_the_whole_way_goes_layer_by_layer(
-    trained, resolve_model, text: Text, assert_exactly
+    trained, resolve_model, text: Samples, assert_exactly
 ) -> None:
     settings = OrderSettings(TWO_OF_FOUR, learn=FAST, objective="layer_wise")
     resolved = resolve_model(trained)

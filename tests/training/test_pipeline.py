@@ -28,8 +28,9 @@ from nm_permute_plugin.training.pipeline import (
     refuse_inexact,
     refuse_sparse,
 )
+from nm_permute_plugin.training.samples import Samples
 from nm_permute_plugin.training.statistics import input_norms
-from nm_permute_plugin.training.text import Text, split_text
+from nm_permute_plugin.training.text import split_text
 
 METHODS = get_args(Method)
 SCORES = get_args(ScoreName)
@@ -57,13 +58,13 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     assert [n for n in first if not torch.equal(first[n], second[n])] == []
 
 
-def logits_of(model: nn.Module, text: Text) -> Tensor:
+def logits_of(model: nn.Module, text: Samples) -> Tensor:
     with torch.no_grad():
         return model(**text.held_back[0], use_cache=False).logits
 
 
 @pytest.fixture
-def text(chain_rows) -> Text:
+def text(chain_rows) -> Samples:
     return split_text(list(chain_rows(10, 32, seed=1)), 4, held_back=0.2, seed=0)
 
 
@@ -168,7 +169,7 @@ def test_the_retained_score_on_record_is_that_of_the_pruned_weights(
 
 @pytest.mark.parametrize("method", ["search", "learned"])
 def test_without_pruning_the_function_stays_and_unfolds_bitwise(
-    tiny_model, go, resolve_model, text: Text, method: str
+    tiny_model, go, resolve_model, text: Samples, method: str
 ) -> None:
     model, dense = tiny_model("llama"), tiny_model("llama")
     before = weights_of(dense)

@@ -13,7 +13,8 @@ from nm_permute_plugin.training.blocks import BlockSettings
 from nm_permute_plugin.training.distill import DistillSettings, distill
 from nm_permute_plugin.training.objective import LossWeights
 from nm_permute_plugin.training.recover import RecoverSettings, Stage, recover
-from nm_permute_plugin.training.text import Text, split_text
+from nm_permute_plugin.training.samples import Samples
+from nm_permute_plugin.training.text import split_text
 
 STAGES = get_args(Stage)
 FAST = RecoverSettings(
@@ -24,7 +25,7 @@ LOSS = LossWeights()
 
 
 @pytest.fixture
-def text(chain_rows) -> Text:
+def text(chain_rows) -> Samples:
     return split_text(list(chain_rows(40, 24, seed=1)), 4, held_back=0.2, seed=0)
 
 
@@ -35,7 +36,7 @@ def only(*stages: Stage) -> RecoverSettings:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_changes_kept_weights_and_no_mask(
-    trained_checkpoint, text: Text, stage: Stage, dtype: torch.dtype
+    trained_checkpoint, text: Samples, stage: Stage, dtype: torch.dtype
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(trained_checkpoint, dtype=dtype)
     kept = kept_of(model)
@@ -59,14 +60,14 @@ def test_every_stage_changes_kept_weights_and_no_mask(
 
 @pytest.mark.parametrize(("stage", "share"), [("blocks", 0.5), ("end_to_end", 0.5)])
 def test_most_of_a_planted_loss_is_regained(
-    tiny_model, text: Text, stage: Stage, share: float
+    tiny_model, text: Samples, stage: Stage, share: float
 ) -> None:
     kept = planted(tiny_model("qwen3"))
     (record,) = recover(kept, text, only(stage))
     assert record.held_back[1] < share * record.held_back[0]
 
 
-def test_stages_go_on_from_each_other(trained_checkpoint, text: Text) -> None:
+def test_stages_go_on_from_each_other(trained_checkpoint, text: Samples) -> None:
     kept = kept_of(AutoModelForCausalLM.from_pretrained(trained_checkpoint))
     records = recover(kept, text, only("end_to_end", "rescale", "blocks"))
     assert [record.stage for record in records] == ["end_to_end", "rescale", "blocks"]
@@ -93,7 +94,7 @@ def test_a_stage_that_makes_the_whole_model_worse_is_dropped(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_seed_decides(tiny_model, text: Text, stage: Stage) -> None:
+def test_the_seed_decides(tiny_model, text: Samples, stage: Stage) -> None:
     runs = []
     for seed in (4, 4, 5):
         kept = planted(tiny_model("llama"))
@@ -109,7 +110,7 @@ def test_the_seed_decides(tiny_model, text: Text, stage: Stage) -> None:
         assert differing(runs[0], runs[2]) != []
 
 
-def test_distilling_looks_at_the_start_and_the_end(tiny_model, text: Text) -> None:
+def test_distilling_looks_at_the_start_and_the_end(tiny_model, text: Samples) -> None:
     kept = kept_of(tiny_model("llama"))
     values, looks = distill(
         kept, text, replace(FAST.distill, steps=5, evaluate_every=2)
@@ -119,7 +120,7 @@ def test_distilling_looks_at_the_start_and_the_end(tiny_model, text: Text) -> No
     assert kept.mean_loss(text.held_back, LOSS, values) == best
 
 
-def test_distilling_that_never_helps_gives_nothing(tiny_model, text: Text) -> None:
+def test_distilling_that_never_helps_gives_nothing(tiny_model, text: Samples) -> None:
     kept = kept_of(tiny_model("llama"))
     values, looks = distill(
         kept, text, replace(FAST.distill, rate=50.0, steps=2, evaluate_every=1)
@@ -128,7 +129,7 @@ def test_distilling_that_never_helps_gives_nothing(tiny_model, text: Text) -> No
     assert values == {}
 
 
-def test_no_gradient_and_no_forward_stays_behind(tiny_model, text: Text) -> None:
+def test_no_gradient_and_no_forward_stays_behind(tiny_model, text: Samples) -> None:
     model = tiny_model("llama")
     dense = {name: p.detach().clone() for name, p in model.named_parameters()}
     recover(kept_of(model), text, only(*STAGES))

@@ -19,7 +19,8 @@ from nm_permute_plugin.training.pipeline import (
     permute_and_prune,
 )
 from nm_permute_plugin.training.recover import RecoverSettings, Stage
-from nm_permute_plugin.training.text import Text, split_text
+from nm_permute_plugin.training.samples import Samples
+from nm_permute_plugin.training.text import split_text
 
 STAGES = get_args(Stage)
 FROZEN = OrderSettings(NMPattern(2, 4), method="search")
@@ -43,7 +44,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def text(chain_rows) -> Text:
+def text(chain_rows) -> Samples:
     return split_text(list(chain_rows(30, 24, seed=1)), 4, held_back=0.2, seed=0)
 
 

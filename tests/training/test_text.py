@@ -7,8 +7,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from nm_permute_plugin.training.samples import Samples
 from nm_permute_plugin.training.statistics import token_mask
-from nm_permute_plugin.training.text import FEWEST_TOKENS, Text, rows_of, split_text
+from nm_permute_plugin.training.text import FEWEST_TOKENS, rows_of, split_text
 
 VOCABULARY = 1000
 
@@ -124,7 +125,7 @@ def test_short_rows_are_padded_on_the_right_and_masked() -> None:
 def test_rows_of_one_length_need_no_mask() -> None:
     text = split_text(numbered(6), batch_size=2, held_back=0.2, seed=0)
     assert [list(batch) for batch in text.train] == [["input_ids"]] * 3
-    assert isinstance(text, Text)
+    assert isinstance(text, Samples)
 
 
 @pytest.mark.parametrize("count", [0, 1])
