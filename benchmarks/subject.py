@@ -46,7 +46,7 @@ class Subject:
     stacks: dict[str, StackedScore]
     start: Perms
     others: dict[str, Tensor]
-    text: Text
+    text: Samples
     pattern: NMPattern
 
     @property

@@ -49,7 +49,7 @@ def test_most_of_a_planted_loss_is_regained(
 
 
 def test_a_later_layer_corrects_the_errors_of_an_earlier_one(
-    tiny_model, text: Text
+    tiny_model, text: Samples
 ) -> None:
     model = tiny_model("llama")
     kept = kept_of(model, only="layers.1.")
@@ -125,7 +125,7 @@ def test_padding_is_not_learned_from(tiny_model, chain_rows) -> None:
 
 
 def test_layers_without_pruned_linears_are_passed_through(
-    tiny_model, text: Text
+    tiny_model, text: Samples
 ) -> None:
     kept = kept_of(tiny_model("llama"), only="layers.1.mlp")
     values, looks = rebuild_blocks(kept, text, SETTINGS)

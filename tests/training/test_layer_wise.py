@@ -142,7 +142,7 @@ def test_a_trained_model_loses_less_than_at_the_start(
 
 
 def test_steps_that_spoil_everything_leave_the_start(
-    trained, resolve_model, text: Text
+    trained, resolve_model, text: Samples
 ) -> None:
     stacks = stacks_of(trained, resolve_model)
     wild = replace(FAST, steps=1, learning_rate=50.0, multiplier_rate=50.0)
@@ -181,7 +181,7 @@ def test_an_order_that_layers_share_stays_and_its_readers_choose(
 
 
 def test_the_same_seed_gives_the_same_orders(
-    trained, resolve_model, text: Text
+    trained, resolve_model, text: Samples
 ) -> None:
     stacks = stacks_of(trained, resolve_model)
     first, again = (learn(trained, stacks, text) for _ in range(2))
@@ -193,7 +193,7 @@ def test_the_same_seed_gives_the_same_orders(
 
 
 def test_masks_of_other_linears_stay_on_and_weights_are_left_alone(
-    trained, resolve_model, text: Text
+    trained, resolve_model, text: Samples
 ) -> None:
     stacks = stacks_of(trained, resolve_model)
     value = stacks.pop("value.0").space.readers[0].name
@@ -253,7 +253,7 @@ def test_the_whole_way_goes_layer_by_layer(
 
 
 def test_a_model_without_layers_is_refused_before_the_search(
-    trained, resolve_model, text: Text
+    trained, resolve_model, text: Samples
 ) -> None:
     settings = OrderSettings(TWO_OF_FOUR, learn=FAST, objective="layer_wise")
     names = [*linears(trained), "lm_head"]

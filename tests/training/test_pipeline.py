@@ -139,7 +139,7 @@ def test_orders_on_record_are_legal_permutations(
 
 
 def test_identity_orders_nothing_and_prunes_by_the_plain_score(
-    tiny_model, go, text: Text
+    tiny_model, go, text: Samples
 ) -> None:
     model, dense = tiny_model("llama"), tiny_model("llama")
     record = go(model, replace(SEARCH, method="identity"))
@@ -186,7 +186,7 @@ def test_without_pruning_the_function_stays_and_unfolds_bitwise(
 
 
 def test_pruning_after_the_fold_uses_norms_that_moved_along(
-    tiny_model, go, resolve_model, text: Text
+    tiny_model, go, resolve_model, text: Samples
 ) -> None:
     model, dense = tiny_model("llama"), tiny_model("llama")
     resolved, names = resolve_model(model), linears(model)

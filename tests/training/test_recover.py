@@ -79,7 +79,7 @@ def test_stages_go_on_from_each_other(trained_checkpoint, text: Samples) -> None
 
 
 def test_a_stage_that_makes_the_whole_model_worse_is_dropped(
-    tiny_model, text: Text
+    tiny_model, text: Samples
 ) -> None:
     # The kept weights are the best already: energy that the mask took is no loss here.
     kept = planted(tiny_model("llama"), noise=0.0)
