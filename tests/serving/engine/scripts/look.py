@@ -11,7 +11,6 @@ import json
 import sys
 
 import torch
-from generate import generate
 
 PROMPT = "<|vision_start|><|image_pad|><|vision_end|>What is this?"
 
@@ -28,6 +27,8 @@ def prompts():
 
 
 def main(words):
+    from generate import generate
+
     out, *directories = words
     limits = {"image": 1, "video": 0}
     said = {
