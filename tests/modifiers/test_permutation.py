@@ -68,12 +68,14 @@ def test_the_record_tells_what_was_done(tiny_checkpoint, run_oneshot, method) ->
 def test_a_recovery_is_on_record(
     tiny_checkpoint, run_oneshot, assert_exactly, tmp_path: Path
 ) -> None:
-    modifier = Modifier(method="search", **RECOVER)
+    stages = ["rescale", "blocks", "end_to_end"]
+    fields = {"recover": stages, "recover_window": 2, "recover_steps": 5}
+    modifier = Modifier(method="search", **fields)
     assert_exactly(run_oneshot(tiny_checkpoint(), [modifier], tmp_path / "out"))
     record = modifier.record
-    assert [stage.stage for stage in record.recovered] == RECOVER["recover"]
+    assert [stage.stage for stage in record.recovered] == stages
     steps = [look["step"] for look in record.recovered[2].history]
-    assert steps == [0, RECOVER["recover_steps"]]
+    assert steps == [0, 5]
     assert [look["layer"] for look in record.recovered[1].history] == [0]
     told = read_record(tmp_path / "out")[1]["recovered"]
     assert [stage["held_back"] for stage in told] == [
