@@ -4,7 +4,7 @@ How fast is a 2:4 product beside the dense one, at every number of tokens?
 
 Usage::
 
-    PYTHONPATH=. python benchmarks/kernels.py [--json FILE] [--dtypes bf16 fp8 int8]
+    PYTHONPATH=. python benchmarks/sparse_kernels.py [--json FILE] [--dtypes bf16 fp8 int8]
 
 Needs a CUDA device. The four linear shapes of LLaMA-3-8B; every kernel and setting in
 one run, each from replayed CUDA graphs over copies of the weight that together do not
@@ -141,7 +141,7 @@ def main() -> None:
         record["machine"] = row
         print(row)
     if "machine" not in record:
-        sys.exit("benchmarks/kernels.py needs a CUDA device")
+        sys.exit("benchmarks/sparse_kernels.py needs a CUDA device")
     print(
         "      shape dtype tokens     dense  cuSPARSELt  mma_sp  triton  ratio  bound  "
         "error   chosen     (microseconds)"
