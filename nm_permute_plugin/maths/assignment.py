@@ -84,7 +84,8 @@ def _reduced(benefit: NDArray[np.float32]) -> NDArray[np.float64]:
     """
     cost = -benefit.astype(np.float64)
     cost -= cost.min(1, keepdims=True)
-    return cost - cost.min(0, keepdims=True)
+    cost -= cost.min(0, keepdims=True)
+    return cost
 
 
 def order_by(column: Int[Tensor, "blocks rows"]) -> Int[Tensor, "blocks rows"]:
