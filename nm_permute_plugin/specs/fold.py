@@ -15,6 +15,7 @@ from nm_permute_plugin.maths.permutation import (
     invert,
 )
 from nm_permute_plugin.specs.lines import Axis, Part
+from nm_permute_plugin.specs.orientation import as_stored
 from nm_permute_plugin.specs.spec import ResolvedSpec, Space
 
 Write = Callable[[nn.Module, str, Tensor], None]
@@ -65,6 +66,30 @@ def fold(
             )
         ]
         write(owner, leaf, torch.stack(new) if parameter.packed else new[0])
+
+
+def moved_along(
+    model: nn.Module,
+    resolved: ResolvedSpec,
+    matrices: Mapping[str, Shaped[Tensor, "_out _in"]],
+    perms: Mapping[str, Permutation],
+) -> dict[str, Shaped[Tensor, "_out _in"]]:
+    """
+    Matrices that belong to the weights of linears, masks for instance, moved as they are.
+
+    :param matrices: by linear, [out, in] however the weight is stored
+    :param perms: as for ``fold``
+    """
+    moved = dict(matrices)
+    for parameter in resolved.parameters:
+        for name in parameter.names:
+            owner, _, leaf = name.rpartition(".")
+            if leaf == "weight" and owner in matrices:
+                module = model.get_submodule(owner)
+                stored = as_stored(module, matrices[owner])
+                new = _moved(stored, parameter.matrices[0], resolved, perms)
+                moved[owner] = as_stored(module, new)
+    return moved
 
 
 def invert_all(perms: Mapping[str, Permutation]) -> dict[str, Permutation]:

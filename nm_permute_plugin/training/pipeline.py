@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from loguru import logger
 from torch import Tensor, nn
 
@@ -16,7 +16,13 @@ from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import Permutation
 from nm_permute_plugin.maths.scores import ScoreName, score_weight
 from nm_permute_plugin.specs.exactness import random_perms
-from nm_permute_plugin.specs.fold import Write, fold, invert_all, write_in_place
+from nm_permute_plugin.specs.fold import (
+    Write,
+    fold,
+    invert_all,
+    moved_along,
+    write_in_place,
+)
 from nm_permute_plugin.specs.orientation import weight_of
 from nm_permute_plugin.specs.spec import ResolvedSpec
 from nm_permute_plugin.training.kept import KeptWeights
@@ -34,7 +40,7 @@ from nm_permute_plugin.training.objective import answer
 from nm_permute_plugin.training.recover import RecoverSettings, StageRecord, recover
 from nm_permute_plugin.training.samples import Samples
 from nm_permute_plugin.training.search import search_orders
-from nm_permute_plugin.training.stacking import StackedScore
+from nm_permute_plugin.training.stacking import StackedScore, mask_in_order
 from nm_permute_plugin.training.statistics import (
     Batch,
     first_sample,
@@ -131,17 +137,16 @@ def permute_and_prune(
     clock.lap("statistics")
     scores = _scores(model, prunable, settings.score, norms)
     found = _find_orders(model, resolved, scores, samples, settings, clock)
-    before = _retained(resolved, scores, Learned({}), settings.pattern)
-    after = _retained(resolved, scores, found, settings.pattern)
+    before = _retained(scores, _masks(resolved, scores, Learned({}), settings.pattern))
+    masks = _masks(resolved, scores, found, settings.pattern)
+    after = _retained(scores, masks)
     del scores
     fold_error = _fold_checked(model, resolved, found.perms, samples.train[0], write)
     logger.info(f"folded {len(found.perms)} orders; outputs moved by {fold_error:.1e}")
     clock.lap("fold")
     recovered: list[StageRecord] = []
     if settings.prune:
-        norms = in_new_order(resolved, norms, found.perms)
-        multipliers = in_new_order(resolved, found.multipliers, found.perms)
-        kept = _kept(model, prunable, norms, multipliers, settings)
+        kept = KeptWeights(model, moved_along(model, resolved, masks, found.perms))
         if settings.recover.stages:
             recovered = recover(kept, samples, settings.recover)
             clock.lap("recover")
@@ -189,21 +194,6 @@ def refuse_sparse(
                 f"{name} is sparse already: {zeros:.0%} of its weights are zero. Start "
                 "from the dense model, or add the layer to `ignore`."
             )
-
-
-def in_new_order(
-    resolved: ResolvedSpec,
-    values: Mapping[str, Float[Tensor, " in"]],
-    perms: Mapping[str, Permutation],
-) -> dict[str, Float[Tensor, " in"]]:
-    """One value an input channel of linears, as the folded model's channels stand."""
-    moved = dict(values)
-    for space in resolved.spaces.values():
-        for reader in space.readers:
-            if space.name in perms and reader.name in values:
-                view = reader.view(values[reader.name][None])
-                moved[reader.name] = reader.unview(view[:, perms[space.name]])[0]
-    return moved
 
 
 class _Clock:
@@ -285,27 +275,31 @@ def _find_orders(
     return learned
 
 
-def _retained(
+def _masks(
     resolved: ResolvedSpec,
-    scores: Mapping[str, Float[Tensor, "out in"]],
+    scores: Mapping[str, Float[Tensor, "_out _in"]],
     found: Learned,
     pattern: NMPattern,
+) -> dict[str, Bool[Tensor, "_out _in"]]:
+    """The masks of all linears under the orders, in the channels' old places."""
+    masks = {name: nm_mask(score, pattern) for name, score in scores.items()}
+    for name, perm in found.perms.items():
+        for reader in resolved.spaces[name].readers:
+            score = reader.view(scores[reader.name])
+            factors = found.multipliers.get(reader.name)
+            mask = mask_in_order(reader, score, perm, pattern, factors)
+            masks[reader.name] = reader.unview(mask)
+    return masks
+
+
+def _retained(
+    scores: Mapping[str, Float[Tensor, "_out _in"]],
+    masks: Mapping[str, Bool[Tensor, "_out _in"]],
 ) -> float:
-    """The share of the whole score that the masks keep."""
-    orders = {
-        reader.name: (reader, found.perms[space.name])
-        for space in resolved.spaces.values()
-        for reader in space.readers
-        if space.name in found.perms
-    }
+    """The share of the whole score that masks keep."""
     kept = total = 0.0
     for name, score in scores.items():
-        judged = score * found.multipliers.get(name, 1.0)
-        if name in orders:
-            reader, perm = orders[name]
-            score, judged = (reader.view(x)[:, perm] for x in (score, judged))
-        mask = nm_mask(judged, pattern)
-        kept += float(score.masked_fill(~mask, 0).double().sum())
+        kept += float(score.masked_fill(~masks[name], 0).double().sum())
         total += float(score.double().sum())
     return kept / total
 
@@ -342,21 +336,3 @@ def _outputs(model: nn.Module, probe: Batch) -> Tensor:
     with torch.no_grad():
         batch = on_device(first_sample(probe), model)
         return answer(forward(model, batch)).double()
-
-
-def _kept(
-    model: nn.Module,
-    prunable: Sequence[str],
-    norms: Mapping[str, Float[Tensor, " _in"]],
-    multipliers: Mapping[str, Float[Tensor, " _in"]],
-    settings: OrderSettings,
-) -> KeptWeights:
-    """What the masks of the folded model keep."""
-    masks = {}
-    for name in prunable:
-        weight = weight_of(linear(model, name))
-        score = score_weight(settings.score, weight, norms.get(name))
-        if name in multipliers:
-            score = score * multipliers[name]
-        masks[name] = nm_mask(score, settings.pattern)
-    return KeptWeights(model, masks)

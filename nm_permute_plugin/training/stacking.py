@@ -11,7 +11,7 @@ from torch import Tensor
 from nm_permute_plugin.maths.masks import nm_mask
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import Permutation, invert
-from nm_permute_plugin.specs.spec import Space
+from nm_permute_plugin.specs.spec import Reader, Space
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,30 @@ class StackedScore:
 
         :param multipliers: by reader, of the scores of every input channel; 1 by default
         """
-        back = invert(order)
-        masks: dict[str, Bool[Tensor, "_out _in"]] = {}
-        for reader, score in zip(self.space.readers, self.parts(), strict=True):
-            if multipliers and reader.name in multipliers:
-                factors = reader.view(multipliers[reader.name][None])
-                sections = score.unflatten(0, (reader.queries, -1))
-                score = (sections * factors[:, None]).flatten(0, 1)
-            masks[reader.name] = reader.unview(
-                nm_mask(score[:, order], pattern)[:, back]
+        factors = multipliers or {}
+        return {
+            reader.name: reader.unview(
+                mask_in_order(reader, score, order, pattern, factors.get(reader.name))
             )
-        return masks
+            for reader, score in zip(self.space.readers, self.parts(), strict=True)
+        }
+
+
+def mask_in_order(
+    reader: Reader,
+    score: Float[Tensor, "rows channels"],
+    order: Permutation,
+    pattern: NMPattern,
+    multipliers: Float[Tensor, " in"] | None = None,
+) -> Bool[Tensor, "rows channels"]:
+    """
+    The N:M mask of one reader under an order, in the channels' old places.
+
+    :param score: as the reader views its weight
+    :param multipliers: of the scores of every input channel; 1 by default
+    """
+    if multipliers is not None:
+        factors = reader.view(multipliers[None])
+        sections = score.unflatten(0, (reader.queries, -1))
+        score = (sections * factors[:, None]).flatten(0, 1)
+    return nm_mask(score[:, order], pattern)[:, invert(order)]

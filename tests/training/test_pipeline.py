@@ -18,17 +18,18 @@ from nm_permute_plugin.specs.architectures import LLAMA, head_dim_of
 from nm_permute_plugin.specs.fold import fold, invert_all
 from nm_permute_plugin.specs.spec import resolve
 from nm_permute_plugin.training.learn import LearnSettings
+from nm_permute_plugin.training.objective import loss, run
 from nm_permute_plugin.training.orders import OrderShape
 from nm_permute_plugin.training.pipeline import (
     Method,
     OrderSettings,
     Record,
-    in_new_order,
     permute_and_prune,
     refuse_inexact,
     refuse_sparse,
 )
 from nm_permute_plugin.training.samples import Samples
+from nm_permute_plugin.training.stacking import StackedScore
 from nm_permute_plugin.training.statistics import input_norms
 from nm_permute_plugin.training.text import split_text
 
@@ -185,16 +186,41 @@ def test_without_pruning_the_function_stays_and_unfolds_bitwise(
     assert_same(weights_of(model), before)
 
 
-def test_pruning_after_the_fold_uses_norms_that_moved_along(
-    tiny_model, go, resolve_model, text: Samples
+@pytest.mark.parametrize("method", ["search", "learned"])
+def test_what_is_pruned_are_the_masks_of_the_dense_model_in_its_old_places(
+    tiny_model, go, resolve_model, text: Samples, method: str
 ) -> None:
     model, dense = tiny_model("llama"), tiny_model("llama")
     resolved, names = resolve_model(model), linears(model)
-    record = go(model, replace(SEARCH, prune=False))
-    moved = in_new_order(resolved, input_norms(dense, names, text.train), record.perms)
-    measured = input_norms(model, names, text.train)
-    for name in names:
-        torch.testing.assert_close(moved[name], measured[name], rtol=1e-4, atol=1e-5)
+    record = go(model, replace(SEARCH, method=method))
+    fold(model, resolved, invert_all(record.perms))
+    norms = input_norms(dense, names, text.train)
+    scores = {
+        name: score_weight("wanda", dense.get_submodule(name).weight.detach(), norm)
+        for name, norm in norms.items()
+    }
+    for space in resolved.spaces.values():
+        stack = StackedScore.of(space, scores)
+        masks = stack.masks(record.perms[space.name], NMPattern(2, 4))
+        for name, mask in masks.items():
+            expected = dense.get_submodule(name).weight.masked_fill(~mask, 0)
+            assert torch.equal(model.get_submodule(name).weight, expected)
+
+
+def test_the_pruned_model_is_the_one_that_the_held_back_text_liked_best(
+    tiny_model, go, text: Samples
+) -> None:
+    model, dense = tiny_model("llama"), tiny_model("llama")
+    learn = replace(FAST, shape=OrderShape(block_size=16, multipliers=True))
+    record = go(model, replace(SEARCH, method="learned", learn=learn))
+    losses = []
+    with torch.no_grad():
+        for batch in text.held_back:
+            answers = run(model, batch, learn.loss), run(dense, batch, learn.loss)
+            losses.append(float(loss(*answers, batch, learn.loss)))
+    best = min(look["held_back"] for look in record.history)
+    assert best < record.history[0]["held_back"]
+    assert sum(losses) / len(losses) == pytest.approx(best, rel=1e-4)
 
 
 def test_learning_starts_from_the_search_and_never_ends_behind_it(
