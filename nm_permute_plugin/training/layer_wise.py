@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learn the orders of one decoder layer after the other, for models that are large."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,6 +35,9 @@ from nm_permute_plugin.training.stacking import StackedScore
 from nm_permute_plugin.training.statistics import Batch, token_mask
 from nm_permute_plugin.training.step import check_finite
 
+Hold = Callable[[], AbstractContextManager[None]]
+"""A context in which offloaded weights stay where they were fetched to."""
+
 
 def learn_layer_wise(
     model: nn.Module,
@@ -44,6 +48,7 @@ def learn_layer_wise(
     held_back: Sequence[Batch],
     pattern: NMPattern,
     settings: LearnSettings,
+    hold: Hold = nullcontext,
 ) -> Learned:
     """
     Learn the orders that lie inside a decoder layer, layer by layer.
@@ -52,20 +57,23 @@ def learn_layer_wise(
     dense layers on their own inputs. A layer is learned for ``settings.steps`` steps on
     the relative error of its output; held-back rows choose its orders and multipliers, the
     start included. An order that several layers share, as the residual stream's, stays as
-    it is; the multipliers of its readers are learned. Gradients and activations of one
-    layer at a time are on the model's device, the inputs of the next on the CPU.
+    it is; the multipliers of its readers are learned. Gradients, activations and scores of
+    one layer at a time are on the model's device, the inputs of the next on the CPU.
 
-    The arguments are those of ``learn_orders``. ``settings.loss`` judges the whole at the
-    end: if it is no better than the start, the start comes back.
+    The arguments are those of ``learn_orders``, and scores and masks may be on another
+    device than the model. ``settings.loss`` judges the whole at the end: if it is no better
+    than the start, the start comes back.
 
+    :param hold: entered for each layer: keeps offloaded weights where they were fetched to
     :raises ValueError: if there are no decoder layers, if they do not run on their own,
         or if an error is not finite
     """
     work = _Work(model, stacks, start, other_masks, [*train, *held_back], len(train))
     learned = Learned(dict(start))
     before = work.loss(learned, held_back, pattern, settings)
-    with frozen(model), torch.enable_grad():
-        for index in range(len(work.layers)):
+    for index, layer in enumerate(work.layers.modules):
+        # Weights that are fetched for every use would be frozen, and forgotten.
+        with hold(), frozen(layer), torch.enable_grad():
             _learn_layer(work, index, learned, pattern, settings)
     after = work.loss(learned, held_back, pattern, settings)
     logger.info(
@@ -124,10 +132,13 @@ class _Work:
         self.pruned = list(self.dense)
 
     def inside(self, index: int) -> dict[str, StackedScore]:
-        """What of every space the layer reads."""
+        """What of every space the layer reads, on the model's device."""
         prefix = f"{self.layers.names[index]}."
         parts = {name: part_of(stack, prefix) for name, stack in self.stacks.items()}
-        return {name: part for name, part in parts.items() if part is not None}
+        device = next(self.model.parameters()).device
+        return {
+            name: part.to(device) for name, part in parts.items() if part is not None
+        }
 
     def others(self, index: int) -> dict[str, Tensor]:
         """The masks of the layer's linears that no space orders."""

@@ -3,7 +3,9 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -20,7 +22,7 @@ from nm_permute_plugin.specs.fold import Write, fold, invert_all, write_in_place
 from nm_permute_plugin.specs.orientation import weight_of
 from nm_permute_plugin.specs.spec import ResolvedSpec
 from nm_permute_plugin.training.kept import KeptWeights
-from nm_permute_plugin.training.layer_wise import learn_layer_wise
+from nm_permute_plugin.training.layer_wise import Hold, learn_layer_wise
 from nm_permute_plugin.training.layers import decoder_layers
 from nm_permute_plugin.training.learn import (
     Learned,
@@ -76,6 +78,11 @@ class OrderSettings:
     prune: bool = True
     recover: RecoverSettings = field(default_factory=RecoverSettings)
 
+    @property
+    def layer_wise(self) -> bool:
+        """Whether the whole model is too large for its device: scores stay on the CPU."""
+        return self.objective == "layer_wise"
+
 
 @dataclass
 class Record:
@@ -104,6 +111,7 @@ def permute_and_prune(
     samples: Samples,
     settings: OrderSettings,
     write: Write = write_in_place,
+    hold: Hold = nullcontext,
 ) -> Record:
     """
     Order the channels, fold the order exactly, zero what the N:M mask drops, and recover.
@@ -114,13 +122,15 @@ def permute_and_prune(
 
     :param prunable: names of the linears to prune
     :param write: how a parameter's new value is stored
+    :param hold: entered for each layer that ``layer_wise`` learns, and for all recovery:
+        keeps offloaded weights where they were fetched to
     :raises ValueError: for a model that is sparse already, for bad statistics, for outputs
         that are not finite, and for a recovery that cannot run
     :raises RuntimeError: if the fold changes the function of the model
     """
     refuse_sparse(model, prunable, settings.pattern)
-    layer_wise = settings.method == "learned" and settings.objective == "layer_wise"
-    if layer_wise or "blocks" in settings.recover.stages:
+    learns_layers = settings.method == "learned" and settings.layer_wise
+    if learns_layers or "blocks" in settings.recover.stages:
         decoder_layers(model, prunable)  # refuse before the order is learned, not after
     clock = _Clock()
     norms = (
@@ -129,10 +139,16 @@ def permute_and_prune(
         else {}
     )
     clock.lap("statistics")
-    scores = _scores(model, prunable, settings.score, norms)
-    found = _find_orders(model, resolved, scores, samples, settings, clock)
-    before = _retained(resolved, scores, Learned({}), settings.pattern)
-    after = _retained(resolved, scores, found, settings.pattern)
+    device = next(model.parameters()).device
+    scores = {
+        name: _score(model, name, settings.score, norms).to(
+            "cpu" if settings.layer_wise else device
+        )
+        for name in prunable
+    }
+    found = _find_orders(model, resolved, scores, samples, settings, clock, hold)
+    before = _retained(resolved, scores, Learned({}), settings.pattern, device)
+    after = _retained(resolved, scores, found, settings.pattern, device)
     del scores
     fold_error = _fold_checked(model, resolved, found.perms, samples.train[0], write)
     logger.info(f"folded {len(found.perms)} orders; outputs moved by {fold_error:.1e}")
@@ -141,11 +157,16 @@ def permute_and_prune(
     if settings.prune:
         norms = in_new_order(resolved, norms, found.perms)
         multipliers = in_new_order(resolved, found.multipliers, found.perms)
-        kept = _kept(model, prunable, norms, multipliers, settings)
+        keep = partial(_kept, model, norms, multipliers, settings)
         if settings.recover.stages:
-            recovered = recover(kept, samples, settings.recover)
-            clock.lap("recover")
-        kept.write(write)
+            with hold():
+                kept = keep(prunable)
+                recovered = recover(kept, samples, settings.recover)
+                clock.lap("recover")
+                kept.write(write)
+        else:
+            for name in prunable:  # never two copies of the whole model
+                keep([name]).write(write)
         clock.lap("prune")
     return Record(
         found.perms,
@@ -220,16 +241,13 @@ class _Clock:
         logger.info(f"{stage}: {self.seconds[stage]:.1f} s")
 
 
-def _scores(
+def _score(
     model: nn.Module,
-    prunable: Sequence[str],
+    name: str,
     score: ScoreName,
     norms: Mapping[str, Float[Tensor, " _in"]],
-) -> dict[str, Float[Tensor, "_out _in"]]:
-    return {
-        name: score_weight(score, weight_of(linear(model, name)), norms.get(name))
-        for name in prunable
-    }
+) -> Float[Tensor, "_out _in"]:
+    return score_weight(score, weight_of(linear(model, name)), norms.get(name))
 
 
 def _find_orders(
@@ -239,6 +257,7 @@ def _find_orders(
     samples: Samples,
     settings: OrderSettings,
     clock: _Clock,
+    hold: Hold,
 ) -> Learned:
     """The orders of the chosen families' spaces, by the chosen method."""
     stacks: dict[str, StackedScore] = {}
@@ -263,14 +282,19 @@ def _find_orders(
         return mean_loss(model, masks, samples.held_back, settings.learn.loss, teacher)
 
     searched = search_orders(
-        stacks, settings.pattern, settings.search_rounds, settings.learn.seed, judge
+        stacks,
+        settings.pattern,
+        settings.search_rounds,
+        settings.learn.seed,
+        judge,
+        next(model.parameters()).device,
     )
     clock.lap("search")
     if settings.method == "search":
         return Learned(searched.perms, history=searched.history)
     learn = learn_orders
-    if settings.objective == "layer_wise":
-        learn = learn_layer_wise
+    if settings.layer_wise:
+        learn = partial(learn_layer_wise, hold=hold)
     learned = learn(
         model,
         stacks,
@@ -290,8 +314,9 @@ def _retained(
     scores: Mapping[str, Float[Tensor, "out in"]],
     found: Learned,
     pattern: NMPattern,
+    device: torch.device,
 ) -> float:
-    """The share of the whole score that the masks keep."""
+    """The share of the whole score that the masks keep, counted on a device."""
     orders = {
         reader.name: (reader, found.perms[space.name])
         for space in resolved.spaces.values()
@@ -299,7 +324,8 @@ def _retained(
         if space.name in found.perms
     }
     kept = total = 0.0
-    for name, score in scores.items():
+    for name, stored in scores.items():
+        score = stored.to(device)
         judged = score * found.multipliers.get(name, 1.0)
         if name in orders:
             reader, perm = orders[name]
@@ -346,16 +372,15 @@ def _outputs(model: nn.Module, probe: Batch) -> Tensor:
 
 def _kept(
     model: nn.Module,
-    prunable: Sequence[str],
     norms: Mapping[str, Float[Tensor, " _in"]],
     multipliers: Mapping[str, Float[Tensor, " _in"]],
     settings: OrderSettings,
+    linears: Sequence[str],
 ) -> KeptWeights:
-    """What the masks of the folded model keep."""
+    """What the masks of the folded model keep of the linears."""
     masks = {}
-    for name in prunable:
-        weight = weight_of(linear(model, name))
-        score = score_weight(settings.score, weight, norms.get(name))
+    for name in linears:
+        score = _score(model, name, settings.score, norms)
         if name in multipliers:
             score = score * multipliers[name]
         masks[name] = nm_mask(score, settings.pattern)

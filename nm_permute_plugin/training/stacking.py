@@ -2,7 +2,7 @@
 """All readers of a space as one matrix: their scores stand one below the other."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -63,6 +63,10 @@ class StackedScore:
             for reader, part in zip(self.space.readers, parts, strict=True)
         }
 
+    def to(self, device: torch.device) -> "StackedScore":
+        """The same, its scores on a device."""
+        return replace(self, score=self.score.to(device))
+
     def parts(self) -> list[Float[Tensor, "_rows channels"]]:
         """The rows of each reader, in the order of ``space.readers``; no copies."""
         return list(self.score.split(list(self.rows)))
@@ -76,16 +80,18 @@ class StackedScore:
         """
         The N:M masks of all readers under an order, in the channels' old places.
 
+        They are made where the order is, a reader at a time, and kept where the scores are.
+
         :param multipliers: by reader, of the scores of every input channel; 1 by default
         """
         back = invert(order)
         masks: dict[str, Bool[Tensor, "_out _in"]] = {}
         for reader, score in zip(self.space.readers, self.parts(), strict=True):
+            score = score.to(order.device)
             if multipliers and reader.name in multipliers:
                 factors = reader.view(multipliers[reader.name][None])
                 sections = score.unflatten(0, (reader.queries, -1))
                 score = (sections * factors[:, None]).flatten(0, 1)
-            masks[reader.name] = reader.unview(
-                nm_mask(score[:, order], pattern)[:, back]
-            )
+            mask = nm_mask(score[:, order], pattern)[:, back]
+            masks[reader.name] = reader.unview(mask.to(self.score.device))
         return masks
