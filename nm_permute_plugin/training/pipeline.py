@@ -24,13 +24,7 @@ from nm_permute_plugin.specs.spec import ResolvedSpec
 from nm_permute_plugin.training.kept import KeptWeights
 from nm_permute_plugin.training.layer_wise import Hold, learn_layer_wise
 from nm_permute_plugin.training.layers import decoder_layers
-from nm_permute_plugin.training.learn import (
-    Learned,
-    LearnSettings,
-    hard_masks,
-    learn_orders,
-    mean_loss,
-)
+from nm_permute_plugin.training.learn import LearnSettings, learn_orders
 from nm_permute_plugin.training.masking import linear
 from nm_permute_plugin.training.objective import answer
 from nm_permute_plugin.training.recover import RecoverSettings, StageRecord, recover
@@ -44,6 +38,7 @@ from nm_permute_plugin.training.statistics import (
     input_norms,
     on_device,
 )
+from nm_permute_plugin.training.subject import Learned, Subject
 from nm_permute_plugin.training.teacher import Teacher
 
 Method = Literal["learned", "search", "identity"]
@@ -275,35 +270,27 @@ def _find_orders(
         if name not in ordered
     }
 
-    teacher = Teacher(model, settings.learn.loss)
+    subject = Subject(model, stacks, others, samples, settings.pattern)
+    learn, teacher = settings.learn, Teacher(model, settings.learn.loss)
 
-    def judge(perms: Mapping[str, Permutation]) -> float:
-        masks = hard_masks(stacks, perms, others, settings.pattern)
-        return mean_loss(model, masks, samples.held_back, settings.learn.loss, teacher)
+    def judge(perms: dict[str, Permutation]) -> float:
+        return subject.held_back_loss(Learned(perms), learn.loss, teacher)
 
     searched = search_orders(
         stacks,
         settings.pattern,
         settings.search_rounds,
-        settings.learn.seed,
+        learn.seed,
         judge,
-        next(model.parameters()).device,
+        subject.device,
     )
     clock.lap("search")
     if settings.method == "search":
         return Learned(searched.perms, history=searched.history)
-    learn = learn_orders
-    if settings.layer_wise:
-        learn = partial(learn_layer_wise, hold=hold)
-    learned = learn(
-        model,
-        stacks,
-        searched.perms,
-        others,
-        samples.train,
-        samples.held_back,
-        settings.pattern,
-        settings.learn,
+    learned = (
+        learn_layer_wise(subject, searched.perms, learn, hold)
+        if settings.layer_wise
+        else learn_orders(subject, searched.perms, learn)
     )
     clock.lap("learn")
     return learned

@@ -15,16 +15,12 @@ from nm_permute_plugin.maths.masks import nm_mask
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import check_permutation
 from nm_permute_plugin.training.layer_wise import Hold, learn_layer_wise, part_of
-from nm_permute_plugin.training.learn import (
-    Learned,
-    LearnSettings,
-    hard_masks,
-    mean_loss,
-)
+from nm_permute_plugin.training.learn import LearnSettings
 from nm_permute_plugin.training.orders import OrderShape
 from nm_permute_plugin.training.pipeline import OrderSettings, permute_and_prune
 from nm_permute_plugin.training.samples import Samples
 from nm_permute_plugin.training.stacking import StackedScore
+from nm_permute_plugin.training.subject import Learned, Subject
 from nm_permute_plugin.training.text import split_text
 
 TWO_OF_FOUR = NMPattern(2, 4)
@@ -73,17 +69,8 @@ def learn(
     others: dict[str, Tensor] | None = None,
     hold: Hold = nullcontext,
 ) -> Learned:
-    return learn_layer_wise(
-        model,
-        stacks,
-        start or as_they_are(stacks),
-        others or {},
-        text.train,
-        text.held_back,
-        TWO_OF_FOUR,
-        settings,
-        hold,
-    )
+    subject = Subject(model, stacks, others or {}, text, TWO_OF_FOUR)
+    return learn_layer_wise(subject, start or as_they_are(stacks), settings, hold)
 
 
 def loss_of(
@@ -93,10 +80,8 @@ def loss_of(
     text: Samples,
     others: dict[str, Tensor] | None = None,
 ) -> float:
-    masks = hard_masks(
-        stacks, learned.perms, others or {}, TWO_OF_FOUR, learned.multipliers
-    )
-    return mean_loss(model, masks, text.held_back, FAST.loss)
+    subject = Subject(model, stacks, others or {}, text, TWO_OF_FOUR)
+    return subject.held_back_loss(learned, FAST.loss)
 
 
 def test_a_planted_order_is_approached(
@@ -163,7 +148,7 @@ def test_a_better_layer_that_worsens_the_whole_is_not_kept(
     stacks = stacks_of(trained, resolve_model)
     losses = iter([1.0, 2.0])
     monkeypatch.setattr(
-        "nm_permute_plugin.training.layer_wise.mean_loss", lambda *rest: next(losses)
+        "nm_permute_plugin.training.subject.mean_loss", lambda *rest: next(losses)
     )
     learned = learn(trained, stacks, text)
     assert [look["held_back"] for look in learned.history] == [1.0, 2.0]
