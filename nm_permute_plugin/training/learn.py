@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learn the order end to end: frozen weights, one matrix of logits per block."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from nm_permute_plugin.maths.permutation import Permutation
 from nm_permute_plugin.maths.sinkhorn import annealed
+from nm_permute_plugin.training.kept import endless
 from nm_permute_plugin.training.masking import Mask
 from nm_permute_plugin.training.objective import LossWeights
 from nm_permute_plugin.training.orders import LearnableOrders, OrderShape
-from nm_permute_plugin.training.statistics import Batch
 from nm_permute_plugin.training.step import (
     backward_step,
     layers_to_checkpoint,
@@ -79,7 +79,7 @@ def learn_orders(
     orders = LearnableOrders(
         subject.stacks, start, subject.pattern, settings.shape, subject.dtype
     )
-    batches = _shuffled(samples.train, settings.seed)
+    numbers = endless(len(samples.train), settings.seed)
     teacher = Teacher(model, settings.loss)
 
     def masks(tau: float, step: int) -> dict[str, Mask]:
@@ -103,7 +103,7 @@ def learn_orders(
             return backward_step(
                 model,
                 partial(masks, tau, number),
-                next(batches),
+                samples.train[next(numbers)],
                 settings.loss,
                 settings.micro_batch_size,
                 layers,
@@ -167,14 +167,6 @@ def descend(
             best, learned = held, now
     learned.history = history
     return learned
-
-
-def _shuffled(batches: Sequence[Batch], seed: int) -> Iterator[Batch]:
-    """Every batch once an epoch, in a new order each time."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        for index in torch.randperm(len(batches), generator=generator).tolist():
-            yield batches[index]
 
 
 @contextmanager
