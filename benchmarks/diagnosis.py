@@ -24,15 +24,12 @@ from torch.nn import functional as F
 
 from methods import Way, changed, parse_changes, ways
 from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.training.learn import (
-    LearnSettings,
-    frozen,
-    mean_loss,
-)
+from nm_permute_plugin.training.learn import LearnSettings, frozen
 from nm_permute_plugin.training.masking import Mask
 from nm_permute_plugin.training.step import backward_step
+from nm_permute_plugin.training.subject import mean_loss
 from nm_permute_plugin.training.text import split_text
-from subject import Subject, learning, load, parted
+from subject import Started, learning, load, parted
 from swaps import Swaps, Tried
 from texts import text_rows
 
@@ -60,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(_markdown(args.answer(subject, settings, args)))
 
 
-def noise(subject: Subject, settings: LearnSettings, args: argparse.Namespace) -> Rows:
+def noise(subject: Started, settings: LearnSettings, args: argparse.Namespace) -> Rows:
     """
     Cosine similarity of the gradients of different batches, at the start of learning.
 
@@ -79,7 +76,7 @@ def noise(subject: Subject, settings: LearnSettings, args: argparse.Namespace) -
         return {**subject.others, **orders.masks(settings.temperature[0], 0)}
 
     by_family: dict[str, list[Tensor]] = {name: [] for name in parameters}
-    for batch in subject.text.train[: args.batches]:
+    for batch in subject.samples.train[: args.batches]:
         with frozen(subject.model), torch.enable_grad():
             backward_step(subject.model, masks, batch, settings.loss)
         for family, tensors in parameters.items():
@@ -105,7 +102,7 @@ def noise(subject: Subject, settings: LearnSettings, args: argparse.Namespace) -
 
 
 def linearisation(
-    subject: Subject, settings: LearnSettings, args: argparse.Namespace
+    subject: Started, settings: LearnSettings, args: argparse.Namespace
 ) -> Rows:
     """
     Foretold and true changes of the loss by swaps of two channels, alone and together.
@@ -117,7 +114,7 @@ def linearisation(
     table[0] += ["mean elsewhere", "costs: correlation", "same sign"]
     table[0] += ["mask: correlation", "same sign", "elsewhere: correlation"]
     generator = torch.Generator().manual_seed(args.seed)
-    first, second = subject.text.train[:2]
+    first, second = subject.samples.train[:2]
     for name in args.spaces or _spaces(subject):
         swaps = Swaps(subject, name, (first, second), settings.loss)
         for together in args.together:
@@ -132,7 +129,7 @@ def linearisation(
     return table
 
 
-def start(subject: Subject, settings: LearnSettings, args: argparse.Namespace) -> Rows:
+def start(subject: Started, settings: LearnSettings, args: argparse.Namespace) -> Rows:
     """The held-back loss over the first steps, with and without a warm-up of the rate."""
     columns: list[list[tuple[float, float]]] = []
     steps: list[int] = []
@@ -140,7 +137,7 @@ def start(subject: Subject, settings: LearnSettings, args: argparse.Namespace) -
         looks = []
         steps = []
         for step, _, orders in learning(subject, settings, warm_up):
-            held = subject.loss(orders, subject.text.held_back, settings.loss)
+            held = subject.loss(orders, subject.samples.held_back, settings.loss)
             gone = parted(subject.start, orders.perms(), subject.pattern.m)
             looks.append((held, gone))
             steps.append(step)
@@ -158,11 +155,11 @@ def start(subject: Subject, settings: LearnSettings, args: argparse.Namespace) -
 
 
 def hardening(
-    subject: Subject, settings: LearnSettings, args: argparse.Namespace
+    subject: Started, settings: LearnSettings, args: argparse.Namespace
 ) -> Rows:
     """The held-back loss of the soft order against the hardened one."""
     table = [["step", "temperature", "soft", "hardened"]]
-    held_back, weights = subject.text.held_back, settings.loss
+    held_back, weights = subject.samples.held_back, settings.loss
     for step, temperature, orders in learning(subject, settings):
         with torch.no_grad():
             masks = {**subject.others, **orders.masks(temperature, step)}
@@ -173,10 +170,10 @@ def hardening(
 
 
 def transfer(
-    subject: Subject, settings: LearnSettings, args: argparse.Namespace
+    subject: Started, settings: LearnSettings, args: argparse.Namespace
 ) -> Rows:
     """The loss on text of training, on held-back text, and on text of another kind."""
-    held_back = subject.text.held_back
+    held_back = subject.samples.held_back
     count = sum(len(batch["input_ids"]) for batch in held_back)
     rows = text_rows(args.model, [args.other], count, args.sequence_length)
     other = [
@@ -184,7 +181,7 @@ def transfer(
         for i in range(0, len(rows), args.batch_size)
     ]
     texts = {
-        "trained on": subject.text.train[: len(held_back)],
+        "trained on": subject.samples.train[: len(held_back)],
         "held back": held_back,
         args.other.stem: other,
     }
@@ -217,7 +214,7 @@ def _correlation(first: Sequence[float], second: Sequence[float]) -> str:
     return f"{statistics.correlation(first, second):.2f}"
 
 
-def _spaces(subject: Subject) -> list[str]:
+def _spaces(subject: Started) -> list[str]:
     """One space of every family, from the middle of the model."""
     by_family: dict[str, list[str]] = {}
     for name, stack in subject.stacks.items():

@@ -23,15 +23,12 @@ from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.specs.architectures import LLAMA
 from nm_permute_plugin.specs.spec import resolve
 from nm_permute_plugin.training.checkpointing import checkpointed, repeated_layers
-from nm_permute_plugin.training.learn import (
-    LearnSettings,
-    hard_masks,
-    learn_orders,
-    mean_loss,
-)
+from nm_permute_plugin.training.learn import LearnSettings, learn_orders
 from nm_permute_plugin.training.orders import OrderShape
+from nm_permute_plugin.training.samples import Samples
 from nm_permute_plugin.training.search import search_orders
 from nm_permute_plugin.training.stacking import StackedScore
+from nm_permute_plugin.training.subject import Learned, Subject
 
 PATTERN = NMPattern(2, 4)
 SHAPES: dict[str, dict[str, int | bool]] = {
@@ -137,19 +134,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         micro_batch_size=args.micro_batch_size,
         gradient_checkpointing=args.gradient_checkpointing,
     )
-    held_back = [{"input_ids": ids}]
-    _, peak = measured(
-        lambda: learn_orders(
-            model, stacks, start, {}, batches, held_back, PATTERN, settings
-        )
-    )
+    samples = Samples(batches, [{"input_ids": ids}])
+    subject = Subject(model, stacks, {}, samples, PATTERN)
+    _, peak = measured(lambda: learn_orders(subject, start, settings))
     first = batches.step(2, count + 2)
     later = batches.step(count + 3, 2 * count + 3)
-    look, _ = measured(
-        lambda: mean_loss(
-            model, hard_masks(stacks, start, {}, PATTERN), held_back, settings.loss
-        )
-    )
+    look, _ = measured(lambda: subject.held_back_loss(Learned(start), settings.loss))
     print(f"learning, {count} steps of each kind{peak}; a look at a batch {look:.3f} s")
     for epoch, step in (("first epoch", first), ("later epochs", later)):
         print(

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a diagnosis looks at: a model, its scores by space, a start, and text."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from einops import rearrange
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from loop import learning_steps
 from methods import prunable
@@ -20,7 +19,7 @@ from nm_permute_plugin.maths.sinkhorn import annealed
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
 from nm_permute_plugin.specs.orientation import weight_of
 from nm_permute_plugin.specs.spec import resolve
-from nm_permute_plugin.training.learn import LearnSettings, hard_masks, mean_loss
+from nm_permute_plugin.training.learn import LearnSettings
 from nm_permute_plugin.training.masking import Mask, linear
 from nm_permute_plugin.training.objective import LossWeights
 from nm_permute_plugin.training.orders import LearnableOrders
@@ -28,31 +27,20 @@ from nm_permute_plugin.training.samples import Samples
 from nm_permute_plugin.training.search import search_orders
 from nm_permute_plugin.training.stacking import StackedScore
 from nm_permute_plugin.training.statistics import Batch, input_norms
+from nm_permute_plugin.training.subject import Learned, Subject, mean_loss
 
-Perms = Mapping[str, Permutation]
+Perms = dict[str, Permutation]
 
 
 @dataclass(frozen=True)
-class Subject:
+class Started(Subject):
     """
-    A dense model and where the learning of its order starts.
+    A subject, and where the learning of its order starts.
 
-    :param stacks: Wanda's scores, by space
     :param start: by space
-    :param others: masks of linears that no space orders
     """
 
-    model: PreTrainedModel
-    stacks: dict[str, StackedScore]
     start: Perms
-    others: dict[str, Tensor]
-    text: Samples
-    pattern: NMPattern
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights, and so of the masks."""
-        return next(self.model.parameters()).dtype
 
     def orders(self, settings: LearnSettings) -> LearnableOrders:
         """Parameters of the orders, at the start."""
@@ -60,18 +48,11 @@ class Subject:
             self.stacks, self.start, self.pattern, settings.shape, self.dtype
         )
 
-    def masks(self, perms: Perms) -> dict[str, Tensor]:
-        """Hard masks of all linears."""
-        return hard_masks(self.stacks, perms, self.others, self.pattern)
-
     def loss(
         self, orders: LearnableOrders, batches: list[Batch], weights: LossWeights
     ) -> float:
         """The loss under the orders as they stand, hard, multipliers included."""
-        multipliers = orders.multipliers()
-        masks = hard_masks(
-            self.stacks, orders.perms(), self.others, self.pattern, multipliers
-        )
+        masks = self.masks(Learned(orders.perms(), orders.multipliers()))
         return mean_loss(self.model, masks, batches, weights)
 
 
@@ -83,7 +64,7 @@ def load(
     seed: int,
     device: str,
     dtype: torch.dtype,
-) -> Subject:
+) -> Started:
     """
     Measure a model and search its start.
 
@@ -106,18 +87,17 @@ def load(
         if space.readers
     }
     others = {name: nm_mask(scores[name], pattern) for name in resolved.unordered}
-    as_it_is = Subject(model, stacks, {}, others, text, pattern)
+    subject = Subject(model, stacks, others, text, pattern)
 
-    def judge(perms: Perms) -> float:
-        masks = as_it_is.masks(perms)
-        return mean_loss(model, masks, text.held_back, LearnSettings().loss)
+    def judge(perms: dict[str, Permutation]) -> float:
+        return subject.held_back_loss(Learned(perms), LearnSettings().loss)
 
     start = search_orders(stacks, pattern, rounds, seed, judge).perms
-    return replace(as_it_is, start=start)
+    return Started(model, stacks, others, text, pattern, start)
 
 
 def learning(
-    subject: Subject, settings: LearnSettings, warm_up: int = 0
+    subject: Started, settings: LearnSettings, warm_up: int = 0
 ) -> Iterator[tuple[int, float, LearnableOrders]]:
     """
     Learn, with a look before the first step and after every ``evaluate_every``.
@@ -142,7 +122,7 @@ def learning(
         return {**subject.others, **orders.masks(temperature(step), step)}
 
     yield 0, temperature(0), orders
-    train = subject.text.train
+    train = subject.samples.train
     for step, _ in learning_steps(
         subject.model, masks_at, optimizer, train, settings, warm_up
     ):

@@ -15,7 +15,8 @@ from nm_permute_plugin.training.relaxation import insertion_costs
 from nm_permute_plugin.training.stacking import StackedScore
 from nm_permute_plugin.training.statistics import Batch, on_device
 from nm_permute_plugin.training.step import backward_step
-from subject import Subject
+from nm_permute_plugin.training.subject import Learned
+from subject import Started
 
 Pair = tuple[int, int]
 """Two places of an order, in different groups."""
@@ -41,7 +42,7 @@ class Tried:
 class Judge:
     """The loss of masks on one batch; the dense model runs only once."""
 
-    def __init__(self, subject: Subject, batch: Batch, weights: LossWeights) -> None:
+    def __init__(self, subject: Started, batch: Batch, weights: LossWeights) -> None:
         self._model, self._weights = subject.model, weights
         self._batch = on_device(batch, subject.model)
         with torch.no_grad():
@@ -63,7 +64,7 @@ class Swaps:
 
     def __init__(
         self,
-        subject: Subject,
+        subject: Started,
         name: str,
         batches: tuple[Batch, Batch],
         weights: LossWeights,
@@ -71,7 +72,7 @@ class Swaps:
         self._subject, self._stack = subject, subject.stacks[name]
         self._start = subject.start[name]
         self._judges = [Judge(subject, batch, weights) for batch in batches]
-        self._masks = subject.masks(subject.start)
+        self._masks = subject.masks(Learned(subject.start))
         self._before = [judge(self._masks) for judge in self._judges]
         self._grads = _mask_gradients(subject, self._masks, batches[0], weights)
         size, m = self._stack.space.size, subject.pattern.m
@@ -127,7 +128,7 @@ class Swaps:
 
 
 def _mask_gradients(
-    subject: Subject, masks: dict[str, Tensor], batch: Batch, weights: LossWeights
+    subject: Started, masks: dict[str, Tensor], batch: Batch, weights: LossWeights
 ) -> dict[str, Tensor]:
     """The gradient of the loss with respect to every mask."""
     leaves = {

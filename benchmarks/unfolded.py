@@ -14,16 +14,12 @@ from nm_permute_plugin.maths.masks import nm_mask
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import Permutation
 from nm_permute_plugin.specs.spec import Reader, Space
-from nm_permute_plugin.training.learn import (
-    LearnSettings,
-    hard_masks,
-    learn_orders,
-    mean_loss,
-)
+from nm_permute_plugin.training.learn import LearnSettings, learn_orders
 from nm_permute_plugin.training.relaxation import rivalry
 from nm_permute_plugin.training.samples import Samples
 from nm_permute_plugin.training.search import search_orders
 from nm_permute_plugin.training.stacking import StackedScore
+from nm_permute_plugin.training.subject import Learned, Subject, mean_loss
 
 Masks = dict[str, Tensor]
 Look = dict[str, int | float]
@@ -71,20 +67,16 @@ def order_alone(
     :param rounds: of the search that goes first; 0 starts in the order as it is
     """
     stacks = own_spaces(scores)
+    subject = Subject(model, stacks, {}, text, pattern)
 
-    def judge(perms: Mapping[str, Permutation]) -> float:
-        masks = hard_masks(stacks, perms, {}, pattern)
-        return mean_loss(model, masks, text.held_back, learn.loss)
+    def judge(perms: dict[str, Permutation]) -> float:
+        return subject.held_back_loss(Learned(perms), learn.loss)
 
     searched = search_orders(stacks, pattern, rounds, learn.seed, judge)
-    if search_only:
-        masks = hard_masks(stacks, searched.perms, {}, pattern)
-        return Unfolded(masks, searched.perms, searched.history)
-    learned = learn_orders(
-        model, stacks, searched.perms, {}, text.train, text.held_back, pattern, learn
-    )
-    masks = hard_masks(stacks, learned.perms, {}, pattern, learned.multipliers)
-    return Unfolded(masks, learned.perms, learned.history)
+    found = Learned(searched.perms, history=searched.history)
+    if not search_only:
+        found = learn_orders(subject, searched.perms, learn)
+    return Unfolded(subject.masks(found), found.perms, found.history)
 
 
 class FreeMask(torch.autograd.Function):

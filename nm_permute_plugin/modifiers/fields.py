@@ -38,8 +38,9 @@ class OrderFields(BaseModel):
         patterns, experts, and what no sparse format holds (4-bit quantization, Conv1D)
     :param spec: a permutation spec for an architecture that is not known
     :param objective: end_to_end (the loss of the whole model) or layer_wise (the output
-        error of decoder layers, one after the other: for models whose gradients do not
-        fit; the order of the residual stream stays the search's)
+        error of decoder layers, one after the other: for models whose gradients, or
+        whose weights, do not fit: offloaded ones are fetched a layer at a time; the
+        order of the residual stream stays the search's)
     :param steps: optimiser steps; layer_wise: of each layer
     :param batch_size: rows of calibration text, or images, a step; one sample of text
         with images is a step of its own

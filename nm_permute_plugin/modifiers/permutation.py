@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The modifier that a recipe names: order, fold and prune in one step."""
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 
@@ -134,8 +135,10 @@ class LearnablePermutationModifier(OrderFields, Modifier):
             f"{self.method} order for {self.mask_structure} {self.score}: "
             f"{len(self._prunable)} linears, {samples} to train on"
         )
+        settings = self.settings()
         # Weights stay on the device that they are fetched to: each is read many times.
-        with DisableQuantization(model), disable_offloading():
+        held = nullcontext() if settings.layer_wise else disable_offloading()
+        with DisableQuantization(model), held:
             if self.spec is not None:
                 refuse_inexact(
                     model, self._resolved, samples.train[0], update_offload_parameter
@@ -145,8 +148,9 @@ class LearnablePermutationModifier(OrderFields, Modifier):
                 self._resolved,
                 self._prunable,
                 samples,
-                self.settings(),
+                settings,
                 write=update_offload_parameter,
+                hold=disable_offloading,
             )
 
     def on_finalize(self, state: State, **kwargs: object) -> bool:

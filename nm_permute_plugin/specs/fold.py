@@ -19,16 +19,16 @@ from nm_permute_plugin.specs.orientation import as_stored
 from nm_permute_plugin.specs.spec import ResolvedSpec, Space
 
 Write = Callable[[nn.Module, str, Tensor], None]
-"""``write(owner, name, tensor)`` stores a parameter's new value. Offloaded modules need
-their host's own way."""
+"""``write(owner, name, tensor)`` stores a parameter's new value, where gradients are off.
+Offloaded modules need their host's own way."""
 
 
 def write_in_place(owner: nn.Module, name: str, tensor: Tensor) -> None:
     """Overwrite a parameter that lives in its module; tied names see the change."""
-    with torch.no_grad():
-        getattr(owner, name).copy_(tensor)
+    getattr(owner, name).copy_(tensor)
 
 
+@torch.no_grad()
 def fold(
     model: nn.Module,
     resolved: ResolvedSpec,

@@ -112,6 +112,7 @@ class KeptWeights:
                 total += float(loss(ours, dense, batch, weights))
         return check_finite(total / len(batches), "held-back loss")
 
+    @torch.no_grad()
     def write(self, write: Write) -> None:
         """Store the values in the model, which is pruned from then on."""
         for name, value in self.values.items():

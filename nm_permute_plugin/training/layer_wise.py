@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learn the orders of one decoder layer after the other, for models that are large."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from loguru import logger
-from torch import Tensor, nn
+from torch import Tensor
 
-from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import Permutation
 from nm_permute_plugin.training.blocks import Hidden
 from nm_permute_plugin.training.kept import endless
@@ -19,31 +19,24 @@ from nm_permute_plugin.training.layers import (
     decoder_layers,
     run_layers,
 )
-from nm_permute_plugin.training.learn import (
-    Learned,
-    LearnSettings,
-    descend,
-    frozen,
-    hard_masks,
-    mean_loss,
-)
+from nm_permute_plugin.training.learn import LearnSettings, descend, frozen
 from nm_permute_plugin.training.masking import Mask, masked
 from nm_permute_plugin.training.objective import relative_error
 from nm_permute_plugin.training.orders import LearnableOrders
 from nm_permute_plugin.training.stacking import StackedScore
-from nm_permute_plugin.training.statistics import Batch, token_mask
+from nm_permute_plugin.training.statistics import token_mask
 from nm_permute_plugin.training.step import check_finite
+from nm_permute_plugin.training.subject import Learned, Subject
+
+Hold = Callable[[], AbstractContextManager[None]]
+"""A context in which offloaded weights stay where they were fetched to."""
 
 
 def learn_layer_wise(
-    model: nn.Module,
-    stacks: Mapping[str, StackedScore],
+    subject: Subject,
     start: Mapping[str, Permutation],
-    other_masks: Mapping[str, Tensor],
-    train: Sequence[Batch],
-    held_back: Sequence[Batch],
-    pattern: NMPattern,
     settings: LearnSettings,
+    hold: Hold = nullcontext,
 ) -> Learned:
     """
     Learn the orders that lie inside a decoder layer, layer by layer.
@@ -52,22 +45,25 @@ def learn_layer_wise(
     dense layers on their own inputs. A layer is learned for ``settings.steps`` steps on
     the relative error of its output; held-back rows choose its orders and multipliers, the
     start included. An order that several layers share, as the residual stream's, stays as
-    it is; the multipliers of its readers are learned. Gradients and activations of one
-    layer at a time are on the model's device, the inputs of the next on the CPU.
+    it is; the multipliers of its readers are learned. Gradients, activations and scores of
+    one layer at a time are where the model runs, the inputs of the next on the CPU.
 
-    The arguments are those of ``learn_orders``. ``settings.loss`` judges the whole at the
-    end: if it is no better than the start, the start comes back.
+    ``settings.loss`` judges the whole at the end: if it is no better than the start, the
+    start comes back.
 
+    :param start: by space
+    :param hold: entered for each layer: keeps offloaded weights where they were fetched to
     :raises ValueError: if there are no decoder layers, if they do not run on their own,
         or if an error is not finite
     """
-    work = _Work(model, stacks, start, other_masks, [*train, *held_back], len(train))
+    work = _Work(subject)
     learned = Learned(dict(start))
-    before = work.loss(learned, held_back, pattern, settings)
-    with frozen(model), torch.enable_grad():
-        for index in range(len(work.layers)):
-            _learn_layer(work, index, learned, pattern, settings)
-    after = work.loss(learned, held_back, pattern, settings)
+    before = subject.held_back_loss(learned, settings.loss)
+    for index, layer in enumerate(work.layers.modules):
+        # Weights that are fetched for every use would be frozen, and forgotten.
+        with hold(), frozen(layer), torch.enable_grad():
+            _learn_layer(work, index, start, learned, settings)
+    after = subject.held_back_loss(learned, settings.loss)
     logger.info(
         f"learned {len(work.layers)} layers in {settings.steps} steps each: held-back "
         f"loss {before:.4f} -> {after:.4f}"
@@ -97,7 +93,6 @@ def part_of(stack: StackedScore, prefix: str) -> StackedScore | None:
     )
 
 
-@dataclass
 class _Work:
     """
     The layers, and what enters them for every batch; the held-back batches come last.
@@ -106,16 +101,10 @@ class _Work:
     :ivar pruned: the same behind the pruned layers
     """
 
-    model: nn.Module
-    stacks: Mapping[str, StackedScore]
-    start: Mapping[str, Permutation]
-    other_masks: Mapping[str, Tensor]
-    batches: list[Batch]
-    train: int
-
-    def __post_init__(self) -> None:
-        readers = [r.name for s in self.stacks.values() for r in s.space.readers]
-        self.layers = decoder_layers(self.model, [*self.other_masks, *readers])
+    def __init__(self, subject: Subject) -> None:
+        self.subject, self.model = subject, subject.model
+        self.batches = [*subject.samples.train, *subject.samples.held_back]
+        self.layers = decoder_layers(self.model, subject.linears)
         check_layers(self.model, self.layers, self.batches)
         self.dense: list[Hidden] = [
             calls_of(self.model, self.layers, batch).hidden.cpu()
@@ -123,17 +112,18 @@ class _Work:
         ]
         self.pruned = list(self.dense)
 
-    def inside(self, index: int) -> dict[str, StackedScore]:
-        """What of every space the layer reads."""
-        prefix = f"{self.layers.names[index]}."
-        parts = {name: part_of(stack, prefix) for name, stack in self.stacks.items()}
-        return {name: part for name, part in parts.items() if part is not None}
-
-    def others(self, index: int) -> dict[str, Tensor]:
-        """The masks of the layer's linears that no space orders."""
-        prefix = f"{self.layers.names[index]}."
-        masks = self.other_masks.items()
-        return {name: mask for name, mask in masks if name.startswith(prefix)}
+    def inside(self, index: int) -> Subject:
+        """What is in the layer alone, its scores where the model runs."""
+        prefix, whole = f"{self.layers.names[index]}.", self.subject
+        parts = {name: part_of(stack, prefix) for name, stack in whole.stacks.items()}
+        device = whole.device
+        return replace(
+            whole,
+            stacks={
+                n: part.to(device) for n, part in parts.items() if part is not None
+            },
+            others={n: m for n, m in whole.others.items() if n.startswith(prefix)},
+        )
 
     def run(self, number: int, index: int, hidden: Hidden) -> Hidden:
         """A batch through a layer."""
@@ -156,51 +146,35 @@ class _Work:
         counted = token_mask(self.batches[number]).to(out.device)
         return relative_error(out, self.dense[number].to(out.device), counted)
 
-    def loss(
-        self,
-        learned: Learned,
-        batches: Sequence[Batch],
-        pattern: NMPattern,
-        settings: LearnSettings,
-    ) -> float:
-        """Of the whole model."""
-        masks = hard_masks(
-            self.stacks, learned.perms, self.other_masks, pattern, learned.multipliers
-        )
-        return mean_loss(self.model, masks, batches, settings.loss)
-
 
 def _learn_layer(
     work: _Work,
     index: int,
+    start: Mapping[str, Permutation],
     learned: Learned,
-    pattern: NMPattern,
     settings: LearnSettings,
 ) -> None:
     """Learn one layer, add what was found to ``learned``, and pass all batches on."""
-    inside, others = work.inside(index), work.others(index)
-    shared = {n for n, s in inside.items() if len(s.rows) < len(work.stacks[n].rows)}
+    inside, whole = work.inside(index), work.subject
+    stacks, train = inside.stacks, len(whole.samples.train)
+    shared = {n for n, s in stacks.items() if len(s.rows) < len(whole.stacks[n].rows)}
     work.pass_on(work.dense, index)
 
-    def hard(now: Learned) -> dict[str, Tensor]:
-        return hard_masks(inside, now.perms, others, pattern, now.multipliers)
-
     def look(now: Learned) -> float:
-        judges = range(work.train, len(work.batches))
+        judges = range(train, len(work.batches))
         with torch.no_grad():
-            masks = hard(now)
+            masks = inside.masks(now)
             errors = [float(work.error(number, index, masks)) for number in judges]
         return check_finite(sum(errors) / len(errors), "held-back")
 
-    if inside:
-        dtype = next(work.model.parameters()).dtype
+    if stacks:
         orders = LearnableOrders(
-            inside, work.start, pattern, settings.shape, dtype, fixed=shared
+            stacks, start, whole.pattern, settings.shape, whole.dtype, fixed=shared
         )
-        numbers = endless(work.train, settings.seed)
+        numbers = endless(train, settings.seed)
 
         def step(tau: float, number: int) -> float:
-            masks = {**others, **orders.masks(tau, number)}
+            masks = {**inside.others, **orders.masks(tau, number)}
             error = work.error(next(numbers), index, masks)
             error.backward()
             return check_finite(float(error.detach()), "training")
@@ -208,8 +182,7 @@ def _learn_layer(
         found = descend(
             orders, step, look, settings, f"Learning {work.layers.names[index]}"
         )
-        learned.perms |= {name: found.perms[name] for name in inside.keys() - shared}
+        learned.perms |= {name: found.perms[name] for name in stacks.keys() - shared}
         learned.multipliers |= found.multipliers
-    now = Learned({name: learned.perms[name] for name in inside}, learned.multipliers)
-    with masked(work.model, hard(now)):
+    with masked(work.model, inside.masks(learned)):
         work.pass_on(work.pruned, index)

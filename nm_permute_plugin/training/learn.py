@@ -1,29 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learn the order end to end: frozen weights, one matrix of logits per block."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from loguru import logger
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import Permutation
 from nm_permute_plugin.maths.sinkhorn import annealed
-from nm_permute_plugin.training.masking import Mask, masked
-from nm_permute_plugin.training.objective import LossWeights, loss, run
+from nm_permute_plugin.training.kept import endless
+from nm_permute_plugin.training.masking import Mask
+from nm_permute_plugin.training.objective import LossWeights
 from nm_permute_plugin.training.orders import LearnableOrders, OrderShape
-from nm_permute_plugin.training.stacking import StackedScore
-from nm_permute_plugin.training.statistics import Batch, on_device
 from nm_permute_plugin.training.step import (
     backward_step,
-    check_finite,
     layers_to_checkpoint,
 )
+from nm_permute_plugin.training.subject import Learned, Subject
 from nm_permute_plugin.training.teacher import Teacher
 
 
@@ -59,69 +57,43 @@ class LearnSettings:
     gradient_checkpointing: bool | None = None
 
 
-@dataclass
-class Learned:
-    """
-    What learning leaves.
-
-    :param perms: by space, the best orders by the held-back text
-    :param multipliers: of the scores, by linear, one an input channel as it was before
-        the fold; those that belong to ``perms``
-    :param history: one entry a look: step, held-back loss and, from the first step on,
-        training loss and temperature
-    """
-
-    perms: dict[str, Permutation]
-    multipliers: dict[str, Tensor] = field(default_factory=dict)
-    history: list[dict[str, int | float]] = field(default_factory=list)
-
-
 def learn_orders(
-    model: nn.Module,
-    stacks: Mapping[str, StackedScore],
-    start: Mapping[str, Permutation],
-    other_masks: Mapping[str, Tensor],
-    train: Sequence[Batch],
-    held_back: Sequence[Batch],
-    pattern: NMPattern,
-    settings: LearnSettings,
+    subject: Subject, start: Mapping[str, Permutation], settings: LearnSettings
 ) -> Learned:
     """
     Learn one order a space, so that the pruned model stays close to the dense one.
 
     The start is looked at first, so what comes back is never worse than the start on the
-    held-back text. Weights are frozen. The same seed gives the same orders.
+    held-back samples. Weights are frozen. The same seed gives the same orders.
 
-    :param stacks: by space
     :param start: by space
-    :param other_masks: of pruned linears whose inputs no learned space orders, by module
-    :param train: batches, used in random order, again and again
-    :param held_back: batches that decide which order is kept; never trained on
     :raises ValueError: if a loss is not finite, or there is nothing to train on
     """
-    if not train or not held_back:
+    model, samples = subject.model, subject.samples
+    if not samples.train or not samples.held_back:
         raise ValueError(
-            f"learning needs text to train on and text held back, got {len(train)} and "
-            f"{len(held_back)} batches; give the run more calibration samples"
+            "learning needs text to train on and text held back, got "
+            f"{len(samples.train)} and {len(samples.held_back)} batches; give the run "
+            "more calibration samples"
         )
-    dtype = next(model.parameters()).dtype
-    orders = LearnableOrders(stacks, start, pattern, settings.shape, dtype)
-    batches = _shuffled(train, settings.seed)
+    orders = LearnableOrders(
+        subject.stacks, start, subject.pattern, settings.shape, subject.dtype
+    )
+    numbers = endless(len(samples.train), settings.seed)
     teacher = Teacher(model, settings.loss)
 
     def masks(tau: float, step: int) -> dict[str, Mask]:
-        return {**other_masks, **orders.masks(tau, step)}
+        return {**subject.others, **orders.masks(tau, step)}
 
     def look(now: Learned) -> float:
-        hard = hard_masks(stacks, now.perms, other_masks, pattern, now.multipliers)
-        return mean_loss(model, hard, held_back, settings.loss, teacher)
+        return subject.held_back_loss(now, settings.loss, teacher)
 
     with frozen(model), torch.enable_grad():
         layers = layers_to_checkpoint(
             model,
-            [*other_masks, *(r.name for s in stacks.values() for r in s.space.readers)],
+            subject.linears,
             partial(masks, 1.0, 0),
-            train[0],
+            samples.train[0],
             settings.loss,
             settings.micro_batch_size,
             settings.gradient_checkpointing,
@@ -131,7 +103,7 @@ def learn_orders(
             return backward_step(
                 model,
                 partial(masks, tau, number),
-                next(batches),
+                samples.train[next(numbers)],
                 settings.loss,
                 settings.micro_batch_size,
                 layers,
@@ -141,7 +113,7 @@ def learn_orders(
         learned = descend(orders, step, look, settings)
     looks = [look["held_back"] for look in learned.history]
     logger.info(
-        f"learned {len(stacks)} orders in {settings.steps} steps: held-back loss "
+        f"learned {len(subject.stacks)} orders in {settings.steps} steps: held-back loss "
         f"{looks[0]:.4f} -> {min(looks):.4f}"
     )
     return learned
@@ -195,56 +167,6 @@ def descend(
             best, learned = held, now
     learned.history = history
     return learned
-
-
-def hard_masks(
-    stacks: Mapping[str, StackedScore],
-    perms: Mapping[str, Permutation],
-    other_masks: Mapping[str, Tensor],
-    pattern: NMPattern,
-    multipliers: Mapping[str, Tensor] | None = None,
-) -> dict[str, Tensor]:
-    """
-    The masks of all linears under the orders, in the channels' old places.
-
-    :param multipliers: of the scores, by linear, one an input channel; 1 by default
-    """
-    masks = dict(other_masks)
-    for name, stack in stacks.items():
-        masks |= stack.masks(perms[name], pattern, multipliers)
-    return masks
-
-
-def mean_loss(
-    model: nn.Module,
-    masks: Mapping[str, Mask],
-    batches: Sequence[Batch],
-    weights: LossWeights,
-    teacher: Teacher | None = None,
-) -> float:
-    """
-    The loss of the model under the masks, the mean over the batches.
-
-    :param teacher: the dense model, which runs for every batch by default
-    :raises ValueError: if it is not finite
-    """
-    total = 0.0
-    teacher = teacher or Teacher(model, weights, keep=False)
-    with torch.no_grad():
-        for batch in batches:
-            dense = teacher(batch)
-            batch = on_device(batch, model)
-            with masked(model, masks):
-                total += float(loss(run(model, batch, weights), dense, batch, weights))
-    return check_finite(total, "held-back") / len(batches)
-
-
-def _shuffled(batches: Sequence[Batch], seed: int) -> Iterator[Batch]:
-    """Every batch once an epoch, in a new order each time."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        for index in torch.randperm(len(batches), generator=generator).tolist():
-            yield batches[index]
 
 
 @contextmanager

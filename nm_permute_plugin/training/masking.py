@@ -51,7 +51,7 @@ def masked(model: nn.Module, masks: Mapping[str, Mask]) -> Iterator[None]:
     Let the named linears multiply by their masks while the context lasts.
 
     :param masks: by module name; as a tensor between 0 and 1 while soft; one that needs
-        gradients has the weight's dtype
+        gradients has the weight's dtype. A tensor on another device is moved for each use
     """
     linears = {name: linear(model, name) for name in masks}
     with forwards(
@@ -93,5 +93,5 @@ def _forward(module: nn.Module, mask: Mask, x: Tensor) -> Tensor:
     weight, bias = weight_of(module), bias_of(module)
     if not isinstance(mask, Tensor):
         return mask(x, weight, bias)
-    out: Tensor = MaskedLinear.apply(x, weight, bias, mask)
+    out: Tensor = MaskedLinear.apply(x, weight, bias, mask.to(weight.device))
     return out

@@ -3,6 +3,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,15 +27,9 @@ from nm_permute_plugin.specs.fold import (
 from nm_permute_plugin.specs.orientation import weight_of
 from nm_permute_plugin.specs.spec import ResolvedSpec
 from nm_permute_plugin.training.kept import KeptWeights
-from nm_permute_plugin.training.layer_wise import learn_layer_wise
+from nm_permute_plugin.training.layer_wise import Hold, learn_layer_wise
 from nm_permute_plugin.training.layers import decoder_layers
-from nm_permute_plugin.training.learn import (
-    Learned,
-    LearnSettings,
-    hard_masks,
-    learn_orders,
-    mean_loss,
-)
+from nm_permute_plugin.training.learn import LearnSettings, learn_orders
 from nm_permute_plugin.training.masking import linear
 from nm_permute_plugin.training.objective import answer
 from nm_permute_plugin.training.recover import RecoverSettings, StageRecord, recover
@@ -48,6 +43,7 @@ from nm_permute_plugin.training.statistics import (
     input_norms,
     on_device,
 )
+from nm_permute_plugin.training.subject import Learned, Subject
 from nm_permute_plugin.training.teacher import Teacher
 
 Method = Literal["learned", "search", "identity"]
@@ -82,6 +78,11 @@ class OrderSettings:
     prune: bool = True
     recover: RecoverSettings = field(default_factory=RecoverSettings)
 
+    @property
+    def layer_wise(self) -> bool:
+        """Whether the whole model is too large for its device: scores stay on the CPU."""
+        return self.objective == "layer_wise"
+
 
 @dataclass
 class Record:
@@ -110,6 +111,7 @@ def permute_and_prune(
     samples: Samples,
     settings: OrderSettings,
     write: Write = write_in_place,
+    hold: Hold = nullcontext,
 ) -> Record:
     """
     Order the channels, fold the order exactly, zero what the N:M mask drops, and recover.
@@ -120,13 +122,15 @@ def permute_and_prune(
 
     :param prunable: names of the linears to prune
     :param write: how a parameter's new value is stored
+    :param hold: entered for each layer that ``layer_wise`` learns, and for all recovery:
+        keeps offloaded weights where they were fetched to
     :raises ValueError: for a model that is sparse already, for bad statistics, for outputs
         that are not finite, and for a recovery that cannot run
     :raises RuntimeError: if the fold changes the function of the model
     """
     refuse_sparse(model, prunable, settings.pattern)
-    layer_wise = settings.method == "learned" and settings.objective == "layer_wise"
-    if layer_wise or "blocks" in settings.recover.stages:
+    learns_layers = settings.method == "learned" and settings.layer_wise
+    if learns_layers or "blocks" in settings.recover.stages:
         decoder_layers(model, prunable)  # refuse before the order is learned, not after
     clock = _Clock()
     norms = (
@@ -135,22 +139,41 @@ def permute_and_prune(
         else {}
     )
     clock.lap("statistics")
-    scores = _scores(model, prunable, settings.score, norms)
-    found = _find_orders(model, resolved, scores, samples, settings, clock)
-    before = _retained(scores, _masks(resolved, scores, Learned({}), settings.pattern))
-    masks = _masks(resolved, scores, found, settings.pattern)
-    after = _retained(scores, masks)
+    device = next(model.parameters()).device
+    scores = {
+        name: score_weight(
+            settings.score, weight_of(linear(model, name)), norms.get(name)
+        ).to("cpu" if settings.layer_wise else device)
+        for name in prunable
+    }
+    found = _find_orders(model, resolved, scores, samples, settings, clock, hold)
+    pattern = settings.pattern
+    masks = _masks(resolved, scores, Learned({}), pattern, device)
+    before = _retained(scores, masks, device)
+    masks = _masks(resolved, scores, found, pattern, device)
+    after = _retained(scores, masks, device)
     del scores
     fold_error = _fold_checked(model, resolved, found.perms, samples.train[0], write)
     logger.info(f"folded {len(found.perms)} orders; outputs moved by {fold_error:.1e}")
     clock.lap("fold")
     recovered: list[StageRecord] = []
     if settings.prune:
-        kept = KeptWeights(model, moved_along(model, resolved, masks, found.perms))
+        masks = moved_along(model, resolved, masks, found.perms)
+
+        def keep(linears: Sequence[str]) -> KeptWeights:
+            return KeptWeights(
+                model, {name: masks[name].to(device) for name in linears}
+            )
+
         if settings.recover.stages:
-            recovered = recover(kept, samples, settings.recover)
-            clock.lap("recover")
-        kept.write(write)
+            with hold():
+                kept = keep(prunable)
+                recovered = recover(kept, samples, settings.recover)
+                clock.lap("recover")
+                kept.write(write)
+        else:
+            for name in prunable:  # never two copies of the whole model
+                keep([name]).write(write)
         clock.lap("prune")
     return Record(
         found.perms,
@@ -210,18 +233,6 @@ class _Clock:
         logger.info(f"{stage}: {self.seconds[stage]:.1f} s")
 
 
-def _scores(
-    model: nn.Module,
-    prunable: Sequence[str],
-    score: ScoreName,
-    norms: Mapping[str, Float[Tensor, " _in"]],
-) -> dict[str, Float[Tensor, "_out _in"]]:
-    return {
-        name: score_weight(score, weight_of(linear(model, name)), norms.get(name))
-        for name in prunable
-    }
-
-
 def _find_orders(
     model: nn.Module,
     resolved: ResolvedSpec,
@@ -229,6 +240,7 @@ def _find_orders(
     samples: Samples,
     settings: OrderSettings,
     clock: _Clock,
+    hold: Hold,
 ) -> Learned:
     """The orders of the chosen families' spaces, by the chosen method."""
     stacks: dict[str, StackedScore] = {}
@@ -246,30 +258,27 @@ def _find_orders(
         if name not in ordered
     }
 
-    teacher = Teacher(model, settings.learn.loss)
+    subject = Subject(model, stacks, others, samples, settings.pattern)
+    learn, teacher = settings.learn, Teacher(model, settings.learn.loss)
 
-    def judge(perms: Mapping[str, Permutation]) -> float:
-        masks = hard_masks(stacks, perms, others, settings.pattern)
-        return mean_loss(model, masks, samples.held_back, settings.learn.loss, teacher)
+    def judge(perms: dict[str, Permutation]) -> float:
+        return subject.held_back_loss(Learned(perms), learn.loss, teacher)
 
     searched = search_orders(
-        stacks, settings.pattern, settings.search_rounds, settings.learn.seed, judge
+        stacks,
+        settings.pattern,
+        settings.search_rounds,
+        learn.seed,
+        judge,
+        subject.device,
     )
     clock.lap("search")
     if settings.method == "search":
         return Learned(searched.perms, history=searched.history)
-    learn = learn_orders
-    if settings.objective == "layer_wise":
-        learn = learn_layer_wise
-    learned = learn(
-        model,
-        stacks,
-        searched.perms,
-        others,
-        samples.train,
-        samples.held_back,
-        settings.pattern,
-        settings.learn,
+    learned = (
+        learn_layer_wise(subject, searched.perms, learn, hold)
+        if settings.layer_wise
+        else learn_orders(subject, searched.perms, learn)
     )
     clock.lap("learn")
     return learned
@@ -280,9 +289,13 @@ def _masks(
     scores: Mapping[str, Float[Tensor, "_out _in"]],
     found: Learned,
     pattern: NMPattern,
+    device: torch.device,
 ) -> dict[str, Bool[Tensor, "_out _in"]]:
     """The masks of all linears under the orders, in the channels' old places."""
-    masks = {name: nm_mask(score, pattern) for name, score in scores.items()}
+    masks = {
+        name: nm_mask(score.to(device), pattern).to(score.device)
+        for name, score in scores.items()
+    }
     for name, perm in found.perms.items():
         for reader in resolved.spaces[name].readers:
             score = reader.view(scores[reader.name])
@@ -295,11 +308,13 @@ def _masks(
 def _retained(
     scores: Mapping[str, Float[Tensor, "_out _in"]],
     masks: Mapping[str, Bool[Tensor, "_out _in"]],
+    device: torch.device,
 ) -> float:
-    """The share of the whole score that masks keep."""
+    """The share of the whole score that masks keep, counted on a device."""
     kept = total = 0.0
-    for name, score in scores.items():
-        kept += float(score.masked_fill(~masks[name], 0).double().sum())
+    for name, stored in scores.items():
+        score = stored.to(device)
+        kept += float(score.masked_fill(~masks[name].to(device), 0).double().sum())
         total += float(score.double().sum())
     return kept / total
 

@@ -56,6 +56,7 @@ def search_orders(
     rounds: int,
     seed: int,
     judge: Callable[[Orders], float],
+    device: torch.device | None = None,
 ) -> Searched:
     """
     ``search_order`` of every space, with looks at the whole.
@@ -65,14 +66,16 @@ def search_orders(
 
     :param rounds: of assignment, rounded up to the next look
     :param judge: the loss of the model under the orders, smaller is better
+    :param device: where the orders are found, the scores of one round at a time; by
+        default where the scores are
     """
     perms = {
-        name: torch.arange(stack.space.size, device=stack.score.device)
+        name: torch.arange(stack.space.size, device=device or stack.score.device)
         for name, stack in stacks.items()
     }
     best = judge(perms)
     searched = Searched(perms, [{"round": 0, "held_back": best}])
-    steps = _steps_of_all(stacks, pattern, seed)
+    steps = _steps_of_all(stacks, pattern, seed, device)
     next(steps)  # the start: as they are or dealt, whichever retains more
     looks = range(ROUNDS_A_LOOK, rounds + ROUNDS_A_LOOK, ROUNDS_A_LOOK)
     for look in tqdm(looks, "Searching the order"):
@@ -163,7 +166,10 @@ def _advance(steps: Iterator[Step], count: int) -> Step:
 
 
 def _steps_of_all(
-    stacks: Mapping[str, StackedScore], pattern: NMPattern, seed: int
+    stacks: Mapping[str, StackedScore],
+    pattern: NMPattern,
+    seed: int,
+    device: torch.device | None,
 ) -> Iterator[Orders]:
     """The orders of all spaces, a step at a time; runs of one shape go together."""
     runs = {
@@ -174,7 +180,9 @@ def _steps_of_all(
     for names in _alike({name: of.shape[1:] for name, of in runs.items()}):
         dice = [die for name in names for die in _dice(runs[name], seed)]
         sizes = [len(runs[name]) for name in names]
-        together = _steps(torch.cat([runs[name] for name in names]), pattern, dice)
+        together = _steps(
+            torch.cat([runs[name] for name in names]), pattern, dice, device
+        )
         batches.append((names, sizes, together))
     del runs
     while True:
@@ -201,12 +209,15 @@ def _alike(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
 
 
 def _steps(
-    runs: Runs, pattern: NMPattern, dice: Sequence[torch.Generator]
+    runs: Runs,
+    pattern: NMPattern,
+    dice: Sequence[torch.Generator],
+    device: torch.device | None = None,
 ) -> Iterator[Int[Tensor, "runs size"]]:
     """The start of the search in every run, then its order after each round, for ever."""
-    groups = _start(runs, pattern)
+    device = device or runs.device
+    groups = _start(runs.to(device), pattern)
     table = rearrange(runs, "run rows size -> run size rows").contiguous()
-    run = torch.arange(len(runs), device=runs.device)[:, None, None]
     del runs  # as large as the table
     while True:
         in_order = groups.sort(dim=-1).values
@@ -214,16 +225,24 @@ def _steps(
         keys = torch.stack(
             [torch.rand(groups.shape[1:], generator=die) for die in dice]
         )
-        shuffled = groups.gather(-1, keys.to(groups.device).argsort(dim=-1))
-        leaving, staying = shuffled[..., :1], shuffled[..., 1:]
-        companions = rearrange(
-            table[run, staying], "run g other rows -> run g rows other"
-        )
-        threshold = at_rank(companions, group_ranks(companions), pattern.n - 1)
-        inserted = rearrange(table[run, leaving], "run g one rows -> run (g one) rows")
-        target = assign(insertion_gain(inserted, threshold))
-        back = leaving.gather(1, torch.argsort(target, dim=-1)[..., None])
-        groups = torch.cat([back, staying], dim=-1)
+        shuffled = groups.gather(-1, keys.to(device).argsort(dim=-1))
+        groups = _put_back(table.to(device), shuffled, pattern)
+
+
+def _put_back(
+    table: Float[Tensor, "runs size rows"],
+    groups: Int[Tensor, "runs groups m"],
+    pattern: NMPattern,
+) -> Int[Tensor, "runs groups m"]:
+    """The groups after the first channel of each has gone where all gain most."""
+    run = torch.arange(len(table), device=table.device)[:, None, None]
+    leaving, staying = groups[..., :1], groups[..., 1:]
+    companions = rearrange(table[run, staying], "run g other rows -> run g rows other")
+    threshold = at_rank(companions, group_ranks(companions), pattern.n - 1)
+    inserted = rearrange(table[run, leaving], "run g one rows -> run (g one) rows")
+    target = assign(insertion_gain(inserted, threshold))
+    back = leaving.gather(1, torch.argsort(target, dim=-1)[..., None])
+    return torch.cat([back, staying], dim=-1)
 
 
 def _start(runs: Runs, pattern: NMPattern) -> Int[Tensor, "runs groups m"]:

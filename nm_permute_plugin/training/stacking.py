@@ -2,7 +2,7 @@
 """All readers of a space as one matrix: their scores stand one below the other."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -63,6 +63,10 @@ class StackedScore:
             for reader, part in zip(self.space.readers, parts, strict=True)
         }
 
+    def to(self, device: torch.device) -> "StackedScore":
+        """The same, its scores on a device."""
+        return replace(self, score=self.score.to(device))
+
     def parts(self) -> list[Float[Tensor, "_rows channels"]]:
         """The rows of each reader, in the order of ``space.readers``; no copies."""
         return list(self.score.split(list(self.rows)))
@@ -97,11 +101,15 @@ def mask_in_order(
     """
     The N:M mask of one reader under an order, in the channels' old places.
 
+    It is made where the order is, and kept where the score is.
+
     :param score: as the reader views its weight
     :param multipliers: of the scores of every input channel; 1 by default
     """
+    stored, score = score.device, score.to(order.device)
     if multipliers is not None:
         factors = reader.view(multipliers[None])
         sections = score.unflatten(0, (reader.queries, -1))
         score = (sections * factors[:, None]).flatten(0, 1)
-    return nm_mask(score[:, order], pattern)[:, invert(order)]
+    mask = nm_mask(score[:, order], pattern)[:, invert(order)]
+    return mask.to(stored)

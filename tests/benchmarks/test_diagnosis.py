@@ -13,7 +13,7 @@ from nm_permute_plugin.training.learn import LearnSettings
 from nm_permute_plugin.training.objective import LossWeights
 from nm_permute_plugin.training.orders import OrderShape
 from nm_permute_plugin.training.text import split_text
-from subject import Subject, learning, load, parted
+from subject import Started, learning, load, parted
 from swaps import Swaps
 
 SETTINGS = LearnSettings(
@@ -37,7 +37,7 @@ def ask(arguments: list[str], capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.fixture
-def subject(trained_checkpoint: Path, chain_rows) -> Subject:
+def subject(trained_checkpoint: Path, chain_rows) -> Started:
     text = split_text(list(chain_rows(24, 32, seed=999)), 4, 0.2, 0)
     return load(trained_checkpoint, text, NMPattern(2, 4), 0, 0, "cpu", torch.float32)
 
@@ -85,8 +85,8 @@ def test_transfer_shows_every_text(ask, text_file) -> None:
     assert rows[0][4:] == ["0.0%"] * 3
 
 
-def test_swaps_change_the_loss_as_the_masks_do(subject: Subject) -> None:
-    batches = (subject.text.train[0], subject.text.train[1])
+def test_swaps_change_the_loss_as_the_masks_do(subject: Started) -> None:
+    batches = (subject.samples.train[0], subject.samples.train[1])
     swaps = Swaps(subject, "hidden.0", batches, LossWeights())
     generator = torch.Generator().manual_seed(0)
     for pairs in (*swaps.random(4, 1, generator), *swaps.best(2, 3)):
@@ -100,32 +100,23 @@ def test_swaps_change_the_loss_as_the_masks_do(subject: Subject) -> None:
     assert nothing.true == nothing.linear == nothing.elsewhere == 0
 
 
-def test_swaps_stay_inside_their_walls(subject: Subject) -> None:
-    batches = (subject.text.train[0], subject.text.train[1])
+def test_swaps_stay_inside_their_walls(subject: Started) -> None:
+    batches = (subject.samples.train[0], subject.samples.train[1])
     swaps = Swaps(subject, "value.0", batches, LossWeights())
     wall = subject.stacks["value.0"].space.wall
     for pairs in swaps.random(8, 2, torch.Generator().manual_seed(0)):
         assert all(first // wall == second // wall for first, second in pairs)
 
 
-def test_learning_is_the_packages_own(subject: Subject) -> None:
+def test_learning_is_the_packages_own(subject: Started) -> None:
     from nm_permute_plugin.training.learn import learn_orders
 
-    text, pattern = subject.text, subject.pattern
+    held_back = subject.samples.held_back
     ours = [
-        subject.loss(orders, text.held_back, SETTINGS.loss)
+        subject.loss(orders, held_back, SETTINGS.loss)
         for _, _, orders in learning(subject, SETTINGS)
     ]
-    learned = learn_orders(
-        subject.model,
-        subject.stacks,
-        subject.start,
-        subject.others,
-        text.train,
-        text.held_back,
-        pattern,
-        SETTINGS,
-    )
+    learned = learn_orders(subject, subject.start, SETTINGS)
     theirs = [look["held_back"] for look in learned.history]
     assert ours == pytest.approx(theirs, rel=1e-4)
 

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Orders learned layer by layer: found where planted, never worse, one layer in memory."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,17 +14,13 @@ from transformers import AutoModelForCausalLM
 from nm_permute_plugin.maths.masks import nm_mask
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import check_permutation
-from nm_permute_plugin.training.layer_wise import learn_layer_wise, part_of
-from nm_permute_plugin.training.learn import (
-    Learned,
-    LearnSettings,
-    hard_masks,
-    mean_loss,
-)
+from nm_permute_plugin.training.layer_wise import Hold, learn_layer_wise, part_of
+from nm_permute_plugin.training.learn import LearnSettings
 from nm_permute_plugin.training.orders import OrderShape
 from nm_permute_plugin.training.pipeline import OrderSettings, permute_and_prune
 from nm_permute_plugin.training.samples import Samples
 from nm_permute_plugin.training.stacking import StackedScore
+from nm_permute_plugin.training.subject import Learned, Subject
 from nm_permute_plugin.training.text import split_text
 
 TWO_OF_FOUR = NMPattern(2, 4)
@@ -68,17 +67,10 @@ def learn(
     settings: LearnSettings = FAST,
     start: dict[str, Tensor] | None = None,
     others: dict[str, Tensor] | None = None,
+    hold: Hold = nullcontext,
 ) -> Learned:
-    return learn_layer_wise(
-        model,
-        stacks,
-        start or as_they_are(stacks),
-        others or {},
-        text.train,
-        text.held_back,
-        TWO_OF_FOUR,
-        settings,
-    )
+    subject = Subject(model, stacks, others or {}, text, TWO_OF_FOUR)
+    return learn_layer_wise(subject, start or as_they_are(stacks), settings, hold)
 
 
 def loss_of(
@@ -88,10 +80,8 @@ def loss_of(
     text: Samples,
     others: dict[str, Tensor] | None = None,
 ) -> float:
-    masks = hard_masks(
-        stacks, learned.perms, others or {}, TWO_OF_FOUR, learned.multipliers
-    )
-    return mean_loss(model, masks, text.held_back, FAST.loss)
+    subject = Subject(model, stacks, others or {}, text, TWO_OF_FOUR)
+    return subject.held_back_loss(learned, FAST.loss)
 
 
 def test_a_planted_order_is_approached(
@@ -158,7 +148,7 @@ def test_a_better_layer_that_worsens_the_whole_is_not_kept(
     stacks = stacks_of(trained, resolve_model)
     losses = iter([1.0, 2.0])
     monkeypatch.setattr(
-        "nm_permute_plugin.training.layer_wise.mean_loss", lambda *rest: next(losses)
+        "nm_permute_plugin.training.subject.mean_loss", lambda *rest: next(losses)
     )
     learned = learn(trained, stacks, text)
     assert [look["held_back"] for look in learned.history] == [1.0, 2.0]
@@ -222,6 +212,53 @@ def test_only_one_layer_runs_with_gradients(
         )
     learn(trained, stacks, text)
     assert runs == [0] * FAST.steps + [1] * FAST.steps
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_offloaded_a_layer_at_a_time_is_held_and_the_orders_are_the_same(
+    trained, resolve_model, text: Samples, tmp_path: Path, place: str
+) -> None:
+    offload = pytest.importorskip("compressed_tensors.offload")
+    stacks = stacks_of(trained, resolve_model)
+    expected = learn(trained, stacks, text)
+    names = {id(module): name for name, module in trained.named_modules()}
+    options = {"offload_dir": str(tmp_path)} if place == "disk" else {}
+    for module in list(trained.modules()):
+        if len(module._parameters):
+            offload.offload_module(module, "cpu", place, **options)
+    held: list[set[str]] = []
+
+    @contextmanager
+    def hold() -> Iterator[None]:
+        with offload.disable_offloading():
+            yield
+            kept = offload.OffloadCache.keep_onloaded_values
+            held.append(
+                {
+                    names[id(module)]
+                    for module in trained.modules()
+                    if isinstance(module._parameters, offload.OffloadCache)
+                    for tensor in module._parameters.offloaded_values.values()
+                    if tensor is not None and tensor in kept
+                }
+            )
+        assert not kept
+
+    found = learn(trained, stacks, text, hold=hold)
+    layers = [
+        {
+            f"model.layers.{index}.{name}"
+            for name, module in layer.named_modules()
+            if len(module._parameters)
+        }
+        for index, layer in enumerate(trained.model.layers)
+    ]
+    assert [inside - {"model.embed_tokens"} for inside in held] == layers
+    assert found.history == expected.history
+    for name, perm in expected.perms.items():
+        assert torch.equal(found.perms[name], perm)
+    for name, factors in expected.multipliers.items():
+        assert torch.equal(found.multipliers[name], factors)
 
 
 def test_a_part_of_a_space_holds_the_rows_of_its_readers(

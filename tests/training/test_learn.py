@@ -11,16 +11,12 @@ from torch import Tensor, nn
 
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import check_permutation, from_blocks
-from nm_permute_plugin.training.learn import (
-    Learned,
-    LearnSettings,
-    frozen,
-    learn_orders,
-    mean_loss,
-)
+from nm_permute_plugin.training.learn import LearnSettings, frozen, learn_orders
 from nm_permute_plugin.training.objective import LossWeights
 from nm_permute_plugin.training.orders import OrderShape, Relaxation
+from nm_permute_plugin.training.samples import Samples
 from nm_permute_plugin.training.stacking import StackedScore
+from nm_permute_plugin.training.subject import Learned, Subject, mean_loss
 
 RELAXATIONS = get_args(Relaxation)
 TWO_OF_FOUR = NMPattern(2, 4)
@@ -39,17 +35,15 @@ class Task:
     train: list[dict[str, Tensor]]
     held_back: list[dict[str, Tensor]]
 
-    def learn(self, settings: LearnSettings, **changes) -> Learned:
-        arguments = {
-            "stacks": self.stacks,
-            "start": self.start,
-            "other_masks": {},
-            "train": self.train,
-            "held_back": self.held_back,
-        } | changes
-        return learn_orders(
-            self.model, pattern=TWO_OF_FOUR, settings=settings, **arguments
-        )
+    def learn(
+        self,
+        settings: LearnSettings,
+        others: dict[str, Tensor] | None = None,
+        **changes,
+    ) -> Learned:
+        samples = replace(Samples(self.train, self.held_back), **changes)
+        subject = Subject(self.model, self.stacks, others or {}, samples, TWO_OF_FOUR)
+        return learn_orders(subject, self.start, settings)
 
     def loss_of(self, learned: Learned, weights: LossWeights) -> float:
         """The loss on the held-back text under the masks that were learned."""
@@ -271,7 +265,7 @@ def test_every_part_of_the_loss_can_be_learned_from(task: Task) -> None:
 
 def test_masks_of_other_linears_stay_on(task: Task) -> None:
     other = {"model.layers.1.mlp.down_proj": torch.zeros(32, 48)}
-    with_other = task.learn(FAST, other_masks=other).history[0]["held_back"]
+    with_other = task.learn(FAST, others=other).history[0]["held_back"]
     without = task.learn(FAST).history[0]["held_back"]
     masks = dict(other)
     for name, stack in task.stacks.items():

@@ -353,13 +353,20 @@ def test_a_spec_that_is_tried_leaves_every_bit(tiny_model, tokens, wrong: bool) 
     assert_same(weights_of(model), before)
 
 
+OFFLOADED = {
+    "search": {"method": "search"},
+    "learned": {"method": "learned"},
+    "layer-wise": {"method": "learned", "objective": "layer_wise"},
+}
+
+
 @pytest.mark.parametrize("place", ["cpu", "disk"])
-@pytest.mark.parametrize("method", ["search", "learned"])
+@pytest.mark.parametrize("changes", OFFLOADED.values(), ids=OFFLOADED)
 def test_an_offloaded_model_gets_the_same_weights(
-    tiny_model, go, resolve_model, tmp_path: Path, place: str, method: str
+    tiny_model, go, resolve_model, tmp_path: Path, place: str, changes: dict[str, str]
 ) -> None:
     offload = pytest.importorskip("compressed_tensors.offload")
-    settings = replace(SEARCH, method=method)
+    settings = replace(SEARCH, **changes)
     here, away = tiny_model("llama"), tiny_model("llama")
     go(here, settings)
     options = {"offload_dir": str(tmp_path)} if place == "disk" else {}
@@ -369,5 +376,5 @@ def test_an_offloaded_model_gets_the_same_weights(
     with offload.disable_onloading():
         resolved = resolve_model(away)
     write = offload.update_offload_parameter
-    go(away, settings, resolved=resolved, write=write)
+    go(away, settings, resolved=resolved, write=write, hold=offload.disable_offloading)
     assert_same(weights_of(away), weights_of(here))

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What orders are found for: a dense model, the scores of its weights, and samples."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nm_permute_plugin.maths.pattern import NMPattern
+from nm_permute_plugin.maths.permutation import Permutation
+from nm_permute_plugin.training.masking import Mask, masked
+from nm_permute_plugin.training.objective import LossWeights, loss, run
+from nm_permute_plugin.training.samples import Samples
+from nm_permute_plugin.training.stacking import StackedScore
+from nm_permute_plugin.training.statistics import Batch, on_device
+from nm_permute_plugin.training.step import check_finite
+from nm_permute_plugin.training.teacher import Teacher
+
+
+@dataclass
+class Learned:
+    """
+    What learning leaves.
+
+    :param perms: by space, the best orders by the held-back samples
+    :param multipliers: of the scores, by linear, one an input channel as it was before
+        the fold; those that belong to ``perms``
+    :param history: one entry a look: step, held-back loss and, from the first step on,
+        training loss and temperature
+    """
+
+    perms: dict[str, Permutation]
+    multipliers: dict[str, Float[Tensor, " _in"]] = field(default_factory=dict)
+    history: list[dict[str, int | float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """
+    A dense model that is to be pruned in the best order of its channels.
+
+    :param stacks: the scores of all readers, by space
+    :param others: masks of pruned linears whose inputs no space orders, by module
+    """
+
+    model: nn.Module
+    stacks: Mapping[str, StackedScore]
+    others: Mapping[str, Tensor]
+    samples: Samples
+    pattern: NMPattern
+
+    @property
+    def linears(self) -> list[str]:
+        """The names of the pruned linears."""
+        readers = [r.name for s in self.stacks.values() for r in s.space.readers]
+        return [*self.others, *readers]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and so of masks that need gradients."""
+        return next(self.model.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs; scores and masks may be elsewhere."""
+        return next(self.model.parameters()).device
+
+    def masks(self, found: Learned) -> dict[str, Tensor]:
+        """The masks of all linears under orders, in the channels' old places."""
+        masks = dict(self.others)
+        for name, stack in self.stacks.items():
+            masks |= stack.masks(found.perms[name], self.pattern, found.multipliers)
+        return masks
+
+    def held_back_loss(
+        self, found: Learned, weights: LossWeights, teacher: Teacher | None = None
+    ) -> float:
+        """The loss on the held-back samples under orders; see ``mean_loss``."""
+        batches = self.samples.held_back
+        return mean_loss(self.model, self.masks(found), batches, weights, teacher)
+
+
+def mean_loss(
+    model: nn.Module,
+    masks: Mapping[str, Mask],
+    batches: Sequence[Batch],
+    weights: LossWeights,
+    teacher: Teacher | None = None,
+) -> float:
+    """
+    The loss of the model under the masks, the mean over the batches.
+
+    :param teacher: the dense model, which runs for every batch by default
+    :raises ValueError: if it is not finite
+    """
+    total = 0.0
+    teacher = teacher or Teacher(model, weights, keep=False)
+    with torch.no_grad():
+        for batch in batches:
+            dense = teacher(batch)
+            batch = on_device(batch, model)
+            with masked(model, masks):
+                total += float(loss(run(model, batch, weights), dense, batch, weights))
+    return check_finite(total, "held-back") / len(batches)
