@@ -61,6 +61,7 @@ class OrderFields(BaseModel):
     :param score_multipliers: learn what the scores of each input channel are multiplied
         by as well, so that readers of one order choose for themselves; as ``prune`` by
         default, because a pruner that follows has scores of its own
+    :param multiplier_rows: rows of a linear that share multipliers; null: all of them
     :param multiplier_rate: of AdamW, on the logarithms of the multipliers
     :param divergence_weight: of the divergence from the dense model's predictions of
         tokens or classes, or final hidden states where there are none
@@ -109,6 +110,7 @@ class OrderFields(BaseModel):
     sinkhorn_iterations: int = Field(default=10, ge=1)
     row_limit: int | None = Field(default=None, ge=1)
     score_multipliers: bool | None = None
+    multiplier_rows: int | None = Field(default=16, ge=1)
     multiplier_rate: float = Field(default=0.03, gt=0)
     divergence_weight: float = Field(default=1.0, ge=0)
     cross_entropy_weight: float = Field(default=0.0, ge=0)
@@ -223,6 +225,7 @@ class OrderFields(BaseModel):
                 sinkhorn_iterations=self.sinkhorn_iterations,
                 row_limit=self.row_limit,
                 multipliers=self._multipliers,
+                multiplier_rows=self.multiplier_rows,
             ),
             multiplier_rate=self.multiplier_rate,
             loss=loss,

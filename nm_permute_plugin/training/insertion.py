@@ -33,7 +33,7 @@ class InsertionMask:
 
     :param score: of the weights, one column a channel of the space
     :param soft: share of each channel in each group
-    :param log_multiplier: of the scores, one row for each of the reader's queries
+    :param log_multiplier: of the scores, of equally long sections of the rows
     :param sample: the rows that weigh the moves
     """
 
@@ -41,7 +41,7 @@ class InsertionMask:
     score: Float[Tensor, "rows channels"]
     grouping: Grouping
     soft: Assignment
-    log_multiplier: Float[Tensor, "queries blocks size"]
+    log_multiplier: Float[Tensor, "sections blocks size"]
     sample: RowSample
 
     @cached_property
@@ -72,7 +72,7 @@ class InsertionMask:
         :param grad: of the loss with respect to the mask
         :param multipliers: False leaves the second out
         :return: ``insertion_costs`` over the sample of rows, and ``rivalry``, summed over
-            the rows that share a multiplier
+            the rows of a section
         """
         grouping, pattern = self.grouping, self.grouping.pattern
         grad = self.reader.view(grad)
@@ -88,7 +88,7 @@ class InsertionMask:
         of_multiplier = None
         if multipliers:
             of_score = rivalry(scaled, blocks, column, pattern)
-            of_multiplier = of_score.unflatten(0, (self.reader.queries, -1)).sum(1)
+            of_multiplier = of_score.unflatten(0, (len(self.log_multiplier), -1)).sum(1)
         rows = slice(self.sample.offset, None, self.sample.stride)
         costs = insertion_costs(scaled[rows], blocks[rows], column, pattern)
         return costs, of_multiplier
@@ -98,7 +98,7 @@ class InsertionMask:
         return self.score.is_cuda and find_spec("triton") is not None
 
     @cached_property
-    def _factors(self) -> Float[Tensor, "queries channels"]:
+    def _factors(self) -> Float[Tensor, "sections channels"]:
         return self.log_multiplier.detach().exp().flatten(1)
 
     def _scaled(self) -> Float[Tensor, "rows blocks size"]:

@@ -44,6 +44,7 @@ class OrderShape:
     :param sinkhorn_iterations: row and column normalisations
     :param row_limit: rows of a space that weigh the moves of a step; None: all of them
     :param multipliers: learn what every input channel's scores are multiplied by as well
+    :param multiplier_rows: rows of a linear that share multipliers; None: all of them
     """
 
     block_size: int = 64
@@ -53,6 +54,7 @@ class OrderShape:
     sinkhorn_iterations: int = 10
     row_limit: int | None = None
     multipliers: bool = False
+    multiplier_rows: int | None = 16
 
     def size_in(self, wall: int, m: int) -> int:
         """
@@ -90,12 +92,15 @@ class LearnableOrders:
         dtype: torch.dtype,
         fixed: Collection[str] = (),
     ) -> None:
-        alike: dict[tuple[object, int, bool], list[StackedScore]] = defaultdict(list)
+        alike: dict[tuple[object, object, int, bool], list[StackedScore]] = defaultdict(
+            list
+        )
         for name, stack in stacks.items():
             size = shape.size_in(stack.space.wall, pattern.m)
-            alike[stack.sections, size, name in fixed].append(stack)
+            sections = stack.sections(shape.multiplier_rows)
+            alike[stack.rows, sections, size, name in fixed].append(stack)
         self.bundles: list[_Bundle] = []
-        for (_, size, is_fixed), same in alike.items():
+        for (_, _, size, is_fixed), same in alike.items():
             own = shape
             if is_fixed:
                 own = replace(shape, relaxation="insertion", start_logit=1.0)
@@ -112,9 +117,13 @@ class LearnableOrders:
         """What is learned of the scores, [sections, blocks, size]."""
         return [bundle.log_multiplier for bundle in self.bundles]
 
-    def multipliers(self) -> dict[str, Float[Tensor, " in"]]:
-        """What the scores of every input channel are multiplied by, by linear."""
-        found: dict[str, Float[Tensor, " in"]] = {}
+    def multipliers(self) -> dict[str, Float[Tensor, "_runs _in"]]:
+        """
+        What the scores of every input channel are multiplied by, by linear.
+
+        One row for each of equally long runs of the weight's rows.
+        """
+        found: dict[str, Float[Tensor, "_runs _in"]] = {}
         for bundle in self.bundles:
             found |= bundle.multipliers()
         return found
@@ -170,12 +179,13 @@ class _Bundle(nn.Module):
         device = stacks[0].score.device
         self.starts = [start[stack.space.name].to(device) for stack in stacks]
         self.counts = [stack.space.size // size for stack in stacks]
+        self.sections = list(stacks[0].sections(shape.multiplier_rows))
         columns = shape.columns(size, pattern.m)
         own = torch.arange(size, device=device) * columns // size
         firm = nn.functional.one_hot(own, columns).float() * shape.start_logit
         self.logits = nn.Parameter(firm.repeat(sum(self.counts), 1, 1))
         self.log_multiplier = nn.Parameter(
-            firm.new_zeros(len(stacks[0].sections), sum(self.counts), size),
+            firm.new_zeros(sum(self.sections), sum(self.counts), size),
             requires_grad=shape.multipliers,
         )
         self._hard: tuple[int, Callable[[], Tensor]] | None = None
@@ -200,11 +210,12 @@ class _Bundle(nn.Module):
             for stack, start, order in zip(self.stacks, self.starts, hard, strict=True)
         }
 
-    def multipliers(self) -> dict[str, Float[Tensor, " in"]]:
+    def multipliers(self) -> dict[str, Float[Tensor, "_runs _in"]]:
         parts = self.log_multiplier.detach().exp().split(self.counts, dim=1)
-        found: dict[str, Float[Tensor, " in"]] = {}
+        found: dict[str, Float[Tensor, "_runs _in"]] = {}
         for stack, start, part in zip(self.stacks, self.starts, parts, strict=True):
-            found |= stack.inputs(part.flatten(1)[:, invert(start)])
+            factors = part.flatten(1)[:, invert(start)]
+            found |= stack.multipliers(factors, self.shape.multiplier_rows)
         return found
 
     def soft(self, temperature: float) -> Float[Tensor, "blocks size columns"]:
@@ -231,7 +242,7 @@ class _Insertions(_Bundle):
             rows, readers = stack.parts(), stack.space.readers
             sample = RowSample.of_step(sum(stack.rows), self.shape.row_limit, step)
             grouping = Grouping(start, hard, self.pattern)
-            of_readers = logs.split([reader.queries for reader in readers])
+            of_readers = logs.split(self.sections)
             for reader, score, log in zip(readers, rows, of_readers, strict=True):
                 masks[reader.name] = InsertionMask(
                     reader, score, grouping, soft, log, sample

@@ -34,22 +34,29 @@ class StackedScore:
         views = [reader.view(scores[reader.name]) for reader in space.readers]
         return cls(space, torch.cat(views), tuple(len(view) for view in views))
 
-    @property
-    def sections(self) -> tuple[int, ...]:
-        """Rows that read the same input channels: a reader, or one of its query heads."""
-        return tuple(
-            rows // reader.queries
-            for reader, rows in zip(self.space.readers, self.rows, strict=True)
-            for _ in range(reader.queries)
-        )
+    def sections(self, most: int | None) -> tuple[int, ...]:
+        """
+        Into how many sections each reader is cut: rows that share multipliers.
 
-    def inputs(
-        self, by_section: Shaped[Tensor, "sections channels"]
-    ) -> dict[str, Shaped[Tensor, " in"]]:
-        """One value an input channel of every reader, from one a section and channel."""
-        parts = by_section.split([reader.queries for reader in self.space.readers])
+        A section is one query head's, and as long as may be: it divides the rows.
+
+        :param most: rows of a section; None: all
+        """
+        counts = []
+        for reader, rows in zip(self.space.readers, self.rows, strict=True):
+            of_query = rows // reader.queries
+            least = 1 if most is None else -(-of_query // most)
+            runs = next(n for n in range(least, of_query + 1) if of_query % n == 0)
+            counts.append(reader.queries * runs)
+        return tuple(counts)
+
+    def multipliers(
+        self, by_section: Float[Tensor, "sections channels"], most: int | None
+    ) -> dict[str, Float[Tensor, "_runs _in"]]:
+        """Of every reader, one row a run of its rows, from one a section."""
+        parts = by_section.split(list(self.sections(most)))
         return {
-            reader.name: reader.unview(part)[0]
+            reader.name: reader.unview(part)
             for reader, part in zip(self.space.readers, parts, strict=True)
         }
 
@@ -75,12 +82,12 @@ class StackedScore:
         self,
         order: Permutation,
         pattern: NMPattern,
-        multipliers: Mapping[str, Float[Tensor, " _in"]] | None = None,
+        multipliers: Mapping[str, Float[Tensor, "_runs _in"]] | None = None,
     ) -> dict[str, Bool[Tensor, "_out _in"]]:
         """
         The N:M masks of all readers under an order, in the channels' old places.
 
-        :param multipliers: by reader, of the scores of every input channel; 1 by default
+        :param multipliers: by reader, as for ``mask_in_order``; 1 by default
         """
         factors = multipliers or {}
         return {
@@ -96,7 +103,7 @@ def mask_in_order(
     score: Float[Tensor, "rows channels"],
     order: Permutation,
     pattern: NMPattern,
-    multipliers: Float[Tensor, " in"] | None = None,
+    multipliers: Float[Tensor, "runs in"] | None = None,
 ) -> Bool[Tensor, "rows channels"]:
     """
     The N:M mask of one reader under an order, in the channels' old places.
@@ -104,12 +111,13 @@ def mask_in_order(
     It is made where the order is, and kept where the score is.
 
     :param score: as the reader views its weight
-    :param multipliers: of the scores of every input channel; 1 by default
+    :param multipliers: of the scores of every input channel, one row for each of equally
+        long runs of the weight's rows; 1 by default
     """
     stored, score = score.device, score.to(order.device)
     if multipliers is not None:
-        factors = reader.view(multipliers[None])
-        sections = score.unflatten(0, (reader.queries, -1))
+        factors = reader.view(multipliers)
+        sections = score.unflatten(0, (len(factors), -1))
         score = (sections * factors[:, None]).flatten(0, 1)
     mask = nm_mask(score[:, order], pattern)[:, invert(order)]
     return mask.to(stored)

@@ -25,14 +25,15 @@ class Learned:
     What learning leaves.
 
     :param perms: by space, the best orders by the held-back samples
-    :param multipliers: of the scores, by linear, one an input channel as it was before
-        the fold; those that belong to ``perms``
+    :param multipliers: of the scores, by linear, of every input channel as it was before
+        the fold, one row for each of equally long runs of the weight's rows; those that
+        belong to ``perms``
     :param history: one entry a look: step, held-back loss and, from the first step on,
         training loss and temperature
     """
 
     perms: dict[str, Permutation]
-    multipliers: dict[str, Float[Tensor, " _in"]] = field(default_factory=dict)
+    multipliers: dict[str, Float[Tensor, "_runs _in"]] = field(default_factory=dict)
     history: list[dict[str, int | float]] = field(default_factory=list)
 
 

@@ -84,13 +84,15 @@ def moves_kernel(
     channels,  # int64 [width], by group
     places,  # int64 [width], by group: where the channel stands in the blocks
     moves,  # float32 [parts, width, groups of a block]
-    own,  # float32 [parts, width], in the order of the blocks, as the next
-    rival,
+    own,  # float32 [parts, width], in the order of the blocks
+    rival,  # float32 [runs times parts_a_run, width], the same
     width,
     size,
     groups,
-    rows_a_part,
-    parts_a_run,
+    runs,
+    runs_a_part,
+    parts_a_run,  # above 1 only where runs_a_part is 1
+    rows_a_part,  # of one run
     rows_a_run,
     rows_a_section,
     offset,
@@ -106,7 +108,7 @@ def moves_kernel(
     GROUPS: tl.constexpr,
     MEMBERS: tl.constexpr,
 ):
-    """The sums over the rows of one part, for one block."""
+    """The sums over the rows of one part, for one block; rivals by run."""
     block, part = tl.program_id(0), tl.program_id(1)
     inside, group = tl.arange(0, SIZE), tl.arange(0, GROUPS)
     member = tl.arange(0, MEMBERS)
@@ -119,51 +121,56 @@ def moves_kernel(
     channel = tl.load(start + place, mask=is_channel, other=0)
     of_moves = tl.zeros((SIZE, GROUPS), dtype=tl.float32)
     of_own = tl.zeros((GROUPS, MEMBERS), dtype=tl.float32)
-    of_rival = tl.zeros((GROUPS, MEMBERS), dtype=tl.float32)
-    run = part // parts_a_run
-    first = run * rows_a_run + part % parts_a_run * rows_a_part
-    last = tl.minimum(first + rows_a_part, (run + 1) * rows_a_run)
-    for index in range(first, last):
-        row = (offset + index * stride).to(tl.int64)
-        section = row // rows_a_section * width
-        from_row = row * width
-        s = load_groups(
-            score, factor, from_row, channel_of, section + place_of, is_member
-        )
-        g = tl.load(grad + from_row + channel_of, mask=is_member, other=0.0)
-        g = g.to(tl.float32)
-        ranks = ranks_of(s, member)
-        best_out = tl.sum(tl.where(ranks == N, s, 0.0), axis=1)
-        loser = tl.sum(tl.where(ranks == N, g, 0.0), axis=1)
-        worst_kept = tl.sum(tl.where(ranks == N - 1, s, 0.0), axis=1)
-        other = tl.sum(tl.where(ranks == N - 1, g, 0.0), axis=1)
-        if MOVES:
-            of_own += tl.where(s > best_out[:, None], g - loser[:, None], 0.0)
-            c = tl.load(score + from_row + channel, mask=is_channel, other=0.0)
-            c *= tl.load(factor + section + place, mask=is_channel, other=1.0)
-            d = tl.load(grad + from_row + channel, mask=is_channel, other=0.0)
-            d = d.to(tl.float32)[:, None]
-            c = c[:, None]
-            of_moves += density * tl.where(
-                c > best_out[None, :], d - loser[None, :], 0.0
+    share = part % parts_a_run
+    first_run = part // parts_a_run * runs_a_part
+    for run in range(first_run, tl.minimum(first_run + runs_a_part, runs)):
+        of_rival = tl.zeros((GROUPS, MEMBERS), dtype=tl.float32)
+        first = run * rows_a_run + share * rows_a_part
+        last = tl.minimum(first + rows_a_part, (run + 1) * rows_a_run)
+        for index in range(first, last):
+            row = (offset + index * stride).to(tl.int64)
+            section = row // rows_a_section * width
+            from_row = row * width
+            s = load_groups(
+                score, factor, from_row, channel_of, section + place_of, is_member
             )
-            of_moves += (1.0 - density) * tl.where(
-                c > worst_kept[None, :], d - other[None, :], 0.0
-            )
+            g = tl.load(grad + from_row + channel_of, mask=is_member, other=0.0)
+            g = g.to(tl.float32)
+            ranks = ranks_of(s, member)
+            best_out = tl.sum(tl.where(ranks == N, s, 0.0), axis=1)
+            loser = tl.sum(tl.where(ranks == N, g, 0.0), axis=1)
+            worst_kept = tl.sum(tl.where(ranks == N - 1, s, 0.0), axis=1)
+            other = tl.sum(tl.where(ranks == N - 1, g, 0.0), axis=1)
+            if MOVES:
+                of_own += tl.where(s > best_out[:, None], g - loser[:, None], 0.0)
+                c = tl.load(score + from_row + channel, mask=is_channel, other=0.0)
+                c *= tl.load(factor + section + place, mask=is_channel, other=1.0)
+                d = tl.load(grad + from_row + channel, mask=is_channel, other=0.0)
+                d = d.to(tl.float32)[:, None]
+                c = c[:, None]
+                of_moves += density * tl.where(
+                    c > best_out[None, :], d - loser[None, :], 0.0
+                )
+                of_moves += (1.0 - density) * tl.where(
+                    c > worst_kept[None, :], d - other[None, :], 0.0
+                )
+            if RIVALS:
+                kept = ranks < N
+                rival_score = tl.where(kept, best_out[:, None], worst_kept[:, None])
+                rival_grad = tl.where(kept, loser[:, None], other[:, None])
+                lead = tl.log(tl.maximum(s, tiny)) - tl.log(
+                    tl.maximum(rival_score, tiny)
+                )
+                chance = 1.0 / (1.0 + tl.exp(-lead / softness))
+                of_rival += (g - rival_grad) * chance * (1.0 - chance) / softness
         if RIVALS:
-            kept = ranks < N
-            rival_score = tl.where(kept, best_out[:, None], worst_kept[:, None])
-            rival_grad = tl.where(kept, loser[:, None], other[:, None])
-            lead = tl.log(tl.maximum(s, tiny)) - tl.log(tl.maximum(rival_score, tiny))
-            chance = 1.0 / (1.0 + tl.exp(-lead / softness))
-            of_rival += (g - rival_grad) * chance * (1.0 - chance) / softness
+            of_share = (run * parts_a_run + share).to(tl.int64) * width
+            tl.store(rival + of_share + place_of, of_rival, mask=is_member)
     from_part = part.to(tl.int64) * width
     if MOVES:
         to = (from_part + place)[:, None] * groups + group[None, :]
         tl.store(moves + to, of_moves, mask=is_channel[:, None] & is_group[None, :])
         tl.store(own + from_part + place_of, of_own, mask=is_member)
-    if RIVALS:
-        tl.store(rival + from_part + place_of, of_rival, mask=is_member)
 
 
 def kept_in_triton(
@@ -245,9 +252,10 @@ class _Sums:
         self, sample: RowSample, runs: int, moves: bool, rivals: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """
-        One sum a part: what moves change, channels in their own groups, and rivals.
+        One sum a part: what moves change, and channels in their own groups; one of rivals
+        a run, or several.
 
-        :param runs: of the sample's rows, equally long, that no part crosses
+        :param runs: of the sample's rows, equally long
         """
         rows, width = self.score.shape
         grouping, pattern = self.grouping, self.grouping.pattern
@@ -255,14 +263,17 @@ class _Sums:
         groups = size // pattern.m
         tile = triton.next_power_of_2(size), triton.next_power_of_2(groups)
         in_run = len(range(rows)[sample.offset :: sample.stride]) // runs
-        shares = max(1, min(in_run // FEWEST_ROWS, PROGRAMS // (blocks * runs)))
-        parts = runs * shares
+        most = max(1, PROGRAMS // blocks)  # parts of a block
+        runs_a_part = triton.cdiv(runs, most)
+        shares = max(1, min(in_run // FEWEST_ROWS, most // runs))
+        parts = triton.cdiv(runs, runs_a_part) * shares
 
         def empty(wanted: bool, *shape: int) -> Tensor:
             return self.score.new_empty(shape if wanted else (1,))
 
         of_moves = empty(moves, parts, width, groups)
-        own, rival = empty(moves, parts, width), empty(rivals, parts, width)
+        own = empty(moves, parts, width)
+        rival = empty(rivals, runs * shares, width)
         moves_kernel[(blocks, parts)](
             self.score,
             self.factor,
@@ -276,8 +287,10 @@ class _Sums:
             width,
             size,
             groups,
-            triton.cdiv(in_run, shares),
+            runs,
+            runs_a_part,
             shares,
+            triton.cdiv(in_run, shares),
             in_run,
             rows // len(self.factor),
             sample.offset,

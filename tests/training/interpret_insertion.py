@@ -26,9 +26,14 @@ from nm_permute_plugin.training.relaxation import (  # noqa: E402
 
 PATTERNS = [NMPattern(2, 4), NMPattern(4, 8), NMPattern(2, 3)]
 WAYS = [(1, RowSample(), True), (3, RowSample(), True), (3, RowSample(1, 3), True)]
+PROGRAMS = 8
+"""As few as make a part of several sections, where there are many."""
+
 CASES = [
     *((pattern, *way) for pattern in PATTERNS for way in WAYS),
     (PATTERNS[0], 1, RowSample(1, 3), False),
+    (PATTERNS[0], 13, RowSample(), True),
+    (PATTERNS[0], 13, RowSample(1, 3), True),
 ]
 
 
@@ -36,11 +41,13 @@ def differences(
     pattern: NMPattern, sections: int, sample: RowSample, multipliers: bool
 ) -> tuple[int, float]:
     """Masks that differ, and the largest difference of costs; some scores are equal."""
+    from nm_permute_plugin.training import triton_insertion
     from nm_permute_plugin.training.triton_insertion import (
         kept_in_triton,
         moves_in_triton,
     )
 
+    triton_insertion.PROGRAMS = PROGRAMS
     generator = torch.Generator().manual_seed(sections)
     blocks, groups = 2, 3
     size = groups * pattern.m

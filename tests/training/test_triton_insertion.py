@@ -26,6 +26,6 @@ def test_triton_finds_what_pytorch_finds(pytestconfig: pytest.Config) -> None:
     )
     assert run.returncode == 0, run.stderr
     differences = json.loads(run.stdout.splitlines()[-1])
-    assert len(differences) == 10
+    assert len(differences) == 12
     assert [case for case, (wrong, _) in enumerate(differences) if wrong] == []
     assert max(error for _, error in differences) < 1e-3
