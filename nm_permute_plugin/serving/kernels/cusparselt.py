@@ -85,6 +85,7 @@ class CuSparseLt:
 def _run(
     form: Tensor, product: Product, settings: Settings, out: Tensor | None = None
 ) -> Tensor:
+    """All tokens at once; ``out`` is written to if there is something to scale."""
     algorithm, parts, how, fused, _ = settings
     raw = torch._cslt_sparse_mm(
         form,
