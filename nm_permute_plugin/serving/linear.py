@@ -174,8 +174,10 @@ def _plan(weight: Tensor, allowed: list[str]) -> Plan:
             if reason is None:
                 usable.append(name)
             else:
-                shape = tuple(weight.shape)
-                logger.warning("%s is not used for shape %s: %s", name, shape, reason)
+                logger.warning(
+                    "%s is not used for weights of shape %s, %s: %s",
+                    *(name, tuple(weight.shape), weight.dtype, reason),
+                )
         try:
             plan = tune(weight, {name: KERNELS[name] for name in usable})
         except RuntimeError as error:

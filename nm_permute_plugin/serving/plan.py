@@ -9,14 +9,16 @@ import tempfile
 from bisect import bisect_left
 from dataclasses import dataclass
 from hashlib import sha256
+from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from nm_permute_plugin.serving import kernels as implementations
 from nm_permute_plugin.serving.kernels.kernel import Settings
-from nm_permute_plugin.serving.kernels.mma_sp import source
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is under its name
 
@@ -144,8 +146,18 @@ def key_of(weight: Tensor, kernels: list[str]) -> Key:
         shape="x".join(str(size) for size in weight.shape),
         dtype=str(weight.dtype).removeprefix("torch."),
         kernels=" ".join(kernels),
-        source=sha256(source().encode()).hexdigest(),
+        source=digest(files(implementations)),
     )
+
+
+def digest(folder: Traversable) -> str:
+    """A hash of the source of all kernels: one that was changed is measured anew."""
+    found = sha256()
+    for file in sorted(folder.iterdir(), key=lambda file: file.name):
+        if file.name.endswith((".py", ".cu")):
+            content = file.read_bytes()
+            found.update(f"{file.name} {len(content)}\n".encode() + content)
+    return found.hexdigest()
 
 
 def cache_folder() -> Path:

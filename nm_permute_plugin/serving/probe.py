@@ -5,6 +5,7 @@ Try a kernel in a process of its own, since one that crashes ends its process.
 cuSPARSELt's search does so for some shapes ("illegal instruction", version 0.8).
 """
 
+import signal
 import subprocess
 import sys
 
@@ -33,9 +34,14 @@ def survives(name: str, weight: Tensor) -> str | None:
             command, capture_output=True, text=True, check=False, timeout=TIMEOUT
         )
     except subprocess.TimeoutExpired:
-        return f"no end after {TIMEOUT} s"
-    last = run.stderr.strip().splitlines()[-1:] or [f"exit status {run.returncode}"]
-    return last[0] if run.returncode else None
+        return f"a process that tried it had not ended after {TIMEOUT} s"
+    if not run.returncode:
+        return None
+    ended = f"exit status {run.returncode}"
+    if run.returncode < 0:
+        ended = f"signal {signal.Signals(-run.returncode).name}"
+    last = run.stderr.strip().splitlines()[-1:]
+    return ": ".join([f"a process that tried it ended with {ended}", *last])
 
 
 def main(name: str, rows: str, channels: str, dtype: str, device: str) -> None:

@@ -81,7 +81,8 @@ def measure(
     kernel: Kernel, copies: list[Tensor], product: Product, expected: Tensor
 ) -> list[Way]:
     """How long each setting of a kernel takes; none of those that fail or are wrong."""
-    size = f"{len(product.x)} tokens by {product.out_features} x {product.x.shape[1]}"
+    rows, channels = product.out_features, product.x.shape[1]
+    size = f"{len(product.x)} tokens by {rows} x {channels} in {product.x.dtype}"
     try:
         candidates = kernel.candidates(copies[0], product)
     except RuntimeError as error:

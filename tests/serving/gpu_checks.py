@@ -9,14 +9,15 @@ Usage, where there is no pytest::
 
 import logging
 import os
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
@@ -34,8 +35,12 @@ SHAPES = {
     "triton": [(96, 384)],
 }
 FEW = (1, 2, 3, 7, 8, 9, 16, 17, 31, 33, 64)
-MANY = (1, 5, 65, 129, 1000, 4096)
+MANY = (1, 5, 65, 129, 1000, 4100)
 TOKENS = {"dense": MANY, "cusparselt": MANY, "mma_sp": FEW, "triton": (1, 17, 64)}
+
+# Of a layer: large enough to be measured fast, since it takes few copies to fill the L2
+# cache, and for products of 8 bits to be offered in parts.
+LAYER = (2560, 2048)
 
 
 def kernel_is_exact(name: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
@@ -58,12 +63,22 @@ def kernel_is_exact(name: str, dtype: torch.dtype, shape: tuple[int, int]) -> No
                 raise AssertionError(message)
 
 
-def layer_is_exact(dtype: torch.dtype) -> None:
-    """A prepared layer agrees with float64, whatever the scales' sizes and the output."""
-    weight = sparse_weight(256, 512, dtype, device="cuda")
+def layer_works(dtype: torch.dtype) -> None:
+    """A layer, prepared once: exact as it is, compiled and captured."""
+    weight = sparse_weight(*LAYER, dtype, device="cuda")
     layer = prepared(weight, "auto")
+    for check in (layer_is_exact, layer_is_captured, layer_compiles):
+        try:
+            check(layer, weight)
+        except Exception as wrong:
+            wrong.add_note(f"in {check.__name__}")
+            raise
+
+
+def layer_is_exact(layer: SparseLinear, weight: torch.Tensor) -> None:
+    """It agrees with float64, whatever the scales' sizes and the output."""
     for tokens in (*FEW, *MANY, 8200, 0):
-        for case in range(4 if dtype in NARROW else 1):
+        for case in range(4 if weight.dtype in NARROW else 1):
             product = product_of(
                 weight,
                 tokens,
@@ -72,13 +87,13 @@ def layer_is_exact(dtype: torch.dtype) -> None:
                 per_channel=case != 2,
                 bias=case > 0,
             )
-            if dtype not in NARROW:
+            if weight.dtype not in NARROW:
                 out = layer(product.x)
             else:
                 out = layer.scaled_mm(
                     product.x, *product.scales, product.bias, product.out_dtype
                 )
-            if out.shape != (tokens, 256) or out.dtype != product.out_dtype:
+            if out.shape != (tokens, len(weight)) or out.dtype != product.out_dtype:
                 raise AssertionError(f"got {out.dtype} {tuple(out.shape)}")
             wrong = error(out, exact(weight, product)) if tokens else 0.0
             if not wrong <= BOUND:
@@ -87,10 +102,8 @@ def layer_is_exact(dtype: torch.dtype) -> None:
                 )
 
 
-def layer_compiles(dtype: torch.dtype) -> None:
+def layer_compiles(layer: SparseLinear, weight: torch.Tensor) -> None:
     """One compiled graph serves all numbers of tokens."""
-    weight = sparse_weight(256, 512, dtype, device="cuda")
-    layer = prepared(weight, "auto")
 
     def model(x: torch.Tensor, *scales: torch.Tensor) -> torch.Tensor:
         if scales:
@@ -101,20 +114,18 @@ def layer_compiles(dtype: torch.dtype) -> None:
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     for tokens in (3, 16, 70, 300):
         product = product_of(weight, tokens)
-        scales = product.scales if dtype in NARROW else ()
+        scales = product.scales if weight.dtype in NARROW else ()
         expected = exact(weight, product) + 1
         wrong = error(compiled(product.x, *scales), expected)
         if not wrong <= BOUND:
             raise AssertionError(f"off by {wrong:.3g} for {tokens} tokens")
 
 
-def layer_is_captured(dtype: torch.dtype) -> None:
+def layer_is_captured(layer: SparseLinear, weight: torch.Tensor) -> None:
     """A captured CUDA graph computes with what its inputs hold at each replay."""
-    weight = sparse_weight(256, 512, dtype, device="cuda")
-    layer = prepared(weight, "auto")
     for tokens in (1, 13, 64, 300):
         product = product_of(weight, tokens)
-        scales = product.scales if dtype in NARROW else ()
+        scales = product.scales if weight.dtype in NARROW else ()
         x = torch.zeros_like(product.x)
 
         def call(x: torch.Tensor = x, scales: tuple = scales) -> torch.Tensor:
@@ -137,7 +148,7 @@ def layer_is_captured(dtype: torch.dtype) -> None:
 
 def plan_is_kept() -> None:
     """A second process measures nothing; a damaged file is measured anew."""
-    weight = sparse_weight(256, 512, torch.bfloat16, device="cuda")
+    weight = sparse_weight(*LAYER, torch.bfloat16, device="cuda")
     with tempfile.TemporaryDirectory() as folder:
         os.environ[plan.CACHE] = folder
         try:
@@ -156,7 +167,7 @@ def plan_is_kept() -> None:
 
 def memory_mode_keeps_one_sparse_copy() -> None:
     """No dense weight, one form."""
-    weight = sparse_weight(512, 1024, torch.bfloat16, device="cuda")
+    weight = sparse_weight(*LAYER, torch.bfloat16, device="cuda")
     layer = prepared(weight, "memory")
     if PLANS[layer.plan_name].kernels != ["cusparselt"]:
         raise AssertionError(f"kept {PLANS[layer.plan_name].kernels}")
@@ -199,22 +210,20 @@ def kernel_is_exact_for_all_shapes(name: str, dtype: torch.dtype) -> None:
         kernel_is_exact(name, dtype, shape)
 
 
-CHECKS: dict[str, Callable[[], None]] = {
-    f"{name} {kind}": partial(kernel_is_exact_for_all_shapes, name, dtype)
-    for name in ("mma_sp", "triton", "dense", "cusparselt")
-    for kind, dtype in DTYPES.items()
-} | {
-    f"{check.__name__} {kind}": partial(check, dtype)
-    for check in (layer_is_exact, layer_compiles, layer_is_captured)
-    for kind, dtype in DTYPES.items()
-} | {
-    check.__name__: check
-    for check in (
-        plan_is_kept,
-        memory_mode_keeps_one_sparse_copy,
-        a_dense_weight_stays_dense,
-    )
-}  # fmt: skip
+CHECKS: dict[str, Callable[[], None]] = (
+    {"a_dense_weight_stays_dense": a_dense_weight_stays_dense}
+    | {
+        f"{name} {kind}": partial(kernel_is_exact_for_all_shapes, name, dtype)
+        for name in ("dense", "triton", "mma_sp", "cusparselt")
+        for kind, dtype in DTYPES.items()
+    }
+    | {f"layer {kind}": partial(layer_works, dtype) for kind, dtype in DTYPES.items()}
+    | {
+        check.__name__: check
+        for check in (memory_mode_keeps_one_sparse_copy, plan_is_kept)
+    }
+)
+"""By name, the cheap ones first."""
 
 
 def run_one(name: str) -> None:
@@ -228,35 +237,59 @@ def run_one(name: str) -> None:
         outcome = f"skipped: {reason}"
     except Exception as wrong:
         failed = True
-        outcome = f"FAILED: {type(wrong).__name__}: {str(wrong).splitlines()[0]}"
+        where = " ".join(("", *getattr(wrong, "__notes__", ())))
+        first = (str(wrong).splitlines() or [""])[0]
+        outcome = f"FAILED{where}: {type(wrong).__name__}: {first[:300]}"
         if not isinstance(wrong, AssertionError):
             traceback.print_exc(limit=-4)
-    print(f"{time.perf_counter() - started:6.2f} s  {name}: {outcome}", flush=True)
+    say(started, name, outcome)
     sys.exit(int(failed))
 
 
-def in_child(name: str) -> bool:
-    """Whether a check passes in a process of its own."""
-    command = [sys.executable, __file__, name]
-    try:
-        return subprocess.run(command, timeout=150, check=False).returncode == 0
-    except subprocess.TimeoutExpired:
-        print(f"        {name}: FAILED: no end after 150 s", flush=True)
-        return False
+def say(started: float, name: str, outcome: str) -> None:
+    """A line, at once."""
+    print(f"{time.perf_counter() - started:6.2f} s  {name}: {outcome}", flush=True)
+
+
+def in_children(names: list[str], at_once: int = 8, most: float = 150) -> list[str]:
+    """
+    Run checks in a process each, for a kernel that crashes takes its process with it.
+
+    They are forks, which need not import torch again: this process leaves the GPU alone.
+
+    :param at_once: what is checked is right or wrong, not fast or slow
+    :param most: seconds that a check may take
+    :return: the names of those that failed
+    """
+    fork = get_context("fork")
+    waiting, running, failed = list(names), {}, []
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            name = waiting.pop(0)
+            process = fork.Process(target=run_one, args=(name,))
+            process.start()
+            running[process.sentinel] = (name, process, time.perf_counter())
+        ended = wait(running, timeout=1)
+        for sentinel, (name, process, started) in list(running.items()):
+            if sentinel not in ended:
+                if time.perf_counter() - started > most:
+                    process.kill()
+                continue
+            process.join()
+            del running[sentinel]
+            if process.exitcode:
+                failed.append(name)
+            if process.exitcode < 0:  # it could not say so itself
+                ending = signal.Signals(-process.exitcode).name
+                say(started, name, f"FAILED: ended with {ending}")
+    return failed
 
 
 def main() -> int:
-    """
-    Run every check in a process of its own; the number of those that failed.
-
-    A kernel that crashes takes its whole process with it. Eight run at a time: what is
-    checked is right or wrong, not fast or slow.
-    """
+    """Run every check; the number of those that failed."""
     logging.basicConfig(level=logging.INFO)
     os.environ.setdefault(plan.CACHE, tempfile.mkdtemp())
-    with ThreadPoolExecutor(8) as pool:
-        passed = list(pool.map(in_child, CHECKS))
-    failed = [name for name, ok in zip(CHECKS, passed, strict=True) if not ok]
+    failed = in_children(list(CHECKS))
     print(f"{len(CHECKS)} checks, {len(failed)} failed: {failed}", flush=True)
     return len(failed)
 

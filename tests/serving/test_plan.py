@@ -3,9 +3,11 @@
 
 import logging
 from pathlib import Path
+from shutil import copytree, ignore_patterns
 
 import pytest
 
+from nm_permute_plugin.serving import kernels
 from nm_permute_plugin.serving import plan as plans
 from nm_permute_plugin.serving.plan import Bucket, Plan, Way
 from nm_permute_plugin.serving.tune import choose
@@ -77,6 +79,18 @@ def test_the_cache_folder_follows_the_environment(
     assert plans.cache_folder() == tmp_path / "nm-permute"
     monkeypatch.setenv(plans.CACHE, str(tmp_path / "own"))
     assert plans.cache_folder() == tmp_path / "own"
+
+
+def test_a_change_of_any_kernels_source_is_a_new_plan(tmp_path: Path) -> None:
+    folder = tmp_path / "kernels"
+    source = Path(kernels.__file__).parent
+    copytree(source, folder, ignore=ignore_patterns("__pycache__"))
+    digests = [plans.digest(source)]
+    assert plans.digest(folder) == digests[0]
+    for file in sorted(folder.iterdir()):
+        file.write_text(file.read_text() + "\n")
+        digests.append(plans.digest(folder))
+    assert len(set(digests)) == len(digests) == 1 + len(list(folder.iterdir()))
 
 
 @pytest.mark.parametrize(

@@ -14,30 +14,39 @@ from nm_permute_plugin.serving.kernels.kernel import (
     Product,
     Settings,
     padded,
+    unknown,
 )
 from nm_permute_plugin.serving.kernels.scaling import scaled
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is under its name
 
-# Settings: algorithm, parts of the channels, how these are added up, and whether the
-# product itself takes the weight's scales.
+# Settings: algorithm, parts of the channels, how these are added up, whether the product
+# itself takes the weight's scales, and how many tokens go at a time (0: all).
 _DEFAULT = (0, 1, -1)
 
-# The search tries kernels that small odd shapes crash ("illegal instruction" at 96 x 384
-# in float16, version 0.8), and a crash ends the process.
+# On an H100 (torch 2.11) float8 refuses a vector of scales ("not supported"), and the
+# search fails in float16, or crashes.
+_FUSING = (torch.int8,)
+_SEARCHED = (torch.bfloat16, *NARROW)
+
+# The search tries kernels that small odd shapes crash ("illegal instruction" at 96 x 384,
+# version 0.8), and a crash ends the process.
 _SAFE = 128
+
+PART_BYTES = 32 << 20
+"""A part's sums, at most about: they are in the L2 cache still when they are scaled."""
 
 
 @dataclass(frozen=True)
 class CuSparseLt:
-    """cuSPARSELt through torch; 8-bit products take the weight's scales along."""
+    """cuSPARSELt through torch; products of int8 may take the weight's scales along."""
 
     name: str = "cusparselt"
 
     def refusal(self, weight: Tensor) -> str | None:
         rows, channels = weight.shape
-        if weight.dtype not in WIDE + NARROW:
-            return f"{weight.dtype} has no kernel"
+        if reason := unknown(weight.dtype, WIDE + NARROW):
+            return reason
         if not weight.is_cuda:
             return "no CUDA device"
         if not torch.backends.cusparselt.is_available():
@@ -51,37 +60,61 @@ class CuSparseLt:
         return torch._cslt_compress(weight)
 
     def candidates(self, form: Tensor, product: Product) -> list[Settings]:
-        found: list[Settings] = []
-        for fused in (1, 0) if product.scale_w is not None else (0,):
-            try:
-                if product.out_features % _SAFE == product.x.shape[1] % _SAFE == 0:
-                    found.append((*_search(form, product, fused), fused))
-                found.append((*_DEFAULT, fused))
-            except RuntimeError as error:  # not every version scales every dtype
-                logger.info("no search of cuSPARSELt's algorithms: %s", error)
-        return list(dict.fromkeys(found))
+        choices = (1, 0) if product.x.dtype in _FUSING else (0,)
+        found: list[Settings] = [
+            (*algorithm, fused, 0)
+            for fused in choices
+            for algorithm in _algorithms(form, product, fused)
+        ]
+        if few := _tokens_at_a_time(product):
+            part = product.split(few)[0]
+            found.append((*_algorithms(form, part, choices[0])[0], choices[0], few))
+        return found
 
     def run(self, form: Tensor, product: Product, settings: Settings) -> Tensor:
-        algorithm, parts, how, fused = settings
-        raw = torch._cslt_sparse_mm(
-            form,
-            _tokens(product.x).t(),
-            alpha=_alpha(product, fused),
-            out_dtype=_raw_dtype(product),
-            transpose_result=True,
-            alg_id=algorithm,
-            split_k=parts,
-            split_k_mode=how,
-        )[: len(product.x)]
-        if product.scale_x is None:
-            return raw
-        scale_w = None if fused else product.scale_w
-        return scaled(raw, product.scale_x, scale_w, product.bias, product.out_dtype)
+        few = settings[-1]
+        if not few:
+            return _run(form, product, settings)
+        size = (len(product.x), product.out_features)
+        out = product.x.new_empty(size, dtype=product.out_dtype)
+        for part, into in zip(product.split(few), out.split(few), strict=True):
+            _run(form, part, settings, into)
+        return out
+
+
+def _run(
+    form: Tensor, product: Product, settings: Settings, out: Tensor | None = None
+) -> Tensor:
+    """All tokens at once; ``out`` is written to if there is something to scale."""
+    algorithm, parts, how, fused, _ = settings
+    raw = torch._cslt_sparse_mm(
+        form,
+        _tokens(product.x).t(),
+        alpha=_alpha(product, fused),
+        out_dtype=_raw_dtype(product),
+        transpose_result=True,
+        alg_id=algorithm,
+        split_k=parts,
+        split_k_mode=how,
+    )[: len(product.x)]
+    if product.scale_x is None:
+        return raw
+    scale_w = None if fused else product.scale_w
+    return scaled(raw, product.scale_x, scale_w, product.bias, product.out_dtype, out)
 
 
 def _tokens(x: Tensor) -> Tensor:
     """The tokens, contiguous, as many as the library's alignment asks for."""
     return padded(x, 8 if x.dtype in WIDE else 16).contiguous()
+
+
+def _tokens_at_a_time(product: Product) -> int:
+    """How many tokens go at a time where all at once make sums too large; 0: all."""
+    tokens = len(product.x)
+    parts = -(-2 * tokens * product.out_features // PART_BYTES)  # sums are bfloat16
+    if product.scale_x is None or tokens <= 256 or parts < 2:
+        return 0
+    return -(-tokens // (128 * parts)) * 128
 
 
 def _raw_dtype(product: Product) -> torch.dtype | None:
@@ -96,8 +129,24 @@ def _alpha(product: Product, fused: int) -> Tensor | None:
     return product.scale_w.reshape(-1).expand(product.out_features).contiguous()
 
 
+def _algorithms(form: Tensor, product: Product, fused: int) -> list[Settings]:
+    """The library's own choice after trying its algorithms, if any, and its default."""
+    tokens, channels = product.x.shape
+    rows, dtype = product.out_features, product.x.dtype
+    if dtype not in _SEARCHED or rows % _SAFE or channels % _SAFE:
+        return [_DEFAULT]
+    try:
+        return list(dict.fromkeys((_search(form, product, fused), _DEFAULT)))
+    except RuntimeError as error:
+        logger.info(
+            "cuSPARSELt's search failed for %d tokens by %d x %d, %s%s, which leaves its "
+            "default algorithm: %s",
+            *(tokens, rows, channels, dtype, ", with scales" if fused else "", error),
+        )
+        return [_DEFAULT]
+
+
 def _search(form: Tensor, product: Product, fused: int) -> Settings:
-    """The library's own choice after trying its algorithms."""
     x, alpha = _tokens(product.x).t(), _alpha(product, fused)
     arguments = (form, x, None, alpha, _raw_dtype(product), True)
     bindings = getattr(torch._C, "_cusparselt", None)

@@ -12,6 +12,7 @@ from nm_permute_plugin.serving.kernels.kernel import (
     Product,
     Settings,
     padded,
+    unknown,
 )
 from nm_permute_plugin.serving.kernels.scaling import scaled
 
@@ -23,8 +24,7 @@ class Dense:
     name: str = "dense"
 
     def refusal(self, weight: Tensor) -> str | None:
-        known = weight.dtype in WIDE + NARROW
-        return None if known else f"{weight.dtype} has no kernel"
+        return unknown(weight.dtype, WIDE + NARROW)
 
     def prepare(self, weight: Tensor) -> Tensor:
         return weight

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every way to multiply by a 2:4 weight offers."""
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -47,6 +49,16 @@ class Product:
             )
         return self.scale_x, self.scale_w
 
+    def split(self, tokens: int) -> list["Product"]:
+        """The products of so many tokens each, the last one of those that are left."""
+        scales = (
+            repeat(self.scale_x)
+            if self.scale_x is None or self.scale_x.numel() == 1
+            else self.scale_x.split(tokens)
+        )
+        parts = zip(self.x.split(tokens), scales, strict=False)
+        return [replace(self, x=x, scale_x=scale_x) for x, scale_x in parts]
+
 
 @runtime_checkable
 class Kernel(Protocol):
@@ -69,6 +81,13 @@ class Kernel(Protocol):
         """[tokens, out] of ``out_dtype``."""
 
 
+def unknown(dtype: torch.dtype, known: Collection[torch.dtype]) -> str | None:
+    """The refusal of a dtype that a kernel does not know, or None."""
+    names = ", ".join(str(other).removeprefix("torch.") for other in known)
+    return None if dtype in known else f"{dtype} has no kernel; these have: {names}"
+
+
 def padded(x: Tensor, multiple: int) -> Tensor:
     """The tokens [tokens, in] with rows of zeros up to a multiple of ``multiple``."""
-    return torch.nn.functional.pad(x, (0, 0, 0, -len(x) % multiple))
+    missing = -len(x) % multiple  # pad copies even where nothing is missing
+    return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x

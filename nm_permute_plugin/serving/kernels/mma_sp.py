@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nm_permute_plugin.serving.kernels import nvrtc
-from nm_permute_plugin.serving.kernels.kernel import Product, Settings
+from nm_permute_plugin.serving.kernels.kernel import Product, Settings, unknown
 from nm_permute_plugin.serving.kernels.packing import CHANNELS, ROWS, pack
 
 MOST_TOKENS = 64
@@ -77,8 +77,8 @@ class MmaSp:
 
     def refusal(self, weight: Tensor) -> str | None:
         rows, channels = weight.shape
-        if weight.dtype not in _KINDS:
-            return f"{weight.dtype} has no kernel"
+        if reason := unknown(weight.dtype, _KINDS):
+            return reason
         if not weight.is_cuda:
             return "no CUDA device"
         lowest = (8, 9) if weight.dtype == torch.float8_e4m3fn else (8, 0)

@@ -16,6 +16,7 @@ def scaled(
     scale_w: Tensor | None,
     bias: Tensor | None,
     out_dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
     """
     ``raw * scale_x * scale_w + bias``, computed in float32; may overwrite ``raw``.
@@ -24,15 +25,18 @@ def scaled(
     :param scale_x: one number or [tokens, 1]; None is 1
     :param scale_w: one number or [out, 1]; None is 1
     :param bias: [out]
+    :param out: [tokens, out] of ``out_dtype``, contiguous: written to and returned
     """
     kernel = _kernel() if raw.is_cuda and raw.is_contiguous() else None
     if kernel is None:
         value = raw.float()
         for scale in (scale_x, None if scale_w is None else scale_w.reshape(1, -1)):
             value = value if scale is None else value * scale
-        return (value if bias is None else value + bias).to(out_dtype)
+        value = (value if bias is None else value + bias).to(out_dtype)
+        return value if out is None else out.copy_(value)
     tokens, columns = raw.shape
-    out = raw if raw.dtype == out_dtype else torch.empty_like(raw, dtype=out_dtype)
+    if out is None:
+        out = raw if raw.dtype == out_dtype else torch.empty_like(raw, dtype=out_dtype)
     if tokens:
         kernel[(tokens, -(-columns // _COLUMNS))](
             raw,

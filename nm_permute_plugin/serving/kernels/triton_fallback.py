@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nm_permute_plugin.checkpoint.codec import clear_negative_zeros, compress
-from nm_permute_plugin.serving.kernels.kernel import WIDE, Product, Settings
+from nm_permute_plugin.serving.kernels.kernel import WIDE, Product, Settings, unknown
 from nm_permute_plugin.serving.kernels.packing import CODES
 
 MOST_TOKENS = 64
@@ -21,8 +21,8 @@ class TritonDecode:
     name: str = "triton"
 
     def refusal(self, weight: Tensor) -> str | None:
-        if weight.dtype not in WIDE:
-            return f"{weight.dtype} has no kernel"
+        if reason := unknown(weight.dtype, WIDE):
+            return reason
         if not weight.is_cuda:
             return "no CUDA device"
         if importlib.util.find_spec("triton") is None:
