@@ -40,6 +40,7 @@ NOT_DEFAULT = {
     "weight_decay": 0.01,
     "search_rounds": 2,
     "score_multipliers": False,
+    "multiplier_rows": 4,
     "multiplier_rate": 0.5,
     "held_back": 0.25,
     "evaluate_every": 5,

@@ -125,10 +125,11 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+@pytest.mark.parametrize("rows", [None, 16, 1])
 def test_multipliers_of_the_scores_are_learned_and_kept_with_their_orders(
-    task: Task,
+    task: Task, rows: int | None
 ) -> None:
-    shape = replace(FAST.shape, multipliers=True)
+    shape = replace(FAST.shape, multipliers=True, multiplier_rows=rows)
     settings = replace(FAST, steps=30, shape=shape, multiplier_rate=0.1)
     learned = task.learn(settings)
     looks = [look["held_back"] for look in learned.history]
@@ -136,8 +137,9 @@ def test_multipliers_of_the_scores_are_learned_and_kept_with_their_orders(
     assert kept == pytest.approx(min(looks), rel=1e-6)
     assert kept < looks[0]
     for name, factors in learned.multipliers.items():
-        width = task.model.get_submodule(name).in_features
-        assert factors.shape == (width,)
+        linear = task.model.get_submodule(name)
+        runs = linear.out_features // (rows or linear.out_features)
+        assert factors.shape == (runs, linear.in_features)
         assert bool((factors > 0).all())
     readers = {r.name for s in task.stacks.values() for r in s.space.readers}
     assert learned.multipliers.keys() == readers

@@ -9,7 +9,8 @@ from nm_permute_plugin.maths.masks import nm_mask
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import expand_heads
 from nm_permute_plugin.specs.fold import fold
-from nm_permute_plugin.training.stacking import StackedScore
+from nm_permute_plugin.specs.spec import Reader, Space
+from nm_permute_plugin.training.stacking import StackedScore, mask_in_order
 
 TWO_OF_FOUR = NMPattern(2, 4)
 
@@ -79,3 +80,30 @@ def test_masks_of_an_order_are_those_of_the_folded_model(
             if rows[0].space is not None:
                 moved = moved[perms[rows[0].space]]
             assert torch.equal(moved, folded), linear
+
+
+@pytest.mark.parametrize(
+    ("most", "sections"),
+    [(None, (1, 2)), (16, (2, 2)), (5, (6, 8)), (1, (24, 32))],
+)
+def test_sections_are_as_long_as_may_be_and_stay_inside_a_query_head(
+    most: int | None, sections: tuple[int, ...]
+) -> None:
+    space = Space("value.0", 8, 8, (Reader("a"), Reader("b", queries=2, head_dim=8)))
+    scores = {"a": torch.rand(24, 8), "b": torch.rand(16, 16)}
+    assert StackedScore.of(space, scores).sections(most) == sections
+
+
+@pytest.mark.parametrize("queries", [1, 2])
+def test_each_run_of_rows_is_judged_by_its_own_multipliers(queries: int) -> None:
+    generator = torch.Generator().manual_seed(queries)
+    reader = Reader("o", queries=queries, head_dim=8)
+    score = torch.rand(12, 8 * queries, generator=generator)
+    factors = torch.rand(3, 8 * queries, generator=generator)
+    order = torch.randperm(8, generator=generator)
+    mask = reader.unview(
+        mask_in_order(reader, reader.view(score), order, TWO_OF_FOUR, factors)
+    )
+    scaled = score * factors.repeat_interleave(4, 0)
+    expected = mask_in_order(reader, reader.view(scaled), order, TWO_OF_FOUR)
+    assert torch.equal(mask, reader.unview(expected))
