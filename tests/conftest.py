@@ -198,6 +198,20 @@ def run_oneshot(chain_rows) -> Callable[..., PreTrainedModel]:
 
 
 @pytest.fixture
+def offload_to() -> Callable[[nn.Module, str, Path], None]:
+    """A helper: offload all weights to ``cpu`` or ``disk``, as llm-compressor does."""
+    offload = pytest.importorskip("compressed_tensors.offload")
+
+    def to(model: nn.Module, place: str, folder: Path) -> None:
+        options = {"offload_dir": str(folder)} if place == "disk" else {}
+        for module in list(model.modules()):
+            if len(module._parameters):
+                offload.offload_module(module, "cpu", place, **options)
+
+    return to
+
+
+@pytest.fixture
 def assert_exactly() -> Callable[..., None]:
     """A check: every linear but the named ones keeps exactly N of M, those are dense."""
 

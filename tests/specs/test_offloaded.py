@@ -17,14 +17,6 @@ TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 TABLE_NAMES = ("model.embed_tokens.weight", "lm_head.weight")
 
 
-def offload_to(model: nn.Module, place: str, folder: Path) -> None:
-    """Offload every module that holds parameters, as the host does."""
-    options = {"offload_dir": str(folder)} if place == "disk" else {}
-    for module in list(model.modules()):
-        if len(module._parameters):
-            offload.offload_module(module, "cpu", place, **options)
-
-
 def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
     with torch.no_grad():
         return model(tokens, use_cache=False).logits
@@ -42,6 +34,7 @@ def test_an_offloaded_fold_leaves_the_logits(
     resolve_model,
     legal_perms,
     tokens,
+    offload_to,
     tmp_path: Path,
     place: str,
     tied: bool,
@@ -65,7 +58,13 @@ def test_an_offloaded_fold_leaves_the_logits(
 @pytest.mark.parametrize("place", PLACES)
 @TIED
 def test_the_inverse_fold_of_an_offloaded_model_is_bitwise(
-    tiny_model, resolve_model, legal_perms, tmp_path: Path, place: str, tied: bool
+    tiny_model,
+    resolve_model,
+    legal_perms,
+    offload_to,
+    tmp_path: Path,
+    place: str,
+    tied: bool,
 ) -> None:
     model = tiny_model("qwen2", tie_word_embeddings=tied)
     offload_to(model, place, tmp_path)
@@ -81,7 +80,7 @@ def test_the_inverse_fold_of_an_offloaded_model_is_bitwise(
 
 
 def test_a_write_in_place_is_lost_on_disk(
-    tiny_model, resolve_model, legal_perms, tokens, tmp_path: Path
+    tiny_model, resolve_model, legal_perms, tokens, offload_to, tmp_path: Path
 ) -> None:
     """Why ``fold`` takes its ``write`` as an argument."""
     model = tiny_model("llama")
@@ -111,7 +110,7 @@ def test_ties_show_only_without_onloading_where_tensors_change_device(
 
 
 def test_a_tied_model_loaded_to_disk_folds_its_table_once(
-    tiny_model, resolve_model, legal_perms, tokens, tmp_path: Path
+    tiny_model, resolve_model, legal_perms, tokens, offload_to, tmp_path: Path
 ) -> None:
     pytest.importorskip("accelerate")
     model = tiny_model("llama", tie_word_embeddings=True)

@@ -237,13 +237,10 @@ def test_weights_and_their_gradients_are_left_alone(
 
 
 def test_a_model_learns_offloaded_what_it_learns_in_memory(
-    task: Task, tmp_path
+    task: Task, offload_to, tmp_path
 ) -> None:
-    offload = pytest.importorskip("compressed_tensors.offload")
     expected = task.learn(FAST)
-    for module in list(task.model.modules()):
-        if len(module._parameters):
-            offload.offload_module(module, "cpu", "disk", offload_dir=str(tmp_path))
+    offload_to(task.model, "disk", tmp_path)
     found = task.learn(FAST)
     assert found.history == expected.history
     for name, perm in expected.perms.items():

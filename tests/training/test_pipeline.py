@@ -363,16 +363,19 @@ OFFLOADED = {
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 @pytest.mark.parametrize("changes", OFFLOADED.values(), ids=OFFLOADED)
 def test_an_offloaded_model_gets_the_same_weights(
-    tiny_model, go, resolve_model, tmp_path: Path, place: str, changes: dict[str, str]
+    tiny_model,
+    go,
+    resolve_model,
+    offload_to,
+    tmp_path: Path,
+    place: str,
+    changes: dict[str, str],
 ) -> None:
     offload = pytest.importorskip("compressed_tensors.offload")
     settings = replace(SEARCH, **changes)
     here, away = tiny_model("llama"), tiny_model("llama")
     go(here, settings)
-    options = {"offload_dir": str(tmp_path)} if place == "disk" else {}
-    for module in list(away.modules()):
-        if len(module._parameters):
-            offload.offload_module(module, "cpu", place, **options)
+    offload_to(away, place, tmp_path)
     with offload.disable_onloading():
         resolved = resolve_model(away)
     write = offload.update_offload_parameter

@@ -104,16 +104,13 @@ def test_weights_are_written_by_the_callback_alone(tiny_model, go) -> None:
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 def test_an_offloaded_model_is_recovered_alike(
-    tiny_model, go, tmp_path: Path, place: str
+    tiny_model, go, offload_to, tmp_path: Path, place: str
 ) -> None:
     offload = pytest.importorskip("compressed_tensors.offload")
     settings = replace(FROZEN, method="identity", recover=RECOVER)
     model, offloaded = tiny_model("llama"), tiny_model("llama")
     go(model, settings)
-    options = {"offload_dir": str(tmp_path)} if place == "disk" else {}
-    for module in list(offloaded.modules()):
-        if len(module._parameters):
-            offload.offload_module(module, "cpu", place, **options)
+    offload_to(offloaded, place, tmp_path)
     with offload.disable_offloading():
         go(offloaded, settings, write=offload.update_offload_parameter)
     before, after = weights_of(model), weights_of(offloaded)
