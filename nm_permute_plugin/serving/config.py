@@ -101,8 +101,8 @@ class Sparse24Config(CompressedTensorsConfig):
         if stored and (head or experts):
             raise NotImplementedError(
                 f"{prefix}, a {kind}, is stored as {self.sparsity.format}, which is "
-                "served for linear layers only. Turn the checkpoint into a dense one: "
-                "nm-permute convert DIR OUT --format dense"
+                "served for linear layers only. Write the checkpoint again: nm-permute "
+                f"convert DIR OUT {'--dense-experts' if experts else '--format dense'}"
             )
         return stock
 
