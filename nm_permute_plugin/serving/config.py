@@ -25,6 +25,7 @@ from nm_permute_plugin.serving.plugin import NAME
 logger = logging.getLogger(__name__)
 
 _EXPERTS = ("FusedMoE", "RoutedExperts")
+_MISNAMED = ".attention.output.qkv_proj"
 
 
 class Sparse24Config(CompressedTensorsConfig):
@@ -109,6 +110,8 @@ class Sparse24Config(CompressedTensorsConfig):
     def _parts(self, prefix: str) -> list[str]:
         """The modules of the checkpoint that are fused into one layer."""
         owner, _, name = prefix.rpartition(".")
+        if prefix.endswith(_MISNAMED):  # vLLM's prefix for BERT's `attention.self`
+            owner = f"{owner.removesuffix('output')}self"
         leaves = self.packed_modules_mapping.get(name, [name])
         return [f"{owner}.{leaf}" if owner else leaf for leaf in leaves]
 
