@@ -45,6 +45,7 @@ settings.load_profile("nm_permute")
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(Path(__file__).parent))  # for helpers.py, in every folder
 VOCABULARY = 48
 
 CLASSES = {
