@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all tests share: the hypothesis profile, a seeded generator and tiny models."""
 
+import importlib.util
+import json
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +44,8 @@ settings.load_profile("nm_permute")
 # On tiny tensors threads only wait for each other.
 torch.set_num_threads(1)
 
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(Path(__file__).parent))  # for helpers.py, in every folder
 VOCABULARY = 48
 
 CLASSES = {
@@ -193,6 +199,32 @@ def run_oneshot(chain_rows) -> Callable[..., PreTrainedModel]:
             }
             | options
         )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_triton(pytestconfig: pytest.Config) -> Callable[[Path], Any]:
+    """
+    A runner: what a script prints last, read as JSON, in a process of its own.
+
+    Triton decides whether to interpret when it is first imported, which torch may have
+    done long before a test starts.
+    """
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    command = [sys.executable]
+    if pytestconfig.pluginmanager.hasplugin("_cov"):
+        data = f"--data-file={ROOT / '.coverage'}"
+        source = "--source=nm_permute_plugin"
+        command += ["-m", "coverage", "run", "--parallel-mode", data, source]
+
+    def run(script: Path) -> Any:
+        done = subprocess.run(
+            [*command, str(script)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
 
     return run
 

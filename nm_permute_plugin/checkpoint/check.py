@@ -14,6 +14,8 @@ from nm_permute_plugin.checkpoint.directory import Checkpoint, open_checkpoint
 from nm_permute_plugin.checkpoint.packed import packed_levels, packed_modules
 from nm_permute_plugin.checkpoint.plan import (
     EIGHT_BIT,
+    PACKED_EXPERTS,
+    TRANSPOSED,
     TWO_FOUR,
     experts_of,
     find_excess,
@@ -104,11 +106,11 @@ def choose_format(
     if asked == "dense":
         return "dense", "asked for"
     if transposed:
-        return "dense", "Conv1D stores [in, out], and sparse formats hold [out, in]"
+        return "dense", TRANSPOSED
     checkpoint = open_checkpoint(path)
     quantized = quantization_format(checkpoint.config)
     if experts_of(pruned) and quantized is not None:
-        return "dense", "no reader packs experts that are quantized and sparse"
+        return "dense", PACKED_EXPERTS
     if quantized is not None and quantized not in EIGHT_BIT:
         return "dense", f"sparse formats cannot hold {quantized}; its zeros are kept"
     if any(name.endswith(".weight_zero_point") for name in checkpoint.where):

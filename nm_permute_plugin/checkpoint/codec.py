@@ -4,6 +4,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 from jaxtyping import Bool, Int, UInt8
@@ -19,10 +20,11 @@ WORDS = {
 """The dtypes that are stored, with the integers of the same width that stand in for
 them: bits are moved, values are never looked at."""
 
-# Which two of four weights are stored, by which are not zero (bit i: weight i). Where
-# fewer than two are left the choice is free; it is the one that the format's first
-# implementation made on CPUs, so that files agree byte for byte. 0: not 2:4.
-_STORED = (12, 5, 10, 3, 12, 5, 6, 0, 12, 9, 10, 0, 12, 0, 0, 0)
+STORED = (12, 5, 10, 3, 12, 5, 6, 0, 12, 9, 10, 0, 12, 0, 0, 0)
+"""Which two of four weights are stored, by which are not zero (bit i: weight i). Where
+fewer than two are left the choice is free; it is the one that the format's first
+implementation made on CPUs, so that files agree byte for byte. 0: not 2:4."""
+
 _CPU_OCTETS = 1 << 15  # what fits a core's cache
 _GPU_OCTETS = 1 << 24  # what fits a GPU's memory: about 1 GB of scratch
 
@@ -72,21 +74,17 @@ def compress(weight: Tensor, name: str = "weight") -> Sparse24:
         )
     rows, columns = weight.shape
     words = weight.detach().contiguous().view(WORDS[weight.dtype])
-    values = words.new_empty(rows, columns // 2)
-    bitmask = words.new_empty(rows, -(-columns // 8), dtype=torch.uint8)
-    if columns % 8 == 0:
-        _compress_octets(words.view(-1, 8), values.view(-1, 4), bitmask.view(-1))
+    if _in_triton(words):
+        from nm_permute_plugin.checkpoint.triton_codec import compress_in_triton
+
+        stored = compress_in_triton(words)
     else:
-        padded = torch.nn.functional.pad(words, (0, 4))
-        wide = words.new_empty(rows, columns // 2 + 2)
-        _compress_octets(padded.view(-1, 8), wide.view(-1, 4), bitmask.view(-1))
-        values.copy_(wide[:, :-2])
-        bitmask[:, -1] = torch.where(bitmask[:, -1] > 0, bitmask[:, -1] & 15, 0)
-    if not bool(bitmask.all()):
+        stored = _compress_in_torch(words)
+    if stored is None:
         raise ValueError(_violation(weight, name))
     return Sparse24(
-        compressed=values.view(weight.dtype),
-        bitmask=bitmask,
+        compressed=stored[0].view(weight.dtype),
+        bitmask=stored[1],
         shape=torch.tensor([[rows], [columns]], device=weight.device),
     )
 
@@ -109,18 +107,16 @@ def decompress(
     tensor([[0., 5., 6., 0.]])
     """
     rows, columns = check_stored(compressed, bitmask, shape, name)
-    if not bool(_tables(str(bitmask.device)).valid[_whole(bitmask, columns)].all()):
-        raise ValueError(_bad_population(bitmask, columns, name))
     values = compressed.detach().contiguous().view(WORDS[compressed.dtype])
-    if columns % 8 == 0:
-        words = values.new_zeros(rows, columns)
-        _decompress_octets(values.view(-1, 4), bitmask.reshape(-1), words.view(-1, 8))
-        return words.view(compressed.dtype)
-    wide = torch.nn.functional.pad(values, (0, 2))
-    words = values.new_zeros(rows, columns + 4)
-    whole = _whole(bitmask, columns).to(torch.uint8)
-    _decompress_octets(wide.view(-1, 4), whole.view(-1), words.view(-1, 8))
-    return words[:, :columns].contiguous().view(compressed.dtype)
+    if _in_triton(values):
+        from nm_permute_plugin.checkpoint.triton_codec import decompress_in_triton
+
+        words = decompress_in_triton(values, bitmask.contiguous(), columns)
+    else:
+        words = _decompress_in_torch(values, bitmask, columns)
+    if words is None:
+        raise ValueError(_bad_population(bitmask, columns, name))
+    return words.view(compressed.dtype)
 
 
 def check_stored(
@@ -179,6 +175,46 @@ def nonzero_bits(weight: Tensor) -> Bool[Tensor, "*shape"]:
     return weight.detach().contiguous().view(WORDS[weight.dtype]) != 0
 
 
+def _in_triton(words: Tensor) -> bool:
+    return words.is_cuda and words.numel() > 0 and find_spec("triton") is not None
+
+
+def _compress_in_torch(
+    words: Int[Tensor, "rows columns"],
+) -> tuple[Int[Tensor, "rows half"], UInt8[Tensor, "rows bytes"]] | None:
+    """What is stored of a weight's bits, or None if it is not 2:4."""
+    rows, columns = words.shape
+    values = words.new_empty(rows, columns // 2)
+    bitmask = words.new_empty(rows, -(-columns // 8), dtype=torch.uint8)
+    if columns % 8 == 0:
+        _compress_octets(words.view(-1, 8), values.view(-1, 4), bitmask.view(-1))
+    else:
+        padded = torch.nn.functional.pad(words, (0, 4))
+        wide = words.new_empty(rows, columns // 2 + 2)
+        _compress_octets(padded.view(-1, 8), wide.view(-1, 4), bitmask.view(-1))
+        values.copy_(wide[:, :-2])
+        bitmask[:, -1] = torch.where(bitmask[:, -1] > 0, bitmask[:, -1] & 15, 0)
+    return (values, bitmask) if bool(bitmask.all()) else None
+
+
+def _decompress_in_torch(
+    values: Int[Tensor, "rows half"], bitmask: UInt8[Tensor, "rows bytes"], columns: int
+) -> Int[Tensor, "rows columns"] | None:
+    """The bits of a weight, or None if not two of any four bits are set."""
+    whole = _whole(bitmask, columns)
+    if not bool(_tables(str(bitmask.device)).valid[whole].all()):
+        return None
+    if columns % 8 == 0:
+        words = values.new_zeros(len(values), columns)
+        _decompress_octets(values.view(-1, 4), bitmask.reshape(-1), words.view(-1, 8))
+        return words
+    wide = torch.nn.functional.pad(values, (0, 2))
+    words = values.new_zeros(len(values), columns + 4)
+    octets = whole.to(torch.uint8).view(-1)
+    _decompress_octets(wide.view(-1, 4), octets, words.view(-1, 8))
+    return words[:, :columns].contiguous()
+
+
 @dataclass(frozen=True)
 class _Tables:
     """By the eight bits of two groups: what is stored, where, and if it may be so."""
@@ -192,7 +228,7 @@ class _Tables:
 def _tables(device: str) -> _Tables:
     """The tables on a device, by the device's name."""
     byte = range(256)
-    low, high = [_STORED[b & 15] for b in byte], [_STORED[b >> 4] for b in byte]
+    low, high = [STORED[b & 15] for b in byte], [STORED[b >> 4] for b in byte]
     stored = [a | b << 4 if a and b else 0 for a, b in zip(low, high, strict=True)]
     places = [[i for i in range(8) if b >> i & 1] for b in byte]
     valid = [(b & 15).bit_count() == 2 == (b >> 4).bit_count() for b in byte]

@@ -279,7 +279,10 @@ def _loading(checkpoint: Path, format: Format) -> str:
     formats = open_checkpoint(checkpoint).formats
     experts = any(formats[name] != "dense" for name in experts_of(formats))
     if experts:
-        text += "not before `nm-permute convert`, as below: it serves no sparse experts"
+        text += (
+            "not before `nm-permute convert FOLDER OUT --dense-experts`: it serves no "
+            "sparse experts"
+        )
     else:
         text += "`pip install nm-permute-plugin[vllm]`, then `vllm serve FOLDER`"
     if not experts and format == "sparse-24-bitmask":

@@ -25,6 +25,10 @@ HEAD = "lm_head"
 TWO_FOUR = NMPattern(2, 4)
 
 EIGHT_BIT = ("float-quantized", "int-quantized", "naive-quantized")
+TRANSPOSED = "Conv1D stores [in, out], and sparse formats hold [out, in]"
+PACKED_EXPERTS = "no reader packs experts that are quantized and sparse"
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+_CONV1D = ("c_attn", "q_attn", "c_fc", "c_proj")
 _EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings", "embed_positions")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _WORDS_OF_FLAGS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -53,12 +57,14 @@ def make_plan(
     modules: Collection[str] | None,
     pattern: NMPattern = TWO_FOUR,
     clear: bool = False,
+    dense_experts: bool = False,
 ) -> Plan:
     """
     Look at every matrix that may be stored sparse.
 
     :param modules: those that must be; None for all that follow the pattern, embeddings
         aside. Experts of a layer are stored sparse all together or not at all
+    :param dense_experts: leave routed experts out of all that follow the pattern
     :raises ValueError: if one of ``modules`` is missing or does not follow the pattern,
         or the format does not store the pattern
     """
@@ -83,15 +89,22 @@ def make_plan(
         return Plan(format, pattern, {}, dict.fromkeys(names, reason), clear)
     nonzeros: dict[str, int] = {}
     dense: dict[str, str] = {}
+    experts = set(experts_of(names))
     for module in names:
         if modules is not None and module not in modules:
             dense[module] = "not asked for"
         elif modules is None and is_embedding(module):
             dense[module] = "an embedding"
+        elif modules is None and dense_experts and module in experts:
+            dense[module] = "a routed expert, dense as asked for"
         else:
-            weight = checkpoint.weight(module)
-            clears = clear and weight.dtype in WORDS
-            found = _count(clear_negative_zeros(weight) if clears else weight, pattern)
+            found: int | str
+            if _is_conv1d(checkpoint, module):
+                found = TRANSPOSED
+            elif quantized is not None and module in experts:
+                found = PACKED_EXPERTS
+            else:
+                found = _count(checkpoint.weight(module), pattern, clear)
             if isinstance(found, int):
                 nonzeros[module] = found
             elif modules is None:
@@ -101,6 +114,9 @@ def make_plan(
                     f"{checkpoint.file(module)}: {module}.weight cannot be stored as "
                     f"{format}: {found}. Prune it first, or leave it out."
                 )
+    for name, shard in checkpoint.where.items():
+        if ".experts." in name and len(shard.tensors[name].shape) == 3:
+            dense[name] = "the weights of all experts in one tensor: only matrices fit"
     for module in _apart(names, nonzeros):
         del nonzeros[module]
         dense[module] = (
@@ -117,6 +133,12 @@ def is_embedding(module: str) -> bool:
 def experts_of(names: Iterable[str]) -> list[str]:
     """Those that are linears of experts, by their names; transformers packs them."""
     return [name for name in names if _EXPERT.search(name)]
+
+
+def _is_conv1d(checkpoint: Checkpoint, module: str) -> bool:
+    """Whether transformers reads a module as Conv1D: no weight tells, but its model."""
+    model = checkpoint.config.get("model_type")
+    return model in _CONV1D_MODELS and module.rpartition(".")[2] in _CONV1D
 
 
 def _apart(names: Collection[str], sparse: Collection[str]) -> list[str]:
@@ -192,10 +214,12 @@ def _group_counts(weight: Tensor, m: int) -> Tensor:
     return flags.view(word).mul(ones) >> 8 * (m - 1)
 
 
-def _count(weight: Tensor, pattern: NMPattern) -> int | str:
+def _count(weight: Tensor, pattern: NMPattern, clear: bool) -> int | str:
     """The non-zeros of a weight that follows the pattern, or why it does not."""
     if weight.dtype not in WORDS or weight.shape[1] % pattern.m:
         return f"{weight.dtype} {list(weight.shape)}"
+    if clear:
+        weight = clear_negative_zeros(weight)
     counts = _group_counts(weight, pattern.m)
     found = _first_excess(counts, pattern)
     if found is None:

@@ -63,6 +63,7 @@ def convert(
     modules: Collection[str] | None = None,
     pattern: NMPattern = TWO_FOUR,
     clear_zeros: bool = False,
+    dense_experts: bool = False,
     legacy: bool = False,
     overwrite: bool = False,
 ) -> Conversion:
@@ -79,6 +80,7 @@ def convert(
         the pattern, embeddings aside
     :param pattern: 2:4, or another for the format ``sparse-bitmask``
     :param clear_zeros: store -0.0 as +0.0, which a product with a mask leaves behind
+    :param dense_experts: leave routed experts dense, as vLLM serves them
     :param legacy: config and tokenizer for transformers 4 and vLLM up to 0.18.1
     :param overwrite: replace a target that is not the source and not empty
     :raises ValueError: if the source is damaged, a module of ``modules`` is missing or
@@ -88,7 +90,7 @@ def convert(
     """
     source, target = Path(source).resolve(), Path(target).resolve()
     checkpoint = open_checkpoint(source)
-    plan = make_plan(checkpoint, format, modules, pattern, clear_zeros)
+    plan = make_plan(checkpoint, format, modules, pattern, clear_zeros, dense_experts)
     zeros = global_sparsity(checkpoint, plan)
     config = with_sparsity_config(checkpoint.config, sparsity_config(plan, zeros))
     if legacy:

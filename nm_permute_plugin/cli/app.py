@@ -6,14 +6,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast, get_args
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
-
-if TYPE_CHECKING:
-    from nm_permute_plugin.checkpoint.config import Format
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -244,37 +241,25 @@ def convert(
         str, typer.Option(help="dense, sparse-24-bitmask or sparse-bitmask.")
     ] = "sparse-24-bitmask",
     pattern: Annotated[str, typer.Option(help="For sparse-bitmask.")] = "2:4",
+    dense_experts: Annotated[
+        bool,
+        typer.Option(
+            "--dense-experts",
+            help="Routed experts stay dense: vLLM has no sparse ones.",
+        ),
+    ] = False,
     legacy: Annotated[
         bool, typer.Option(help="Config as transformers 4 and vLLM <= 0.18.1 read it.")
     ] = False,
 ) -> None:
     """Write a checkpoint in another format, without changing a value."""
     with _clear_errors():
-        from nm_permute_plugin.checkpoint.config import Format
-        from nm_permute_plugin.checkpoint.writer import convert as convert_checkpoint
-        from nm_permute_plugin.maths.pattern import NMPattern
+        from nm_permute_plugin.cli.convert import convert_checkpoint
 
-        if format not in get_args(Format):
-            raise ValueError(
-                f"format {format!r} is unknown; use {', '.join(get_args(Format))}"
-            )
-        done = convert_checkpoint(
-            source,
-            target,
-            cast("Format", format),
-            pattern=NMPattern.parse(pattern),
-            legacy=legacy,
+        said = convert_checkpoint(
+            source, target, format, pattern, dense_experts, legacy
         )
-        _tell_the_card(target, done.format if done.compressed else "dense")
-    typer.echo(
-        f"{target}: {done.bytes_before / 1e6:.1f} -> {done.bytes_after / 1e6:.1f} MB"
-    )
-    if done.format == "dense":
-        typer.echo("every matrix is stored dense")
-        return
-    typer.echo(f"{len(done.compressed)} modules are stored as {done.format}")
-    for module, reason in done.dense.items():
-        typer.echo(f"dense: {module}: {reason}")
+    typer.echo(said)
 
 
 @app.command(name="bench-serve")
@@ -317,16 +302,6 @@ def bench_serve(
     typer.echo("dense: the same checkpoint, with NM_PERMUTE_SERVE=dense")
     if _device() == "cpu":
         typer.echo("There is no CUDA device: both sides were served dense.")
-
-
-def _tell_the_card(folder: Path, format: str) -> None:
-    """A card of ours says how the checkpoint is stored now."""
-    from nm_permute_plugin.checkpoint.model_card import is_ours, write_storage
-    from nm_permute_plugin.checkpoint.record import read_promise
-
-    promise = read_promise(folder)
-    if promise is not None and is_ours(folder):
-        write_storage(folder, promise, cast("Format", format), "converted")
 
 
 def _one_kind(text: list[Path] | None, images: Path | None, what: str) -> None:

@@ -83,19 +83,3 @@ def expand_heads(
     return from_blocks(
         repeat(inside, "head dim -> (head queries) dim", queries=queries)
     )
-
-
-def same_groups(first: Permutation, second: Permutation, m: int) -> bool:
-    """
-    Whether two permutations put the same channels into common groups of ``m``.
-
-    The order of groups, and the order inside a group, change no N:M mask.
-
-    >>> same_groups(torch.tensor([0, 1, 2, 3]), torch.tensor([3, 2, 0, 1]), 2)
-    True
-    """
-    return _groups(first, m) == _groups(second, m)
-
-
-def _groups(perm: Permutation, m: int) -> set[frozenset[int]]:
-    return {frozenset(group) for group in rearrange(perm, "(g m) -> g m", m=m).tolist()}

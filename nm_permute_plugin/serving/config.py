@@ -25,6 +25,7 @@ from nm_permute_plugin.serving.plugin import NAME
 logger = logging.getLogger(__name__)
 
 _EXPERTS = ("FusedMoE", "RoutedExperts")
+_MISNAMED = ".attention.output.qkv_proj"
 
 
 class Sparse24Config(CompressedTensorsConfig):
@@ -101,14 +102,16 @@ class Sparse24Config(CompressedTensorsConfig):
         if stored and (head or experts):
             raise NotImplementedError(
                 f"{prefix}, a {kind}, is stored as {self.sparsity.format}, which is "
-                "served for linear layers only. Turn the checkpoint into a dense one: "
-                "nm-permute convert DIR OUT --format dense"
+                "served for linear layers only. Write the checkpoint again: nm-permute "
+                f"convert DIR OUT {'--dense-experts' if experts else '--format dense'}"
             )
         return stock
 
     def _parts(self, prefix: str) -> list[str]:
         """The modules of the checkpoint that are fused into one layer."""
         owner, _, name = prefix.rpartition(".")
+        if prefix.endswith(_MISNAMED):  # vLLM's prefix for BERT's `attention.self`
+            owner = f"{owner.removesuffix('output')}self"
         leaves = self.packed_modules_mapping.get(name, [name])
         return [f"{owner}.{leaf}" if owner else leaf for leaf in leaves]
 

@@ -71,6 +71,20 @@ def tensors_of(path: Path) -> Tensors:
     }
 
 
+def random_bits(
+    rows: int, columns: int, dtype: torch.dtype, seed: int, kept: int = 2
+) -> Tensor:
+    """Any bit patterns at all, NaN and -0.0 among them, at most ``kept`` of four."""
+    generator = torch.Generator().manual_seed(seed)
+    width = dtype.itemsize
+    raw = torch.randint(
+        256, (rows * columns * width,), generator=generator, dtype=torch.uint8
+    )
+    words = raw.view(WORDS[dtype]).view(rows, columns)
+    order = torch.rand(rows, columns // 4, 4, generator=generator).argsort(-1)
+    return words.masked_fill((order >= kept).view(rows, columns), 0).view(dtype)
+
+
 def assert_same_bits(left: Tensor, right: Tensor) -> None:
     """Two tensors agree in dtype, shape and every bit."""
     assert left.dtype == right.dtype

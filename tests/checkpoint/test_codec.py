@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from checkpoint_files import assert_same_bits
+from checkpoint_files import assert_same_bits, random_bits
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -20,20 +20,6 @@ from nm_permute_plugin.checkpoint.codec import (
 DTYPES = list(WORDS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 shapes = st.tuples(st.integers(0, 9), st.integers(0, 11).map(lambda n: 4 * n))
-
-
-def random_bits(
-    rows: int, columns: int, dtype: torch.dtype, seed: int, kept: int = 2
-) -> Tensor:
-    """Any bit patterns at all, NaN and -0.0 among them, at most ``kept`` of four."""
-    generator = torch.Generator().manual_seed(seed)
-    width = dtype.itemsize
-    raw = torch.randint(
-        256, (rows * columns * width,), generator=generator, dtype=torch.uint8
-    )
-    words = raw.view(WORDS[dtype]).view(rows, columns)
-    order = torch.rand(rows, columns // 4, 4, generator=generator).argsort(-1)
-    return words.masked_fill((order >= kept).view(rows, columns), 0).view(dtype)
 
 
 def round_trip(weight: Tensor) -> Tensor:

@@ -5,47 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ours, quantize, wanda
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 pytestmark = pytest.mark.slow
 
-RECIPE = """
-prune_stage:
-  permutation_modifiers:
-    LearnablePermutationModifier:
-      mask_structure: "{pattern}"
-      method: {method}
-      prune: {prune}
-      format: dense
-      steps: 3
-      evaluate_every: 1
-      block_size: 16
-"""
-
-# To the host's pruning modifiers the head is called "lm_head." with a dot at the end:
-# "lm_head" would not keep it dense, and nothing would say so.
-WANDA = """
-  sparsity_modifiers:
-    WandaPruningModifier:
-      sparsity: 0.5
-      mask_structure: "2:4"
-      targets: ["Linear"]
-      ignore: ["re:.*lm_head"]
-"""
-
-QUANTIZE = """
-  quantization_modifiers:
-    QuantizationModifier:
-      scheme: {scheme}
-      targets: ["Linear"]
-      ignore: ["lm_head"]
-"""
+SHORT = {"format": "dense", "steps": 3, "evaluate_every": 1, "block_size": 16}
 
 
-def recipe(method: str = "search", prune: str = "true", pattern: str = "2:4") -> str:
-    return RECIPE.format(method=method, prune=prune, pattern=pattern)
+def recipe(method: str = "search", pattern: str = "2:4", prune: bool = True) -> str:
+    return ours(method=method, mask_structure=pattern, prune=prune, **SHORT)
 
 
 def load(folder: Path) -> PreTrainedModel:
@@ -83,7 +54,7 @@ def test_without_pruning_the_checkpoint_computes_the_same(
     tiny_checkpoint, run_oneshot, tokens, tmp_path: Path, architecture: str, tied: bool
 ) -> None:
     folder = tiny_checkpoint(architecture, tie_word_embeddings=tied)
-    run_oneshot(folder, recipe(prune="false"), tmp_path / "out")
+    run_oneshot(folder, recipe(prune=False), tmp_path / "out")
     dense, ours = load(folder), load(tmp_path / "out")
     assert ours.config.tie_word_embeddings == tied
     torch.testing.assert_close(
@@ -105,7 +76,7 @@ def test_a_pruning_modifier_of_the_host_may_follow(
     tiny_checkpoint, run_oneshot, assert_exactly, tmp_path: Path
 ) -> None:
     folder = tiny_checkpoint()
-    run_oneshot(folder, recipe(prune="false") + WANDA, tmp_path / "out")
+    run_oneshot(folder, recipe(prune=False) + wanda(), tmp_path / "out")
     assert_exactly(load(tmp_path / "out"))
     # The host pruned weights in our order, not in the one they came in.
     dense, pruned = stored(folder), stored(tmp_path / "out")
@@ -127,7 +98,7 @@ def test_quantization_afterwards_keeps_the_zeros(
 ) -> None:
     folder = tiny_checkpoint()
     run_oneshot(folder, recipe("learned"), tmp_path / "sparse")
-    both = recipe("learned") + QUANTIZE.format(scheme=scheme)
+    both = recipe("learned") + quantize(scheme)
     run_oneshot(folder, both, tmp_path / "quantized")
     sparse, quantized = stored(tmp_path / "sparse"), stored(tmp_path / "quantized")
     names = [name for name in sparse if name.endswith("_proj.weight")]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ours
 from safetensors.torch import load_file
 
 from nm_permute_plugin.checkpoint.record import read_record
@@ -12,21 +13,12 @@ from nm_permute_plugin.maths.permutation import invert
 
 pytestmark = pytest.mark.slow
 
-RECIPE = """
-prune_stage:
-  permutation_modifiers:
-    LearnablePermutationModifier:
-      method: search
-      prune: false
-      seed: 3
-"""
-
 
 def test_the_recorded_orders_are_those_of_the_weights(
     tiny_checkpoint, run_oneshot, tmp_path: Path
 ) -> None:
     folder, out = tiny_checkpoint(), tmp_path / "out"
-    model = run_oneshot(folder, RECIPE, out)
+    model = run_oneshot(folder, ours(method="search", prune=False, seed=3), out)
     perms, report = read_record(out)
     assert set(perms) == {"residual", "hidden.0", "hidden.1", "value.0", "value.1"}
     before = load_file(folder / "model.safetensors")

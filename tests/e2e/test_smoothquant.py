@@ -5,24 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import modifier, ours
 from transformers import AutoModelForCausalLM
 
 from nm_permute_plugin.checkpoint.verify import verify
 
 pytestmark = pytest.mark.slow
 
-PRUNE = """
-prune_stage:
-  permutation_modifiers:
-    LearnablePermutationModifier:
-      method: search
-"""
-SMOOTH = """
-  smoothing_modifiers:
-    SmoothQuantModifier:
-      smoothing_strength: 0.5
-      ignore: ["lm_head"]
-"""
+PRUNE = ours(method="search")
+SMOOTH = modifier(
+    "smoothing", "SmoothQuantModifier", smoothing_strength=0.5, ignore=["lm_head"]
+)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])

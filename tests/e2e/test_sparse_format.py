@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ours, quantize
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -15,30 +16,15 @@ from nm_permute_plugin.modifiers import LearnablePermutationModifier
 
 pytestmark = pytest.mark.slow
 
-RECIPE = """
-prune_stage:
-  permutation_modifiers:
-    LearnablePermutationModifier:
-      method: search
-      format: {format}
-"""
-QUANTIZE = """
-  quantization_modifiers:
-    QuantizationModifier:
-      scheme: FP8_DYNAMIC
-      targets: ["Linear"]
-      ignore: ["lm_head"]
-"""
 
-
-@pytest.mark.parametrize("quantize", ["", QUANTIZE], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("more", ["", quantize("FP8_DYNAMIC")], ids=["bf16", "fp8"])
 def test_sparse_and_dense_format_give_the_same_logits(
-    tiny_checkpoint, run_oneshot, tokens, tmp_path: Path, quantize: str
+    tiny_checkpoint, run_oneshot, tokens, tmp_path: Path, more: str
 ) -> None:
     logits = {}
     for format in ("dense", "sparse-24-bitmask"):
         out = tmp_path / format
-        run_oneshot(tiny_checkpoint(), RECIPE.format(format=format) + quantize, out)
+        run_oneshot(tiny_checkpoint(), ours(method="search", format=format) + more, out)
         model = AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
         with torch.no_grad():
             logits[format] = model(tokens, use_cache=False).logits
@@ -58,7 +44,9 @@ def test_the_command_converts_there_and_back(
     tiny_checkpoint, run_oneshot, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    run_oneshot(tiny_checkpoint(), RECIPE.format(format="sparse-24-bitmask"), out)
+    run_oneshot(
+        tiny_checkpoint(), ours(method="search", format="sparse-24-bitmask"), out
+    )
     back = tmp_path / "back"
     result = CliRunner().invoke(
         app, ["convert", str(out), str(back), "--format", "dense"]
@@ -78,7 +66,9 @@ def test_a_damaged_checkpoint_is_reported_and_fails(
     tiny_checkpoint, run_oneshot, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    run_oneshot(tiny_checkpoint(), RECIPE.format(format="sparse-24-bitmask"), out)
+    run_oneshot(
+        tiny_checkpoint(), ours(method="search", format="sparse-24-bitmask"), out
+    )
     shard = out / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
     result = CliRunner().invoke(app, ["verify", str(out)])

@@ -12,7 +12,6 @@ from nm_permute_plugin.maths.permutation import (
     expand_heads,
     from_blocks,
     invert,
-    same_groups,
 )
 
 
@@ -87,20 +86,3 @@ def test_no_permutation_is_refused_with_the_missing_channel(
 ) -> None:
     with pytest.raises(ValueError, match=f"hidden.7 .* 3 channels: channel {missing} "):
         check_permutation(torch.tensor(perm), "hidden.7")
-
-
-@given(permutations_of(12), st.integers(0, 999))
-def test_moves_of_groups_and_inside_groups_change_no_groups(
-    perm: torch.Tensor, seed: int
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    groups = perm.reshape(3, 4)[torch.randperm(3, generator=generator)]
-    inside = torch.rand(3, 4, generator=generator).argsort()
-    assert same_groups(perm, groups.gather(1, inside).flatten(), 4)
-
-
-@given(permutations_of(12))
-def test_a_swap_between_groups_changes_groups(perm: torch.Tensor) -> None:
-    swapped = perm.clone()
-    swapped[[0, 4]] = swapped[[4, 0]]
-    assert not same_groups(perm, swapped, 4)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from helpers import ours, wanda
 from llmcompressor.core import active_session
 from transformers import AutoModelForCausalLM, OlmoConfig, OlmoForCausalLM
 
@@ -13,20 +13,7 @@ from nm_permute_plugin.checkpoint.record import read_record
 from nm_permute_plugin.modifiers import LearnablePermutationModifier as Modifier
 from nm_permute_plugin.specs.architectures import LLAMA
 
-SEARCH = """
-prune_stage:
-  permutation_modifiers:
-    LearnablePermutationModifier:
-      method: search
-"""
-WANDA = """
-  sparsity_modifiers:
-    WandaPruningModifier:
-      sparsity: 0.5
-      mask_structure: "2:4"
-      targets: ["Linear"]
-      ignore: ["lm_head"]
-"""
+SEARCH = ours(method="search")
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -126,7 +113,7 @@ def test_two_modifiers_in_one_pass_are_refused(tiny_checkpoint, run_oneshot) -> 
     model = AutoModelForCausalLM.from_pretrained(folder)
     before = weights_of(model)
     with pytest.raises(ValueError, match="WandaPruningModifier would share one"):
-        run_oneshot(folder, SEARCH + WANDA, model=model, pipeline="sequential")
+        run_oneshot(folder, SEARCH + wanda(), model=model, pipeline="sequential")
     assert_untouched(model, before)
 
 
@@ -180,14 +167,12 @@ def test_an_unknown_architecture_is_refused(olmo: Path, run_oneshot) -> None:
 def test_a_spec_from_yaml_makes_an_architecture_known(
     olmo: Path, run_oneshot, assert_exactly
 ) -> None:
-    recipe = yaml.safe_load(SEARCH)
-    fields = recipe["prune_stage"]["permutation_modifiers"]
-    fields["LearnablePermutationModifier"]["spec"] = {
+    spec = {
         line: words
         for line, words in LLAMA.items()
         if "norm" not in line and not line.endswith("?")
     }
-    model = run_oneshot(olmo, yaml.safe_dump(recipe))
+    model = run_oneshot(olmo, ours(method="search", spec=spec))
     assert type(model).__name__ == "OlmoForCausalLM"
     assert_exactly(model)
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers import ours, quantize, wanda
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -13,38 +14,7 @@ from nm_permute_plugin.modifiers.save import after_save
 
 pytestmark = pytest.mark.slow
 
-PRUNE = """
-prune_stage:
-  permutation_modifiers:
-    LearnablePermutationModifier:
-      mask_structure: "{pattern}"
-      method: {method}
-      prune: {prune}
-      format: {format}
-"""
-GPTQ = """
-  quantization_modifiers:
-    GPTQModifier:
-      scheme: {scheme}
-      targets: ["Linear"]
-      ignore: ["lm_head"]
-      block_size: 32
-"""
-QUANTIZE = """
-  quantization_modifiers:
-    QuantizationModifier:
-      targets: ["Linear"]
-      ignore: ["lm_head"]
-      scheme: {scheme}
-"""
-WANDA = """
-  sparsity_modifiers:
-    WandaPruningModifier:
-      sparsity: 0.5
-      mask_structure: "{pattern}"
-      targets: ["Linear"]
-      ignore: ["re:.*lm_head", {ignore}]
-"""
+GPTQ = {"kind": "GPTQModifier", "block_size": 32}
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 BROKEN = (
     r"model\.layers\.\d+\.\S+ is not 2:4 any more: row \d+, channels \d+\.\.\d+ hold"
@@ -54,10 +24,10 @@ BROKEN = (
 def recipe(
     pattern: str = "2:4",
     method: str = "identity",
-    prune: str = "true",
+    prune: bool = True,
     format: str = "auto",
 ) -> str:
-    return PRUNE.format(pattern=pattern, method=method, prune=prune, format=format)
+    return ours(mask_structure=pattern, method=method, prune=prune, format=format)
 
 
 @pytest.mark.parametrize("format", ["auto", "dense"])
@@ -66,7 +36,7 @@ def test_a_quantizer_that_fills_the_zeros_is_refused(
     tiny_checkpoint, run_oneshot, tmp_path: Path, scheme: str, format: str
 ) -> None:
     out = tmp_path / "out"
-    both = recipe(format=format) + GPTQ.format(scheme=scheme)
+    both = recipe(format=format) + quantize(scheme, **GPTQ)
     with pytest.raises(ValueError, match=BROKEN):
         run_oneshot(tiny_checkpoint(**WIDE), both, out)
     assert not out.exists()
@@ -79,7 +49,7 @@ def test_a_refused_save_leaves_the_older_checkpoint_as_it_was(
     run_oneshot(folder, recipe(), out)
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     with pytest.raises(ValueError, match=BROKEN):
-        run_oneshot(folder, recipe() + GPTQ.format(scheme="W8A8"), out)
+        run_oneshot(folder, recipe() + quantize("W8A8", **GPTQ), out)
     after = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     assert after == before
     assert verify(out).good
@@ -98,7 +68,7 @@ def test_a_refused_save_leaves_the_older_checkpoint_as_it_was(
 def test_a_quantizer_that_keeps_the_zeros_is_saved(
     tiny_checkpoint, run_oneshot, tmp_path: Path, pattern: str, scheme: str, stored: str
 ) -> None:
-    both = recipe(pattern) + QUANTIZE.format(scheme=scheme)
+    both = recipe(pattern) + quantize(scheme)
     run_oneshot(tiny_checkpoint(**WIDE), both, tmp_path / "out")
     report = verify(tmp_path / "out")
     assert report.faults == ()
@@ -110,8 +80,8 @@ def test_a_quantizer_that_keeps_the_zeros_is_saved(
 def test_a_module_that_the_hosts_pruner_leaves_out_is_refused(
     tiny_checkpoint, run_oneshot, tmp_path: Path, format: str
 ) -> None:
-    folded = recipe(method="search", prune="false", format=format)
-    host = WANDA.format(pattern="2:4", ignore='"re:.*o_proj"')
+    folded = recipe(method="search", prune=False, format=format)
+    host = wanda(ignore=["re:.*lm_head", "re:.*o_proj"])
     with pytest.raises(
         ValueError, match=r"o_proj is not 2:4 any more: row 0, .* hold 4"
     ):
@@ -122,10 +92,9 @@ def test_a_module_that_the_hosts_pruner_leaves_out_is_refused(
 def test_the_host_must_prune_the_pattern_that_the_order_is_made_for(
     tiny_checkpoint, run_oneshot, tmp_path: Path
 ) -> None:
-    folded = recipe("4:8", method="search", prune="false")
-    host = WANDA.format(pattern="2:4", ignore="")
+    folded = recipe("4:8", method="search", prune=False)
     with pytest.raises(ValueError, match="WandaPruningModifier prunes '2:4'"):
-        run_oneshot(tiny_checkpoint(), folded + host, tmp_path / "out")
+        run_oneshot(tiny_checkpoint(), folded + wanda(), tmp_path / "out")
 
 
 def test_a_head_that_is_the_embedding_is_refused_before_the_long_work(
@@ -133,14 +102,14 @@ def test_a_head_that_is_the_embedding_is_refused_before_the_long_work(
 ) -> None:
     folder = tiny_checkpoint(tie_word_embeddings=True)
     with pytest.raises(ValueError, match="lm_head shares its weight with the emb"):
-        run_oneshot(folder, recipe() + "      ignore: []\n", tmp_path / "out")
+        run_oneshot(folder, ours(method="identity", ignore=[]), tmp_path / "out")
 
 
 def test_a_fold_alone_promises_nothing(
     tiny_checkpoint, run_oneshot, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    run_oneshot(tiny_checkpoint(), recipe(method="search", prune="false"), out)
+    run_oneshot(tiny_checkpoint(), recipe(method="search", prune=False), out)
     report = verify(out)
     assert report.good
     assert not any(row.promised for row in report.rows)

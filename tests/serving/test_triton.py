@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernels, in Triton's interpreter where there is no GPU."""
 
-import importlib.util
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,16 +13,9 @@ SCRIPT = Path(__file__).parent / "interpret.py"
 
 
 @pytest.fixture(scope="module")
-def errors() -> dict[str, list[float]]:
+def errors(run_triton) -> dict[str, list[float]]:
     """By kernel, the errors of all cases of ``interpret.py``."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
-    run = subprocess.run(
-        [sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    found: dict[str, list[float]] = json.loads(run.stdout.splitlines()[-1])
-    return found
+    return run_triton(SCRIPT)
 
 
 def test_decode_agrees_with_float64(errors: dict[str, list[float]]) -> None:

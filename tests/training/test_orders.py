@@ -6,11 +6,12 @@ from typing import get_args
 
 import pytest
 import torch
+from helpers import same_groups
 from torch import Tensor, nn
 
 from nm_permute_plugin.maths.assignment import assign_later
 from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.maths.permutation import check_permutation, same_groups
+from nm_permute_plugin.maths.permutation import check_permutation
 from nm_permute_plugin.training.insertion import InsertionMask
 from nm_permute_plugin.training.masking import Mask, masked
 from nm_permute_plugin.training.orders import LearnableOrders, OrderShape, Relaxation

@@ -3,13 +3,14 @@
 
 import pytest
 import torch
+from helpers import same_groups
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from nm_permute_plugin.maths.masks import retained_score
 from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.maths.permutation import check_permutation, invert, same_groups
+from nm_permute_plugin.maths.permutation import check_permutation, invert
 from nm_permute_plugin.training.search import deal, insertion_gain, search_order
 
 PATTERNS = ["2:4", "1:2", "1:4", "3:4", "4:8"]

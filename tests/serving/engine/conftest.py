@@ -14,6 +14,8 @@ import yaml
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BertConfig,
+    BertModel,
     LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -58,6 +60,7 @@ RANDOM = {
     "qwen3-moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, EXPERTS),
 }
 """Random models: one whose q, k and v have biases, and one of experts."""
+ENCODERS = {"bert": (BertConfig, BertModel, {"num_key_value_heads": 4})}
 
 # One thread: what is computed twice is the same twice. Little memory for the cache.
 ENVIRONMENT = {
@@ -149,8 +152,8 @@ def random_model(
 
     def make(kind: str) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(cut_model)
-        config_class, model_class, more = RANDOM[kind]
-        config = config_class(**SIZES, **more, vocab_size=len(tokenizer))
+        config_class, model_class, more = (RANDOM | ENCODERS)[kind]
+        config = config_class(**SIZES | more, vocab_size=len(tokenizer))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = model_class(config)
@@ -185,7 +188,7 @@ def pruned(
             return out
         recipe = folder / f"{kind}.yaml"
         recipe.write_text(_recipe(SCHEMES.get(kind, {})))
-        source = random_model(kind) if kind in RANDOM else cut_model
+        source = random_model(kind) if kind in RANDOM | ENCODERS else cut_model
         rows = calibration_rows(source, [embedded_text().train], 8, 128)
         prune_checkpoint(source, recipe, out, rows, "cpu")
         return out

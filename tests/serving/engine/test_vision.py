@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A 2:4 Qwen2.5-VL is served with an image in the prompt."""
+"""A 2:4 Qwen2-VL and a Qwen2.5-VL are served with an image in the prompt."""
 
 import json
 import os
@@ -14,6 +14,8 @@ from transformers import (
     AutoTokenizer,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
 )
 
 from nm_permute_plugin.checkpoint.writer import convert
@@ -24,7 +26,6 @@ pytestmark = pytest.mark.slow
 MARKS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 IMAGES = {
     "image_processor_type": "Qwen2VLImageProcessor",
-    "processor_class": "Qwen2_5_VLProcessor",
     "size": {"shortest_edge": 56 * 56, "longest_edge": 112 * 112},
     "patch_size": 14,
     "temporal_patch_size": 2,
@@ -44,7 +45,7 @@ TEXT = {
     },
     "tie_word_embeddings": False,
 }
-TOWER = {
+WINDOWS = {
     "depth": 2,
     "hidden_size": 64,
     "num_heads": 2,
@@ -53,6 +54,12 @@ TOWER = {
     "window_size": 56,
     "fullatt_block_indexes": [1],
 }
+PLAIN = {"depth": 2, "embed_dim": 64, "hidden_size": 128, "num_heads": 2}
+FAMILIES = {
+    "Qwen2VL": (Qwen2VLConfig, Qwen2VLForConditionalGeneration, PLAIN),
+    "Qwen2_5_VL": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, WINDOWS),
+}
+"""By the name of their processor: config, model and tower of images."""
 
 
 @pytest.fixture(scope="module")
@@ -64,23 +71,28 @@ def torchvision() -> Path:
     return Path(found)
 
 
-@pytest.fixture(scope="module")
-def sparse(cut_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=FAMILIES)
+def sparse(
+    request: pytest.FixtureRequest,
+    cut_model: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """A random model of images and text, its language tower pruned by our recipe."""
+    config_class, model_class, tower = FAMILIES[request.param]
     folder = tmp_path_factory.mktemp("vision")
     tokenizer = AutoTokenizer.from_pretrained(cut_model)
     tokenizer.add_special_tokens({"additional_special_tokens": MARKS})
     ids = tokenizer.convert_tokens_to_ids(MARKS)
     names = ("vision_start", "vision_end", "image", "video")
-    config = Qwen2_5_VLConfig(
+    config = config_class(
         text_config={**TEXT, "vocab_size": len(tokenizer)},
-        vision_config=TOWER,
+        vision_config=tower,
         **{f"{name}_token_id": mark for name, mark in zip(names, ids, strict=True)},
         tie_word_embeddings=False,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        model = model_class(config)
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.data.uniform_(0.5, 1.5)
@@ -91,7 +103,7 @@ def sparse(cut_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = torch.randint(3, 40000, (12, 32), generator=generator).tolist()
     ignore = ["lm_head", "re:.*visual.*"]
     oneshot(
-        model=type(model).from_pretrained(folder / "source", dtype="auto"),
+        model=model_class.from_pretrained(folder / "source", dtype="auto"),
         tokenizer=tokenizer,
         recipe=[Modifier(method="search", search_rounds=1, ignore=ignore)],
         dataset=Dataset.from_dict({"input_ids": rows}),
@@ -101,7 +113,9 @@ def sparse(cut_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         output_dir=str(folder / "sparse"),
     )
     file = folder / "sparse" / "preprocessor_config.json"
-    file.write_text(json.dumps(IMAGES))
+    file.write_text(
+        json.dumps({**IMAGES, "processor_class": f"{request.param}Processor"})
+    )
     return folder / "sparse"
 
 
