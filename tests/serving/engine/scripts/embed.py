@@ -10,11 +10,10 @@ Usage, one engine after the other in one process::
 import json
 import sys
 
-from generate import PROMPTS
-
 
 def embed(directory):
     """A vector a text, and the class that read the checkpoint's config."""
+    from generate import PROMPTS
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
