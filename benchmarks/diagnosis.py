@@ -26,7 +26,7 @@ from methods import Way, changed, parse_changes, ways
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.training.learn import LearnSettings, frozen
 from nm_permute_plugin.training.masking import Mask
-from nm_permute_plugin.training.step import backward_step
+from nm_permute_plugin.training.step import BackwardStep
 from nm_permute_plugin.training.subject import mean_loss
 from nm_permute_plugin.training.text import split_text
 from subject import Started, learning, load, parted
@@ -73,12 +73,12 @@ def noise(subject: Started, settings: LearnSettings, args: argparse.Namespace) -
             multipliers.append(bundle.log_multiplier)
 
     def masks() -> dict[str, Mask]:
-        return {**subject.others, **orders.masks(settings.temperature[0], 0)}
+        return {**subject.others, **orders.at(settings.temperature[0], 0).masks()}
 
     by_family: dict[str, list[Tensor]] = {name: [] for name in parameters}
     for batch in subject.samples.train[: args.batches]:
         with frozen(subject.model), torch.enable_grad():
-            backward_step(subject.model, masks, batch, settings.loss)
+            BackwardStep(subject.model, masks, settings.loss)(batch)
         for family, tensors in parameters.items():
             grads = [x.grad.flatten() for x in tensors if x.grad is not None]
             by_family[family].append(torch.cat(grads).cpu())
@@ -162,7 +162,7 @@ def hardening(
     held_back, weights = subject.samples.held_back, settings.loss
     for step, temperature, orders in learning(subject, settings):
         with torch.no_grad():
-            masks = {**subject.others, **orders.masks(temperature, step)}
+            masks = {**subject.others, **orders.at(temperature, step).masks()}
         soft = mean_loss(subject.model, masks, held_back, weights)
         hard = subject.loss(orders, held_back, weights)
         table.append([str(step), f"{temperature:.3f}", f"{soft:.4f}", f"{hard:.4f}"])

@@ -11,7 +11,7 @@ from nm_permute_plugin.training.kept import endless
 from nm_permute_plugin.training.learn import LearnSettings, frozen
 from nm_permute_plugin.training.masking import Mask
 from nm_permute_plugin.training.statistics import Batch
-from nm_permute_plugin.training.step import backward_step
+from nm_permute_plugin.training.step import BackwardStep
 from nm_permute_plugin.training.teacher import Teacher
 
 
@@ -39,14 +39,14 @@ def learning_steps(
     with frozen(model):
         for step in range(1, settings.steps + 1):
             with torch.enable_grad():
-                value = backward_step(
+                backward = BackwardStep(
                     model,
                     partial(masks_at, step),
-                    train[next(order)],
                     settings.loss,
                     settings.micro_batch_size,
                     teacher=teacher,
                 )
+                value = backward(train[next(order)])
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()

@@ -5,7 +5,9 @@ A step of learning against a plain forward and backward pass of the same model a
     python benchmarks/step.py --rows 8 --sequence-length 1024
 
 The model has SmolLM2-135M's shape, or the one given, and random weights: time and memory
-do not depend on their values. Both sides run in turn; medians are printed with the ratio.
+do not depend on their values. A step with a batch that was never seen runs the dense model
+too; one with a batch of an earlier epoch only its last layer. All three run in turn;
+medians are printed with the ratios.
 """
 
 import argparse
@@ -21,13 +23,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.specs.architectures import LLAMA
 from nm_permute_plugin.specs.spec import resolve
-from nm_permute_plugin.training.learn import frozen
 from nm_permute_plugin.training.objective import LossWeights
 from nm_permute_plugin.training.orders import LearnableOrders, OrderShape
 from nm_permute_plugin.training.stacking import StackedScore
-from nm_permute_plugin.training.step import backward_step
+from nm_permute_plugin.training.step import BackwardStep
+from nm_permute_plugin.training.teacher import Teacher
 
 SMOLLM2 = (576, 1536, 30, 9, 3, 49152)
+WARM_UPS = 3
 
 
 def main() -> None:
@@ -39,30 +42,51 @@ def main() -> None:
     ids = torch.randint(0, args.shape[5], shape, device=args.device)
     steps = iter(range(10**6))
 
-    def learn() -> None:
+    model.requires_grad_(False)
+    weights = LossWeights()
+    backward = BackwardStep(
+        model,
+        orders.masks,
+        weights,
+        teacher=Teacher(model, weights),
+        replay=not orders.steps_differ,
+    )
+    parameters = [*orders.parameters(), *orders.log_multipliers()]
+    optimizer = torch.optim.AdamW(parameters, lr=0.01)
+
+    def learn(ids: Tensor) -> None:
+        backward({"input_ids": ids}, partial(orders.at, 0.5, next(steps)))
+        optimizer.step()
         orders.assign()
-        masks = partial(orders.masks, temperature=0.5, step=next(steps))
-        with frozen(model), torch.enable_grad():
-            backward_step(model, masks, {"input_ids": ids}, LossWeights())
-        with torch.no_grad():  # as an optimiser would: the assignment is solved anew
-            for logits in orders.parameters():
-                logits.add_(torch.randn_like(logits), alpha=0.01)
+        optimizer.zero_grad(set_to_none=False)
+
+    def first_epoch() -> None:
+        learn(ids.clone())  # in other memory: a batch that was never seen
+
+    def later_epochs() -> None:
+        learn(ids)
 
     def plain() -> None:
         # Gradients of the activations and of every linear's weight, as a training step.
+        model.requires_grad_(True)
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         model.zero_grad(set_to_none=True)
+        model.requires_grad_(False)
 
-    seconds: dict[str, list[float]] = {"learn": [], "plain": []}
-    for turn in range(args.repeats + 1):
-        for name, run in (("learn", learn), ("plain", plain)):
+    runs = (first_epoch, later_epochs, plain)
+    seconds: dict[str, list[float]] = {run.__name__: [] for run in runs}
+    for turn in range(args.repeats + WARM_UPS):
+        for run in runs:
             elapsed = _timed(run, args.device)
-            if turn:
-                seconds[name].append(elapsed)
+            if turn >= WARM_UPS:
+                seconds[run.__name__].append(elapsed)
     middle = {name: statistics.median(values) for name, values in seconds.items()}
     print(f"{args.rows} x {args.sequence_length} tokens, shape {tuple(args.shape)}")
-    print(f"a step of learning {middle['learn']:.3f} s, plain {middle['plain']:.3f} s")
-    print(f"learning / plain: {middle['learn'] / middle['plain']:.2f}")
+    print(f"a plain forward and backward pass: {middle['plain']:.3f} s")
+    for name in ("first_epoch", "later_epochs"):
+        ratio = middle[name] / middle["plain"]
+        words = name.replace("_", " ")
+        print(f"a step of the {words}: {middle[name]:.3f} s, {ratio:.2f} times plain")
     if args.device == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 

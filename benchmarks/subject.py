@@ -119,7 +119,7 @@ def learning(
         return annealed(max(step - 1, 0), settings.steps, *settings.temperature)
 
     def masks_at(step: int) -> dict[str, Mask]:
-        return {**subject.others, **orders.masks(temperature(step), step)}
+        return {**subject.others, **orders.at(temperature(step), step).masks()}
 
     yield 0, temperature(0), orders
     train = subject.samples.train

@@ -14,7 +14,7 @@ from nm_permute_plugin.training.objective import LossWeights, loss, run
 from nm_permute_plugin.training.relaxation import insertion_costs
 from nm_permute_plugin.training.stacking import StackedScore
 from nm_permute_plugin.training.statistics import Batch, on_device
-from nm_permute_plugin.training.step import backward_step
+from nm_permute_plugin.training.step import BackwardStep
 from nm_permute_plugin.training.subject import Learned
 from subject import Started
 
@@ -136,7 +136,7 @@ def _mask_gradients(
         for name, mask in masks.items()
     }
     with frozen(subject.model), torch.enable_grad():
-        backward_step(subject.model, lambda: leaves, batch, weights)
+        BackwardStep(subject.model, lambda: leaves, weights)(batch)
     return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
 

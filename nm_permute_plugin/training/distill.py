@@ -2,6 +2,7 @@
 """The kept weights of the whole model trained to predict what the dense model predicts."""
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -10,13 +11,13 @@ from nm_permute_plugin.training.kept import (
     KeptWeights,
     Optimizer,
     Values,
-    check_finite,
     endless,
 )
 from nm_permute_plugin.training.learn import frozen
-from nm_permute_plugin.training.objective import LossWeights, loss, run
+from nm_permute_plugin.training.objective import LossWeights
 from nm_permute_plugin.training.samples import Samples
-from nm_permute_plugin.training.statistics import on_device
+from nm_permute_plugin.training.step import BackwardStep
+from nm_permute_plugin.training.teacher import Teacher
 
 Look = dict[str, int | float]
 
@@ -57,17 +58,16 @@ def distill(
     better: Values = {}
     looks: list[Look] = [{"step": 0, "held_back": best}]
     bar = tqdm(range(1, settings.steps + 1), desc="Distilling the kept weights")
+    backward = BackwardStep(
+        kept.model,
+        partial(kept.masks, masters),
+        settings.loss,
+        teacher=Teacher(kept.model, settings.loss),
+        replay=True,
+    )
     with frozen(kept.model), torch.enable_grad():
         for step in bar:
-            batch = on_device(samples.train[next(order)], kept.model)
-            with torch.no_grad():
-                dense = run(kept.model, batch, settings.loss)
-            with kept.running(masters):
-                value = loss(
-                    run(kept.model, batch, settings.loss), dense, batch, settings.loss
-                )
-            training = check_finite(float(value.detach()), "training loss")
-            value.backward()
+            training = backward(samples.train[next(order)])
             optimizer.step()
             bar.set_postfix(loss=f"{training:.4f}", best=f"{best:.4f}")
             if step % settings.evaluate_every and step != settings.steps:

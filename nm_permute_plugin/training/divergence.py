@@ -2,6 +2,7 @@
 """Losses of next-token distributions that never hold more than a few tokens in float32."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ def divergence(
     >>> divergence(logits, logits.flip(0), torch.tensor([False, False])).isnan()
     tensor(True)
     """
-    value: Tensor = _Divergence.apply(
+    kind = _DivergenceInTriton if _in_triton(ours) else _Divergence
+    value: Tensor = kind.apply(
         ours.flatten(0, -2), theirs.detach().flatten(0, -2), counted.flatten()
     )
     return value
@@ -82,6 +84,27 @@ class _Divergence(torch.autograd.Function):
         return grad, None, None
 
 
+class _DivergenceInTriton(torch.autograd.Function):
+    """The same; two numbers a token are kept besides the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, ours: Tensor, theirs: Tensor, counted: Tensor) -> Tensor:
+        from nm_permute_plugin.training.triton_divergence import of_tokens
+
+        ours, theirs = ours.contiguous(), theirs.contiguous()
+        values, log_sums = of_tokens(ours, theirs, counted)
+        ctx.save_for_backward(ours, theirs, counted, log_sums)
+        return values.sum() / counted.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from nm_permute_plugin.training.triton_divergence import gradient
+
+        ours, theirs, counted, log_sums = ctx.saved_tensors
+        scale = grads[0] / counted.sum()
+        return gradient(ours, theirs, counted, log_sums, scale), None, None
+
+
 class _CrossEntropy(torch.autograd.Function):
     """Softmaxes are made anew in backward."""
 
@@ -107,6 +130,10 @@ class _CrossEntropy(torch.autograd.Function):
             change.mul_(scale).masked_fill_(~counted[part, None], 0)
             grad[part] = change
         return grad, None, None
+
+
+def _in_triton(logits: Tensor) -> bool:
+    return logits.is_cuda and find_spec("triton") is not None
 
 
 def _chunks(logits: Tensor) -> Iterator[slice]:

@@ -44,15 +44,19 @@ class InsertionMask:
     log_multiplier: Float[Tensor, "sections blocks size"]
     sample: RowSample
 
-    @cached_property
+    @property
     def kept(self) -> Bool[Tensor, "out in"]:
         """True where a weight is kept."""
-        grouping = self.grouping
-        if self._in_triton:
+        if self._in_triton:  # takes less time than it would take memory
             from nm_permute_plugin.training.triton_insertion import kept_in_triton
 
-            mask = kept_in_triton(self.score, self._factors, grouping)
+            mask = kept_in_triton(self.score, self._factors, self.grouping)
             return self.reader.unview(mask)
+        return self._kept
+
+    @cached_property
+    def _kept(self) -> Bool[Tensor, "out in"]:
+        grouping = self.grouping
         blocks = grouped_mask(self._scaled(), grouping.column, grouping.pattern)
         return self.reader.unview(blocks.flatten(1)[:, grouping.back])
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The weights that masks keep, changed beside a dense model that stays as it is."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from nm_permute_plugin.specs.fold import Write
 from nm_permute_plugin.specs.orientation import as_stored, bias_of, weight_of
-from nm_permute_plugin.training.masking import forwards, linear
+from nm_permute_plugin.training.masking import Mask, linear, masked
 from nm_permute_plugin.training.objective import LossWeights, loss, run
 from nm_permute_plugin.training.statistics import Batch, on_device
 
@@ -49,25 +49,25 @@ class KeptWeights:
         """The names of the pruned linears."""
         return tuple(self._dropped)
 
-    @contextmanager
-    def running(self, instead: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+    def masks(self, instead: Mapping[str, Tensor] | None = None) -> dict[str, Mask]:
         """
-        Let the model run pruned, with ``values``, while the context lasts.
+        What makes the linears multiply by ``values``, for ``masked``.
 
         :param instead: values that go before ``values``, of any floating dtype; what a
             mask drops counts as 0 and gets no gradient
         """
         values = {**self.values, **(instead or {})}
-        pruned: dict[nn.Module, Callable[..., Tensor]] = {
-            linear(self.model, name): partial(
-                _forward,
-                values[f"{name}.weight"],
-                values.get(f"{name}.bias"),
-                dropped,
+        return {
+            name: partial(
+                _forward, values[f"{name}.weight"], values.get(f"{name}.bias"), dropped
             )
             for name, dropped in self._dropped.items()
         }
-        with forwards(pruned):
+
+    @contextmanager
+    def running(self, instead: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """Let the model run pruned while the context lasts, as ``masks`` says."""
+        with masked(self.model, self.masks(instead)):
             yield
 
     def masters(self, linears: Iterable[str]) -> Values:
@@ -138,7 +138,9 @@ class Optimizer:
             {"params": [master], "lr": rate * _size(master)}
             for master in masters.values()
         ]
-        self._adamw = torch.optim.AdamW(groups, weight_decay=0.0)
+        on_gpu = all(master.is_cuda for master in masters.values())
+        # One kernel a group; on CPUs it would only round otherwise.
+        self._adamw = torch.optim.AdamW(groups, weight_decay=0.0, fused=on_gpu)
         rise = steps // 10
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._adamw,
@@ -148,7 +150,7 @@ class Optimizer:
     def step(self) -> None:
         """One step along the gradients, which are cleared."""
         self._adamw.step()
-        self._adamw.zero_grad()
+        self._adamw.zero_grad(set_to_none=False)
         self._schedule.step()
 
 
@@ -185,6 +187,7 @@ def _forward(
     bias: Float[Tensor, " _out"] | None,
     dropped: Bool[Tensor, "_out _in"],
     x: Tensor,
+    *of_dense: Tensor | None,
 ) -> Tensor:
     kept = weight.masked_fill(dropped, 0).to(x.dtype)
     return F.linear(x, kept, None if bias is None else bias.to(x.dtype))

@@ -174,7 +174,7 @@ def _learn_layer(
         numbers = endless(train, settings.seed)
 
         def step(tau: float, number: int) -> float:
-            masks = {**inside.others, **orders.masks(tau, number)}
+            masks = {**inside.others, **orders.at(tau, number).masks()}
             error = work.error(next(numbers), index, masks)
             error.backward()
             return check_finite(float(error.detach()), "training")

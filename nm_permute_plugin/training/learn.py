@@ -17,10 +17,7 @@ from nm_permute_plugin.training.kept import endless
 from nm_permute_plugin.training.masking import Mask
 from nm_permute_plugin.training.objective import LossWeights
 from nm_permute_plugin.training.orders import LearnableOrders, OrderShape
-from nm_permute_plugin.training.step import (
-    backward_step,
-    layers_to_checkpoint,
-)
+from nm_permute_plugin.training.step import BackwardStep, layers_to_checkpoint
 from nm_permute_plugin.training.subject import Learned, Subject
 from nm_permute_plugin.training.teacher import Teacher
 
@@ -82,33 +79,36 @@ def learn_orders(
     numbers = endless(len(samples.train), settings.seed)
     teacher = Teacher(model, settings.loss)
 
-    def masks(tau: float, step: int) -> dict[str, Mask]:
-        return {**subject.others, **orders.masks(tau, step)}
+    def masks() -> dict[str, Mask]:
+        return {**subject.others, **orders.masks()}
 
     def look(now: Learned) -> float:
         return subject.held_back_loss(now, settings.loss, teacher)
 
     with frozen(model), torch.enable_grad():
+        orders.at(settings.temperature[0], 0)
         layers = layers_to_checkpoint(
             model,
             subject.linears,
-            partial(masks, 1.0, 0),
+            masks,
             samples.train[0],
             settings.loss,
             settings.micro_batch_size,
             settings.gradient_checkpointing,
         )
+        backward = BackwardStep(
+            model,
+            masks,
+            settings.loss,
+            settings.micro_batch_size,
+            layers,
+            teacher,
+            replay=not orders.steps_differ,
+        )
 
         def step(tau: float, number: int) -> float:
-            return backward_step(
-                model,
-                partial(masks, tau, number),
-                samples.train[next(numbers)],
-                settings.loss,
-                settings.micro_batch_size,
-                layers,
-                teacher,
-            )
+            batch = samples.train[next(numbers)]
+            return backward(batch, partial(orders.at, tau, number))
 
         learned = descend(orders, step, look, settings)
     looks = [look["held_back"] for look in learned.history]
@@ -153,7 +153,7 @@ def descend(
         value = step(tau, number)
         optimizer.step()
         orders.assign()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)
         schedule.step()
         bar.set_postfix(loss=f"{value:.4f}", best=f"{best:.4f}", tau=f"{tau:.3f}")
         if number % settings.evaluate_every and number != settings.steps:

@@ -77,6 +77,9 @@ class LearnableOrders:
     """
     The orders of all spaces while they are learned.
 
+    ``orders.at(temperature, step).masks()`` are the masks of a step. Tensors stay where
+    they are from step to step, so that a captured CUDA graph of the masks finds them.
+
     :param stacks: the scores of all readers, by space
     :param start: the orders to begin with, by space
     :param dtype: of masks that are tensors: that of the weights
@@ -140,16 +143,30 @@ class LearnableOrders:
             found |= bundle.perms()
         return found
 
-    def masks(self, temperature: float, step: int) -> dict[str, Mask]:
+    def at(self, temperature: float, step: int) -> "LearnableOrders":
         """
-        The masks of all readers, by linear, with gradients for the logits.
+        These orders, ready for the masks of a step.
 
+        :param temperature: of the matching
         :param step: chooses the rows that weigh the moves
         """
+        for bundle in self.bundles:
+            bundle.at(temperature, step)
+        return self
+
+    def masks(self) -> dict[str, Mask]:
+        """The masks of all readers, by linear, with gradients for the logits."""
         masks: dict[str, Mask] = {}
         for bundle in self.bundles:
-            masks |= bundle.masks(temperature, step)
+            masks |= bundle.masks()
         return masks
+
+    @property
+    def steps_differ(self) -> bool:
+        """Whether the masks of a step are made by other operations than the next one's."""
+        return any(
+            bundle.sample_of(0) != bundle.sample_of(1) for bundle in self.bundles
+        )
 
 
 class _Bundle(nn.Module):
@@ -189,6 +206,23 @@ class _Bundle(nn.Module):
             requires_grad=shape.multipliers,
         )
         self._hard: tuple[int, Callable[[], Tensor]] | None = None
+        self.column = torch.empty(
+            self.logits.shape[:2], dtype=torch.int64, device=device
+        )
+        self.temperature = torch.ones((), device=device)
+        self.sample = self.sample_of(0)
+
+    def at(self, temperature: float, step: int) -> None:
+        """Prepare the masks of a step: ``column``, ``temperature`` and ``sample``."""
+        if temperature <= 0:
+            raise ValueError(f"the temperature must be positive, got {temperature}")
+        self.column.copy_(self.hard())
+        self.temperature.fill_(temperature)
+        self.sample = self.sample_of(step)
+
+    def sample_of(self, step: int) -> RowSample:
+        """The rows that weigh the moves of a step."""
+        return RowSample.of_step(sum(self.stacks[0].rows), self.shape.row_limit, step)
 
     def assign(self) -> Callable[[], Int[Tensor, "blocks size"]]:
         """Begin to make the logits hard; what comes back waits for it."""
@@ -218,29 +252,29 @@ class _Bundle(nn.Module):
             found |= stack.multipliers(factors, self.shape.multiplier_rows)
         return found
 
-    def soft(self, temperature: float) -> Float[Tensor, "blocks size columns"]:
-        return sinkhorn(self.logits, temperature, self.shape.sinkhorn_iterations)
+    def soft(self) -> Float[Tensor, "blocks size columns"]:
+        scaled = self.logits / self.temperature
+        return sinkhorn(scaled, iterations=self.shape.sinkhorn_iterations)
 
-    def masks(self, temperature: float, step: int) -> dict[str, Mask]:
+    def masks(self) -> dict[str, Mask]:
         raise NotImplementedError
 
 
 class _Insertions(_Bundle):
     """Columns are groups: one mask a reader."""
 
-    def masks(self, temperature: float, step: int) -> dict[str, Mask]:
+    def masks(self) -> dict[str, Mask]:
         masks: dict[str, Mask] = {}
         parts = zip(
             self.stacks,
             self.starts,
-            self.soft(temperature).split(self.counts),
-            self.hard().split(self.counts),
+            self.soft().split(self.counts),
+            self.column.split(self.counts),
             self.log_multiplier.split(self.counts, dim=1),
             strict=True,
         )
         for stack, start, soft, hard, logs in parts:
-            rows, readers = stack.parts(), stack.space.readers
-            sample = RowSample.of_step(sum(stack.rows), self.shape.row_limit, step)
+            rows, readers, sample = stack.parts(), stack.space.readers, self.sample
             grouping = Grouping(start, hard, self.pattern)
             of_readers = logs.split(self.sections)
             for reader, score, log in zip(readers, rows, of_readers, strict=True):
@@ -254,10 +288,10 @@ class _Insertions(_Bundle):
 class _Places(_Bundle):
     """Columns are places: soft, or hard with the soft matching's gradient."""
 
-    def masks(self, temperature: float, step: int) -> dict[str, Mask]:
-        soft = self.soft(temperature)
+    def masks(self) -> dict[str, Mask]:
+        soft = self.soft()
         if self.shape.relaxation == "straight_through":
-            places = nn.functional.one_hot(self.hard(), soft.shape[-1])
+            places = nn.functional.one_hot(self.column, soft.shape[-1])
             soft = places + soft - soft.detach()
         masks: dict[str, Mask] = {}
         parts = zip(self.stacks, self.starts, soft.split(self.counts), strict=True)

@@ -13,7 +13,8 @@ from nm_permute_plugin.training.checkpointing import (
     repeated_layers,
 )
 from nm_permute_plugin.training.masking import Mask, masked
-from nm_permute_plugin.training.objective import LossWeights, loss, run
+from nm_permute_plugin.training.objective import LossWeights, Outputs, loss, run
+from nm_permute_plugin.training.replay import Replay
 from nm_permute_plugin.training.statistics import (
     Batch,
     first_sample,
@@ -26,36 +27,69 @@ Masks = Callable[[], Mapping[str, Mask]]
 """Makes the masks of a step, by linear."""
 
 
-def backward_step(
-    model: nn.Module,
-    masks: Masks,
-    batch: Batch,
-    weights: LossWeights,
-    micro_batch_size: int | None = None,
-    layers: Sequence[nn.Module] = (),
-    teacher: Teacher | None = None,
-) -> float:
+class BackwardStep:
     """
     Forward and backward over a batch; the gradients stay behind the masks.
 
-    :param masks: asked anew for every part, once the dense model has been set to work
+    :param masks: asked anew for every part of a batch
     :param micro_batch_size: rows at a time; a part weighs as many tokens as count in it,
         so rows of one length have the gradient of the whole batch. None: all of them
     :param layers: that keep only what enters them, and run again in backward
     :param teacher: the dense model, which runs for every batch by default
-    :return: the loss
-    :raises ValueError: if it is not finite
+    :param replay: let a GPU that waits for launches run parts as CUDA graphs; the masks
+        are then made from what stays where it is in memory, the same way every time, and
+        ``.grad`` is cleared in place
     """
-    total = 0.0
-    teacher = teacher or Teacher(model, weights, keep=False)
-    for part, share in _parts(batch, micro_batch_size):
-        dense = teacher(part)
-        part = on_device(part, model)
-        with masked(model, masks()), checkpointed(layers):
-            value = share * loss(run(model, part, weights), dense, part, weights)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        masks: Masks,
+        weights: LossWeights,
+        micro_batch_size: int | None = None,
+        layers: Sequence[nn.Module] = (),
+        teacher: Teacher | None = None,
+        replay: bool = False,
+    ) -> None:
+        self._model, self._masks, self._weights = model, masks, weights
+        self._micro_batch_size, self._layers = micro_batch_size, layers
+        self._teacher = teacher or Teacher(model, weights, keep=False)
+        self._part = Replay(self._backward) if replay else self._backward
+
+    def __call__(
+        self, batch: Batch, prepare: Callable[[], object] = lambda: None
+    ) -> float:
+        """
+        The loss.
+
+        :param prepare: called before the masks are made, once the dense model has been
+            set to work
+        :raises ValueError: if the loss is not finite
+        """
+        total = 0.0
+        for part, share in _parts(batch, self._micro_batch_size):
+            dense = self._teacher(part)
+            part = on_device(part, self._model)
+            prepare()
+            value = self._part(part, dense.logits, dense.hidden, dense.is_hidden, share)
+            total += float(value)
+        return check_finite(total, "training")
+
+    def _backward(
+        self,
+        part: Batch,
+        logits: Tensor,
+        hidden: tuple[Tensor, ...],
+        is_hidden: bool,
+        share: float,
+    ) -> Tensor:
+        """The loss of a part, times its share, after its backward pass."""
+        dense = Outputs(logits, hidden, is_hidden)
+        with masked(self._model, self._masks()), checkpointed(self._layers):
+            ours = run(self._model, part, self._weights)
+            value = share * loss(ours, dense, part, self._weights)
             value.backward()
-        total += float(value.detach())
-    return check_finite(total, "training")
+        return value.detach()
 
 
 def layers_to_checkpoint(

@@ -103,7 +103,7 @@ def test_what_is_trained_is_what_is_kept(
     with torch.no_grad():
         for logits in orders.parameters():
             logits.normal_(generator=generator)
-    perms, found = orders.perms(), orders.masks(temperature, step=0)
+    perms, found = orders.perms(), orders.at(temperature, step=0).masks()
     assert {linear for stack in stacks.values() for linear in _readers(stack)} == set(
         found
     )
@@ -123,7 +123,7 @@ def test_masks_have_the_dtype_of_the_weights(
 ) -> None:
     shape = replace(SHAPE, relaxation=relaxation)
     orders = LearnableOrders(stacks, start, TWO_OF_FOUR, shape, torch.bfloat16)
-    masks = orders.masks(1.0, step=0)
+    masks = orders.at(1.0, step=0).masks()
     assert {mask.dtype for mask in masks.values()} == {torch.bfloat16}
     sum(mask.float().square().sum() for mask in masks.values()).backward()
     assert all(logits.grad.dtype == torch.float32 for logits in orders.parameters())
@@ -137,7 +137,7 @@ def test_soft_masks_keep_n_of_m_on_the_average(
     with torch.no_grad():
         for logits in orders.parameters():
             logits.normal_(generator=generator)
-    for mask in orders.masks(1.0, step=0).values():
+    for mask in orders.at(1.0, step=0).masks().values():
         assert float(mask.detach().min()) >= -1e-5
         assert float(mask.detach().max()) <= 1 + 1e-5
         assert float(mask.detach().mean()) == pytest.approx(0.5, abs=1e-4)
@@ -149,7 +149,7 @@ def test_logits_get_gradients_through_the_model(
 ) -> None:
     shape = replace(SHAPE, relaxation=relaxation)
     orders = LearnableOrders(stacks, start, TWO_OF_FOUR, shape, torch.float32)
-    with masked(model, orders.masks(1.0, step=0)):
+    with masked(model, orders.at(1.0, step=0).masks()):
         model(tokens, use_cache=False).logits.square().sum().backward()
     for logits in orders.parameters():
         assert bool(torch.isfinite(logits.grad).all())
@@ -166,10 +166,12 @@ def test_spaces_of_one_shape_share_their_logits_and_keep_their_own_order(
     alone = {
         name: LearnableOrders(
             {name: stack}, {name: start[name]}, TWO_OF_FOUR, SHAPE, torch.float32
-        ).masks(1.0, step=0)
+        )
+        .at(1.0, step=0)
+        .masks()
         for name, stack in stacks.items()
     }
-    together = orders.masks(1.0, step=0)
+    together = orders.at(1.0, step=0).masks()
     for masks in alone.values():
         values = {name: _values(mask) for name, mask in masks.items()}
         assert values.keys() <= together.keys()
@@ -215,7 +217,7 @@ def test_an_assignment_begun_before_the_logits_changed_is_not_used(
 def test_readers_share_the_sample_of_their_space(stacks, start, limit) -> None:
     shape = replace(SHAPE, row_limit=limit)
     orders = LearnableOrders(stacks, start, TWO_OF_FOUR, shape, torch.float32)
-    masks = orders.masks(1.0, step=2)
+    masks = orders.at(1.0, step=2).masks()
     for stack in stacks.values():
         whole = RowSample.of_step(sum(stack.rows), limit, step=2)
         rows, first = [], 0
@@ -238,7 +240,7 @@ def test_an_assignment_can_be_begun_anew(stacks, start, monkeypatch) -> None:
 
     monkeypatch.setattr("nm_permute_plugin.training.orders.assign_later", count)
     orders.perms()
-    orders.masks(1.0, step=0)
+    orders.at(1.0, step=0).masks()
     assert len(begun) == len(orders.bundles)
     orders.assign()
     orders.perms()

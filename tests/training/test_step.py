@@ -19,8 +19,8 @@ from nm_permute_plugin.training.objective import LossWeights
 from nm_permute_plugin.training.orders import LearnableOrders, OrderShape
 from nm_permute_plugin.training.stacking import StackedScore
 from nm_permute_plugin.training.step import (
+    BackwardStep,
     activation_bytes,
-    backward_step,
     layers_to_checkpoint,
 )
 
@@ -55,9 +55,8 @@ def gradients(
 
     def step(batch: dict[str, Tensor], **options) -> tuple[float, list[Tensor]]:
         with frozen(model), torch.enable_grad():
-            value = backward_step(
-                model, lambda: orders.masks(0.5, step=0), batch, WEIGHTS, **options
-            )
+            step = BackwardStep(model, orders.masks, WEIGHTS, **options)
+            value = step(batch, lambda: orders.at(0.5, step=0))
         found = []
         for parameter in [*orders.parameters(), *orders.log_multipliers()]:
             found.append(parameter.grad.clone())
@@ -112,7 +111,9 @@ def test_layers_that_run_again_keep_less(
     def bytes_of(rows: int) -> int:
         ids = {"input_ids": tokens[:1].repeat(rows, 4)}
         with frozen(model):
-            return activation_bytes(model, lambda: orders.masks(1.0, 0), ids, WEIGHTS)
+            return activation_bytes(
+                model, lambda: orders.at(1.0, 0).masks(), ids, WEIGHTS
+            )
 
     whole = bytes_of(4)
     with checkpointed(repeated_layers(model, DOWN)):
@@ -160,7 +161,7 @@ def test_layers_run_again_where_memory_is_short(
         found = layers_to_checkpoint(
             model,
             DOWN,
-            lambda: orders.masks(1.0, 0),
+            lambda: orders.at(1.0, 0).masks(),
             {"input_ids": tokens},
             WEIGHTS,
         )
