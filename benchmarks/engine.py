@@ -156,7 +156,8 @@ def _stored(name: str, weight: torch.Tensor, kind: str) -> dict[str, torch.Tenso
     values = weight / scale
     rounded = values.round() if kind == "int8" else values
     # No negative zeros: a float8 zero is told by its bits.
-    stored = rounded.to(dtype).masked_fill(rounded == 0, 0)
+    rounded = rounded.to(dtype).float()
+    stored = rounded.masked_fill(rounded == 0, 0).to(dtype)
     return {f"{name}.weight": stored, f"{name}.weight_scale": scale.bfloat16()}
 
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calls replayed as CUDA graphs: small models' kernels are shorter than their launches."""
 
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,13 +12,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 EAGER_CALLS = 2
-"""Of arguments of one shape before a capture: the first compiles, the second is timed."""
+"""Of arguments of one shape before a capture: the first of them compiles kernels."""
 
 MOST_GRAPHS = 4
 """Each holds the memory of a call; batches have few shapes."""
 
-LAUNCHING = 0.8
-"""A call that launches for this share of its time leaves the GPU waiting."""
+ROOM = 2
+"""A graph has memory of its own: so many times what PyTorch holds must be free. Large
+models, for whose kernels launches are no matter, do without."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class _Graph:
 
 class Replay:
     """
-    Calls one function again and again; on a GPU that waits for launches, as a CUDA graph.
+    Calls one function again and again, on a GPU that has room for it as a CUDA graph.
 
     The function reads its arguments and what stays where it is in memory; it gives back
     one tensor, and changes others in place. Python's part of it runs for the first calls
@@ -47,7 +47,6 @@ class Replay:
         self._function = function
         self._seen: Counter[object] = Counter()
         self._graphs: dict[object, _Graph] = {}
-        self._launches = False
         self._fails = False
 
     def __call__(self, *arguments: Any) -> Tensor:
@@ -59,9 +58,8 @@ class Replay:
         key = str(tree), *(_kind(leaf) for leaf in leaves)
         if key not in self._graphs:
             self._seen[key] += 1
-            if self._seen[key] <= EAGER_CALLS:
-                return self._timed(*arguments)
-            if not self._launches or len(self._graphs) == MOST_GRAPHS:
+            early = self._seen[key] <= EAGER_CALLS
+            if early or len(self._graphs) == MOST_GRAPHS or not _has_room():
                 return self._function(*arguments)
             graph = self._captured(leaves, tree)
             if graph is None:
@@ -73,17 +71,6 @@ class Replay:
         graph.graph.replay()
         return graph.output
 
-    def _timed(self, *arguments: Any) -> Tensor:
-        """A plain call, which finds out whether the GPU waits for launches."""
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        output = self._function(*arguments)
-        launched = time.perf_counter()
-        torch.cuda.synchronize()
-        ended = time.perf_counter()
-        self._launches = launched - started > LAUNCHING * (ended - started)
-        return output
-
     def _captured(self, leaves: list[Any], tree: Any) -> _Graph | None:
         """The call as a graph, not run yet; None if it cannot be one."""
         own = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -94,11 +81,17 @@ class Replay:
                 output = self._function(*tree_unflatten(own, tree))
         except RuntimeError as error:
             self._fails = True
-            torch.cuda.synchronize()
-            first = (str(error).splitlines() or [""])[0]
-            logger.info(f"steps run without a CUDA graph: {first}")
+            graph.reset()
+            torch.cuda.empty_cache()
+            cause = error.__context__ or error  # the end of a capture fails after it
+            logger.info(f"steps run without a CUDA graph: {cause}")
             return None
         return _Graph(graph, [leaf for leaf in own if isinstance(leaf, Tensor)], output)
+
+
+def _has_room() -> bool:
+    free, _ = torch.cuda.mem_get_info()
+    return free >= ROOM * torch.cuda.memory_reserved()
 
 
 def _kind(leaf: object) -> object:

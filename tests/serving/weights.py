@@ -12,7 +12,7 @@ DTYPES = {
     "fp8": torch.float8_e4m3fn,
     "int8": torch.int8,
 }
-BOUND = 0.006  # of the largest output: bfloat16 rounds to 2^-9, twice with scales
+BOUND = 0.008  # of the largest output: bfloat16 rounds twice, float8 sums have 14 bits
 
 
 def sparse_weight(
