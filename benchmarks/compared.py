@@ -58,8 +58,7 @@ def arguments(description: str | None, name: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--row-limit", type=int, help="see LearnablePermutationModifier"
     )
-    parser.add_argument("--learning-rate", type=float, default=0.01)
-    parser.add_argument("--multiplier-rate", type=float, default=0.03)
+    parser.add_argument("--multiplier-rate", type=float, default=0.01)
     parser.add_argument("--divergence", type=float, default=1.0)
     parser.add_argument("--cosine", type=float, default=0.0)
     parser.add_argument("--hidden", type=float, default=0.0)
@@ -132,7 +131,6 @@ def _run(
     learn = LearnSettings(
         steps=args.steps,
         evaluate_every=args.evaluate_every,
-        learning_rate=args.learning_rate,
         multiplier_rate=args.multiplier_rate,
         shape=shape,
         loss=LossWeights(

@@ -4,7 +4,6 @@ What makes learning an order hard, one question a subcommand, one table each.
 
     python benchmarks/diagnosis.py noise MODEL --train brown.txt
     python benchmarks/diagnosis.py linearisation MODEL --train brown.txt
-    python benchmarks/diagnosis.py start MODEL --train brown.txt
     python benchmarks/diagnosis.py hardening MODEL --train brown.txt
     python benchmarks/diagnosis.py transfer MODEL --train brown.txt --other novel.txt
 
@@ -19,17 +18,19 @@ from itertools import combinations
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from methods import Way, changed, parse_changes, ways
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.training.learn import LearnSettings, frozen
 from nm_permute_plugin.training.masking import Mask
+from nm_permute_plugin.training.orders import LearnableOrders, Learns
 from nm_permute_plugin.training.step import BackwardStep
 from nm_permute_plugin.training.subject import mean_loss
+from nm_permute_plugin.training.teacher import Teacher
 from nm_permute_plugin.training.text import split_text
-from subject import Started, learning, load, parted
+from subject import Started, learn, load
 from swaps import Swaps, Tried
 from texts import text_rows
 
@@ -61,35 +62,45 @@ def noise(subject: Started, settings: LearnSettings, args: argparse.Namespace) -
     """
     Cosine similarity of the gradients of different batches, at the start of learning.
 
-    For averages of 1, 2, 4, ... batches; no batch is in two averages.
+    For averages of 1, 2, 4, ... batches; no batch is in two averages. Of orders, only what
+    tells one group from another counts.
     """
     orders = subject.orders(settings)
-    parameters: dict[str, list[Tensor]] = {}
-    for bundle in orders.bundles:
-        family = bundle.stacks[0].space.family
-        parameters.setdefault(family, []).append(bundle.logits)
-        if settings.shape.multipliers:
-            multipliers = parameters.setdefault(f"{family} multipliers", [])
-            multipliers.append(bundle.log_multiplier)
+    kinds: list[Learns] = ["order"]
+    kinds += ["multipliers"] if settings.shape.multipliers else []
+    parameters: dict[str, list[nn.Parameter]] = {}
+    for what in kinds:
+        for bundle in orders.bundles:
+            family = bundle.stacks[0].space.family
+            name, parameter = family, bundle.choice
+            if what == "multipliers":
+                name, parameter = f"{family} multipliers", bundle.log_multiplier
+            parameters.setdefault(name, []).append(parameter)
 
     def masks() -> dict[str, Mask]:
         return {**subject.others, **orders.at(settings.temperature[0], 0).masks()}
 
-    by_family: dict[str, list[Tensor]] = {name: [] for name in parameters}
+    by_name: dict[str, list[Tensor]] = {name: [] for name in parameters}
+    teacher = Teacher(subject.model, settings.loss)
+    backward = BackwardStep(subject.model, masks, settings.loss, teacher=teacher)
     for batch in subject.samples.train[: args.batches]:
-        with frozen(subject.model), torch.enable_grad():
-            BackwardStep(subject.model, masks, settings.loss)(batch)
-        for family, tensors in parameters.items():
+        for what in kinds:
+            orders.learn(what)
+            with frozen(subject.model), torch.enable_grad():
+                backward(batch)
+        for bundle in orders.bundles:
+            bundle.choice.grad -= bundle.choice.grad.mean(-1, keepdim=True)
+        for name, tensors in parameters.items():
             grads = [x.grad.flatten() for x in tensors if x.grad is not None]
-            by_family[family].append(torch.cat(grads).cpu())
+            by_name[name].append(torch.cat(grads).cpu())
             for tensor in tensors:
                 tensor.grad = None
-    table = [["batches averaged", "tokens", *by_family]]
-    count = len(next(iter(by_family.values())))
+    table = [["batches averaged", "tokens", *by_name]]
+    count = len(next(iter(by_name.values())))
     size = 1
     while size <= count // 2:
         cells = [str(size), str(size * args.batch_size * args.sequence_length)]
-        for grads in by_family.values():
+        for grads in by_name.values():
             means = [
                 torch.stack(grads[i : i + size]).mean(0)
                 for i in range(0, count - size + 1, size)
@@ -129,43 +140,21 @@ def linearisation(
     return table
 
 
-def start(subject: Started, settings: LearnSettings, args: argparse.Namespace) -> Rows:
-    """The held-back loss over the first steps, with and without a warm-up of the rate."""
-    columns: list[list[tuple[float, float]]] = []
-    steps: list[int] = []
-    for warm_up in (0, args.warm_up):
-        looks = []
-        steps = []
-        for step, _, orders in learning(subject, settings, warm_up):
-            held = subject.loss(orders, subject.samples.held_back, settings.loss)
-            gone = parted(subject.start, orders.perms(), subject.pattern.m)
-            looks.append((held, gone))
-            steps.append(step)
-            if step >= args.stop:
-                break
-        columns.append(looks)
-    names = ["no warm-up", f"warm-up of {args.warm_up}"]
-    table = [["step", *(f"{n}: {x}" for n in names for x in ("loss", "pairs parted"))]]
-    for step, *looks in zip(steps, *columns, strict=True):
-        cells = [
-            cell for held, gone in looks for cell in (f"{held:.4f}", f"{gone:.0%}")
-        ]
-        table.append([str(step), *cells])
-    return table
-
-
 def hardening(
     subject: Started, settings: LearnSettings, args: argparse.Namespace
 ) -> Rows:
     """The held-back loss of the soft order against the hardened one."""
     table = [["step", "temperature", "soft", "hardened"]]
     held_back, weights = subject.samples.held_back, settings.loss
-    for step, temperature, orders in learning(subject, settings):
+
+    def watch(step: int, temperature: float, orders: LearnableOrders) -> None:
         with torch.no_grad():
             masks = {**subject.others, **orders.at(temperature, step).masks()}
         soft = mean_loss(subject.model, masks, held_back, weights)
         hard = subject.loss(orders, held_back, weights)
         table.append([str(step), f"{temperature:.3f}", f"{soft:.4f}", f"{hard:.4f}"])
+
+    learn(subject, settings, watch)
     return table
 
 
@@ -187,11 +176,14 @@ def transfer(
     }
     table = [["step", *texts, *(f"{name}: fell by" for name in texts)]]
     first: list[float] = []
-    for step, _, orders in learning(subject, settings):
+
+    def watch(step: int, _: float, orders: LearnableOrders) -> None:
         losses = [subject.loss(orders, of, settings.loss) for of in texts.values()]
-        first = first or losses
+        first.extend(losses[len(first) :])
         fell = [f"{1 - now / was:.1%}" for now, was in zip(losses, first, strict=True)]
         table.append([str(step), *(f"{value:.4f}" for value in losses), *fell])
+
+    learn(subject, settings, watch)
     return table
 
 
@@ -250,7 +242,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     questions = parser.add_subparsers(dest="question", required=True)
     sub: dict[str, argparse.ArgumentParser] = {}
-    for answer in (noise, linearisation, start, hardening, transfer):
+    for answer in (noise, linearisation, hardening, transfer):
         name, text = answer.__name__, (answer.__doc__ or "").strip()
         sub[name] = questions.add_parser(name, parents=[common], description=text)
         sub[name].set_defaults(answer=answer)
@@ -260,9 +252,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--together", type=int, nargs="+", default=[1, 16], help="swaps at once")
     add("--tries", type=int, default=24, help="sets of swaps a row")
     sub["linearisation"].set_defaults(dtype="float32")  # single swaps are small
-    sub["start"].add_argument("--warm-up", type=int, default=10)
-    sub["start"].add_argument("--stop", type=int, default=50)
-    sub["start"].set_defaults(steps=200, every=5)
     sub["hardening"].set_defaults(steps=50, every=5)
     add = sub["transfer"].add_argument
     add("--other", type=Path, required=True, help="text of another kind")

@@ -48,6 +48,7 @@ def main() -> None:
         batches=tuple(args.batches),
         prompt_tokens=args.prompt_tokens,
         output_tokens=args.output_tokens,
+        repeats=args.repeats,
         eager=args.eager,
         engine=engine_arguments(args.engine),
     )
@@ -193,6 +194,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16, 64])
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--output-tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3, help="the median is taken")
     parser.add_argument("--eager", action="store_true", help="without compiled graphs")
     parser.add_argument(
         "--engine", default="{}", help="further arguments of vllm.LLM, as JSON"

@@ -21,7 +21,6 @@ def learning_steps(
     optimizer: torch.optim.Optimizer,
     train: Sequence[Batch],
     settings: LearnSettings,
-    warm_up: int = 0,
 ) -> Iterator[tuple[int, float]]:
     """
     The number and the training loss of every step, each after it was taken.
@@ -29,10 +28,9 @@ def learning_steps(
     Batches, their order and the fall of the rate are those of ``learn_orders``.
 
     :param masks_at: the masks of all linears at a step, from 1 on, with gradients
-    :param warm_up: steps over which the rate rises first; none: it starts where it falls
     """
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda done: rate(done, settings.steps, warm_up)
+    schedule = torch.optim.lr_scheduler.LinearLR(
+        optimizer, 1.0, 1 / settings.steps, total_iters=settings.steps
     )
     teacher = Teacher(model, settings.loss)
     order = endless(len(train), settings.seed)
@@ -51,14 +49,3 @@ def learning_steps(
             optimizer.zero_grad()
             schedule.step()
             yield step, value
-
-
-def rate(done: int, steps: int, warm_up: int) -> float:
-    """
-    The share of the learning rate after so many steps: it falls linearly to 1 / steps.
-
-    >>> [rate(done, 4, 0) for done in range(5)], rate(0, 4, 1)
-    ([1.0, 0.8125, 0.625, 0.4375, 0.25], 0.5)
-    """
-    falling = 1 - (1 - 1 / steps) * done / steps
-    return falling * min(1.0, (done + 1) / (warm_up + 1))

@@ -119,8 +119,16 @@ class Outcome:
 
 
 def ways(ours: LearnSettings) -> dict[str, Way]:
-    """Every method that leaves the kept weights as they are, by its name."""
+    """
+    Every method that leaves the kept weights as they are, by its name.
+
+    ``learned-order`` learns orders alone, ``multipliers`` those of the scores alone, in the
+    order as it is: what orders are worth.
+    """
     order_only = replace(ours, shape=replace(ours.shape, multipliers=False))
+    scores_only = replace(
+        ours, order_share=0.0, shape=replace(ours.shape, multipliers=True)
+    )
     amd = Way(method="learned", rounds=0, learn=AMD)
     permllm = replace(amd, learn=PERMLLM)
     return {
@@ -131,6 +139,7 @@ def ways(ours: LearnSettings) -> dict[str, Way]:
         "search-free": Way(method="search", folded=False),
         "learned": Way(method="learned", learn=ours),
         "learned-order": Way(method="learned", learn=order_only),
+        "multipliers": Way(method="learned", rounds=0, learn=scores_only),
         "layer-wise": Way(method="learned", learn=ours, objective="layer_wise"),
         "learned-free": Way(method="learned", folded=False, learn=ours),
         "amd": amd,

@@ -116,8 +116,6 @@ def _run(
 def _budget(args: argparse.Namespace, seed: int) -> Budget:
     """What all methods get; an option that was not given is the package's default."""
     ours = LearnSettings()
-    if args.learning_rate is not None:
-        ours = replace(ours, learning_rate=args.learning_rate)
     if args.multiplier_rate is not None:
         ours = replace(ours, multiplier_rate=args.multiplier_rate)
     shape = replace(ours.shape, multipliers=ours.multiplier_rate > 0)
@@ -182,7 +180,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--held-back", type=float, default=0.01)
     add("--steps", type=int, default=200, help="of every method that learns")
     add("--row-limit", type=int, help="of ours; see LearnablePermutationModifier")
-    add("--learning-rate", type=float, help="of ours")
     add("--multiplier-rate", type=float, help="of ours; 0: none are learned")
     add(
         "--set",

@@ -5,9 +5,10 @@ A step of learning against a plain forward and backward pass of the same model a
     python benchmarks/step.py --rows 8 --sequence-length 1024
 
 The model has SmolLM2-135M's shape, or the one given, and random weights: time and memory
-do not depend on their values. A step with a batch that was never seen runs the dense model
-too; one with a batch of an earlier epoch only its last layer. All three run in turn;
-medians are printed with the ratios.
+do not depend on their values. Orders learn first, then the multipliers of the
+scores. A step with a batch that was never seen runs the dense model too; one with a batch
+of an earlier epoch only its last layer. All five run in turn; medians are printed with the
+ratios.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +26,14 @@ from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.specs.architectures import LLAMA
 from nm_permute_plugin.specs.spec import resolve
 from nm_permute_plugin.training.objective import LossWeights
-from nm_permute_plugin.training.orders import LearnableOrders, OrderShape
+from nm_permute_plugin.training.orders import LearnableOrders, Learns, OrderShape
 from nm_permute_plugin.training.stacking import StackedScore
 from nm_permute_plugin.training.step import BackwardStep
 from nm_permute_plugin.training.teacher import Teacher
 
 SMOLLM2 = (576, 1536, 30, 9, 3, 49152)
 WARM_UPS = 3
+Run = Callable[[], None]
 
 
 def main() -> None:
@@ -44,27 +47,26 @@ def main() -> None:
 
     model.requires_grad_(False)
     weights = LossWeights()
-    backward = BackwardStep(
-        model,
-        orders.masks,
-        weights,
-        teacher=Teacher(model, weights),
-        replay=not orders.steps_differ,
-    )
-    parameters = [*orders.parameters(), *orders.log_multipliers()]
-    optimizer = torch.optim.AdamW(parameters, lr=0.01)
+    teacher = Teacher(model, weights)
+    logs = orders.log_multipliers()
+    optimizer = torch.optim.AdamW(logs, lr=0.01, weight_decay=0.0)
 
-    def learn(ids: Tensor) -> None:
-        backward({"input_ids": ids}, partial(orders.at, 0.5, next(steps)))
+    def swap() -> None:
+        orders.swap(0.5)
+
+    def descend() -> None:
         optimizer.step()
-        orders.assign()
         optimizer.zero_grad(set_to_none=False)
 
-    def first_epoch() -> None:
-        learn(ids.clone())  # in other memory: a batch that was never seen
+    def learning(what: Learns, update: Callable[[], None], is_new: bool) -> Run:
+        def step() -> None:
+            orders.learn(what)
+            # In other memory, a batch was never seen.
+            batch = {"input_ids": ids.clone() if is_new else ids}
+            backwards[what](batch, partial(orders.at, 0.5, next(steps)))
+            update()
 
-    def later_epochs() -> None:
-        learn(ids)
+        return step
 
     def plain() -> None:
         # Gradients of the activations and of every linear's weight, as a training step.
@@ -73,20 +75,35 @@ def main() -> None:
         model.zero_grad(set_to_none=True)
         model.requires_grad_(False)
 
-    runs = (first_epoch, later_epochs, plain)
-    seconds: dict[str, list[float]] = {run.__name__: [] for run in runs}
+    backwards: dict[Learns, BackwardStep] = {
+        what: BackwardStep(
+            model,
+            orders.masks,
+            weights,
+            teacher=teacher,
+            replay=not orders.steps_differ,
+        )
+        for what in get_args(Learns)
+    }
+    runs: dict[str, Run] = {
+        "orders, first epoch": learning("order", swap, True),
+        "orders, later epochs": learning("order", swap, False),
+        "multipliers, first epoch": learning("multipliers", descend, True),
+        "multipliers, later epochs": learning("multipliers", descend, False),
+        "plain": plain,
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(args.repeats + WARM_UPS):
-        for run in runs:
+        for name, run in runs.items():
             elapsed = _timed(run, args.device)
             if turn >= WARM_UPS:
-                seconds[run.__name__].append(elapsed)
+                seconds[name].append(elapsed)
     middle = {name: statistics.median(values) for name, values in seconds.items()}
+    once = middle.pop("plain")
     print(f"{args.rows} x {args.sequence_length} tokens, shape {tuple(args.shape)}")
-    print(f"a plain forward and backward pass: {middle['plain']:.3f} s")
-    for name in ("first_epoch", "later_epochs"):
-        ratio = middle[name] / middle["plain"]
-        words = name.replace("_", " ")
-        print(f"a step of the {words}: {middle[name]:.3f} s, {ratio:.2f} times plain")
+    print(f"a plain forward and backward pass: {once:.3f} s")
+    for name, value in middle.items():
+        print(f"a step of {name}: {value:.3f} s, {value / once:.2f} times plain")
     if args.device == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
@@ -122,7 +139,7 @@ def _orders(model: LlamaForCausalLM, row_limit: int | None) -> LearnableOrders:
     return LearnableOrders(stacks, start, pattern, shape, torch.bfloat16)
 
 
-def _timed(run: Callable[[], None], device: str) -> float:
+def _timed(run: Run, device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()

@@ -1,26 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a diagnosis looks at: a model, its scores by space, a start, and text."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from einops import rearrange
 from transformers import AutoModelForCausalLM
 
-from loop import learning_steps
 from methods import prunable
 from nm_permute_plugin.maths.masks import nm_mask
 from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.maths.permutation import Permutation, invert
+from nm_permute_plugin.maths.permutation import Permutation
 from nm_permute_plugin.maths.scores import score_weight
 from nm_permute_plugin.maths.sinkhorn import annealed
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
 from nm_permute_plugin.specs.orientation import weight_of
 from nm_permute_plugin.specs.spec import resolve
-from nm_permute_plugin.training.learn import LearnSettings
-from nm_permute_plugin.training.masking import Mask, linear
+from nm_permute_plugin.training.learn import LearnSettings, learn_orders
+from nm_permute_plugin.training.masking import linear
 from nm_permute_plugin.training.objective import LossWeights
 from nm_permute_plugin.training.orders import LearnableOrders
 from nm_permute_plugin.training.samples import Samples
@@ -96,54 +94,20 @@ def load(
     return Started(model, stacks, others, text, pattern, start)
 
 
-def learning(
-    subject: Started, settings: LearnSettings, warm_up: int = 0
-) -> Iterator[tuple[int, float, LearnableOrders]]:
+def learn(
+    subject: Started,
+    settings: LearnSettings,
+    watch: Callable[[int, float, LearnableOrders], object],
+) -> Learned:
     """
-    Learn, with a look before the first step and after every ``evaluate_every``.
+    Learn as the package does, from the subject's start.
 
-    :param warm_up: steps over which the learning rates rise first
-    :return: the step, the temperature of its masks, and the orders, which go on changing
+    :param watch: is shown the step, the temperature of its masks and the orders as they
+        stand, at every look
     """
-    orders = subject.orders(settings)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": orders.parameters(), "weight_decay": settings.weight_decay},
-            {"params": orders.log_multipliers(), "lr": settings.multiplier_rate},
-        ],
-        lr=settings.learning_rate,
-        weight_decay=0.0,
-    )
 
-    def temperature(step: int) -> float:
-        return annealed(max(step - 1, 0), settings.steps, *settings.temperature)
+    def seen(step: int, orders: LearnableOrders) -> None:
+        temperature = annealed(max(step - 1, 0), settings.steps, *settings.temperature)
+        watch(step, temperature, orders)
 
-    def masks_at(step: int) -> dict[str, Mask]:
-        return {**subject.others, **orders.at(temperature(step), step).masks()}
-
-    yield 0, temperature(0), orders
-    train = subject.samples.train
-    for step, _ in learning_steps(
-        subject.model, masks_at, optimizer, train, settings, warm_up
-    ):
-        orders.assign()
-        if step % settings.evaluate_every == 0 or step == settings.steps:
-            yield step, temperature(step), orders
-
-
-def parted(before: Perms, after: Perms, m: int) -> float:
-    """
-    The share of pairs that had a group of ``m`` in common and have none any more.
-
-    >>> order = torch.arange(4)
-    >>> parted({"residual": order}, {"residual": order[[0, 2, 1, 3]]}, 2)
-    1.0
-    """
-    left = pairs = 0
-    for name, old in before.items():
-        group = invert(after[name]) // m
-        mates = rearrange(group[old], "(g m) -> g m", m=m)
-        first, second = torch.triu_indices(m, m, offset=1).to(mates.device)
-        left += int((mates[:, first] != mates[:, second]).sum())
-        pairs += mates.shape[0] * len(first)
-    return left / pairs
+    return learn_orders(subject, subject.start, settings, seen)

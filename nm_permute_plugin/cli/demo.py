@@ -34,7 +34,7 @@ class Budget:
     sequence_length: int = 512
     windows: int = 12
     search_rounds: int = 12
-    steps: int = 24
+    steps: int = 32
     batch_size: int = 2
 
     def __str__(self) -> str:
@@ -106,7 +106,7 @@ def _recipe(fields: dict[str, object], budget: Budget) -> str:
         body |= {
             "steps": budget.steps,
             "batch_size": budget.batch_size,
-            "learning_rate": 0.03,
+            "multiplier_rate": 0.03,
             "evaluate_every": 10,
             "row_limit": 8192,
         }

@@ -48,15 +48,21 @@ class OrderFields(BaseModel):
         default
     :param gradient_checkpointing: keep only what enters a layer, and run it again in
         backward; by default where a GPU's memory asks for it
-    :param learning_rate: of AdamW, on the logits; falls linearly to 0
-    :param temperature_start: of the matching, at the first step
-    :param temperature_end: of the matching, at the last step
+    :param order_share: of the steps, in which the orders learn; then they stay, and the
+        multipliers of the scores learn. Without multipliers orders learn all the time
+    :param swaps: the share of blocks in which two channels change places at the first
+        step; falls linearly to 0
     :param block_size: channels that mix with each other; a multiple of M
     :param groups: instead of block_size: into how many blocks a space is cut
-    :param relaxation: insertion (hard groups, the gradient of every single move),
-        straight_through (hard places) or soft (soft places, hard at the end)
-    :param start_logit: how firmly a channel starts in its place
-    :param sinkhorn_iterations: row and column normalisations of the matching
+    :param relaxation: insertion (hard groups that swap channels, by the cost of every
+        single move), or one of the published straight_through (hard places) and soft
+        (soft places, hard at the end), which have logits and no multipliers
+    :param learning_rate: of AdamW, on the logits; falls linearly to 0
+    :param weight_decay: of AdamW, on the logits
+    :param temperature_start: of the logits' matching, at the first step
+    :param temperature_end: of the logits' matching, at the last step
+    :param start_logit: how firmly a channel starts in its place, with logits
+    :param sinkhorn_iterations: row and column normalisations of the logits' matching
     :param row_limit: rows of a space that weigh the moves of a step; all by default
     :param score_multipliers: learn what the scores of each input channel are multiplied
         by as well, so that readers of one order choose for themselves; as ``prune`` by
@@ -68,7 +74,6 @@ class OrderFields(BaseModel):
     :param cross_entropy_weight: of the next-token loss of the text itself
     :param hidden_weight: of the Smooth-L1 distance of all hidden states
     :param cosine_weight: of the cosine distance of the final hidden states
-    :param weight_decay: of AdamW, on the logits
     :param search_rounds: rounds of assignment of the search
     :param held_back: share of the calibration rows that only judge
     :param evaluate_every: steps between two looks at the held-back rows
@@ -100,6 +105,8 @@ class OrderFields(BaseModel):
     batch_size: int = Field(default=8, ge=1)
     micro_batch_size: int | None = Field(default=None, ge=1)
     gradient_checkpointing: bool | None = None
+    order_share: float = Field(default=0.2, ge=0, le=1)
+    swaps: float = Field(default=1.0, gt=0, le=1)
     learning_rate: float = Field(default=0.01, gt=0)
     temperature_start: float = Field(default=1.0, gt=0)
     temperature_end: float = Field(default=0.1, gt=0)
@@ -111,7 +118,7 @@ class OrderFields(BaseModel):
     row_limit: int | None = Field(default=None, ge=1)
     score_multipliers: bool | None = None
     multiplier_rows: int | None = Field(default=16, ge=1)
-    multiplier_rate: float = Field(default=0.03, gt=0)
+    multiplier_rate: float = Field(default=0.01, gt=0)
     divergence_weight: float = Field(default=1.0, ge=0)
     cross_entropy_weight: float = Field(default=0.0, ge=0)
     hidden_weight: float = Field(default=0.0, ge=0)
@@ -215,6 +222,8 @@ class OrderFields(BaseModel):
         )
         learn = LearnSettings(
             steps=self.steps,
+            order_share=self.order_share,
+            swaps=self.swaps,
             learning_rate=self.learning_rate,
             temperature=(self.temperature_start, self.temperature_end),
             shape=OrderShape(

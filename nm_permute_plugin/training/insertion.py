@@ -13,7 +13,6 @@ from torch import Tensor
 from nm_permute_plugin.specs.spec import Reader
 from nm_permute_plugin.training.grouping import Grouping
 from nm_permute_plugin.training.relaxation import (
-    Assignment,
     RowSample,
     grouped_mask,
     insertion_costs,
@@ -28,11 +27,11 @@ class InsertionMask:
     The N:M mask of one linear under a hard grouping, with gradients for the choice.
 
     Called with the input, the weight and the bias it is the masked linear. As soon as
-    backward has the gradient of the weight, it becomes that of ``soft`` and of
+    backward has the gradient of the weight, it becomes that of ``choice`` and of
     ``log_multiplier``: no two of these large gradients live at once.
 
     :param score: of the weights, one column a channel of the space
-    :param soft: share of each channel in each group
+    :param choice: whose gradient is what moving each channel to each group would cost
     :param log_multiplier: of the scores, of equally long sections of the rows
     :param sample: the rows that weigh the moves
     """
@@ -40,7 +39,7 @@ class InsertionMask:
     reader: Reader
     score: Float[Tensor, "rows channels"]
     grouping: Grouping
-    soft: Assignment
+    choice: Float[Tensor, "blocks size groups"]
     log_multiplier: Float[Tensor, "sections blocks size"]
     sample: RowSample
 
@@ -63,17 +62,18 @@ class InsertionMask:
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``x (W * mask)^T + b``."""
         out: Tensor = _InsertionLinear.apply(
-            x, weight, bias, self.soft, self.log_multiplier, self
+            x, weight, bias, self.choice, self.log_multiplier, self
         )
         return out
 
     def moves(
-        self, grad: Float[Tensor, "out in"], multipliers: bool
-    ) -> tuple[Tensor, Tensor | None]:
+        self, grad: Float[Tensor, "out in"], choice: bool, multipliers: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
         """
-        What the gradient of the mask is for ``soft`` and for ``log_multiplier``.
+        What the gradient of the mask is for ``choice`` and for ``log_multiplier``.
 
         :param grad: of the loss with respect to the mask
+        :param choice: False leaves the first out
         :param multipliers: False leaves the second out
         :return: ``insertion_costs`` over the sample of rows, and ``rivalry``, summed over
             the rows of a section
@@ -84,17 +84,24 @@ class InsertionMask:
             from nm_permute_plugin.training.triton_insertion import moves_in_triton
 
             return moves_in_triton(
-                self.score, self._factors, grad, grouping, self.sample, multipliers
+                self.score,
+                self._factors,
+                grad,
+                grouping,
+                self.sample,
+                choice,
+                multipliers,
             )
         column = grouping.column
         blocks = grouping.blocks(grad)
         scaled = self._scaled()
-        of_multiplier = None
+        costs = of_multiplier = None
         if multipliers:
             of_score = rivalry(scaled, blocks, column, pattern)
             of_multiplier = of_score.unflatten(0, (len(self.log_multiplier), -1)).sum(1)
-        rows = slice(self.sample.offset, None, self.sample.stride)
-        costs = insertion_costs(scaled[rows], blocks[rows], column, pattern)
+        if choice:
+            rows = slice(self.sample.offset, None, self.sample.stride)
+            costs = insertion_costs(scaled[rows], blocks[rows], column, pattern)
         return costs, of_multiplier
 
     @property
@@ -119,7 +126,7 @@ class _InsertionLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        soft: Tensor,
+        choice: Tensor,
         log_multiplier: Tensor,
         mask: InsertionMask,
     ) -> Tensor:
@@ -137,5 +144,5 @@ class _InsertionLinear(torch.autograd.Function):
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
             of_weight = grad.flatten(0, -2).T @ x.flatten(0, -2)
             of_mask = of_weight.mul_(weight)
-            costs, of_multiplier = ctx.mask.moves(of_mask, ctx.needs_input_grad[4])
+            costs, of_multiplier = ctx.mask.moves(of_mask, *ctx.needs_input_grad[3:5])
         return grad_x, None, None, costs, of_multiplier, None

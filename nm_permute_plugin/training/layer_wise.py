@@ -160,7 +160,7 @@ def _learn_layer(
     shared = {n for n, s in stacks.items() if len(s.rows) < len(whole.stacks[n].rows)}
     work.pass_on(work.dense, index)
 
-    def look(now: Learned) -> float:
+    def look(now: Learned, step: int) -> float:
         judges = range(train, len(work.batches))
         with torch.no_grad():
             masks = inside.masks(now)
@@ -180,7 +180,7 @@ def _learn_layer(
             return check_finite(float(error.detach()), "training")
 
         found = descend(
-            orders, step, look, settings, f"Learning {work.layers.names[index]}"
+            orders, lambda: step, look, settings, f"Learning {work.layers.names[index]}"
         )
         learned.perms |= {name: found.perms[name] for name in stacks.keys() - shared}
         learned.multipliers |= found.multipliers

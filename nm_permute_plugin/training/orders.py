@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The orders of all spaces as parameters: logits that say which channels go together."""
+"""The orders of all spaces as parameters: what says which channels go together."""
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
@@ -25,8 +25,14 @@ from nm_permute_plugin.training.insertion import InsertionMask
 from nm_permute_plugin.training.masking import Mask
 from nm_permute_plugin.training.relaxation import Reorder, RowSample, permuted_mask
 from nm_permute_plugin.training.stacking import StackedScore
+from nm_permute_plugin.training.swapping import swap
 
 Relaxation = Literal["insertion", "straight_through", "soft"]
+Learns = Literal["order", "multipliers"]
+"""What learns at a time."""
+
+MEMORY = 0.8
+"""The share of the moves' average costs that a step leaves as it was."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +42,12 @@ class OrderShape:
 
     :param block_size: channels that may mix; a multiple of M
     :param groups: instead of ``block_size``: into how many blocks a space is cut
-    :param relaxation: ``insertion``: hard groups, the gradient of every single move;
+    :param relaxation: ``insertion``: hard groups, the cost of every single move;
         ``straight_through``: hard places, the soft matching's gradient
         (https://arxiv.org/abs/2510.10136); ``soft``: soft places while training, hard at
         the end (https://arxiv.org/abs/2601.22980)
-    :param start_logit: how firmly a channel starts in its place
-    :param sinkhorn_iterations: row and column normalisations
+    :param start_logit: how firmly a channel starts in its place; not of ``insertion``
+    :param sinkhorn_iterations: row and column normalisations; not of ``insertion``
     :param row_limit: rows of a space that weigh the moves of a step; None: all of them
     :param multipliers: learn what every input channel's scores are multiplied by as well
     :param multiplier_rows: rows of a linear that share multipliers; None: all of them
@@ -67,10 +73,6 @@ class OrderShape:
         wanted = self.block_size if self.groups is None else wall // self.groups
         sizes = range(m, min(max(wanted, m), wall) + 1, m)
         return max(size for size in sizes if wall % size == 0)
-
-    def columns(self, size: int, m: int) -> int:
-        """Columns of the logits of a block: its groups, or its places."""
-        return size // m if self.relaxation == "insertion" else size
 
 
 class LearnableOrders:
@@ -104,21 +106,51 @@ class LearnableOrders:
             alike[stack.rows, sections, size, name in fixed].append(stack)
         self.bundles: list[_Bundle] = []
         for (_, _, size, is_fixed), same in alike.items():
-            own = shape
-            if is_fixed:
-                own = replace(shape, relaxation="insertion", start_logit=1.0)
-            kind = _Insertions if own.relaxation == "insertion" else _Places
-            bundle = kind(same, start, size, pattern, own, dtype)
-            bundle.logits.requires_grad_(not is_fixed)
-            self.bundles.append(bundle)
+            kind: type[_Bundle] = _Insertions
+            if shape.relaxation != "insertion" and not is_fixed:
+                kind = _Places
+            self.bundles.append(
+                kind(same, start, size, pattern, shape, dtype, is_fixed)
+            )
 
-    def parameters(self) -> list[nn.Parameter]:
-        """The logits, [blocks, size, columns], one tensor for all spaces of a shape."""
-        return [bundle.logits for bundle in self.bundles]
+    @property
+    def learners(self) -> list[Learns]:
+        """What can learn here."""
+        every: list[Learns] = ["order", "multipliers"]
+        return [x for x in every if any(x in b.learners for b in self.bundles)]
+
+    def groups(self) -> list[Int[Tensor, "_blocks _size"]]:
+        """Which channels are grouped, for ``regroup``; not those of logits."""
+        return [b.column.clone() for b in self.bundles if isinstance(b, _Insertions)]
+
+    def regroup(self, groups: Sequence[Int[Tensor, "_blocks _size"]]) -> None:
+        """Group the channels as they were grouped before."""
+        bundles = [b for b in self.bundles if isinstance(b, _Insertions)]
+        for bundle, column in zip(bundles, groups, strict=True):
+            bundle.column.copy_(column)
+
+    def learn(self, what: Learns) -> None:
+        """Let the orders, or the multipliers, have gradients, and not the others."""
+        for bundle in self.bundles:
+            bundle.learn(what)
+
+    def logits(self) -> list[nn.Parameter]:
+        """Of places, [blocks, size, size], one tensor for all spaces of a shape."""
+        return [b.choice for b in self.bundles if isinstance(b, _Places)]
 
     def log_multipliers(self) -> list[nn.Parameter]:
         """What is learned of the scores, [sections, blocks, size]."""
         return [bundle.log_multiplier for bundle in self.bundles]
+
+    def swap(self, share: float) -> None:
+        """
+        Swap two channels of a block where that promises most, and clear the gradients.
+
+        :param share: of the blocks of all spaces of a shape, at most
+        """
+        for bundle in self.bundles:
+            if isinstance(bundle, _Insertions):
+                bundle.swap(share)
 
     def multipliers(self) -> dict[str, Float[Tensor, "_runs _in"]]:
         """
@@ -132,7 +164,7 @@ class LearnableOrders:
         return found
 
     def assign(self) -> None:
-        """Begin to make the logits hard, after every change: the next masks need it."""
+        """Begin to make logits hard, after every change: the next masks need it."""
         for bundle in self.bundles:
             bundle.assign()
 
@@ -155,7 +187,7 @@ class LearnableOrders:
         return self
 
     def masks(self) -> dict[str, Mask]:
-        """The masks of all readers, by linear, with gradients for the logits."""
+        """The masks of all readers, by linear, with gradients for what learns."""
         masks: dict[str, Mask] = {}
         for bundle in self.bundles:
             masks |= bundle.masks()
@@ -175,6 +207,9 @@ class _Bundle(nn.Module):
 
     All layers of a model have the same shape: one matching and one assignment serve them
     together.
+
+    :ivar choice: [blocks, size, columns], whose gradients say which channels go together
+    :ivar column: that of each channel, as the masks of a step have it
     """
 
     def __init__(
@@ -185,38 +220,55 @@ class _Bundle(nn.Module):
         pattern: NMPattern,
         shape: OrderShape,
         dtype: torch.dtype,
+        fixed: bool,
     ) -> None:
         super().__init__()
-        self.stacks, self.pattern, self.shape, self.dtype = (
+        self.stacks, self.pattern, self.shape, self.dtype, self.fixed = (
             stacks,
             pattern,
             shape,
             dtype,
+            fixed,
         )
         device = stacks[0].score.device
         self.starts = [start[stack.space.name].to(device) for stack in stacks]
         self.counts = [stack.space.size // size for stack in stacks]
         self.sections = list(stacks[0].sections(shape.multiplier_rows))
-        columns = shape.columns(size, pattern.m)
+        columns = self.columns(size)
         own = torch.arange(size, device=device) * columns // size
-        firm = nn.functional.one_hot(own, columns).float() * shape.start_logit
-        self.logits = nn.Parameter(firm.repeat(sum(self.counts), 1, 1))
+        self.column = own.repeat(sum(self.counts), 1)
+        self.choice = nn.Parameter(self.first(columns))
         self.log_multiplier = nn.Parameter(
-            firm.new_zeros(sum(self.sections), sum(self.counts), size),
-            requires_grad=shape.multipliers,
-        )
-        self._hard: tuple[int, Callable[[], Tensor]] | None = None
-        self.column = torch.empty(
-            self.logits.shape[:2], dtype=torch.int64, device=device
+            self.choice.new_zeros(sum(self.sections), sum(self.counts), size)
         )
         self.temperature = torch.ones((), device=device)
         self.sample = self.sample_of(0)
+        self.learn("multipliers" if "multipliers" in self.learners else "order")
+
+    @property
+    def learners(self) -> set[Learns]:
+        """What can learn here."""
+        return {"order"}
+
+    def columns(self, size: int) -> int:
+        """How many a block of so many channels has."""
+        raise NotImplementedError
+
+    def first(self, columns: int) -> Float[Tensor, "blocks size columns"]:
+        """What ``choice`` begins with."""
+        raise NotImplementedError
+
+    def learn(self, what: Learns) -> None:
+        for parameter, of in (
+            (self.choice, "order"),
+            (self.log_multiplier, "multipliers"),
+        ):
+            parameter.requires_grad_(of == what and of in self.learners)
 
     def at(self, temperature: float, step: int) -> None:
         """Prepare the masks of a step: ``column``, ``temperature`` and ``sample``."""
         if temperature <= 0:
             raise ValueError(f"the temperature must be positive, got {temperature}")
-        self.column.copy_(self.hard())
         self.temperature.fill_(temperature)
         self.sample = self.sample_of(step)
 
@@ -224,18 +276,12 @@ class _Bundle(nn.Module):
         """The rows that weigh the moves of a step."""
         return RowSample.of_step(sum(self.stacks[0].rows), self.shape.row_limit, step)
 
-    def assign(self) -> Callable[[], Int[Tensor, "blocks size"]]:
-        """Begin to make the logits hard; what comes back waits for it."""
-        result = cache(assign_later(self.logits))
-        # The version tells of changes in place, but for those of fused optimisers.
-        self._hard = self.logits._version, result
-        return result
+    def assign(self) -> None:
+        """Begin to make the choice hard, if it is not."""
 
     def hard(self) -> Int[Tensor, "blocks size"]:
-        """The column of each channel."""
-        if self._hard is None or self._hard[0] != self.logits._version:
-            return self.assign()()
-        return self._hard[1]()
+        """The column of each channel, as it is now."""
+        return self.column
 
     def perms(self) -> dict[str, Permutation]:
         hard = order_by(self.hard()).split(self.counts)
@@ -252,41 +298,96 @@ class _Bundle(nn.Module):
             found |= stack.multipliers(factors, self.shape.multiplier_rows)
         return found
 
-    def soft(self) -> Float[Tensor, "blocks size columns"]:
-        scaled = self.logits / self.temperature
-        return sinkhorn(scaled, iterations=self.shape.sinkhorn_iterations)
-
     def masks(self) -> dict[str, Mask]:
         raise NotImplementedError
 
 
 class _Insertions(_Bundle):
-    """Columns are groups: one mask a reader."""
+    """
+    Columns are groups: one mask a reader.
+
+    ``choice`` stays 0: its gradient is what each move would change of the loss.
+    """
+
+    @property
+    def learners(self) -> set[Learns]:
+        found: set[Learns] = set() if self.fixed else {"order"}
+        return found | ({"multipliers"} if self.shape.multipliers else set())
+
+    def columns(self, size: int) -> int:
+        return size // self.pattern.m
+
+    def first(self, columns: int) -> Float[Tensor, "blocks size columns"]:
+        zeros = self.column.new_zeros(
+            (*self.column.shape, columns), dtype=torch.float32
+        )
+        self._costs = zeros.clone()
+        return zeros
+
+    def swap(self, share: float) -> None:
+        gradient = self.choice.grad
+        if gradient is None or self.fixed:
+            return
+        self._costs.lerp_(gradient, 1 - MEMORY)
+        gradient.zero_()
+        swap(self._costs, self.column, round(share * len(self.column)))
 
     def masks(self) -> dict[str, Mask]:
         masks: dict[str, Mask] = {}
         parts = zip(
             self.stacks,
             self.starts,
-            self.soft().split(self.counts),
+            self.choice.split(self.counts),
             self.column.split(self.counts),
             self.log_multiplier.split(self.counts, dim=1),
             strict=True,
         )
-        for stack, start, soft, hard, logs in parts:
+        for stack, start, choice, column, logs in parts:
             rows, readers, sample = stack.parts(), stack.space.readers, self.sample
-            grouping = Grouping(start, hard, self.pattern)
+            grouping = Grouping(start, column, self.pattern)
             of_readers = logs.split(self.sections)
             for reader, score, log in zip(readers, rows, of_readers, strict=True):
                 masks[reader.name] = InsertionMask(
-                    reader, score, grouping, soft, log, sample
+                    reader, score, grouping, choice, log, sample
                 )
                 sample = sample.after(len(score))
         return masks
 
 
 class _Places(_Bundle):
-    """Columns are places: soft, or hard with the soft matching's gradient."""
+    """
+    Columns are places: soft, or hard with the soft matching's gradient.
+
+    ``choice`` holds logits, which an optimiser changes.
+    """
+
+    def columns(self, size: int) -> int:
+        return size
+
+    def first(self, columns: int) -> Float[Tensor, "blocks size columns"]:
+        self._hard: tuple[int, Callable[[], Tensor]] | None = None
+        places = nn.functional.one_hot(self.column, columns).float()
+        return places * self.shape.start_logit
+
+    def at(self, temperature: float, step: int) -> None:
+        super().at(temperature, step)
+        self.column.copy_(self.hard())
+
+    def assign(self) -> None:
+        self._hard = self._begun()
+
+    def _begun(self) -> tuple[int, Callable[[], Tensor]]:
+        # The version tells of changes in place, but for those of fused optimisers.
+        return self.choice._version, cache(assign_later(self.choice))
+
+    def hard(self) -> Int[Tensor, "blocks size"]:
+        if self._hard is None or self._hard[0] != self.choice._version:
+            self._hard = self._begun()
+        return self._hard[1]()
+
+    def soft(self) -> Float[Tensor, "blocks size columns"]:
+        scaled = self.choice / self.temperature
+        return sinkhorn(scaled, iterations=self.shape.sinkhorn_iterations)
 
     def masks(self) -> dict[str, Mask]:
         soft = self.soft()

@@ -17,8 +17,8 @@ EAGER_CALLS = 2
 MOST_GRAPHS = 4
 """Each holds the memory of a call; batches have few shapes."""
 
-ROOM = 2
-"""A graph has memory of its own: so many times what PyTorch holds must be free. Large
+ROOM = 1.5
+"""A graph has memory of its own: so many times what PyTorch held must be free. Large
 models, for whose kernels launches are no matter, do without."""
 
 
@@ -53,16 +53,17 @@ class Replay:
         """What the function gives back; until the next call, where it was replayed."""
         leaves, tree = tree_flatten(arguments)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if self._fails or not all(tensor.is_cuda for tensor in tensors):
+        if not tensors or not all(tensor.is_cuda for tensor in tensors):
             return self._function(*arguments)
         key = str(tree), *(_kind(leaf) for leaf in leaves)
         if key not in self._graphs:
             self._seen[key] += 1
             early = self._seen[key] <= EAGER_CALLS
-            if early or len(self._graphs) == MOST_GRAPHS or not _has_room():
+            if early or self._fails or len(self._graphs) == MOST_GRAPHS:
                 return self._function(*arguments)
             graph = self._captured(leaves, tree)
             if graph is None:
+                self._fails = True
                 return self._function(*arguments)
             self._graphs[key] = graph
         graph = self._graphs[key]
@@ -73,25 +74,22 @@ class Replay:
 
     def _captured(self, leaves: list[Any], tree: Any) -> _Graph | None:
         """The call as a graph, not run yet; None if it cannot be one."""
+        held = torch.cuda.memory_reserved()
+        torch.cuda.empty_cache()
+        if torch.cuda.mem_get_info()[0] < ROOM * held:
+            return None
         own = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        torch.cuda.empty_cache()  # the graph has memory of its own
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
                 output = self._function(*tree_unflatten(own, tree))
         except RuntimeError as error:
-            self._fails = True
             graph.reset()
             torch.cuda.empty_cache()
             cause = error.__context__ or error  # the end of a capture fails after it
             logger.info(f"steps run without a CUDA graph: {cause}")
             return None
         return _Graph(graph, [leaf for leaf in own if isinstance(leaf, Tensor)], output)
-
-
-def _has_room() -> bool:
-    free, _ = torch.cuda.mem_get_info()
-    return free >= ROOM * torch.cuda.memory_reserved()
 
 
 def _kind(leaf: object) -> object:

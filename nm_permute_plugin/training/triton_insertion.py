@@ -211,32 +211,38 @@ def moves_in_triton(
     grad: Float[Tensor, "rows channels"],
     grouping: Grouping,
     sample: RowSample,
+    choice: bool,
     multipliers: bool,
 ) -> tuple[
-    Float[Tensor, "blocks size groups"], Float[Tensor, "sections blocks size"] | None
+    Float[Tensor, "blocks size groups"] | None,
+    Float[Tensor, "sections blocks size"] | None,
 ]:
     """
     ``insertion_costs`` over the sample of rows; ``rivalry``, summed over each section.
 
     :param factor: as for ``kept_in_triton``
     :param grad: of the loss with respect to the mask
+    :param choice: False leaves the first out
     :param multipliers: False leaves the second out
     """
     blocks, size = grouping.column.shape
     sections = len(factor)
     sums = _Sums(score, factor, grad.contiguous(), grouping)
-    if multipliers and sample.stride == 1:
+    costs = of_multiplier = None
+    if choice and multipliers and sample.stride == 1:
         of_moves, own, rival = sums.over(RowSample(), sections, moves=True, rivals=True)
     else:
-        of_moves, own, _ = sums.over(sample, 1, moves=True, rivals=False)
+        if choice:
+            of_moves, own, _ = sums.over(sample, 1, moves=True, rivals=False)
         if multipliers:
             _, _, rival = sums.over(RowSample(), sections, moves=False, rivals=True)
-    costs = of_moves.sum(0).view(blocks, size, -1)
-    own = own.sum(0).view(blocks, size, 1)
-    costs.scatter_(-1, grouping.column[..., None], own)
-    if not multipliers:
-        return costs, None
-    return costs, rival.view(sections, -1, blocks, size).sum(1)
+    if choice:
+        costs = of_moves.sum(0).view(blocks, size, -1)
+        own = own.sum(0).view(blocks, size, 1)
+        costs.scatter_(-1, grouping.column[..., None], own)
+    if multipliers:
+        of_multiplier = rival.view(sections, -1, blocks, size).sum(1)
+    return costs, of_multiplier
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,15 @@ import pytest
 import torch
 
 import diagnosis
-from loop import rate
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.training.learn import LearnSettings
 from nm_permute_plugin.training.objective import LossWeights
-from nm_permute_plugin.training.orders import OrderShape
+from nm_permute_plugin.training.orders import LearnableOrders, OrderShape
 from nm_permute_plugin.training.text import split_text
-from subject import Started, learning, load, parted
+from subject import Started, learn, load
 from swaps import Swaps
 
-SETTINGS = LearnSettings(
-    steps=8, learning_rate=0.1, shape=OrderShape(block_size=16), evaluate_every=4
-)
+SETTINGS = LearnSettings(steps=10, shape=OrderShape(block_size=16), evaluate_every=4)
 
 
 @pytest.fixture
@@ -61,13 +58,6 @@ def test_linearisation_compares_foretold_with_true(ask) -> None:
     assert foretold["2 best"] < foretold["1 best"] < 0
 
 
-def test_start_shows_both_schedules(ask) -> None:
-    head, *rows = ask("start", "--stop", "4", "--warm-up", "2", "--steps", "8")
-    assert [row[0] for row in rows] == ["0", "2", "4"]
-    assert rows[0][1:] == [rows[0][1], "0%", rows[0][1], "0%"]
-    assert rows[-1][1] != rows[-1][3]
-
-
 def test_hardening_shows_both_orders(ask) -> None:
     head, *rows = ask(
         "hardening", "--steps", "4", "--set", "amd.temperature=(1.0,0.01)"
@@ -108,29 +98,20 @@ def test_swaps_stay_inside_their_walls(subject: Started) -> None:
         assert all(first // wall == second // wall for first, second in pairs)
 
 
-def test_learning_is_the_packages_own(subject: Started) -> None:
-    from nm_permute_plugin.training.learn import learn_orders
+def test_every_look_is_watched_with_its_step_and_temperature(subject: Started) -> None:
+    seen: list[tuple[int, float, float]] = []
 
-    held_back = subject.samples.held_back
-    ours = [
-        subject.loss(orders, held_back, SETTINGS.loss)
-        for _, _, orders in learning(subject, SETTINGS)
-    ]
-    learned = learn_orders(subject, subject.start, SETTINGS)
-    theirs = [look["held_back"] for look in learned.history]
-    assert ours == pytest.approx(theirs, rel=1e-4)
+    def watch(step: int, temperature: float, orders: LearnableOrders) -> None:
+        held_back = subject.samples.held_back
+        loss = subject.loss(orders, held_back, SETTINGS.loss)
+        seen.append((step, temperature, loss))
 
-
-def test_warm_up_rises_and_then_falls_as_without() -> None:
-    plain, warm = ([rate(done, 10, w) for done in range(10)] for w in (0, 3))
-    assert plain[0] == 1
-    assert warm[0] == 0.25
-    assert warm[3:] == plain[3:] == sorted(plain[3:], reverse=True)
-
-
-def test_parted_counts_pairs_and_not_places() -> None:
-    before = {"residual": torch.arange(8)}
-    turned = {"residual": torch.tensor([7, 6, 5, 4, 0, 1, 2, 3])}
-    mixed = {"residual": torch.tensor([0, 1, 2, 4, 3, 5, 6, 7])}
-    assert parted(before, turned, 4) == 0
-    assert parted(before, mixed, 4) == 0.5
+    learned = learn(subject, SETTINGS, watch)
+    steps, temperatures, losses = zip(*seen, strict=True)
+    looks = learned.history
+    assert list(steps) == [look["step"] for look in looks] == [0, 4, 8, 10]
+    assert losses == pytest.approx([look["held_back"] for look in looks], rel=1e-4)
+    assert temperatures[0] == SETTINGS.temperature[0]
+    expected = [look["temperature"] for look in looks[1:]]
+    assert list(temperatures[1:]) == pytest.approx(expected)
+    assert min(losses[1:]) < losses[0]

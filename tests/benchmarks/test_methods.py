@@ -30,7 +30,7 @@ from nm_permute_plugin.training.orders import OrderShape
 from nm_permute_plugin.training.recover import RecoverSettings
 from nm_permute_plugin.training.text import split_text
 
-OURS = LearnSettings(shape=OrderShape(block_size=16, multipliers=True))
+OURS = LearnSettings(order_share=0.5, shape=OrderShape(block_size=16, multipliers=True))
 BUDGET = Budget(
     NMPattern(2, 4),
     steps=2,
@@ -87,6 +87,24 @@ def test_unfolded_method_halves_every_linear_and_moves_no_weight(
         ours, theirs = (m.get_submodule(name).weight for m in (model, dense))
         assert torch.equal(ours, theirs * (ours != 0))
     assert outcome.history
+
+
+def test_multipliers_alone_move_no_weight_and_change_the_masks(
+    trained_checkpoint: Path, text
+) -> None:
+    dense, plain, ours = (load(trained_checkpoint) for _ in range(3))
+    budget = replace(BUDGET, ours=replace(OURS, multiplier_rate=0.1))
+    prune(plain, trained_checkpoint, "wanda", text, budget)
+    outcome = prune(ours, trained_checkpoint, "multipliers", text, budget)
+    changed = []
+    for name in prunable(ours):
+        before, other, after = (
+            m.get_submodule(name).weight for m in (dense, plain, ours)
+        )
+        assert torch.equal(after, before * (after != 0))
+        changed.append(not torch.equal(other, after))
+    assert any(changed)
+    assert outcome.history[-1]["held_back"] < outcome.history[0]["held_back"]
 
 
 @pytest.mark.slow

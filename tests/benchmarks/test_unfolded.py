@@ -19,7 +19,6 @@ from unfolded import FreeMask, learn_masks, order_alone, own_spaces
 PATTERN = NMPattern(2, 4)
 SETTINGS = LearnSettings(
     steps=12,
-    learning_rate=0.05,
     shape=OrderShape(block_size=16),
     multiplier_rate=0.1,
     evaluate_every=4,

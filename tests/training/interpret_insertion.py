@@ -69,7 +69,7 @@ def differences(
     wrong = int((mask != grouped_mask(scaled, grouping.column, pattern)).sum())
 
     found, of_multiplier = moves_in_triton(
-        score, factor, grad, grouping, sample, multipliers
+        score, factor, grad, grouping, sample, True, multipliers
     )
     rows = slice(sample.offset, None, sample.stride)
     expected = insertion_costs(scaled[rows], of_mask[rows], grouping.column, pattern)
@@ -77,7 +77,12 @@ def differences(
     if multipliers:
         rival = rivalry(scaled, of_mask, grouping.column, pattern)
         rival = rival.unflatten(0, (sections, -1)).sum(1)
-        error = max(error, float((of_multiplier - rival).abs().max()))
+        none, alone = moves_in_triton(
+            score, factor, grad, grouping, sample, False, True
+        )
+        wrong += none is not None
+        for sums in (of_multiplier, alone):
+            error = max(error, float((sums - rival).abs().max()))
     return wrong, error
 
 

@@ -41,7 +41,7 @@ def random_mask(
         reader,
         torch.rand(queries * ROWS, BLOCKS * size, generator=generator),
         grouping,
-        torch.full((*shape, GROUPS), 1 / GROUPS, requires_grad=True),
+        torch.zeros((*shape, GROUPS), requires_grad=True),
         torch.randn(queries, *shape, generator=generator).div(4).requires_grad_(),
         sample or RowSample(),
     )
@@ -88,20 +88,25 @@ def test_its_gradients_are_those_of_the_mask_for_moves_and_multipliers(
     blocks = grouping.blocks(mask.reader.view(grad))
     rows = slice(stride // 2, None, stride)
     expected = insertion_costs(scaled[rows], blocks[rows], grouping.column, pattern)
-    torch.testing.assert_close(mask.soft.grad, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mask.choice.grad, expected, rtol=1e-4, atol=1e-4)
     of_score = rivalry(scaled, blocks, grouping.column, pattern)
     by_query = torch.stack([part.sum(0) for part in of_score.chunk(queries)])
     torch.testing.assert_close(mask.log_multiplier.grad, by_query, rtol=1e-4, atol=1e-4)
 
 
-def test_multipliers_that_are_not_learned_get_no_gradient() -> None:
-    mask = random_mask(NMPattern(2, 4))
-    fixed = replace(mask, log_multiplier=mask.log_multiplier.detach())
-    x, weight, bias = inputs(mask)
-    for one in (mask, fixed):
-        one(x, weight, bias).sum().backward()
-    assert fixed.log_multiplier.grad is None
-    assert float(mask.log_multiplier.grad.norm()) > 0
+@pytest.mark.parametrize("fixed", ["choice", "log_multiplier"])
+def test_what_is_not_learned_gets_no_gradient_and_the_other_its_own(fixed: str) -> None:
+    both = random_mask(NMPattern(2, 4))
+    one = replace(
+        random_mask(NMPattern(2, 4)), **{fixed: getattr(both, fixed).detach()}
+    )
+    x, weight, bias = inputs(both)
+    for mask in (both, one):
+        mask(x, weight, bias).sum().backward()
+    (learned,) = {"choice", "log_multiplier"} - {fixed}
+    assert getattr(one, fixed).grad is None
+    assert float(getattr(one, learned).grad.norm()) > 0
+    assert torch.equal(getattr(one, learned).grad, getattr(both, learned).grad)
 
 
 def test_the_gradient_of_the_weight_does_not_outlive_its_layer(tiny_model) -> None:
@@ -109,8 +114,8 @@ def test_the_gradient_of_the_weight_does_not_outlive_its_layer(tiny_model) -> No
     first, second = random_mask(NMPattern(2, 4)), random_mask(NMPattern(2, 4))
     width = first.kept.shape[1]
     order: list[str] = []
-    first.soft.register_hook(lambda grad: order.append("first is used"))
-    second.soft.register_hook(lambda grad: order.append("second is used"))
+    first.choice.register_hook(lambda grad: order.append("first is used"))
+    second.choice.register_hook(lambda grad: order.append("second is used"))
     x = torch.randn(4, width)
     weight = torch.randn(ROWS, width)
     middle = F.pad(first(x, weight, None), (0, width - ROWS))

@@ -100,9 +100,7 @@ def test_a_planted_order_is_approached(
         down.mul_(torch.where(kept, 1.5, 0.01))
     stacks = {"hidden.1": stacks_of(model, resolve_model)["hidden.1"]}
     scrambled = {"hidden.1": torch.randperm(48, generator=generator)}
-    settings = LearnSettings(
-        steps=150, learning_rate=0.05, evaluate_every=5, shape=OrderShape(48)
-    )
+    settings = LearnSettings(steps=150, evaluate_every=5, shape=OrderShape(48))
     learned = learn(model, stacks, text, settings, start=scrambled)
     best = loss_of(model, stacks, Learned(as_they_are(stacks)), text)
     before = loss_of(model, stacks, Learned(scrambled), text)
@@ -135,11 +133,12 @@ def test_a_trained_model_loses_less_than_at_the_start(
     assert bool(moved) == multipliers
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0], ids=["multipliers", "orders"])
 def test_steps_that_spoil_everything_leave_the_start(
-    trained, resolve_model, text: Samples
+    trained, resolve_model, text: Samples, share: float
 ) -> None:
     stacks = stacks_of(trained, resolve_model)
-    wild = replace(FAST, steps=1, learning_rate=50.0, multiplier_rate=50.0)
+    wild = replace(FAST, steps=1, order_share=share, swaps=1.0, multiplier_rate=50.0)
     learned = learn(trained, stacks, text, wild)
     before = loss_of(trained, stacks, Learned(as_they_are(stacks)), text)
     assert loss_of(trained, stacks, learned, text) <= before * (1 + 1e-6)

@@ -3,17 +3,19 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import get_args
 
 import pytest
 import torch
+from helpers import same_groups
 from torch import Tensor, nn
 
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import check_permutation, from_blocks
 from nm_permute_plugin.training.learn import LearnSettings, frozen, learn_orders
 from nm_permute_plugin.training.objective import LossWeights
-from nm_permute_plugin.training.orders import OrderShape, Relaxation
+from nm_permute_plugin.training.orders import LearnableOrders, OrderShape, Relaxation
 from nm_permute_plugin.training.samples import Samples
 from nm_permute_plugin.training.stacking import StackedScore
 from nm_permute_plugin.training.subject import Learned, Subject, mean_loss
@@ -131,7 +133,7 @@ def test_multipliers_of_the_scores_are_learned_and_kept_with_their_orders(
 ) -> None:
     shape = replace(FAST.shape, multipliers=True, multiplier_rows=rows)
     settings = replace(FAST, steps=30, shape=shape, multiplier_rate=0.1)
-    learned = task.learn(settings)
+    learned = task.learn(settings, train=text(32, seed=1))
     looks = [look["held_back"] for look in learned.history]
     kept = task.loss_of(learned, settings.loss)
     assert kept == pytest.approx(min(looks), rel=1e-6)
@@ -144,6 +146,43 @@ def test_multipliers_of_the_scores_are_learned_and_kept_with_their_orders(
     readers = {r.name for s in task.stacks.values() for r in s.space.readers}
     assert learned.multipliers.keys() == readers
     assert any(bool((m != 1).any()) for m in learned.multipliers.values())
+
+
+@pytest.mark.parametrize(
+    ("share", "first", "then"), [(0.0, 0, 8), (0.25, 2, 6), (1.0, 8, 0)]
+)
+def test_orders_learn_first_then_they_stay_and_multipliers_learn(
+    task: Task, share: float, first: int, then: int
+) -> None:
+    shape = replace(FAST.shape, multipliers=True)
+    settings = replace(FAST, steps=8, order_share=share, evaluate_every=1, shape=shape)
+    subject = Subject(
+        task.model,
+        task.stacks,
+        {},
+        Samples(task.train, task.held_back),
+        TWO_OF_FOUR,
+    )
+    perms: list[dict[str, Tensor]] = []
+    multipliers: list[dict[str, Tensor]] = []
+
+    def watch(step: int, orders: LearnableOrders) -> None:
+        assert step == len(perms)
+        perms.append(orders.perms())
+        multipliers.append(orders.multipliers())
+
+    learned = learn_orders(subject, task.start, settings, watch)
+
+    def differ(old: dict[str, Tensor], new: dict[str, Tensor]) -> bool:
+        return any(not torch.equal(old[name], new[name]) for name in old)
+
+    orders_changed = [differ(*pair) for pair in pairwise(perms[: first + 1])]
+    assert orders_changed == [True] * first
+    assert not any(differ(*pair) for pair in pairwise(multipliers[: first + 1]))
+    assert [differ(*pair) for pair in pairwise(multipliers[first:])] == [True] * then
+    losses = [look["held_back"] for look in learned.history[: first + 1]]
+    best = perms[losses.index(min(losses))]
+    assert not any(differ(best, later) for later in perms[first + 1 :])
 
 
 @pytest.mark.parametrize("relaxation", RELAXATIONS)
@@ -171,7 +210,7 @@ def test_a_step_that_spoils_the_order_is_not_kept(
     task: Task, relaxation: Relaxation
 ) -> None:
     # A wild first step on one batch: whatever it does, the start is there to return to.
-    settings = fast(relaxation, learning_rate=50.0, steps=1)
+    settings = fast(relaxation, learning_rate=50.0, swaps=1.0, steps=1)
     learned = task.learn(settings, train=text(2, seed=9))
     before = task.loss_of(Learned(task.start), settings.loss)
     assert task.loss_of(learned, settings.loss) <= before * (1 + 1e-6)
@@ -217,7 +256,7 @@ def test_a_planted_order_is_approached(
     before = task.loss_of(Learned(task.start), settings.loss)
     after = task.loss_of(task.learn(settings), settings.loss)
     assert best < 0.05 * before
-    assert after < 0.75 * before
+    assert after < (0.4 if relaxation == "insertion" else 0.75) * before
 
 
 @pytest.mark.parametrize("relaxation", RELAXATIONS)
@@ -307,10 +346,11 @@ def test_a_broken_model_is_refused(task: Task) -> None:
 
 def test_channels_move_inside_their_blocks_only(task: Task) -> None:
     learned = task.learn(
-        replace(FAST, learning_rate=1.0, shape=OrderShape(block_size=8))
+        replace(FAST, steps=20, swaps=0.5, shape=OrderShape(block_size=8))
     )
     for perm in learned.perms.values():
         assert torch.equal(perm // 8, torch.arange(len(perm)) // 8)
+    assert any(not same_groups(p, task.start[n], 4) for n, p in learned.perms.items())
 
 
 def test_frozen_weights_are_freed_after_an_exception(task: Task) -> None:

@@ -14,13 +14,19 @@ from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import check_permutation
 from nm_permute_plugin.training.insertion import InsertionMask
 from nm_permute_plugin.training.masking import Mask, masked
-from nm_permute_plugin.training.orders import LearnableOrders, OrderShape, Relaxation
+from nm_permute_plugin.training.orders import (
+    LearnableOrders,
+    Learns,
+    OrderShape,
+    Relaxation,
+)
 from nm_permute_plugin.training.relaxation import RowSample
 from nm_permute_plugin.training.stacking import StackedScore
 
 RELAXATIONS = get_args(Relaxation)
 TWO_OF_FOUR = NMPattern(2, 4)
 SHAPE = OrderShape(block_size=16)
+PLACES = replace(SHAPE, relaxation="straight_through")
 
 
 @pytest.fixture
@@ -54,7 +60,19 @@ def _values(mask: Mask) -> Tensor:
 
 
 def _learned(mask: Mask) -> Tensor:
-    return mask.soft if isinstance(mask, InsertionMask) else mask
+    return mask.choice if isinstance(mask, InsertionMask) else mask
+
+
+def _learn_anything(orders: LearnableOrders, generator: torch.Generator) -> None:
+    """Random logits, or swaps by random costs."""
+    with torch.no_grad():
+        for logits in orders.logits():
+            logits.normal_(generator=generator)
+    for _ in range(0 if orders.logits() else 5):
+        for bundle in orders.bundles:
+            costs = torch.randn(bundle.choice.shape, generator=generator)
+            bundle.choice.grad = costs
+        orders.swap(1.0)
 
 
 @pytest.mark.parametrize("relaxation", RELAXATIONS)
@@ -69,14 +87,12 @@ def test_orders_start_where_they_are_told(
 
 
 @pytest.mark.parametrize("relaxation", RELAXATIONS)
-def test_whatever_the_logits_orders_stay_legal(
+def test_whatever_is_learned_orders_stay_legal_and_change(
     stacks, start, generator: torch.Generator, relaxation: Relaxation
 ) -> None:
     shape = replace(SHAPE, relaxation=relaxation)
     orders = LearnableOrders(stacks, start, TWO_OF_FOUR, shape, torch.float32)
-    with torch.no_grad():
-        for logits in orders.parameters():
-            logits.normal_(generator=generator)
+    _learn_anything(orders, generator)
     for name, perm in orders.perms().items():
         check_permutation(perm)
         wall = stacks[name].space.wall
@@ -100,9 +116,7 @@ def test_what_is_trained_is_what_is_kept(
     """The hard order of a training step and the order that a look judges are one."""
     shape = replace(SHAPE, relaxation=relaxation)
     orders = LearnableOrders(stacks, start, TWO_OF_FOUR, shape, torch.float32)
-    with torch.no_grad():
-        for logits in orders.parameters():
-            logits.normal_(generator=generator)
+    _learn_anything(orders, generator)
     perms, found = orders.perms(), orders.at(temperature, step=0).masks()
     assert {linear for stack in stacks.values() for linear in _readers(stack)} == set(
         found
@@ -126,7 +140,7 @@ def test_masks_have_the_dtype_of_the_weights(
     masks = orders.at(1.0, step=0).masks()
     assert {mask.dtype for mask in masks.values()} == {torch.bfloat16}
     sum(mask.float().square().sum() for mask in masks.values()).backward()
-    assert all(logits.grad.dtype == torch.float32 for logits in orders.parameters())
+    assert all(logits.grad.dtype == torch.float32 for logits in orders.logits())
 
 
 def test_soft_masks_keep_n_of_m_on_the_average(
@@ -134,9 +148,7 @@ def test_soft_masks_keep_n_of_m_on_the_average(
 ) -> None:
     shape = replace(SHAPE, relaxation="soft", sinkhorn_iterations=100)
     orders = LearnableOrders(stacks, start, TWO_OF_FOUR, shape, torch.float32)
-    with torch.no_grad():
-        for logits in orders.parameters():
-            logits.normal_(generator=generator)
+    _learn_anything(orders, generator)
     for mask in orders.at(1.0, step=0).masks().values():
         assert float(mask.detach().min()) >= -1e-5
         assert float(mask.detach().max()) <= 1 + 1e-5
@@ -144,24 +156,95 @@ def test_soft_masks_keep_n_of_m_on_the_average(
 
 
 @pytest.mark.parametrize("relaxation", RELAXATIONS)
-def test_logits_get_gradients_through_the_model(
+def test_choices_get_gradients_through_the_model(
     model: nn.Module, stacks, start, tokens: Tensor, relaxation: Relaxation
 ) -> None:
     shape = replace(SHAPE, relaxation=relaxation)
     orders = LearnableOrders(stacks, start, TWO_OF_FOUR, shape, torch.float32)
+    orders.learn("order")
     with masked(model, orders.at(1.0, step=0).masks()):
         model(tokens, use_cache=False).logits.square().sum().backward()
-    for logits in orders.parameters():
-        assert bool(torch.isfinite(logits.grad).all())
-        assert float((logits.grad != 0).float().mean()) > 0.9
+    for bundle in orders.bundles:
+        assert bool(torch.isfinite(bundle.choice.grad).all())
+        assert float((bundle.choice.grad != 0).float().mean()) > 0.9
 
 
-def test_spaces_of_one_shape_share_their_logits_and_keep_their_own_order(
+@pytest.mark.parametrize("what", get_args(Learns))
+def test_orders_or_multipliers_learn_and_not_the_others(
+    model: nn.Module, stacks, start, tokens: Tensor, what: Learns
+) -> None:
+    shape = replace(SHAPE, multipliers=True)
+    orders = LearnableOrders(stacks, start, TWO_OF_FOUR, shape, torch.float32)
+    orders.learn(what)
+    with masked(model, orders.at(1.0, step=0).masks()):
+        model(tokens, use_cache=False).logits.square().sum().backward()
+    choices = [bundle.choice for bundle in orders.bundles]
+    learned, others = choices, orders.log_multipliers()
+    if what == "multipliers":
+        learned, others = others, learned
+    assert all(float(tensor.grad.norm()) > 0 for tensor in learned)
+    assert all(tensor.grad is None for tensor in others)
+
+
+def test_a_swap_uses_its_gradients_up(stacks, start, generator) -> None:
+    """The next backward pass adds to zeros, where a captured graph finds them."""
+    orders = LearnableOrders(stacks, start, TWO_OF_FOUR, SHAPE, torch.float32)
+    grads = []
+    for bundle in orders.bundles:
+        bundle.choice.grad = torch.randn(bundle.choice.shape, generator=generator)
+        grads.append(bundle.choice.grad)
+    orders.swap(1.0)
+    for bundle, grad in zip(orders.bundles, grads, strict=True):
+        assert bundle.choice.grad is grad
+        assert not bool(grad.any())
+        assert not bool(bundle.choice.any())
+
+
+@pytest.mark.parametrize(("share", "swaps"), [(0.0, 1), (0.5, 3), (1.0, 6)])
+def test_so_many_blocks_of_a_shape_swap(
+    stacks, start, generator, share: float, swaps: int
+) -> None:
+    hidden = {name: stacks[name] for name in ("hidden.0", "hidden.1")}
+    orders = LearnableOrders(hidden, start, TWO_OF_FOUR, SHAPE, torch.float32)
+    (bundle,) = orders.bundles
+    before = bundle.column.clone()
+    bundle.choice.grad = torch.randn(bundle.choice.shape, generator=generator)
+    orders.swap(share)
+    changed = (bundle.column != before).sum(1)
+    assert changed.sort(descending=True).values.tolist() == [2] * swaps + [0] * (
+        6 - swaps
+    )
+
+
+def test_costs_of_former_steps_count(stacks, start) -> None:
+    """What two steps say outweighs what a third says against them."""
+    value = {"value.0": stacks["value.0"]}
+    orders = LearnableOrders(value, start, TWO_OF_FOUR, SHAPE, torch.float32)
+    (bundle,) = orders.bundles
+    before = bundle.column.clone()
+    stay = nn.functional.one_hot(before, 2).float()  # costs more where it is
+    for costs in (-stay, -stay, stay):
+        bundle.choice.grad = costs
+        orders.swap(1.0)
+    assert torch.equal(bundle.column, before)
+
+
+def test_fixed_spaces_keep_their_order(stacks, start, generator) -> None:
+    fixed = ["residual", "hidden.0"]
+    orders = LearnableOrders(
+        stacks, start, TWO_OF_FOUR, SHAPE, torch.float32, fixed=fixed
+    )
+    _learn_anything(orders, generator)
+    for name, perm in orders.perms().items():
+        assert same_groups(perm, start[name], 4) == (name in fixed)
+
+
+def test_spaces_of_one_shape_share_a_tensor_and_keep_their_own_order(
     stacks, start
 ) -> None:
     orders = LearnableOrders(stacks, start, TWO_OF_FOUR, SHAPE, torch.float32)
     # residual: 2 blocks of 16, hidden: 3 of 16 a layer; value: 2 heads of 8 a layer.
-    shapes = {tuple(logits.shape) for logits in orders.parameters()}
+    shapes = {tuple(bundle.choice.shape) for bundle in orders.bundles}
     assert shapes == {(2, 16, 4), (6, 16, 4), (4, 8, 2)}
     alone = {
         name: LearnableOrders(
@@ -198,13 +281,13 @@ def test_an_assignment_begun_before_the_logits_changed_is_not_used(
     stacks, start, generator: torch.Generator
 ) -> None:
     orders, fresh = (
-        LearnableOrders(stacks, start, TWO_OF_FOUR, SHAPE, torch.float32)
+        LearnableOrders(stacks, start, TWO_OF_FOUR, PLACES, torch.float32)
         for _ in range(2)
     )
     orders.assign()
     orders.perms()
     with torch.no_grad():
-        for logits, same in zip(orders.parameters(), fresh.parameters(), strict=True):
+        for logits, same in zip(orders.logits(), fresh.logits(), strict=True):
             logits.normal_(generator=generator)
             same.copy_(logits)
     expected = fresh.perms()
@@ -231,7 +314,7 @@ def test_readers_share_the_sample_of_their_space(stacks, start, limit) -> None:
 
 def test_an_assignment_can_be_begun_anew(stacks, start, monkeypatch) -> None:
     """What changes logits unseen, as a fused optimiser does, is followed by a call."""
-    orders = LearnableOrders(stacks, start, TWO_OF_FOUR, SHAPE, torch.float32)
+    orders = LearnableOrders(stacks, start, TWO_OF_FOUR, PLACES, torch.float32)
     begun: list[Tensor] = []
 
     def count(benefit: Tensor):

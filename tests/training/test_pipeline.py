@@ -35,9 +35,7 @@ from nm_permute_plugin.training.text import split_text
 
 METHODS = get_args(Method)
 SCORES = get_args(ScoreName)
-FAST = LearnSettings(
-    steps=3, evaluate_every=1, learning_rate=0.1, shape=OrderShape(block_size=16)
-)
+FAST = LearnSettings(steps=3, evaluate_every=1, shape=OrderShape(block_size=16))
 SEARCH = OrderSettings(NMPattern(2, 4), method="search", learn=FAST)
 
 
@@ -211,7 +209,12 @@ def test_the_pruned_model_is_the_one_that_the_held_back_text_liked_best(
     tiny_model, go, text: Samples
 ) -> None:
     model, dense = tiny_model("llama"), tiny_model("llama")
-    learn = replace(FAST, shape=OrderShape(block_size=16, multipliers=True))
+    learn = replace(
+        FAST,
+        steps=12,
+        multiplier_rate=0.1,
+        shape=OrderShape(block_size=16, multipliers=True),
+    )
     record = go(model, replace(SEARCH, method="learned", learn=learn))
     losses = []
     with torch.no_grad():
@@ -229,7 +232,12 @@ def test_learning_starts_from_the_search_and_never_ends_behind_it(
     record = go(tiny_model("llama"), replace(SEARCH, method="learned"))
     assert [look["step"] for look in record.history] == [0, 1, 2, 3]
     assert min(look["held_back"] for look in record.history) > 0
-    zero = replace(FAST, steps=1, learning_rate=1e-9)
+    zero = replace(
+        FAST,
+        steps=1,
+        learning_rate=1e-9,
+        shape=replace(FAST.shape, relaxation="straight_through"),
+    )
     still = go(tiny_model("llama"), replace(SEARCH, method="learned", learn=zero))
     assert_same(still.perms, go(tiny_model("llama")).perms)
 

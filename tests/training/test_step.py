@@ -2,6 +2,7 @@
 """A step in parts, or with layers run again in backward, has the gradients of the whole."""
 
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from nm_permute_plugin.training.checkpointing import (
 )
 from nm_permute_plugin.training.learn import frozen
 from nm_permute_plugin.training.objective import LossWeights
-from nm_permute_plugin.training.orders import LearnableOrders, OrderShape
+from nm_permute_plugin.training.orders import LearnableOrders, Learns, OrderShape
 from nm_permute_plugin.training.stacking import StackedScore
 from nm_permute_plugin.training.step import (
     BackwardStep,
@@ -47,9 +48,18 @@ def orders(model: nn.Module, resolve_model) -> LearnableOrders:
     return LearnableOrders(stacks, start, NMPattern(2, 4), shape, torch.float32)
 
 
+@pytest.fixture(params=get_args(Learns))
+def learned(request, orders: LearnableOrders) -> list[Tensor]:
+    """What has gradients, the orders' or the multipliers'."""
+    orders.learn(request.param)
+    if request.param == "order":
+        return [bundle.choice for bundle in orders.bundles]
+    return list(orders.log_multipliers())
+
+
 @pytest.fixture
 def gradients(
-    model: nn.Module, orders: LearnableOrders
+    model: nn.Module, orders: LearnableOrders, learned: list[Tensor]
 ) -> Callable[..., tuple[float, list[Tensor]]]:
     """A factory: the loss of a step and the gradients that it leaves."""
 
@@ -58,7 +68,7 @@ def gradients(
             step = BackwardStep(model, orders.masks, WEIGHTS, **options)
             value = step(batch, lambda: orders.at(0.5, step=0))
         found = []
-        for parameter in [*orders.parameters(), *orders.log_multipliers()]:
+        for parameter in learned:
             found.append(parameter.grad.clone())
             parameter.grad = None
         return value, found
