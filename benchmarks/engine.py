@@ -12,6 +12,7 @@ Needs the environment that serves (``pip install ".[vllm]"``).
 import argparse
 import json
 import shutil
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -54,7 +55,9 @@ def main() -> None:
     )
     for kind in args.dtypes:
         checkpoint = args.out / f"{args.shape}-{kind}"
-        write_checkpoint(checkpoint, args.shape, args.layers, kind, args.device)
+        made = (checkpoint, args.shape, args.layers, kind, args.device)
+        with get_context("spawn").Pool(1) as pool:  # whose GPU memory ends with it
+            pool.apply(write_checkpoint, made)
         table = bench_serve(checkpoint, workload, args.out / f"serve-{kind}")
         print(f"{args.shape}, {args.layers} layers, {kind}\n{table}", flush=True)
         shutil.rmtree(checkpoint)

@@ -49,7 +49,8 @@ class OrderFields(BaseModel):
     :param gradient_checkpointing: keep only what enters a layer, and run it again in
         backward; by default where a GPU's memory asks for it
     :param order_share: of the steps, in which the orders learn; then they stay, and the
-        multipliers of the scores learn. Without multipliers orders learn all the time
+        multipliers of the scores learn. By default none: the search's orders were as
+        good to learn multipliers for. Without multipliers orders learn all the time
     :param swaps: the share of blocks in which two channels change places at the first
         step; falls linearly to 0
     :param block_size: channels that mix with each other; a multiple of M
@@ -105,7 +106,7 @@ class OrderFields(BaseModel):
     batch_size: int = Field(default=8, ge=1)
     micro_batch_size: int | None = Field(default=None, ge=1)
     gradient_checkpointing: bool | None = None
-    order_share: float = Field(default=0.2, ge=0, le=1)
+    order_share: float = Field(default=0.0, ge=0, le=1)
     swaps: float = Field(default=1.0, gt=0, le=1)
     learning_rate: float = Field(default=0.01, gt=0)
     temperature_start: float = Field(default=1.0, gt=0)

@@ -28,7 +28,8 @@ class LearnSettings:
     """
     How orders are learned.
 
-    Where multipliers of the scores are learned too, orders come first, then they stay.
+    Where multipliers of the scores are learned, orders come first, if they are given any
+    steps, then they stay.
 
     :param steps: optimiser steps
     :param order_share: of the steps, in which the orders learn; all without multipliers
@@ -49,7 +50,7 @@ class LearnSettings:
     """
 
     steps: int = 200
-    order_share: float = 0.2
+    order_share: float = 0.0
     swaps: float = 1.0
     learning_rate: float = 0.01
     weight_decay: float = 0.0

@@ -27,7 +27,7 @@ TWO_OF_FOUR = NMPattern(2, 4)
 FAST = LearnSettings(
     steps=8,
     evaluate_every=2,
-    learning_rate=0.1,
+    order_share=0.5,
     shape=OrderShape(block_size=16, multipliers=True),
 )
 
