@@ -28,6 +28,7 @@ FAST = LearnSettings(
     steps=8,
     evaluate_every=2,
     order_share=0.5,
+    learning_rate=0.1,
     shape=OrderShape(block_size=16, multipliers=True),
 )
 
