@@ -55,9 +55,6 @@ def arguments(description: str | None, name: str) -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--evaluate-every", type=int, default=20)
-    parser.add_argument(
-        "--row-limit", type=int, help="see LearnablePermutationModifier"
-    )
     parser.add_argument("--multiplier-rate", type=float, default=0.01)
     parser.add_argument("--divergence", type=float, default=1.0)
     parser.add_argument("--cosine", type=float, default=0.0)
@@ -127,7 +124,7 @@ def _run(
     heads = head_dim_of(model.config)
     resolved = resolve(model, spec_of(model), parsed, prunable, heads)
     score, how = METHODS[method]
-    shape = OrderShape(row_limit=args.row_limit, multipliers=args.multiplier_rate > 0)
+    shape = OrderShape(multipliers=args.multiplier_rate > 0)
     learn = LearnSettings(
         steps=args.steps,
         evaluate_every=args.evaluate_every,

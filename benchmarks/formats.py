@@ -89,7 +89,6 @@ def _learned(args: argparse.Namespace) -> dict[str, object]:
         "steps": args.steps,
         "batch_size": args.batch_size,
         "multiplier_rate": args.multiplier_rate,
-        "row_limit": args.row_limit,
         "held_back": args.held_back,
         "seed": args.seed,
     }
@@ -163,7 +162,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--multiplier-rate", type=float, default=0.03)
-    parser.add_argument("--row-limit", type=int, default=8192)
     parser.add_argument("--held-back", type=float, default=0.06)
     parser.add_argument("--group-size", type=int, default=64, help="of W4A16")
     parser.add_argument("--seed", type=int, default=0)

@@ -34,7 +34,7 @@ class Budget:
     sequence_length: int = 512
     windows: int = 12
     search_rounds: int = 12
-    steps: int = 32
+    steps: int = 24
     batch_size: int = 2
 
     def __str__(self) -> str:
@@ -108,7 +108,6 @@ def _recipe(fields: dict[str, object], budget: Budget) -> str:
             "batch_size": budget.batch_size,
             "multiplier_rate": 0.03,
             "evaluate_every": 10,
-            "row_limit": 8192,
         }
     modifiers = {"LearnablePermutationModifier": body}
     return yaml.safe_dump({"prune_stage": {"permutation_modifiers": modifiers}})
