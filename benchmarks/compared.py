@@ -20,7 +20,7 @@ from nm_permute_plugin.specs.spec import resolve
 from nm_permute_plugin.training.calibration import Samples
 from nm_permute_plugin.training.learn import LearnSettings
 from nm_permute_plugin.training.objective import LossWeights
-from nm_permute_plugin.training.orders import OrderShape
+from nm_permute_plugin.training.order_shape import OrderShape
 from nm_permute_plugin.training.pipeline import (
     Method,
     OrderSettings,

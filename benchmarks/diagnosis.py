@@ -25,7 +25,8 @@ from methods import Way, changed, parse_changes, ways
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.training.learn import LearnSettings, frozen
 from nm_permute_plugin.training.masking import Mask
-from nm_permute_plugin.training.orders import LearnableOrders, Learns
+from nm_permute_plugin.training.order_shape import Learns
+from nm_permute_plugin.training.orders import LearnableOrders
 from nm_permute_plugin.training.step import BackwardStep
 from nm_permute_plugin.training.subject import mean_loss
 from nm_permute_plugin.training.teacher import Teacher

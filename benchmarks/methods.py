@@ -21,7 +21,7 @@ from nm_permute_plugin.training.kept import KeptWeights
 from nm_permute_plugin.training.learn import LearnSettings
 from nm_permute_plugin.training.masking import linear
 from nm_permute_plugin.training.objective import LossWeights
-from nm_permute_plugin.training.orders import OrderShape
+from nm_permute_plugin.training.order_shape import OrderShape
 from nm_permute_plugin.training.pipeline import (
     Method,
     Objective,

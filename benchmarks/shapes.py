@@ -24,7 +24,7 @@ from nm_permute_plugin.specs.architectures import LLAMA
 from nm_permute_plugin.specs.spec import resolve
 from nm_permute_plugin.training.checkpointing import checkpointed, repeated_layers
 from nm_permute_plugin.training.learn import LearnSettings, learn_orders
-from nm_permute_plugin.training.orders import OrderShape
+from nm_permute_plugin.training.order_shape import OrderShape
 from nm_permute_plugin.training.samples import Samples
 from nm_permute_plugin.training.search import search_orders
 from nm_permute_plugin.training.stacking import StackedScore

@@ -26,7 +26,8 @@ from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.specs.architectures import LLAMA
 from nm_permute_plugin.specs.spec import resolve
 from nm_permute_plugin.training.objective import LossWeights
-from nm_permute_plugin.training.orders import LearnableOrders, Learns, OrderShape
+from nm_permute_plugin.training.order_shape import Learns, OrderShape
+from nm_permute_plugin.training.orders import LearnableOrders
 from nm_permute_plugin.training.stacking import StackedScore
 from nm_permute_plugin.training.step import BackwardStep
 from nm_permute_plugin.training.teacher import Teacher

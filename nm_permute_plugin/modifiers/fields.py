@@ -13,7 +13,7 @@ from nm_permute_plugin.training.blocks import BlockSettings
 from nm_permute_plugin.training.distill import DistillSettings
 from nm_permute_plugin.training.learn import LearnSettings
 from nm_permute_plugin.training.objective import LossWeights
-from nm_permute_plugin.training.orders import OrderShape, Relaxation
+from nm_permute_plugin.training.order_shape import OrderShape, Relaxation
 from nm_permute_plugin.training.pipeline import Method, Objective, OrderSettings
 from nm_permute_plugin.training.recover import RecoverSettings, Stage
 

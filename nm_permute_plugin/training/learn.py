@@ -17,7 +17,8 @@ from nm_permute_plugin.maths.sinkhorn import annealed
 from nm_permute_plugin.training.kept import endless
 from nm_permute_plugin.training.masking import Mask
 from nm_permute_plugin.training.objective import LossWeights
-from nm_permute_plugin.training.orders import LearnableOrders, Learns, OrderShape
+from nm_permute_plugin.training.order_shape import Learns, OrderShape
+from nm_permute_plugin.training.orders import LearnableOrders
 from nm_permute_plugin.training.step import BackwardStep, layers_to_checkpoint
 from nm_permute_plugin.training.subject import Learned, Subject
 from nm_permute_plugin.training.teacher import Teacher

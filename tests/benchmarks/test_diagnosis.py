@@ -10,7 +10,8 @@ import diagnosis
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.training.learn import LearnSettings
 from nm_permute_plugin.training.objective import LossWeights
-from nm_permute_plugin.training.orders import LearnableOrders, OrderShape
+from nm_permute_plugin.training.order_shape import OrderShape
+from nm_permute_plugin.training.orders import LearnableOrders
 from nm_permute_plugin.training.text import split_text
 from subject import Started, learn, load
 from swaps import Swaps

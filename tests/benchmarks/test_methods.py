@@ -26,7 +26,7 @@ from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.training.blocks import BlockSettings
 from nm_permute_plugin.training.distill import DistillSettings
 from nm_permute_plugin.training.learn import LearnSettings
-from nm_permute_plugin.training.orders import OrderShape
+from nm_permute_plugin.training.order_shape import OrderShape
 from nm_permute_plugin.training.recover import RecoverSettings
 from nm_permute_plugin.training.text import split_text
 

@@ -12,7 +12,7 @@ from nm_permute_plugin.maths.masks import nm_mask
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.scores import magnitude
 from nm_permute_plugin.training.learn import LearnSettings
-from nm_permute_plugin.training.orders import OrderShape
+from nm_permute_plugin.training.order_shape import OrderShape
 from nm_permute_plugin.training.text import split_text
 from unfolded import FreeMask, learn_masks, order_alone, own_spaces
 

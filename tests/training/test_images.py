@@ -17,7 +17,7 @@ from nm_permute_plugin.training.calibration import read_samples
 from nm_permute_plugin.training.distill import DistillSettings
 from nm_permute_plugin.training.learn import LearnSettings
 from nm_permute_plugin.training.objective import LossWeights, answer
-from nm_permute_plugin.training.orders import OrderShape
+from nm_permute_plugin.training.order_shape import OrderShape
 from nm_permute_plugin.training.pipeline import (
     Objective,
     OrderSettings,

@@ -16,7 +16,7 @@ from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import check_permutation
 from nm_permute_plugin.training.layer_wise import Hold, learn_layer_wise, part_of
 from nm_permute_plugin.training.learn import LearnSettings
-from nm_permute_plugin.training.orders import OrderShape
+from nm_permute_plugin.training.order_shape import OrderShape
 from nm_permute_plugin.training.pipeline import OrderSettings, permute_and_prune
 from nm_permute_plugin.training.samples import Samples
 from nm_permute_plugin.training.stacking import StackedScore

@@ -15,7 +15,8 @@ from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import check_permutation, from_blocks
 from nm_permute_plugin.training.learn import LearnSettings, frozen, learn_orders
 from nm_permute_plugin.training.objective import LossWeights
-from nm_permute_plugin.training.orders import LearnableOrders, OrderShape, Relaxation
+from nm_permute_plugin.training.order_shape import OrderShape, Relaxation
+from nm_permute_plugin.training.orders import LearnableOrders
 from nm_permute_plugin.training.samples import Samples
 from nm_permute_plugin.training.stacking import StackedScore
 from nm_permute_plugin.training.subject import Learned, Subject, mean_loss

@@ -14,12 +14,8 @@ from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import check_permutation
 from nm_permute_plugin.training.insertion import InsertionMask
 from nm_permute_plugin.training.masking import Mask, masked
-from nm_permute_plugin.training.orders import (
-    LearnableOrders,
-    Learns,
-    OrderShape,
-    Relaxation,
-)
+from nm_permute_plugin.training.order_shape import Learns, OrderShape, Relaxation
+from nm_permute_plugin.training.orders import LearnableOrders
 from nm_permute_plugin.training.relaxation import RowSample
 from nm_permute_plugin.training.stacking import StackedScore
 
@@ -321,7 +317,7 @@ def test_an_assignment_can_be_begun_anew(stacks, start, monkeypatch) -> None:
         begun.append(benefit)
         return assign_later(benefit)
 
-    monkeypatch.setattr("nm_permute_plugin.training.orders.assign_later", count)
+    monkeypatch.setattr("nm_permute_plugin.training.bundles.assign_later", count)
     orders.perms()
     orders.at(1.0, step=0).masks()
     assert len(begun) == len(orders.bundles)

@@ -17,7 +17,8 @@ from nm_permute_plugin.training.checkpointing import (
 )
 from nm_permute_plugin.training.learn import frozen
 from nm_permute_plugin.training.objective import LossWeights
-from nm_permute_plugin.training.orders import LearnableOrders, Learns, OrderShape
+from nm_permute_plugin.training.order_shape import Learns, OrderShape
+from nm_permute_plugin.training.orders import LearnableOrders
 from nm_permute_plugin.training.stacking import StackedScore
 from nm_permute_plugin.training.step import (
     BackwardStep,
