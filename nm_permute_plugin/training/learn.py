@@ -142,7 +142,7 @@ def learn_orders(
         learned = descend(orders, begin, look, settings)
     looks = [look["held_back"] for look in learned.history]
     logger.info(
-        f"learned {len(subject.stacks)} orders in {settings.steps} steps: held-back loss "
+        f"learned in {settings.steps} steps, {len(subject.stacks)} spaces: held-back loss "
         f"{looks[0]:.4f} -> {min(looks):.4f}"
     )
     return learned
