@@ -95,17 +95,18 @@ def of_tokens(
     tokens, entries = ours.shape
     values = torch.empty(tokens, dtype=torch.float32, device=ours.device)
     log_sums = torch.empty(2, tokens, dtype=torch.float32, device=ours.device)
-    tokens_kernel[(tokens,)](
-        ours,
-        theirs,
-        counted.view(torch.uint8),
-        values,
-        log_sums[0],
-        log_sums[1],
-        entries,
-        ENTRIES=ENTRIES,
-        num_warps=WARPS,
-    )
+    with torch.cuda.device_of(ours):
+        tokens_kernel[(tokens,)](
+            ours,
+            theirs,
+            counted.view(torch.uint8),
+            values,
+            log_sums[0],
+            log_sums[1],
+            entries,
+            ENTRIES=ENTRIES,
+            num_warps=WARPS,
+        )
     return values, log_sums
 
 
@@ -119,16 +120,17 @@ def gradient(
     """The gradient of ``scale`` times the sum of the tokens' divergences, for ours."""
     tokens, entries = ours.shape
     grad = torch.empty_like(ours)
-    gradient_kernel[(tokens, triton.cdiv(entries, ENTRIES))](
-        ours,
-        theirs,
-        counted.view(torch.uint8),
-        log_sums[0],
-        log_sums[1],
-        scale,
-        grad,
-        entries,
-        ENTRIES=ENTRIES,
-        num_warps=WARPS,
-    )
+    with torch.cuda.device_of(ours):
+        gradient_kernel[(tokens, triton.cdiv(entries, ENTRIES))](
+            ours,
+            theirs,
+            counted.view(torch.uint8),
+            log_sums[0],
+            log_sums[1],
+            scale,
+            grad,
+            entries,
+            ENTRIES=ENTRIES,
+            num_warps=WARPS,
+        )
     return grad

@@ -187,21 +187,22 @@ def kept_in_triton(
     pattern = grouping.pattern
     pairs = rows * (width // pattern.m)
     out = torch.empty(rows, width, dtype=torch.uint8, device=score.device)
-    masks_kernel[(triton.cdiv(pairs, PAIRS),)](
-        score,
-        factor,
-        grouping.channels,
-        grouping.places,
-        out,
-        pairs,
-        width // pattern.m,
-        width,
-        rows // len(factor),
-        N=pattern.n,
-        M=pattern.m,
-        MEMBERS=triton.next_power_of_2(pattern.m),
-        PAIRS=PAIRS,
-    )
+    with torch.cuda.device_of(score):
+        masks_kernel[(triton.cdiv(pairs, PAIRS),)](
+            score,
+            factor,
+            grouping.channels,
+            grouping.places,
+            out,
+            pairs,
+            width // pattern.m,
+            width,
+            rows // len(factor),
+            N=pattern.n,
+            M=pattern.m,
+            MEMBERS=triton.next_power_of_2(pattern.m),
+            PAIRS=PAIRS,
+        )
     return out.view(torch.bool)
 
 
@@ -280,37 +281,38 @@ class _Sums:
         of_moves = empty(moves, parts, width, groups)
         own = empty(moves, parts, width)
         rival = empty(rivals, runs * shares, width)
-        moves_kernel[(blocks, parts)](
-            self.score,
-            self.factor,
-            self.grad,
-            grouping.start,
-            grouping.channels,
-            grouping.places,
-            of_moves,
-            own,
-            rival,
-            width,
-            size,
-            groups,
-            runs,
-            runs_a_part,
-            shares,
-            triton.cdiv(in_run, shares),
-            in_run,
-            rows // len(self.factor),
-            sample.offset,
-            sample.stride,
-            pattern.density,
-            SOFTNESS,
-            torch.finfo(torch.float32).tiny,
-            N=pattern.n,
-            M=pattern.m,
-            MOVES=moves,
-            RIVALS=rivals,
-            SIZE=tile[0],
-            GROUPS=tile[1],
-            MEMBERS=triton.next_power_of_2(pattern.m),
-            num_warps=min(16, max(4, tile[0] * tile[1] // SUMS_OF_A_WARP)),
-        )
+        with torch.cuda.device_of(self.score):
+            moves_kernel[(blocks, parts)](
+                self.score,
+                self.factor,
+                self.grad,
+                grouping.start,
+                grouping.channels,
+                grouping.places,
+                of_moves,
+                own,
+                rival,
+                width,
+                size,
+                groups,
+                runs,
+                runs_a_part,
+                shares,
+                triton.cdiv(in_run, shares),
+                in_run,
+                rows // len(self.factor),
+                sample.offset,
+                sample.stride,
+                pattern.density,
+                SOFTNESS,
+                torch.finfo(torch.float32).tiny,
+                N=pattern.n,
+                M=pattern.m,
+                MOVES=moves,
+                RIVALS=rivals,
+                SIZE=tile[0],
+                GROUPS=tile[1],
+                MEMBERS=triton.next_power_of_2(pattern.m),
+                num_warps=min(16, max(4, tile[0] * tile[1] // SUMS_OF_A_WARP)),
+            )
         return of_moves, own, rival
