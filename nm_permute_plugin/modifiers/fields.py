@@ -175,6 +175,14 @@ class OrderFields(BaseModel):
                 f"score_multipliers: true needs relaxation: insertion, not "
                 f"{self.relaxation}"
             )
+        for name in ("learning_rate", "weight_decay"):
+            value = getattr(self, name)
+            default = type(self).model_fields[name].default
+            if self.relaxation == "insertion" and value != default:
+                raise ValueError(
+                    f"{name}={value} is of logits, which relaxation: insertion does not "
+                    "have: leave it out, and see multiplier_rate and swaps"
+                )
         self._passes_make_sense()
         self._recovery_makes_sense()
         return self

@@ -84,7 +84,8 @@ def learn_orders(
     watch: Callable[[int, LearnableOrders], object] = lambda step, orders: None,
 ) -> Learned:
     """
-    Learn one order a space, so that the pruned model stays close to the dense one.
+    Learn orders of spaces, and multipliers of their scores, so that the pruned model stays
+    close to the dense one.
 
     The start is looked at first, so what comes back is never worse than the start on the
     held-back samples. Weights are frozen. The same seed gives the same orders.

@@ -130,6 +130,14 @@ REFUSED = {
         {"score_multipliers": True, "relaxation": "soft"},
         "needs relaxation: insertion, not soft",
     ),
+    "a rate of logits that are not there": (
+        {"learning_rate": 0.02},
+        "learning_rate=0.02 is of logits",
+    ),
+    "a decay of logits that are not there": (
+        {"weight_decay": 0.1},
+        "weight_decay=0.1 is of logits",
+    ),
     "a recovery without a mask": (
         {"recover": ["blocks"], "prune": False},
         "there is no mask whose kept",
