@@ -14,6 +14,7 @@ from nm_permute_plugin.maths.masks import nm_mask
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import Permutation
 from nm_permute_plugin.specs.spec import Reader, Space
+from nm_permute_plugin.training.energy import row_weights
 from nm_permute_plugin.training.learn import LearnSettings, learn_orders
 from nm_permute_plugin.training.relaxation import rivalry
 from nm_permute_plugin.training.samples import Samples
@@ -41,13 +42,18 @@ class Unfolded:
 
 def own_spaces(
     scores: Mapping[str, Float[Tensor, "_out _in"]],
+    weights: Mapping[str, Float[Tensor, " _out"]] | None = None,
 ) -> dict[str, StackedScore]:
-    """A space for every linear alone, with its scores: its channels may go anywhere."""
+    """
+    A space for every linear alone, with its scores: its channels may go anywhere.
+
+    :param weights: what the rows count in a search
+    """
     spaces = [
         Space(f"input.{name}", score.shape[1], score.shape[1], (Reader(name),))
         for name, score in scores.items()
     ]
-    return {space.name: StackedScore.of(space, scores) for space in spaces}
+    return {space.name: StackedScore.of(space, scores, weights) for space in spaces}
 
 
 def order_alone(
@@ -66,7 +72,8 @@ def order_alone(
 
     :param rounds: of the search that goes first; 0 starts in the order as it is
     """
-    stacks = own_spaces(scores)
+    weights = row_weights(model, list(scores), text.train, learn.seed)
+    stacks = own_spaces(scores, weights)
     subject = Subject(model, stacks, {}, text, pattern)
 
     def judge(perms: dict[str, Permutation]) -> float:

@@ -58,7 +58,8 @@ def main() -> None:
         features = seen.features
         if "residual" in record.perms:
             # The fold has put the channels of the features into this order.
-            features = features[:, invert(record.perms["residual"])]
+            old = invert(record.perms["residual"])
+            features = features[:, old.to(features.device)]
         return {
             "top1": accuracy(seen.logits, labels, 1),
             "fidelity": mean_cosine(features, dense.features),

@@ -74,9 +74,7 @@ def prune(
     with _clear_errors():
         _one_kind(text, images, "give calibration text")
         texts = [_read([file]) for file in text or []]
-        for path in (model, recipe):
-            if not path.exists():
-                raise FileNotFoundError(f"{path} does not exist")
+        _must_exist(model, recipe)
         from nm_permute_plugin.cli import prune as run
         from nm_permute_plugin.evaluation import loading
         from nm_permute_plugin.evaluation.images import image_files
@@ -92,6 +90,33 @@ def prune(
             minutes = run.prune_checkpoint(model, recipe, out, rows, device)
             amount = f"{len(rows) * sequence_length} tokens"
     typer.echo(f"{out}: {amount}, {minutes:.1f} minutes")
+
+
+@app.command()
+def sample(
+    model: Annotated[Path, typer.Argument(help="Folder of the dense model.")],
+    out: Annotated[Path, typer.Argument(help="The text file, new.")],
+    rows: Annotated[int, typer.Option(min=1, help="Texts.")] = 768,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each text.")] = 1024,
+    start: Annotated[
+        str | None,
+        typer.Option(help="Token that begins a document; the tokenizer's by default."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts at a time.")] = 128,
+    device: Device = None,
+) -> None:
+    """Write text that the model itself says, for --text: it covers what the model knows."""
+    with _clear_errors():
+        _must_exist(model)
+        if out.exists():
+            raise FileExistsError(f"{out} exists; give a new file")
+        from nm_permute_plugin.cli.sample import sample_text
+
+        where = device or _device()
+        texts = sample_text(model, rows, tokens, start, seed, batch_size, where)
+        out.write_text("\n\n".join(texts))
+    typer.echo(f"{out}: {rows} texts of {tokens} tokens")
 
 
 @app.command()
@@ -312,6 +337,12 @@ def _one_kind(text: list[Path] | None, images: Path | None, what: str) -> None:
         raise ValueError(
             "--text and --images are for different models; give one of them"
         )
+
+
+def _must_exist(*paths: Path) -> None:
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist")
 
 
 def _read(files: list[Path]) -> str:

@@ -114,13 +114,15 @@ def cold_copies(form: Tensor) -> list[Tensor]:
 def sample(weight: Tensor, tokens: int) -> Product:
     """A product of random tokens; 8-bit ones scaled by token and output channel."""
     rows, channels = weight.shape
-    generator = torch.Generator(weight.device).manual_seed(tokens)
-    x = torch.randn(tokens, channels, generator=generator, device=weight.device)
+    # float32 by name: vLLM loads models with another default.
+    empty = partial(torch.empty, device=weight.device, dtype=torch.float32)
+    dice = torch.Generator(weight.device).manual_seed(tokens)
+    x = empty((tokens, channels)).normal_(generator=dice)
     if weight.dtype in WIDE:
         return Product(x.to(weight.dtype), rows, weight.dtype)
     x = (x * 30).round().clamp(-127, 127).to(weight.dtype)
-    scale_x = torch.rand(tokens, 1, generator=generator, device=weight.device) + 0.5
-    scale_w = torch.rand(rows, 1, generator=generator, device=weight.device) / 1000
+    scale_x = empty((tokens, 1)).uniform_(0.5, 1.5, generator=dice)
+    scale_w = empty((rows, 1)).uniform_(0, 0.001, generator=dice)
     return Product(x, rows, torch.bfloat16, scale_x, scale_w)
 
 

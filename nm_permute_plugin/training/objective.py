@@ -102,6 +102,19 @@ def answer(out: Any) -> Float[Tensor, "*_places _values"]:
     )
 
 
+def refuse_not_finite(outputs: Float[Tensor, "*_places _values"]) -> None:
+    """
+    See that a dense model says something.
+
+    :raises ValueError: if a number is not finite
+    """
+    if not bool(outputs.isfinite().all()):
+        raise ValueError(
+            "the dense model's outputs are not finite; check its weights, and load it in "
+            "bfloat16 or float32"
+        )
+
+
 def loss(
     pruned: Outputs, dense: Outputs, batch: Mapping[str, Tensor], weights: LossWeights
 ) -> Float[Tensor, ""]:

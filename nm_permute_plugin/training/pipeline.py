@@ -26,12 +26,13 @@ from nm_permute_plugin.specs.fold import (
 )
 from nm_permute_plugin.specs.orientation import weight_of
 from nm_permute_plugin.specs.spec import ResolvedSpec
+from nm_permute_plugin.training.energy import row_weights
 from nm_permute_plugin.training.kept import KeptWeights
 from nm_permute_plugin.training.layer_wise import Hold, learn_layer_wise
 from nm_permute_plugin.training.layers import decoder_layers
 from nm_permute_plugin.training.learn import LearnSettings, learn_orders
 from nm_permute_plugin.training.masking import linear
-from nm_permute_plugin.training.objective import answer
+from nm_permute_plugin.training.objective import answer, refuse_not_finite
 from nm_permute_plugin.training.recover import RecoverSettings, StageRecord, recover
 from nm_permute_plugin.training.samples import Samples
 from nm_permute_plugin.training.search import search_orders
@@ -243,14 +244,21 @@ def _find_orders(
     hold: Hold,
 ) -> Learned:
     """The orders of the chosen families' spaces, by the chosen method."""
+    if settings.method == "identity":
+        return Learned({})
+    learn = settings.learn
+    # One layer at a time, nothing is known of what follows it.
+    weights = (
+        None
+        if settings.layer_wise
+        else row_weights(model, list(scores), samples.train, learn.seed)
+    )
     stacks: dict[str, StackedScore] = {}
     for name, space in resolved.spaces.items():
         if space.readers and space.family in settings.families:
-            stacks[name] = StackedScore.of(space, scores)
+            stacks[name] = StackedScore.of(space, scores, weights)
             # The same numbers; both at once would not fit beside a large model.
             scores |= stacks[name].split(stacks[name].score)
-    if settings.method == "identity":
-        return Learned({})
     ordered = {reader.name for s in stacks.values() for reader in s.space.readers}
     others = {
         name: nm_mask(score, settings.pattern)
@@ -259,7 +267,7 @@ def _find_orders(
     }
 
     subject = Subject(model, stacks, others, samples, settings.pattern)
-    learn, teacher = settings.learn, Teacher(model, settings.learn.loss)
+    teacher = Teacher(model, learn.loss)
 
     def judge(perms: dict[str, Permutation]) -> float:
         return subject.held_back_loss(Learned(perms), learn.loss, teacher)
@@ -328,11 +336,7 @@ def _fold_checked(
 ) -> float:
     """Fold, and return the relative change of the outputs; undo a fold that is wrong."""
     before = _outputs(model, probe)
-    if not bool(before.isfinite().all()):
-        raise ValueError(
-            "the dense model's outputs are not finite; check its weights, and load it in "
-            "bfloat16 or float32"
-        )
+    refuse_not_finite(before)
     fold(model, resolved, perms, write)
     after = _outputs(model, probe)
     error = float((after - before).norm() / before.norm())

@@ -43,7 +43,7 @@ class Searched:
     What a search leaves.
 
     :param perms: by space, the orders that the judge likes best
-    :param history: one entry a look: round, held-back loss
+    :param history: one entry a look: round, least held-back loss so far
     """
 
     perms: Orders
@@ -62,7 +62,8 @@ def search_orders(
     ``search_order`` of every space, with looks at the whole.
 
     Every round retains more score, and the pruned model may still be worse for it: the
-    orders that the judge likes best are kept, those as they are included.
+    orders that the judge likes best are kept, those as they are included. At every look
+    all orders may take the place of the best, or those of one family of spaces alone.
 
     :param rounds: of assignment, rounded up to the next look
     :param judge: the loss of the model under the orders, smaller is better
@@ -80,10 +81,12 @@ def search_orders(
     looks = range(ROUNDS_A_LOOK, rounds + ROUNDS_A_LOOK, ROUNDS_A_LOOK)
     for look in tqdm(looks, "Searching the order"):
         perms = _advance(steps, ROUNDS_A_LOOK)
-        loss = judge(perms)
-        searched.history.append({"round": look, "held_back": loss})
-        if loss < best:
-            best, searched.perms = loss, perms
+        for names in (list(stacks), *_families(stacks)):
+            tried = searched.perms | {name: perms[name] for name in names}
+            loss = judge(tried)
+            if loss < best:
+                best, searched.perms = loss, tried
+        searched.history.append({"round": look, "held_back": best})
     return searched
 
 
@@ -148,6 +151,14 @@ def deal(
     return rearrange(dealt, "... m group -> ... (group m)")
 
 
+def _families(stacks: Mapping[str, StackedScore]) -> list[list[str]]:
+    """The spaces of each family, where there is more than one."""
+    families: dict[str, list[str]] = defaultdict(list)
+    for name, stack in stacks.items():
+        families[stack.space.family].append(name)
+    return list(families.values()) if len(families) > 1 else []
+
+
 def _runs(score: Score, pattern: NMPattern, wall: int) -> Runs:
     """The score, cut at the walls."""
     if wall % pattern.m:
@@ -173,7 +184,7 @@ def _steps_of_all(
 ) -> Iterator[Orders]:
     """The orders of all spaces, a step at a time; runs of one shape go together."""
     runs = {
-        name: _runs(_some_rows(stack.score), pattern, stack.space.wall)
+        name: _runs(_some_rows(stack), pattern, stack.space.wall)
         for name, stack in stacks.items()
     }
     batches = []
@@ -193,9 +204,11 @@ def _steps_of_all(
         yield {name: found[name] for name in stacks}
 
 
-def _some_rows(score: Score) -> Float[Tensor, "some channels"]:
-    """All rows of a score, or evenly spread ones of one that is very large."""
-    return score[:: -(-score.numel() // MOST_SCORES_OF_A_SPACE)]
+def _some_rows(stack: StackedScore) -> Float[Tensor, "some channels"]:
+    """The weighted rows of a score, or evenly spread ones of one that is very large."""
+    stride = -(-stack.score.numel() // MOST_SCORES_OF_A_SPACE)
+    score = stack.score[::stride]
+    return score if stack.weights is None else score * stack.weights[::stride, None]
 
 
 def _alike(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:

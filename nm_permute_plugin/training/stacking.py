@@ -20,19 +20,33 @@ class StackedScore:
     The scores of every weight that reads a space, one column a channel.
 
     :param rows: how many rows each reader has, in the order of ``space.readers``
+    :param weights: what the scores of every row count where rows disagree about an order;
+        all count alike by default. Masks are made row by row and do not depend on it
     """
 
     space: Space
     score: Float[Tensor, "rows channels"]
     rows: tuple[int, ...]
+    weights: Float[Tensor, " rows"] | None = None
 
     @classmethod
     def of(
-        cls, space: Space, scores: Mapping[str, Float[Tensor, "out in"]]
+        cls,
+        space: Space,
+        scores: Mapping[str, Float[Tensor, "_out _in"]],
+        weights: Mapping[str, Float[Tensor, " _out"]] | None = None,
     ) -> "StackedScore":
-        """:param scores: by the name of the linear; every reader of the space has one"""
+        """
+        :param scores: by the name of the linear; every reader of the space has one
+        :param weights: of the rows of every linear
+        """
         views = [reader.view(scores[reader.name]) for reader in space.readers]
-        return cls(space, torch.cat(views), tuple(len(view) for view in views))
+        of_rows = None
+        if weights is not None:
+            parts = [weights[r.name].repeat(r.queries) for r in space.readers]
+            of_rows = torch.cat(parts)
+        rows = tuple(len(view) for view in views)
+        return cls(space, torch.cat(views), rows, of_rows)
 
     def sections(self, most: int | None) -> tuple[int, ...]:
         """

@@ -67,7 +67,7 @@ class BackwardStep:
         :raises ValueError: if the loss is not finite
         """
         total = 0.0
-        for part, share in _parts(batch, self._micro_batch_size):
+        for part, share in parts(batch, self._micro_batch_size):
             dense = self._teacher(part)
             part = on_device(part, self._model)
             prepare()
@@ -150,8 +150,8 @@ def check_finite(value: float, which: str) -> float:
     return value
 
 
-def _parts(batch: Batch, size: int | None) -> Iterator[tuple[Batch, float]]:
-    """Rows of a batch, so many at a time, with their share of its tokens."""
+def parts(batch: Batch, size: int | None) -> Iterator[tuple[Batch, float]]:
+    """Rows or images of a batch, so many at a time, with their share of its tokens."""
     counted: Tensor = token_mask(batch)
     if size is None or len(counted) <= size:
         # A single sample of text has other lengths beside it: the patches of its images.

@@ -74,6 +74,14 @@ def test_scales_are_asked_for_by_name() -> None:
         _ = product.scales
 
 
+def test_scales_of_another_dtype_are_refused() -> None:
+    half = torch.ones(1, dtype=torch.bfloat16)
+    x = torch.zeros(1, 4, dtype=torch.int8)
+    product = Product(x, 4, torch.bfloat16, torch.ones(1), half)
+    with pytest.raises(ValueError, match=r"scale_w is torch.bfloat16; kernels read"):
+        _ = product.scales
+
+
 @pytest.mark.parametrize("tokens", [0, 1, 9])
 @pytest.mark.parametrize(
     "kind", ["bf16", "fp16", "int8"]

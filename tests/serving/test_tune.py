@@ -58,6 +58,23 @@ def test_the_reference_is_the_scaled_product_of_the_first_tokens(
     assert error(reference(weight, product), exact(weight, product)[:64]) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_a_sample_does_not_depend_on_the_default_dtype(dtype: torch.dtype) -> None:
+    """vLLM loads a model while its dtype is torch's default."""
+    weight = sparse_weight(32, 128, dtype)
+    expected = sample(weight, 3)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        found = sample(weight, 3)
+    finally:
+        torch.set_default_dtype(before)
+    for name in ("x", "scale_x", "scale_w"):
+        one, other = getattr(found, name), getattr(expected, name)
+        assert one is other is None or torch.equal(one, other)
+        assert one is None or name == "x" or one.dtype == torch.float32
+
+
 def test_copies_of_a_small_weight_do_not_fit_any_cache() -> None:
     copies = cold_copies(torch.zeros(1 << 20, dtype=torch.int8))
     assert sum(copy.nbytes for copy in copies) >= 100 << 20

@@ -3,6 +3,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -132,7 +133,7 @@ def test_the_orders_that_the_judge_likes_best_are_kept(favourite: int) -> None:
     assert len(seen) == 5
     assert_same(found.perms, seen[favourite])
     losses = [look["held_back"] for look in found.history]
-    assert losses == [abs(favourite - look) for look in range(5)]
+    assert losses == [max(0, favourite - look) for look in range(5)]
     assert [look["round"] for look in found.history] == [0, 3, 6, 9, 12]
 
 
@@ -146,6 +147,39 @@ def rising() -> Callable[[dict[str, Tensor]], float]:
     """A judge that likes what it saw first."""
     count = itertools.count()
     return lambda perms: float(next(count))
+
+
+def test_the_orders_of_one_family_are_taken_where_the_others_do_harm() -> None:
+    """A judge that dislikes whatever moves in a residual space."""
+    stacks = stacks_of(2)
+    space = Space("residual", 16, 16, (Reader("down.0"),))
+    stacks["residual"] = replace(stacks["hidden.0"], space=space)
+    liked = by_score(stacks)
+
+    def judge(perms: dict[str, Tensor]) -> float:
+        moved = not torch.equal(perms["residual"], torch.arange(16))
+        return liked(perms) + 1000 * moved
+
+    found = search_orders(stacks, TWO_OF_FOUR, 3, 0, judge)
+    assert torch.equal(found.perms["residual"], torch.arange(16))
+    alone = search(2, rounds=3, seed=0)
+    assert_same({name: found.perms[name] for name in alone}, alone)
+    assert found.history[1]["held_back"] < found.history[0]["held_back"]
+
+
+def test_rows_that_weigh_nothing_have_no_say() -> None:
+    stack = stacks_of(1)["hidden.0"]
+    weights = (torch.arange(12) < 4).float()
+    heard = {"hidden.0": replace(stack, weights=weights)}
+    (order,) = search_orders(heard, TWO_OF_FOUR, 6, 0, by_round()).perms.values()
+    expected = search_order(stack.score[:4], TWO_OF_FOUR, rounds=6, seed=0)
+    assert torch.equal(order, expected)
+
+
+def by_round() -> Callable[[dict[str, Tensor]], float]:
+    """A judge that likes what it saw last."""
+    count = itertools.count()
+    return lambda perms: -float(next(count))
 
 
 def test_no_spaces_have_no_orders() -> None:

@@ -45,6 +45,19 @@ def test_the_stack_of_the_residual_space_holds_every_row(
     assert sum(stacked.rows) == len(expected)
 
 
+@pytest.mark.parametrize("name", ["residual", "value.0"])
+def test_weights_of_rows_stand_where_their_rows_stand(
+    tiny_model, resolve_model, scores: dict[str, Tensor], name: str
+) -> None:
+    weights = {n: torch.arange(1.0, 1 + len(score)) for n, score in scores.items()}
+    space = resolve_model(tiny_model("llama")).spaces[name]
+    stacked = StackedScore.of(space, scores, weights)
+    weighted = {n: score * weights[n][:, None] for n, score in scores.items()}
+    expected = StackedScore.of(space, weighted).score
+    assert stacked.weights is not None
+    assert torch.equal(stacked.score * stacked.weights[:, None], expected)
+
+
 def test_the_order_as_it_is_gives_the_plain_masks(
     tiny_model, resolve_model, scores: dict[str, Tensor]
 ) -> None:

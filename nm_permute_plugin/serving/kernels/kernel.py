@@ -41,12 +41,15 @@ class Product:
         """
         Both scales.
 
-        :raises ValueError: if one is missing
+        :raises ValueError: if one is missing, or is not float32, as kernels read it
         """
         if self.scale_x is None or self.scale_w is None:
             raise ValueError(
                 f"a product of {self.x.dtype} needs scale_x and scale_w; call scaled_mm"
             )
+        for name, scale in (("scale_x", self.scale_x), ("scale_w", self.scale_w)):
+            if scale.dtype != torch.float32:
+                raise ValueError(f"{name} is {scale.dtype}; kernels read float32")
         return self.scale_x, self.scale_w
 
     def split(self, tokens: int) -> list["Product"]:
