@@ -19,11 +19,14 @@ from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from weights import BOUND, DTYPES, error, exact, product_of, sparse_weight
 
 from nm_permute_plugin.serving import linear, plan
+from nm_permute_plugin.serving.kernels import cusparselt
+from nm_permute_plugin.serving.kernels.cusparselt_plan import plan_of
 from nm_permute_plugin.serving.kernels.kernel import NARROW
 from nm_permute_plugin.serving.linear import SparseLinear
 from nm_permute_plugin.serving.ops import KERNELS, PLANS
@@ -61,6 +64,24 @@ def kernel_is_exact(name: str, dtype: torch.dtype, shape: tuple[int, int]) -> No
             message = f"{name}{chosen} off by {wrong:.3g} for {tokens} tokens"
             if not wrong <= BOUND:
                 raise AssertionError(message)
+
+
+def plans_multiply_as_torch_does(dtype: torch.dtype) -> None:
+    """A product by a plan that is kept has the bits of the one that torch makes."""
+    weight = sparse_weight(4096, 1408, dtype, device="cuda")
+    kernel = KERNELS["cusparselt"]
+    form = kernel.prepare(weight)
+    for tokens in (1, 33, 1000):
+        product = product_of(weight, tokens)
+        for chosen in kernel.candidates(form, product):
+            with patch.object(cusparselt, "plan_of", wraps=plan_of) as asked:
+                kept = kernel.run(form, product, chosen)
+            if None in [plan_of(*call.args) for call in asked.call_args_list]:
+                raise AssertionError(f"{chosen} has no plan for {tokens} tokens")
+            with patch.object(cusparselt, "plan_of", return_value=None):
+                torchs = kernel.run(form, product, chosen)
+            if not torch.equal(kept, torchs):
+                raise AssertionError(f"{chosen} differs for {tokens} tokens")
 
 
 def layer_works(dtype: torch.dtype) -> None:
@@ -215,6 +236,10 @@ CHECKS: dict[str, Callable[[], None]] = (
     | {
         f"{name} {kind}": partial(kernel_is_exact_for_all_shapes, name, dtype)
         for name in ("dense", "triton", "mma_sp", "cusparselt")
+        for kind, dtype in DTYPES.items()
+    }
+    | {
+        f"plans {kind}": partial(plans_multiply_as_torch_does, dtype)
         for kind, dtype in DTYPES.items()
     }
     | {f"layer {kind}": partial(layer_works, dtype) for kind, dtype in DTYPES.items()}

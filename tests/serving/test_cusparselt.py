@@ -73,6 +73,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeLibrary]:
         monkeypatch.setattr(torch, "_cslt_sparse_mm", library.multiply)
         monkeypatch.setattr(torch, "_cslt_sparse_mm_search", library.search)
         monkeypatch.delattr(torch._C, "_cusparselt", raising=False)
+        monkeypatch.setattr(cusparselt, "plan_of", lambda size: None)
         return library
 
     return make

@@ -3,11 +3,13 @@
 
 import logging
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from nm_permute_plugin.serving.kernels.cusparselt_plan import Size, multiply, plan_of
 from nm_permute_plugin.serving.kernels.kernel import (
     NARROW,
     WIDE,
@@ -86,21 +88,42 @@ def _run(
     form: Tensor, product: Product, settings: Settings, out: Tensor | None = None
 ) -> Tensor:
     """All tokens at once; ``out`` is written to if there is something to scale."""
-    algorithm, parts, how, fused, _ = settings
-    raw = torch._cslt_sparse_mm(
-        form,
-        _tokens(product.x).t(),
-        alpha=_alpha(product, fused),
-        out_dtype=_raw_dtype(product),
-        transpose_result=True,
-        alg_id=algorithm,
-        split_k=parts,
-        split_k_mode=how,
-    )[: len(product.x)]
+    *algorithm, fused, _ = settings
+    raw = _product(form, product, algorithm, fused)[: len(product.x)]
     if product.scale_x is None:
         return raw
     scale_w = None if fused else product.scale_w
     return scaled(raw, product.scale_x, scale_w, product.bias, product.out_dtype, out)
+
+
+def _product(
+    form: Tensor, product: Product, algorithm: Sequence[int], fused: int
+) -> Tensor:
+    """The product alone, padded; by a plan that is kept, where one can be."""
+    x, alpha = _tokens(product.x), _alpha(product, fused)
+    number, parts, how = algorithm
+    out_dtype = _raw_dtype(product) or x.dtype
+    size = (
+        x.get_device(),
+        product.out_features,
+        x.shape[1],
+        len(x),
+        x.dtype,
+        out_dtype,
+    )
+    plan = plan_of(Size(*size, number, parts, how, alpha is not None))
+    if plan is not None:
+        return multiply(plan, form, x, alpha)
+    return torch._cslt_sparse_mm(
+        form,
+        x.t(),
+        alpha=alpha,
+        out_dtype=_raw_dtype(product),
+        transpose_result=True,
+        alg_id=number,
+        split_k=parts,
+        split_k_mode=how,
+    )
 
 
 def _tokens(x: Tensor) -> Tensor:

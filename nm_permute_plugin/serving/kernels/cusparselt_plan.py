@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+cuSPARSELt's plans, made once for each size and kept.
+
+torch makes the descriptors and the plan of a product anew at every call, most of a
+millisecond of the CPU's time. A captured graph hides it; tokens that no graph was captured
+for, as those of a prompt, would wait for it in every layer.
+"""
+
+import ctypes
+import logging
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is under its name
+
+_FIRST_VERSION = 800
+"""0.8.0. The numbers below, and the sizes of structures, are those since then."""
+
+_STRUCTURE = 512  # bytes of each of the library's structures
+_ALIGNMENT = 16
+_COLUMN_MAJOR, _ROW_MAJOR = 1, 2
+_AS_IT_IS, _TRANSPOSED = 0, 1
+_DTYPES = {
+    torch.float16: 2,
+    torch.int8: 3,
+    torch.bfloat16: 14,
+    torch.float8_e4m3fn: 28,
+}
+_INTEGER_SUMS, _FLOAT_SUMS = 0, 2
+_ALPHA_IS_A_VECTOR = 5
+_ALGORITHM, _PARTS, _HOW = 0, 3, 4
+
+PLANS_KEPT = 4096
+"""A server sees prompts of many lengths; a plan is some kilobytes."""
+
+
+class Size(NamedTuple):
+    """
+    All that a plan depends on.
+
+    :param algorithm: of the library, ``parts`` of the channels, and ``how`` these are added
+        up; -1 leaves that to the library
+    :param scaled: whether every row is multiplied by a number of its own
+    """
+
+    device: int
+    rows: int
+    channels: int
+    tokens: int
+    dtype: torch.dtype
+    out_dtype: torch.dtype
+    algorithm: int
+    parts: int
+    how: int
+    scaled: bool
+
+
+@lru_cache(maxsize=PLANS_KEPT)
+def plan_of(size: Size) -> "Plan | None":
+    """The plan of a size; None where torch's library is not known, or refuses it."""
+    version = torch.backends.cusparselt.version() or 0
+    if version < _FIRST_VERSION or _library() is None:
+        return None
+    try:
+        return Plan(size)
+    except RuntimeError as error:
+        logger.warning("no plan is kept for %s: %s", size, error)
+        return None
+
+
+def multiply(
+    plan: "Plan", form: Tensor, x: Tensor, alpha: Tensor | None = None
+) -> Tensor:
+    """
+    ``x @ weight.T * alpha``: [tokens, rows].
+
+    :param form: the weight [rows, channels] as ``torch._cslt_compress`` stores it
+    :param x: [tokens, channels], contiguous, as many tokens as the alignment asks for
+    :param alpha: float32, one number a row, where the plan's size is scaled
+    :raises RuntimeError: if the library refuses the product
+    """
+    size = plan.size
+    out = x.new_empty(size.tokens, size.rows, dtype=size.out_dtype)
+    space = x.new_empty(plan.workspace, dtype=torch.uint8)
+    stream = ctypes.c_void_p(torch.cuda.current_stream(size.device).cuda_stream)
+    one, zero = ctypes.c_float(1), ctypes.c_float(0)
+    _call(
+        "Matmul",
+        _handle(size.device),
+        plan.at,
+        ctypes.byref(one) if alpha is None else _pointer(alpha),
+        _pointer(form),
+        _pointer(x),
+        ctypes.byref(zero),
+        _pointer(out),
+        _pointer(out),
+        _pointer(space),
+        ctypes.byref(stream),
+        1,
+    )
+    return out
+
+
+class _Structure(ctypes.Structure):
+    """One of the library's, at an address that it likes."""
+
+    _fields_ = [("data", ctypes.c_uint8 * (_STRUCTURE + 64))]
+
+    @property
+    def at(self) -> ctypes.c_void_p:
+        address = ctypes.addressof(self)
+        return ctypes.c_void_p(-(-address // 64) * 64)
+
+
+class Plan:
+    """
+    A plan with the structures that it points to.
+
+    :ivar at: its address
+    :ivar workspace: bytes that a product needs beside its output
+    """
+
+    def __init__(self, size: Size) -> None:
+        self.size = size
+        handle = _handle(size.device)
+        self._kept = [_Structure() for _ in range(6)]
+        weight, tokens, out, product, algorithm, plan = (s.at for s in self._kept)
+        dtype, out_dtype = _DTYPES[size.dtype], _DTYPES[size.out_dtype]
+        shape = (size.rows, size.channels, size.channels)
+        _call(
+            "StructuredDescriptorInit",
+            *(handle, weight, *map(ctypes.c_int64, shape)),
+            *(_ALIGNMENT, dtype, _ROW_MAJOR, 0),
+        )
+        shape = (size.tokens, size.channels, size.channels)
+        _call(
+            "DenseDescriptorInit",
+            *(handle, tokens, *map(ctypes.c_int64, shape)),
+            *(_ALIGNMENT, dtype, _ROW_MAJOR),
+        )
+        shape = (size.rows, size.tokens, size.rows)
+        _call(
+            "DenseDescriptorInit",
+            *(handle, out, *map(ctypes.c_int64, shape)),
+            *(_ALIGNMENT, out_dtype, _COLUMN_MAJOR),
+        )
+        _call(
+            "MatmulDescriptorInit",
+            *(handle, product, _AS_IT_IS, _TRANSPOSED, weight, tokens, out, out),
+            _INTEGER_SUMS if size.dtype == torch.int8 else _FLOAT_SUMS,
+        )
+        if size.scaled:
+            _set("MatmulDescSetAttribute", handle, product, _ALPHA_IS_A_VECTOR, 1)
+        _call("MatmulAlgSelectionInit", handle, algorithm, product, 0)
+        chosen = "MatmulAlgSetAttribute", handle, algorithm
+        _set(*chosen, _ALGORITHM, size.algorithm)
+        if size.parts != 1:
+            _set(*chosen, _PARTS, size.parts)
+        if size.how >= 0:
+            _set(*chosen, _HOW, size.how)
+        _call("MatmulPlanInit", handle, plan, product, algorithm)
+        needed = ctypes.c_size_t()
+        _call("MatmulGetWorkspace", handle, plan, ctypes.byref(needed))
+        self.at, self.workspace = plan, needed.value
+
+
+def _set(
+    function: str,
+    handle: ctypes.c_void_p,
+    structure: ctypes.c_void_p,
+    attribute: int,
+    value: int,
+) -> None:
+    data = ctypes.c_int32(value)
+    size = ctypes.c_size_t(ctypes.sizeof(data))
+    _call(function, handle, structure, attribute, ctypes.byref(data), size)
+
+
+@cache
+def _handle(device: int) -> ctypes.c_void_p:
+    """The library's state on a device, kept as long as the process."""
+    _HANDLES.append(_Structure())
+    handle = _HANDLES[-1].at
+    with torch.cuda.device(device):
+        _call("Init", handle)
+    return handle
+
+
+_HANDLES: list[_Structure] = []
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL | None:
+    """The library that torch has loaded."""
+    name = "libcusparseLt.so.0"
+    packages = Path(torch.__file__).parents[1] / "nvidia"
+    for candidate in (name, *packages.glob(f"*/lib/{name}")):
+        try:
+            return ctypes.CDLL(str(candidate))
+        except OSError:
+            continue
+    return None
+
+
+def _call(function: str, *arguments: object) -> None:
+    code = getattr(_library(), f"cusparseLt{function}")(*arguments)
+    if code:
+        raise RuntimeError(f"cusparseLt{function} answered {code}")
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans are made once a size; a fake stands in for the library, which needs a GPU."""
+
+import logging
+from collections.abc import Callable, Iterator
+from ctypes import c_void_p
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from nm_permute_plugin.serving.kernels import cusparselt_plan
+from nm_permute_plugin.serving.kernels.cusparselt_plan import Size, plan_of
+
+SIZE = Size(
+    *(0, 64, 128, 16, torch.float8_e4m3fn, torch.bfloat16),
+    algorithm=7,
+    parts=1,
+    how=-1,
+    scaled=False,
+)
+
+
+@dataclass
+class FakeLibrary:
+    """
+    Answers every call.
+
+    :param refuses: the function that answers 10, not supported
+    """
+
+    refuses: str = ""
+    called: list[str] = field(default_factory=list)
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        def answer(*arguments: object) -> int:
+            self.called.append(name.removeprefix("cusparseLt"))
+            return 10 if self.called[-1] == self.refuses else 0
+
+        return answer
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeLibrary]:
+    """A fake of version 0.8 in the library's place; nothing is remembered."""
+    fake = FakeLibrary()
+    monkeypatch.setattr(cusparselt_plan, "_library", lambda: fake)
+    monkeypatch.setattr(cusparselt_plan, "_handle", lambda device: c_void_p(1))
+    monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: 800)
+    plan_of.cache_clear()
+    yield fake
+    plan_of.cache_clear()
+
+
+def test_a_plan_is_made_once_for_each_size(library: FakeLibrary) -> None:
+    first = plan_of(SIZE)
+    assert first is not None
+    assert plan_of(SIZE) is first
+    assert library.called.count("MatmulPlanInit") == 1
+    assert plan_of(SIZE._replace(tokens=32)) is not first
+    assert library.called.count("MatmulPlanInit") == 2
+
+
+def test_the_algorithm_is_set_and_nothing_that_was_not_chosen(
+    library: FakeLibrary,
+) -> None:
+    plan_of(SIZE)
+    assert library.called.count("MatmulAlgSetAttribute") == 1
+    assert "MatmulDescSetAttribute" not in library.called
+    library.called.clear()
+    plan_of(SIZE._replace(parts=-1, how=2, scaled=True, dtype=torch.int8))
+    assert library.called.count("MatmulAlgSetAttribute") == 3
+    assert library.called.count("MatmulDescSetAttribute") == 1
+
+
+def test_structures_are_apart_and_aligned(library: FakeLibrary) -> None:
+    plan = plan_of(SIZE)
+    assert plan is not None
+    addresses = sorted(kept.at.value or 0 for kept in plan._kept)
+    assert all(address % 64 == 0 for address in addresses)
+    gaps = [b - a for a, b in zip(addresses, addresses[1:], strict=False)]
+    assert min(gaps) >= cusparselt_plan._STRUCTURE
+
+
+def test_a_size_that_the_library_refuses_is_left_to_torch(
+    library: FakeLibrary, caplog: pytest.LogCaptureFixture
+) -> None:
+    library.refuses = "MatmulPlanInit"
+    with caplog.at_level(logging.WARNING):
+        assert plan_of(SIZE) is None
+        assert plan_of(SIZE) is None
+    (message,) = caplog.messages
+    assert "cusparseLtMatmulPlanInit answered 10" in message
+
+
+@pytest.mark.parametrize("version", [None, 702])
+def test_a_library_that_is_not_known_is_left_to_torch(
+    library: FakeLibrary, monkeypatch: pytest.MonkeyPatch, version: int | None
+) -> None:
+    monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: version)
+    assert plan_of(SIZE) is None
+    assert library.called == []
