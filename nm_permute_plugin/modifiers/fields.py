@@ -26,7 +26,7 @@ class OrderFields(BaseModel):
 
     :param mask_structure: N:M, N weights kept of every M input channels
     :param score: which weights are worth keeping: wanda, ria or magnitude
-    :param method: learned (starts from the search), search (no gradients) or identity
+    :param method: learned (starts from the search), search (nothing learned) or identity
         (the plain score, in the order as it is)
     :param spaces: the kinds of channels that may change places
     :param targets: the linears to prune, as names, `re:` patterns or class names

@@ -59,7 +59,7 @@ class OrderSettings:
     """
     What to do to a model.
 
-    :param method: ``identity`` keeps the order, ``search`` needs no gradients, ``learned``
+    :param method: ``identity`` keeps the order, ``search`` learns nothing, ``learned``
         starts from the search
     :param families: the kinds of spaces that are reordered
     :param search_rounds: rounds of assignment a space

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A good order without gradients: channel allocation, then exact assignment."""
+"""A good order without learning: channel allocation, then exact assignment."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
