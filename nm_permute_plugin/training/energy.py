@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much each output of a linear matters: the energy of its gradient."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -46,16 +46,12 @@ def row_weights(
     :param linears: module names
     :param seed: of what is drawn
     :raises ValueError: if the model's outputs are not finite
-    :return: by linear; 1 is the root mean square of all outputs
+    :return: by linear, on the CPU; 1 is the root mean square of all outputs
     """
-    energies = {
-        name: torch.zeros(len(weight), device=weight.device)
-        for name in linears
-        for weight in [weight_of(linear(model, name))]
-    }
+    energies: dict[str, Float[Tensor, " _out"]] = {}
     device = next(model.parameters()).device
     dice = torch.Generator(device).manual_seed(seed)
-    with frozen(model), torch.enable_grad(), _summed(model, energies):
+    with frozen(model), torch.enable_grad(), _summed(model, linears, energies):
         for sample in _first(batches):
             out = run(model, on_device(sample, model), LossWeights())
             refuse_not_finite(out.logits.detach())
@@ -64,6 +60,9 @@ def row_weights(
             places = mask.any(-1) if mask.dim() == out.logits.dim() else mask
             said = counted_rows(out.logits, places).float()
             _drawn(said, out.is_hidden, dice).backward()
+    for name in linears:
+        rows = len(weight_of(linear(model, name)))
+        energies[name] = energies.get(name, torch.zeros(rows)).cpu()
     mean = torch.cat(list(energies.values())).mean()
     return {name: (e / mean).clamp_min(LEAST).sqrt() for name, e in energies.items()}
 
@@ -97,26 +96,28 @@ def _drawn(
 
 @contextmanager
 def _summed(
-    model: nn.Module, energies: Mapping[str, Float[Tensor, " _out"]]
+    model: nn.Module,
+    linears: Sequence[str],
+    energies: dict[str, Float[Tensor, " _out"]],
 ) -> Iterator[None]:
-    """Add the squared gradients of the linears' outputs in every backward pass."""
+    """Add up the squared gradients of the linears' outputs in every backward pass."""
 
-    def watch(total: Tensor, module: nn.Module, inputs: object, out: Tensor) -> Tensor:
+    def add(name: str, gradient: Float[Tensor, "*_places _out"]) -> None:
+        energy = gradient.float().square().flatten(0, -2).sum(0)
+        energies[name] = energies[name] + energy if name in energies else energy
+
+    def watch(name: str, module: nn.Module, inputs: object, out: Tensor) -> Tensor:
         # Weights are frozen: nothing before the first of the linears has a gradient.
         watched = out if out.requires_grad else out.detach().requires_grad_()
-        watched.register_hook(partial(_add, total))
+        watched.register_hook(partial(add, name))
         return watched
 
     hooks = [
-        linear(model, name).register_forward_hook(partial(watch, total))
-        for name, total in energies.items()
+        linear(model, name).register_forward_hook(partial(watch, name))
+        for name in linears
     ]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _add(total: Float[Tensor, " out"], gradient: Float[Tensor, "*_places out"]) -> None:
-    total += gradient.float().square().flatten(0, -2).sum(0)

@@ -208,7 +208,9 @@ def _some_rows(stack: StackedScore) -> Float[Tensor, "some channels"]:
     """The weighted rows of a score, or evenly spread ones of one that is very large."""
     stride = -(-stack.score.numel() // MOST_SCORES_OF_A_SPACE)
     score = stack.score[::stride]
-    return score if stack.weights is None else score * stack.weights[::stride, None]
+    if stack.weights is None:
+        return score
+    return score * stack.weights[::stride, None].to(score.device)
 
 
 def _alike(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:

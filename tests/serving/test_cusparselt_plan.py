@@ -61,6 +61,13 @@ def test_a_plan_is_made_once_for_each_size(library: FakeLibrary) -> None:
     assert library.called.count("MatmulPlanInit") == 2
 
 
+def test_what_the_library_holds_ends_with_the_plan(library: FakeLibrary) -> None:
+    plan_of(SIZE)
+    assert "MatmulPlanDestroy" not in library.called
+    plan_of.cache_clear()
+    assert library.called[-1] == "MatmulPlanDestroy"
+
+
 def test_the_algorithm_is_set_and_nothing_that_was_not_chosen(
     library: FakeLibrary,
 ) -> None:

@@ -9,6 +9,7 @@ for, as those of a prompt, would wait for it in every layer.
 
 import ctypes
 import logging
+import weakref
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -119,7 +120,7 @@ class _Structure(ctypes.Structure):
 
 class Plan:
     """
-    A plan with the structures that it points to.
+    A plan with the structures that it points to; the library's part of it ends with it.
 
     :ivar at: its address
     :ivar workspace: bytes that a product needs beside its output
@@ -167,6 +168,12 @@ class Plan:
         needed = ctypes.c_size_t()
         _call("MatmulGetWorkspace", handle, plan, ctypes.byref(needed))
         self.at, self.workspace = plan, needed.value
+        weakref.finalize(self, _end, self._kept, plan).atexit = False
+
+
+def _end(kept: list[_Structure], plan: ctypes.c_void_p) -> None:
+    """Free what the library holds for a plan, whose structures are kept until then."""
+    _call("MatmulPlanDestroy", plan)
 
 
 def _set(
