@@ -2,6 +2,7 @@
 """What all tests share: the hypothesis profile, a seeded generator and tiny models."""
 
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import from_blocks
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
 from nm_permute_plugin.specs.spec import ResolvedSpec, resolve
+from nm_permute_plugin.training.subject import Subject
 
 # One model forward takes longer than hypothesis' 200 ms; no database in the work tree.
 settings.register_profile("nm_permute", deadline=None, max_examples=40, database=None)
@@ -88,6 +90,15 @@ def resolve_model() -> Callable[..., ResolvedSpec]:
 def legal_perms() -> LegalPerms:
     """A factory: a random permutation of every space that stays inside the walls."""
     return _legal_perms
+
+
+@pytest.fixture
+def newest_is_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held-back samples like whatever they see last: the orders of all spaces move."""
+    losses = itertools.count(0, -1)
+    monkeypatch.setattr(
+        Subject, "held_back_loss", lambda *arguments: float(next(losses))
+    )
 
 
 @pytest.fixture

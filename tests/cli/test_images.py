@@ -120,6 +120,7 @@ def test_the_card_tells_how_to_load_and_measure_a_model_of_images(
     assert type(auto.from_pretrained(out)).__name__ in CLASSES[case]
 
 
+@pytest.mark.usefixtures("newest_is_best")
 @pytest.mark.parametrize("case", ["dinov2-labels", "clip-vision"])
 def test_a_fold_alone_changes_no_feature(
     image_checkpoint, image_folder: Path, recipe: Path, tmp_path: Path, case: str

@@ -32,6 +32,7 @@ def stored(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.usefixtures("newest_is_best")
 @pytest.mark.parametrize("method", ["identity", "search", "learned"])
 def test_every_method_leaves_two_of_four_on_disk(
     tiny_checkpoint, run_oneshot, assert_exactly, tokens, tmp_path: Path, method: str
@@ -48,6 +49,7 @@ def test_every_method_leaves_two_of_four_on_disk(
     assert "LearnablePermutationModifier" in (out / "recipe.yaml").read_text()
 
 
+@pytest.mark.usefixtures("newest_is_best")
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
 def test_without_pruning_the_checkpoint_computes_the_same(
