@@ -184,15 +184,17 @@ def _steps_of_all(
 ) -> Iterator[Orders]:
     """The orders of all spaces, a step at a time; runs of one shape go together."""
     runs = {
-        name: _runs(_some_rows(stack), pattern, stack.space.wall)
+        name: _runs(stack.score[:: _stride(stack)], pattern, stack.space.wall)
         for name, stack in stacks.items()
     }
     batches = []
     for names in _alike({name: of.shape[1:] for name, of in runs.items()}):
         dice = [die for name in names for die in _dice(runs[name], seed)]
         sizes = [len(runs[name]) for name in names]
+        # Some at a time, and no name for them: copies would not fit beside a large model.
         together = _steps(
-            torch.cat([runs[name] for name in names]), pattern, dice, device
+            torch.cat([_weighed(runs[name], stacks[name]) for name in names]),
+            *(pattern, dice, device),
         )
         batches.append((names, sizes, together))
     del runs
@@ -204,13 +206,16 @@ def _steps_of_all(
         yield {name: found[name] for name in stacks}
 
 
-def _some_rows(stack: StackedScore) -> Float[Tensor, "some channels"]:
-    """The weighted rows of a score, or evenly spread ones of one that is very large."""
-    stride = -(-stack.score.numel() // MOST_SCORES_OF_A_SPACE)
-    score = stack.score[::stride]
+def _stride(stack: StackedScore) -> int:
+    """1 takes all rows of a score; more, evenly spread ones of one that is very large."""
+    return -(-stack.score.numel() // MOST_SCORES_OF_A_SPACE)
+
+
+def _weighed(runs: Runs, stack: StackedScore) -> Runs:
+    """The runs of a space, each row times what it counts."""
     if stack.weights is None:
-        return score
-    return score * stack.weights[::stride, None].to(score.device)
+        return runs
+    return runs * stack.weights[:: _stride(stack), None].to(runs.device)
 
 
 def _alike(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
