@@ -251,24 +251,27 @@ CHECKS: dict[str, Callable[[], None]] = (
 """By name, the cheap ones first."""
 
 
+def outcome_of(name: str) -> str:
+    """``ok``, or ``skipped`` or ``FAILED`` with the reason."""
+    try:
+        CHECKS[name]()
+    except Skip as reason:
+        return f"skipped: {reason}"
+    except Exception as wrong:
+        if not isinstance(wrong, AssertionError):
+            traceback.print_exc(limit=-4)
+        where = " ".join(("", *getattr(wrong, "__notes__", ())))
+        first = (str(wrong).splitlines() or [""])[0]
+        return f"FAILED{where}: {type(wrong).__name__}: {first[:300]}"
+    return "ok"
+
+
 def run_one(name: str) -> None:
     """A check and its line; exits with 1 if it failed."""
     started = time.perf_counter()
-    failed = False
-    try:
-        CHECKS[name]()
-        outcome = "ok"
-    except Skip as reason:
-        outcome = f"skipped: {reason}"
-    except Exception as wrong:
-        failed = True
-        where = " ".join(("", *getattr(wrong, "__notes__", ())))
-        first = (str(wrong).splitlines() or [""])[0]
-        outcome = f"FAILED{where}: {type(wrong).__name__}: {first[:300]}"
-        if not isinstance(wrong, AssertionError):
-            traceback.print_exc(limit=-4)
+    outcome = outcome_of(name)
     say(started, name, outcome)
-    sys.exit(int(failed))
+    sys.exit(int(outcome.startswith("FAILED")))
 
 
 def say(started: float, name: str, outcome: str) -> None:

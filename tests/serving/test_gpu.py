@@ -13,7 +13,28 @@ def test_check_holds_on_the_gpu(
     name: str, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(gpu_checks.plan.CACHE, str(tmp_path))
-    try:
-        gpu_checks.CHECKS[name]()
-    except gpu_checks.Skip as reason:
-        pytest.skip(str(reason))
+    outcome = gpu_checks.outcome_of(name)
+    if outcome.startswith("skipped"):
+        pytest.skip(outcome)
+    assert outcome == "ok"
+
+
+@pytest.mark.parametrize(
+    ("raised", "outcome"),
+    [
+        (None, "ok"),
+        (gpu_checks.Skip("no such card"), "skipped: no such card"),
+        (AssertionError("off by 0.1"), "FAILED: AssertionError: off by 0.1"),
+        (RuntimeError("illegal access"), "FAILED: RuntimeError: illegal access"),
+    ],
+    ids=["holds", "skipped", "wrong", "crashes"],
+)
+def test_a_check_that_does_not_hold_is_told(
+    raised: Exception | None, outcome: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check() -> None:
+        if raised is not None:
+            raise raised
+
+    monkeypatch.setitem(gpu_checks.CHECKS, "check", check)
+    assert gpu_checks.outcome_of("check") == outcome
