@@ -11,11 +11,12 @@ import ctypes
 import logging
 import weakref
 from functools import cache, lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from nm_permute_plugin.serving.kernels.libraries import nvidia_library
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is under its name
 
@@ -201,17 +202,8 @@ def _handle(device: int) -> ctypes.c_void_p:
 _HANDLES: list[_Structure] = []
 
 
-@lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL | None:
-    """The library that torch has loaded."""
-    name = "libcusparseLt.so.0"
-    packages = Path(torch.__file__).parents[1] / "nvidia"
-    for candidate in (name, *packages.glob(f"*/lib/{name}")):
-        try:
-            return ctypes.CDLL(str(candidate))
-        except OSError:
-            continue
-    return None
+    return nvidia_library("libcusparseLt.so.0")
 
 
 def _call(function: str, *arguments: object) -> None:

@@ -4,25 +4,23 @@
 import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from nm_permute_plugin.serving.kernels.libraries import PACKAGES, nvidia_library
 
 
 @lru_cache(maxsize=1)
 def _nvrtc() -> ctypes.CDLL:
     """NVIDIA's run-time compiler, the one that torch brings along."""
     name = f"libnvrtc.so.{(torch.version.cuda or '*').partition('.')[0]}"
-    packages = Path(torch.__file__).parents[1] / "nvidia"
-    for builtins in packages.glob("*/lib/libnvrtc-builtins.so.*"):
+    for builtins in PACKAGES.glob("*/lib/libnvrtc-builtins.so.*"):
         ctypes.CDLL(str(builtins))  # the compiler asks for it by name alone
-    for candidate in (name, *packages.glob(f"*/lib/{name}")):
-        try:
-            return ctypes.CDLL(str(candidate))
-        except OSError:
-            continue
-    raise RuntimeError(f"{name} not found; it comes with torch's CUDA wheels")
+    library = nvidia_library(name)
+    if library is None:
+        raise RuntimeError(f"{name} not found; it comes with torch's CUDA wheels")
+    return library
 
 
 @lru_cache(maxsize=1)
