@@ -13,7 +13,7 @@ import argparse
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.specs.architectures import LLAMA
 from nm_permute_plugin.specs.spec import resolve
 from nm_permute_plugin.training.checkpointing import checkpointed, repeated_layers
+from nm_permute_plugin.training.energy import row_weights
 from nm_permute_plugin.training.learn import LearnSettings, learn_orders
 from nm_permute_plugin.training.order_shape import OrderShape
 from nm_permute_plugin.training.samples import Samples
@@ -111,18 +112,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(module, nn.Linear) and name != "lm_head"
     ]
     plain = plain_pass(model, ids, linears, args)
-    stacks = stacks_of(model, linears)
+    stacks: dict[str, StackedScore] = {}
+
+    def search() -> None:
+        weights = row_weights(model, linears, [{"input_ids": ids}], seed=0)
+        stacks.update(stacks_of(model, linears, weights))
+        search_orders(stacks, PATTERN, 12, 0, lambda perms: 0.0)
+
+    if args.search:
+        seconds, peak = measured(search)
+        print(
+            f"search over {len(stacks)} spaces, its scores and the weights of their "
+            f"rows: {seconds:.1f} s{peak}, judge left out",
+            flush=True,
+        )
+    else:
+        stacks.update(stacks_of(model, linears))
     start = {
         name: torch.arange(stack.space.size, device=model.device)
         for name, stack in stacks.items()
     }
-    if args.search:
-        seconds, peak = measured(
-            lambda: search_orders(stacks, PATTERN, 12, 0, lambda perms: 0.0)
-        )
-        print(
-            f"search over {len(stacks)} spaces: {seconds:.1f} s{peak}, judge left out"
-        )
     # Asked for: once before the first step, which warms up, then `count` times as new;
     # once more, to be known from then on, then `count` times, and once for the last's end.
     count = args.steps
@@ -188,8 +197,12 @@ def model_of(args: argparse.Namespace) -> LlamaForCausalLM:
         torch.set_default_dtype(default)
 
 
-def stacks_of(model: LlamaForCausalLM, linears: list[str]) -> dict[str, StackedScore]:
-    """Scores by space; magnitudes, since values do not matter."""
+def stacks_of(
+    model: LlamaForCausalLM,
+    linears: list[str],
+    weights: Mapping[str, Tensor] | None = None,
+) -> dict[str, StackedScore]:
+    """Scores by space, their rows weighted; magnitudes, since values do not matter."""
     resolved = resolve(model, LLAMA, PATTERN, linears, model.config.head_dim)
     scores = {
         name: model.get_submodule(name).weight.detach().float().abs()
@@ -197,7 +210,7 @@ def stacks_of(model: LlamaForCausalLM, linears: list[str]) -> dict[str, StackedS
     }
     stacks: dict[str, StackedScore] = {}
     for name, space in resolved.spaces.items():
-        stacks[name] = StackedScore.of(space, scores)
+        stacks[name] = StackedScore.of(space, scores, weights)
         scores |= stacks[name].split(stacks[name].score)
     return stacks
 
