@@ -8,12 +8,13 @@ Usage::
 
 Needs a CUDA device. The four linear shapes of LLaMA-3-8B; every kernel and setting in
 one run, each from replayed CUDA graphs over copies of the weight that together do not
-fit the L2 cache. 8-bit products include their scales, one a token and one an output
-channel. ``dense`` is the product of the same dtype, save for int8, where it is float8's
-(cuBLAS has no int8 product worth comparing; its own time is in the file). ``bound`` is
-the share of the memory bandwidth measured in this run that the chosen kernel reaches.
-Errors are the largest over the first 64 tokens, as a share of the largest output, against
-float64.
+fit the L2 cache. ``dense`` is the dense product of the same dtype, for int8 float8's
+(cuBLAS has no int8 product worth comparing). Dense products of 8 bits include their
+scales, one a token and one an output channel. Sparse ones leave them to what reads the
+outputs, as compiled models do (``ratio``), or to a pass of its own, as models do that are
+not compiled (``passed``). ``bound`` is the share of the memory bandwidth measured in this
+run that the chosen kernel reaches. Errors are the largest over the first 64 tokens, as a
+share of the largest output, against float64.
 """
 
 import argparse
@@ -21,12 +22,16 @@ import json
 import sys
 import time
 import traceback
+from functools import partial
 from multiprocessing import Pipe, get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from nm_permute_plugin.serving.kernels.kernel import NARROW
+from nm_permute_plugin.serving.kernels.scaling import scaled
 from nm_permute_plugin.serving.ops import KERNELS
 from nm_permute_plugin.serving.plan import Way
 from nm_permute_plugin.serving.tune import (
@@ -65,12 +70,41 @@ def bandwidth() -> float:
     return 2 * source.nbytes / taken * 1e6
 
 
-def expected(weight: torch.Tensor, product) -> torch.Tensor:
-    """The first 64 tokens' outputs in float64."""
-    out = product.x[:64].double() @ weight.double().t()
-    if product.scale_x is None:
-        return out
-    return out * product.scale_x[:64].double() * product.scale_w.double().reshape(1, -1)
+class Scales(NamedTuple):
+    """Of products of 8 bits: one a token, one an output channel."""
+
+    scale_x: Tensor
+    scale_w: Tensor
+
+    @classmethod
+    def of(cls, tokens: int, rows: int) -> "Scales":
+        return cls(
+            torch.rand(tokens, 1, device="cuda"), torch.rand(rows, 1, device="cuda")
+        )
+
+
+def dense_microseconds(copies: list[Tensor], x: Tensor, scales: Scales | None) -> float:
+    """The dense product, with its scales where it is of 8 bits."""
+
+    def product(weight: Tensor) -> Tensor:
+        if scales is None:
+            return torch.nn.functional.linear(x, weight)
+        factors = scales.scale_x, scales.scale_w.t()
+        return torch._scaled_mm(x, weight.t(), *factors, out_dtype=torch.bfloat16)
+
+    return microseconds([partial(product, weight) for weight in copies])
+
+
+def passed_microseconds(
+    way: Way, copies: list[Tensor], x: Tensor, rows: int, scales: Scales
+) -> float:
+    """A kernel's product and the pass that scales it."""
+
+    def product(form: Tensor) -> Tensor:
+        sums = KERNELS[way.kernel].run(form, x, rows, way.settings)
+        return scaled(sums, *scales, None, torch.bfloat16)
+
+    return microseconds([partial(product, form) for form in copies])
 
 
 def bench_shape(rows, channels, kind, copy_rate, fp8_dense, results) -> None:
@@ -84,24 +118,29 @@ def bench_shape(rows, channels, kind, copy_rate, fp8_dense, results) -> None:
         else:
             print(f"{name} refuses {kind} {rows} x {channels}: {reason}")
     for tokens in TOKENS:
-        product = sample(weight, tokens)
-        truth = expected(weight, product)
+        x = sample(weight, tokens)
+        scales = Scales.of(tokens, rows) if DTYPES[kind] in NARROW else None
+        truth = x[:64].double() @ weight.double().t()
         best: dict[str, Way] = {}
         every, errors = {}, {}
         for name, copies in forms.items():
-            ways = measure(KERNELS[name], copies, product, truth.float())
+            ways = measure(KERNELS[name], copies, x, truth.float())
             every[name] = [(way.settings, round(way.microseconds, 2)) for way in ways]
             if ways:
                 best[name] = min(ways, key=lambda way: way.microseconds)
-                out = KERNELS[name].run(copies[0], product, best[name].settings)
+                out = KERNELS[name].run(copies[0], x, rows, best[name].settings)
                 errors[name] = error_of(out.double(), truth)
         chosen = choose(list(best.values()))
+        copies = forms[chosen.kernel]
         times = {name: way.microseconds for name, way in best.items()}
-        dense = times.get("dense", float("nan"))
         if kind == "int8":
             dense = fp8_dense.get((rows, channels, tokens), float("nan"))
-        touched = forms[chosen.kernel][0].nbytes + product.x.nbytes
-        touched += 2 * tokens * rows
+        else:
+            dense = dense_microseconds(forms["dense"], x, scales)
+        passed = chosen.microseconds
+        if scales is not None:
+            passed = passed_microseconds(chosen, copies, x, rows, scales)
+        touched = copies[0].nbytes + x.nbytes + 2 * tokens * rows
         row = {
             "shape": f"{rows}x{channels}",
             "dtype": kind,
@@ -111,6 +150,7 @@ def bench_shape(rows, channels, kind, copy_rate, fp8_dense, results) -> None:
             "chosen": chosen.kernel,
             "settings": chosen.settings,
             "ratio": dense / chosen.microseconds,
+            "passed": dense / passed,
             "bound": touched / copy_rate / (chosen.microseconds * 1e-6),
             "errors": errors,
             "every": every,
@@ -123,8 +163,8 @@ def bench_shape(rows, channels, kind, copy_rate, fp8_dense, results) -> None:
         worst = max(errors.values(), default=float("nan"))
         print(
             f"{row['shape']:>11} {kind:>5} {tokens:6d} {dense:9.1f}{cells}  "
-            f"{row['ratio']:5.2f} {row['bound']:6.2f}  {worst:.4f}  "
-            f"{chosen.kernel}{list(chosen.settings)}",
+            f"{row['ratio']:5.2f} {row['passed']:6.2f} {row['bound']:6.2f}  "
+            f"{worst:.4f}  {chosen.kernel}{list(chosen.settings)}",
             flush=True,
         )
 
@@ -143,8 +183,8 @@ def main() -> None:
     if "machine" not in record:
         sys.exit("benchmarks/sparse_kernels.py needs a CUDA device")
     print(
-        "      shape dtype tokens     dense  cuSPARSELt  mma_sp  triton  ratio  bound  "
-        "error   chosen     (microseconds)"
+        "      shape dtype tokens     dense  cuSPARSELt  mma_sp  triton  ratio passed  "
+        "bound  error   chosen     (microseconds)"
     )
     rate = record["machine"]["copy_bytes_per_second"]
     for kind in arguments.dtypes:

@@ -11,6 +11,7 @@ from torch import Tensor
 from nm_permute_plugin.checkpoint.codec import clear_negative_zeros, compress
 from nm_permute_plugin.serving import plan as plans
 from nm_permute_plugin.serving.kernels.kernel import WIDE
+from nm_permute_plugin.serving.kernels.scaling import scaled
 from nm_permute_plugin.serving.ops import KERNELS, PLANS, sparse24_linear
 from nm_permute_plugin.serving.plan import Bucket, Plan, Way
 from nm_permute_plugin.serving.probe import survives
@@ -67,12 +68,7 @@ class SparseLinear:
             return None
         layer = cls(weight, plan, key)
         if is_first:
-            warm_up(
-                weight,
-                lambda p: layer._multiply(
-                    p.x, p.scale_x, p.scale_w, p.bias, p.out_dtype
-                ),
-            )
+            warm_up(weight, layer)
         return layer
 
     @property
@@ -82,12 +78,13 @@ class SparseLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """
-        ``x @ weight.T`` for a 16-bit weight.
+        ``x @ weight.T``.
 
         :param x: [tokens, in], of the weight's dtype
-        :return: [tokens, out], of the same dtype
+        :return: [tokens, out], of ``sums_dtype``
         """
-        return self._multiply(x, None, None, None, x.dtype)
+        out: Tensor = sparse24_linear(x, self.forms, self.plan_name)
+        return out
 
     def scaled_mm(
         self,
@@ -103,24 +100,11 @@ class SparseLinear:
         :param x_q: [tokens, in], of the weight's dtype
         :param scale_x: float32, one number or [tokens, 1]
         :param scale_w: float32, one number or [out, 1]
-        :param bias: [out], of ``out_dtype``
+        :param bias: [out]
         :param out_dtype: bfloat16 or float16
         :return: [tokens, out]
         """
-        return self._multiply(x_q, scale_x, scale_w, bias, out_dtype)
-
-    def _multiply(
-        self,
-        x: Tensor,
-        scale_x: Tensor | None,
-        scale_w: Tensor | None,
-        bias: Tensor | None,
-        out_dtype: torch.dtype,
-    ) -> Tensor:
-        out: Tensor = sparse24_linear(
-            x, self.forms, scale_x, scale_w, bias, self.plan_name, out_dtype
-        )
-        return out
+        return scaled(self(x_q), scale_x, scale_w, bias, out_dtype)
 
 
 def _refusal(weight: Tensor, mode: Mode) -> str | None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nm_permute_plugin.serving.kernels.cusparselt import CuSparseLt
 from nm_permute_plugin.serving.kernels.dense import Dense
-from nm_permute_plugin.serving.kernels.kernel import Kernel, Product
+from nm_permute_plugin.serving.kernels.kernel import Kernel, sums_dtype
 from nm_permute_plugin.serving.kernels.mma_sp import MmaSp
 from nm_permute_plugin.serving.kernels.triton_fallback import TritonDecode
 from nm_permute_plugin.serving.plan import Plan
@@ -21,40 +21,28 @@ name is all that a compiled graph holds, the same for all layers of a shape."""
 
 
 @torch.library.custom_op("nm_permute::sparse24_linear", mutates_args=())
-def sparse24_linear(
-    x: Tensor,
-    forms: list[Tensor],
-    scale_x: Tensor | None,
-    scale_w: Tensor | None,
-    bias: Tensor | None,
-    plan: str,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def sparse24_linear(x: Tensor, forms: list[Tensor], plan: str) -> Tensor:
     """
-    [tokens, out]: the product by the kernel that is fastest for the tokens.
+    [tokens, out]: ``x @ weight.T`` by the kernel that is fastest for the tokens.
 
-    :param x: [tokens, in]
+    :param x: [tokens, in], of the weight's dtype
     :param forms: the weight as each of the plan's kernels wants it, in their order
     :param plan: the name of one of ``PLANS``
+    :return: of ``sums_dtype``
     """
     chosen = PLANS[plan]
     if not len(x):
-        return x.new_empty(0, chosen.out_features, dtype=out_dtype)
+        return _empty(x, plan)
     way = chosen.way(len(x))
     form = forms[chosen.kernels.index(way.kernel)]
-    product = Product(x, chosen.out_features, out_dtype, scale_x, scale_w, bias)
     with torch.cuda.device_of(x):
-        return KERNELS[way.kernel].run(form, product, way.settings)
+        return KERNELS[way.kernel].run(form, x, chosen.out_features, way.settings)
 
 
 @sparse24_linear.register_fake
-def _(
-    x: Tensor,
-    forms: list[Tensor],
-    scale_x: Tensor | None,
-    scale_w: Tensor | None,
-    bias: Tensor | None,
-    plan: str,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return x.new_empty(x.shape[0], PLANS[plan].out_features, dtype=out_dtype)
+def _(x: Tensor, forms: list[Tensor], plan: str) -> Tensor:
+    return _empty(x, plan)
+
+
+def _empty(x: Tensor, plan: str) -> Tensor:
+    return x.new_empty(len(x), PLANS[plan].out_features, dtype=sums_dtype(x.dtype))

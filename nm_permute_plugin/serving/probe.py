@@ -53,10 +53,10 @@ def main(name: str, rows: str, channels: str, dtype: str, device: str) -> None:
     kernel = KERNELS[name]
     form = kernel.prepare(weight)
     for tokens in BUCKETS:
-        product = sample(weight, tokens)
-        for settings in kernel.candidates(form, product):
+        x = sample(weight, tokens)
+        for settings in kernel.candidates(form, x, len(weight)):
             try:
-                kernel.run(form, product, settings)
+                kernel.run(form, x, len(weight), settings)
             except RuntimeError as error:
                 print(f"{name}{settings}, {tokens} tokens: {error}")
             torch.cuda.synchronize()  # raises if the context is lost

@@ -20,10 +20,14 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
     CompressedTensorsW8A8Fp8,
     CompressedTensorsW8A8Int8,
 )
+from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
+from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
 
 from nm_permute_plugin.serving.linear import SparseLinear
 
 Quantize = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+_SMALLEST = 1e-30  # of a token's largest value: one without any is not divided by zero
 
 
 class Product(Protocol):
@@ -68,7 +72,7 @@ def product_of(linear: SparseLinear, layer: LinearBase) -> Product:
     given = scheme.is_static_input_scheme
     layer.input_scale = _constant(layer.input_scale.data.max()) if given else None
     is_fp8 = isinstance(scheme, CompressedTensorsW8A8Fp8)
-    return ScaledProduct(linear, _quantize_fp8 if is_fp8 else _quantize_int8)
+    return ScaledProduct(linear, _fp8(given) if is_fp8 else quantize_int8)
 
 
 class FloatProduct:
@@ -111,14 +115,31 @@ class ScaledProduct:
         return out.view(*shape[:-1], out.shape[-1])
 
 
-def _quantize_fp8(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    quantized, found = ops.scaled_fp8_quant(x, scale, use_per_token_if_dynamic=True)
-    return quantized, found
+def _fp8(given: bool) -> Quantize:
+    """vLLM's own quantization, which it compiles into what is before the layer."""
+    shape = GroupShape.PER_TENSOR if given else GroupShape.PER_TOKEN
+    quantize: Quantize = QuantFP8(static=given, group_shape=shape)
+    return quantize
 
 
-def _quantize_int8(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    quantized, found, _ = ops.scaled_int8_quant(x.contiguous(), scale)
-    return quantized, found
+def quantize_int8(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """
+    What vLLM's operator does, in terms that a compiler joins to what is before the layer.
+
+    :param x: [tokens, in]
+    :param scale: one number; None is the largest value of each token over 127
+    :return: int8 [tokens, in], and the scale
+    """
+    if not torch.compiler.is_compiling():
+        quantized, found, _ = ops.scaled_int8_quant(x.contiguous(), scale)
+        return quantized, found
+    x = x.float()
+    if scale is None:
+        largest = x.abs().amax(-1, keepdim=True)
+        scale, inverse = largest / 127, 127 / largest.clamp_min(_SMALLEST)
+    else:
+        inverse = 1 / scale
+    return (x * inverse).round().clamp(-128, 127).to(torch.int8), scale
 
 
 def _constant(tensor: Tensor) -> Parameter:

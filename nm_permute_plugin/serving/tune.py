@@ -3,13 +3,12 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from nm_permute_plugin.serving.kernels.kernel import WIDE, Kernel, Product
+from nm_permute_plugin.serving.kernels.kernel import WIDE, Kernel
 from nm_permute_plugin.serving.plan import BUCKETS, Bucket, Plan, Way
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is under its name
@@ -37,11 +36,11 @@ def tune(weight: Tensor, kernels: Mapping[str, Kernel]) -> Plan:
     }
     buckets = []
     for tokens in BUCKETS:
-        product = sample(weight, tokens)
-        expected = reference(weight, product)
+        x = sample(weight, tokens)
+        expected = reference(weight, x)
         fastest: list[Way] = []
         for name, kernel in kernels.items():
-            ways = measure(kernel, forms[name], product, expected)
+            ways = measure(kernel, forms[name], x, expected)
             fastest += sorted(ways, key=lambda way: way.microseconds)[:1]
         if not fastest:
             raise RuntimeError(
@@ -52,19 +51,16 @@ def tune(weight: Tensor, kernels: Mapping[str, Kernel]) -> Plan:
     return Plan(len(weight), buckets)
 
 
-def warm_up(weight: Tensor, call: Callable[[Product], Tensor], most: int = 64) -> None:
+def warm_up(weight: Tensor, call: Callable[[Tensor], Tensor], most: int = 64) -> None:
     """
-    Call every bucket of few tokens once, for both output dtypes.
+    Call every bucket of few tokens once.
 
     Our own kernels are compiled and loaded by their first call, which must not come
     while a CUDA graph is captured.
     """
     for tokens in BUCKETS:
         if tokens <= most:
-            product = sample(weight, tokens)
-            call(product)
-            if weight.dtype not in WIDE:
-                call(replace(product, out_dtype=torch.float16))
+            call(sample(weight, tokens))
 
 
 def choose(fastest: list[Way]) -> Way:
@@ -78,23 +74,29 @@ def choose(fastest: list[Way]) -> Way:
 
 
 def measure(
-    kernel: Kernel, copies: list[Tensor], product: Product, expected: Tensor
+    kernel: Kernel, copies: list[Tensor], x: Tensor, expected: Tensor
 ) -> list[Way]:
-    """How long each setting of a kernel takes; none of those that fail or are wrong."""
-    rows, channels = product.out_features, product.x.shape[1]
-    size = f"{len(product.x)} tokens by {rows} x {channels} in {product.x.dtype}"
+    """
+    How long each setting of a kernel takes; none of those that fail or are wrong.
+
+    :param copies: of the weight in the kernel's form
+    :param x: [tokens, in]
+    :param expected: the outputs of the first tokens, as ``reference`` makes them
+    """
+    (tokens, channels), rows = x.shape, expected.shape[1]
+    size = f"{tokens} tokens by {rows} x {channels} in {x.dtype}"
     try:
-        candidates = kernel.candidates(copies[0], product)
+        candidates = kernel.candidates(copies[0], x, rows)
     except RuntimeError as error:
         logger.warning("%s is not used for %s: %s", kernel.name, size, error)
         return []
     ways = []
     for settings in candidates:
         try:
-            wrong = error_of(kernel.run(copies[0], product, settings), expected)
+            wrong = error_of(kernel.run(copies[0], x, rows, settings), expected)
             if not wrong <= TOLERANCE:
                 raise RuntimeError(f"results are off by {wrong:.3g} of the largest")
-            calls = [partial(kernel.run, form, product, settings) for form in copies]
+            calls = [partial(kernel.run, form, x, rows, settings) for form in copies]
             taken = microseconds(calls)
         except RuntimeError as error:
             logger.warning(
@@ -111,29 +113,20 @@ def cold_copies(form: Tensor) -> list[Tensor]:
     return [form] + [form.clone() for _ in range(count - 1)]
 
 
-def sample(weight: Tensor, tokens: int) -> Product:
-    """A product of random tokens; 8-bit ones scaled by token and output channel."""
-    rows, channels = weight.shape
+def sample(weight: Tensor, tokens: int) -> Tensor:
+    """Random tokens [tokens, in] for a weight, of its dtype."""
     # float32 by name: vLLM loads models with another default.
-    empty = partial(torch.empty, device=weight.device, dtype=torch.float32)
-    dice = torch.Generator(weight.device).manual_seed(tokens)
-    x = empty((tokens, channels)).normal_(generator=dice)
-    if weight.dtype in WIDE:
-        return Product(x.to(weight.dtype), rows, weight.dtype)
-    x = (x * 30).round().clamp(-127, 127).to(weight.dtype)
-    scale_x = empty((tokens, 1)).uniform_(0.5, 1.5, generator=dice)
-    scale_w = empty((rows, 1)).uniform_(0, 0.001, generator=dice)
-    return Product(x, rows, torch.bfloat16, scale_x, scale_w)
+    size = (tokens, weight.shape[1])
+    x = torch.empty(size, device=weight.device, dtype=torch.float32)
+    x.normal_(generator=torch.Generator(weight.device).manual_seed(tokens))
+    if weight.dtype not in WIDE:
+        x = (x * 30).round().clamp(-127, 127)
+    return x.to(weight.dtype)
 
 
-def reference(weight: Tensor, product: Product, most: int = 64) -> Tensor:
+def reference(weight: Tensor, x: Tensor, most: int = 64) -> Tensor:
     """The first ``most`` tokens' outputs in float32, by a dense product."""
-    out = product.x[:most].float() @ weight.float().t()
-    if product.scale_x is None or product.scale_w is None:
-        return out
-    scale_x = product.scale_x[:most] if product.scale_x.numel() > 1 else product.scale_x
-    out = out * scale_x * product.scale_w.reshape(1, -1)
-    return out if product.bias is None else out + product.bias.float()
+    return x[:most].float() @ weight.float().t()
 
 
 def error_of(out: Tensor, expected: Tensor) -> float:

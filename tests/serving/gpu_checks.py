@@ -22,7 +22,16 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from weights import BOUND, DTYPES, error, exact, product_of, sparse_weight
+from weights import (
+    BOUND,
+    DTYPES,
+    Scales,
+    error,
+    exact,
+    scales_for,
+    sparse_weight,
+    tokens_for,
+)
 
 from nm_permute_plugin.serving import linear, plan
 from nm_permute_plugin.serving.kernels import cusparselt
@@ -54,13 +63,13 @@ def kernel_is_exact(name: str, dtype: torch.dtype, shape: tuple[int, int]) -> No
         raise Skip(reason)
     form = kernel.prepare(weight)
     for tokens in TOKENS[name]:
-        product = product_of(weight, tokens, bias=tokens % 2 == 1)
-        expected = exact(weight, product)
-        settings = kernel.candidates(form, product)
+        x = tokens_for(weight, tokens)
+        expected = exact(weight, x)
+        settings = kernel.candidates(form, x, len(weight))
         if not settings:
             raise AssertionError(f"no settings for {tokens} tokens")
         for chosen in settings:
-            wrong = error(kernel.run(form, product, chosen), expected)
+            wrong = error(kernel.run(form, x, len(weight), chosen), expected)
             message = f"{name}{chosen} off by {wrong:.3g} for {tokens} tokens"
             if not wrong <= BOUND:
                 raise AssertionError(message)
@@ -72,16 +81,17 @@ def plans_multiply_as_torch_does(dtype: torch.dtype) -> None:
     kernel = KERNELS["cusparselt"]
     form = kernel.prepare(weight)
     for tokens in (1, 33, 1000):
-        product = product_of(weight, tokens)
-        for chosen in kernel.candidates(form, product):
+        x = tokens_for(weight, tokens)
+        for chosen in kernel.candidates(form, x, len(weight)):
             with patch.object(cusparselt, "plan_of", wraps=plan_of) as asked:
-                kept = kernel.run(form, product, chosen)
+                kept = kernel.run(form, x, len(weight), chosen)
             if None in [plan_of(*call.args) for call in asked.call_args_list]:
                 raise AssertionError(f"{chosen} has no plan for {tokens} tokens")
             with patch.object(cusparselt, "plan_of", return_value=None):
-                torchs = kernel.run(form, product, chosen)
+                torchs = kernel.run(form, x, len(weight), chosen)
             if not torch.equal(kept, torchs):
                 raise AssertionError(f"{chosen} differs for {tokens} tokens")
+    plan_of.cache_clear()  # which frees what the library holds
 
 
 def layer_works(dtype: torch.dtype) -> None:
@@ -99,24 +109,22 @@ def layer_works(dtype: torch.dtype) -> None:
 def layer_is_exact(layer: SparseLinear, weight: torch.Tensor) -> None:
     """It agrees with float64, whatever the scales' sizes and the output."""
     for tokens in (*FEW, *MANY, 8200, 0):
+        x = tokens_for(weight, tokens)
         for case in range(4 if weight.dtype in NARROW else 1):
-            product = product_of(
-                weight,
-                tokens,
-                torch.float16 if case == 3 else torch.bfloat16,
-                per_token=case != 1,
-                per_channel=case != 2,
-                bias=case > 0,
-            )
-            if weight.dtype not in NARROW:
-                out = layer(product.x)
-            else:
-                out = layer.scaled_mm(
-                    product.x, *product.scales, product.bias, product.out_dtype
+            scales = None
+            if weight.dtype in NARROW:
+                scales = scales_for(
+                    *(weight, tokens),
+                    torch.float16 if case == 3 else torch.bfloat16,
+                    per_token=case != 1,
+                    per_channel=case != 2,
+                    bias=case > 0,
                 )
-            if out.shape != (tokens, len(weight)) or out.dtype != product.out_dtype:
+            out = layer(x) if scales is None else layer.scaled_mm(x, *scales)
+            dtype = x.dtype if scales is None else scales.out_dtype
+            if out.shape != (tokens, len(weight)) or out.dtype != dtype:
                 raise AssertionError(f"got {out.dtype} {tuple(out.shape)}")
-            wrong = error(out, exact(weight, product)) if tokens else 0.0
+            wrong = error(out, exact(weight, x, scales)) if tokens else 0.0
             if not wrong <= BOUND:
                 raise AssertionError(
                     f"off by {wrong:.3g}: {tokens} tokens, case {case}"
@@ -126,18 +134,15 @@ def layer_is_exact(layer: SparseLinear, weight: torch.Tensor) -> None:
 def layer_compiles(layer: SparseLinear, weight: torch.Tensor) -> None:
     """One compiled graph serves all numbers of tokens."""
 
-    def model(x: torch.Tensor, *scales: torch.Tensor) -> torch.Tensor:
-        if scales:
-            return layer.scaled_mm(x, *scales, None, torch.bfloat16) + 1
-        return layer(x) + 1
+    def model(x: torch.Tensor, scales: Scales | None) -> torch.Tensor:
+        return (layer(x) if scales is None else layer.scaled_mm(x, *scales)) + 1
 
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     for tokens in (3, 16, 70, 300):
-        product = product_of(weight, tokens)
-        scales = product.scales if weight.dtype in NARROW else ()
-        expected = exact(weight, product) + 1
-        wrong = error(compiled(product.x, *scales), expected)
+        x = tokens_for(weight, tokens)
+        scales = scales_for(weight, tokens) if weight.dtype in NARROW else None
+        wrong = error(compiled(x, scales), exact(weight, x, scales) + 1)
         if not wrong <= BOUND:
             raise AssertionError(f"off by {wrong:.3g} for {tokens} tokens")
 
@@ -145,24 +150,23 @@ def layer_compiles(layer: SparseLinear, weight: torch.Tensor) -> None:
 def layer_is_captured(layer: SparseLinear, weight: torch.Tensor) -> None:
     """A captured CUDA graph computes with what its inputs hold at each replay."""
     for tokens in (1, 13, 64, 300):
-        product = product_of(weight, tokens)
-        scales = product.scales if weight.dtype in NARROW else ()
-        x = torch.zeros_like(product.x)
+        x = tokens_for(weight, tokens)
+        scales = scales_for(weight, tokens) if weight.dtype in NARROW else None
+        expected = exact(weight, x, scales)
+        read = torch.zeros_like(x)
 
-        def call(x: torch.Tensor = x, scales: tuple = scales) -> torch.Tensor:
-            if scales:
-                return layer.scaled_mm(x, *scales, None, torch.bfloat16)
-            return layer(x)
+        def call(read: torch.Tensor, scales: Scales | None) -> torch.Tensor:
+            return layer(read) if scales is None else layer.scaled_mm(read, *scales)
 
-        call()
+        call(read, scales)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = call()
-        x.copy_(product.x)
+            out = call(read, scales)
+        read.copy_(x)
         graph.replay()
         torch.cuda.synchronize()
-        wrong = error(out, exact(weight, product))
+        wrong = error(out, expected)
         if not wrong <= BOUND:
             raise AssertionError(f"off by {wrong:.3g} for {tokens} tokens")
 

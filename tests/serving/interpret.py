@@ -8,6 +8,7 @@ which torch may have done long before a test starts.
 
 import json
 import os
+from itertools import product
 
 import torch
 
@@ -15,7 +16,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if __name__ == "__main__" and DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
-from weights import error, exact, product_of, sparse_weight  # noqa: E402
+from weights import error, exact, sparse_weight, tokens_for  # noqa: E402
 
 from nm_permute_plugin.serving.kernels.triton_fallback import TritonDecode  # noqa: E402
 
@@ -25,36 +26,32 @@ DECODES = [
     for shape in ((48, 160), (33, 96))
     for tile in ((16, 32), (32, 16))
 ]
-SCALINGS = [(x, w, bias) for x in (-1, 0, 1) for w in (-1, 0, 1) for bias in (0, 1)]
+SCALINGS = list(product((False, True), repeat=3))
 
 
 def decode_error(tokens: int, shape: tuple[int, int], tile: tuple[int, int]) -> float:
     """The interpreter multiplies the bit patterns of bfloat16, so it is float16 here."""
     weight = sparse_weight(*shape, torch.float16, seed=tokens, device=DEVICE)
-    product = product_of(weight, tokens)
+    x = tokens_for(weight, tokens)
     kernel = TritonDecode()
-    out = kernel.run(kernel.prepare(weight), product, (*tile, 4, 2))
-    return error(out, exact(weight, product))
+    out = kernel.run(kernel.prepare(weight), x, len(weight), (*tile, 4, 2))
+    return error(out, exact(weight, x))
 
 
-def scaling_error(step_x: int, step_w: int, bias: int) -> float:
+def scaling_error(each_x: bool, each_w: bool, bias: bool) -> float:
     """Scales and bias on whole numbers, by what is a number and what a vector."""
     from nm_permute_plugin.serving.kernels.triton_scaling import scale_kernel
 
     generator = torch.Generator(DEVICE).manual_seed(3)
-    raw = torch.randint(-999, 999, (5, 300), generator=generator, device=DEVICE)
-    raw = raw.to(torch.int32)
-    scale_x = torch.rand(5 if step_x == 1 else 1, generator=generator, device=DEVICE)
-    scale_w = torch.rand(300 if step_w == 1 else 1, generator=generator, device=DEVICE)
+    sums = torch.randint(-999, 999, (5, 300), generator=generator, device=DEVICE)
+    sums = sums.to(torch.int32)
+    scale_x = torch.rand(5 if each_x else 1, generator=generator, device=DEVICE)
+    scale_w = torch.rand(300 if each_w else 1, generator=generator, device=DEVICE)
     shift = torch.randn(300, generator=generator, device=DEVICE) * 100
     out = torch.empty(5, 300, device=DEVICE)
-    steps = {"STEP_X": step_x, "STEP_W": step_w, "BIAS": bool(bias), "COLUMNS": 128}
-    scale_kernel[(5, 3)](raw, out, scale_x, scale_w, shift, 300, **steps)
-    expected = raw.double()
-    if step_x >= 0:
-        expected = expected * scale_x.double().reshape(-1, 1)
-    if step_w >= 0:
-        expected = expected * scale_w.double()
+    cases = {"EACH_X": each_x, "EACH_W": each_w, "BIAS": bias, "COLUMNS": 128}
+    scale_kernel[(5, 3)](sums, out, scale_x, scale_w, shift, 300, **cases)
+    expected = sums.double() * scale_x.double().reshape(-1, 1) * scale_w.double()
     return error(out, expected + bias * shift.double())
 
 

@@ -17,7 +17,6 @@ SIZE = Size(
     algorithm=7,
     parts=1,
     how=-1,
-    scaled=False,
 )
 
 
@@ -73,11 +72,9 @@ def test_the_algorithm_is_set_and_nothing_that_was_not_chosen(
 ) -> None:
     plan_of(SIZE)
     assert library.called.count("MatmulAlgSetAttribute") == 1
-    assert "MatmulDescSetAttribute" not in library.called
     library.called.clear()
-    plan_of(SIZE._replace(parts=-1, how=2, scaled=True, dtype=torch.int8))
+    plan_of(SIZE._replace(parts=-1, how=2, dtype=torch.int8))
     assert library.called.count("MatmulAlgSetAttribute") == 3
-    assert library.called.count("MatmulDescSetAttribute") == 1
 
 
 def test_structures_are_apart_and_aligned(library: FakeLibrary) -> None:

@@ -6,10 +6,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from weights import BOUND, DTYPES, error, exact, product_of, sparse_weight
+from weights import (
+    BOUND,
+    DTYPES,
+    error,
+    exact,
+    scales_for,
+    sparse_weight,
+    tokens_for,
+)
 
 from nm_permute_plugin.serving import linear
-from nm_permute_plugin.serving.kernels.kernel import NARROW, Product
 from nm_permute_plugin.serving.linear import SparseLinear
 from nm_permute_plugin.serving.ops import KERNELS, PLANS, sparse24_linear
 from nm_permute_plugin.serving.plan import Bucket, Plan, Way
@@ -68,43 +75,25 @@ def test_kernels_refuse_unknown_dtypes(name: str) -> None:
     assert refusal.startswith(known)
 
 
-def test_scales_are_asked_for_by_name() -> None:
-    product = Product(torch.zeros(1, 4, dtype=torch.int8), 4, torch.bfloat16)
-    with pytest.raises(ValueError, match="needs scale_x and scale_w; call scaled_mm"):
-        _ = product.scales
-
-
-def test_scales_of_another_dtype_are_refused() -> None:
-    half = torch.ones(1, dtype=torch.bfloat16)
-    x = torch.zeros(1, 4, dtype=torch.int8)
-    product = Product(x, 4, torch.bfloat16, torch.ones(1), half)
-    with pytest.raises(ValueError, match=r"scale_w is torch.bfloat16; kernels read"):
-        _ = product.scales
-
-
 @pytest.mark.parametrize("tokens", [0, 1, 9])
-@pytest.mark.parametrize(
-    "kind", ["bf16", "fp16", "int8"]
-)  # the CPU has no float8 product
-def test_the_operator_runs_compiled_and_not(
-    kind: str, tokens: int, dense_plan: str
-) -> None:
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "int8"])
+def test_a_layer_runs_compiled_and_not(kind: str, tokens: int, dense_plan: str) -> None:
+    """The CPU has no float8 product."""
     weight = sparse_weight(16, 64, DTYPES[kind])
-    product = product_of(weight, tokens, bias=True)
-    scales = product.scales if weight.dtype in NARROW else (None, None)
+    x = tokens_for(weight, tokens)
+    scales = scales_for(weight, tokens, bias=True) if kind == "int8" else None
+    layer = SparseLinear(weight, PLANS[dense_plan], dense_plan)
     torch.compiler.reset()
 
     def call(x: torch.Tensor) -> torch.Tensor:
-        return sparse24_linear(
-            x, [weight], *scales, product.bias, dense_plan, product.out_dtype
-        )
+        return layer(x) if scales is None else layer.scaled_mm(x, *scales)
 
     for run in (call, torch.compile(call, backend="aot_eager", fullgraph=True)):
-        out = run(product.x)
+        out = run(x)
         assert out.shape == (tokens, 16)
-        assert out.dtype == product.out_dtype
+        assert out.dtype == (scales.out_dtype if scales else x.dtype)
         if tokens:
-            assert error(out, exact(weight, product)) < BOUND
+            assert error(out, exact(weight, x, scales)) < BOUND
 
 
 def test_a_layer_compiles_whole_for_all_numbers_of_tokens(dense_plan: str) -> None:
@@ -115,14 +104,13 @@ def test_a_layer_compiles_whole_for_all_numbers_of_tokens(dense_plan: str) -> No
         lambda x: layer(x) + 1, backend="aot_eager", fullgraph=True, dynamic=True
     )
     for tokens in (2, 5, 9):
-        product = product_of(weight, tokens)
-        assert error(compiled(product.x), exact(weight, product) + 1) < BOUND
+        x = tokens_for(weight, tokens)
+        assert error(compiled(x), exact(weight, x) + 1) < BOUND
 
 
 def test_the_operators_schema_and_fake_hold(dense_plan: str) -> None:
     weight = sparse_weight(16, 64, torch.bfloat16)
-    x = product_of(weight, 3).x
-    arguments = (x, [weight], None, None, None, dense_plan, torch.bfloat16)
+    arguments = (tokens_for(weight, 3), [weight], dense_plan)
     torch.library.opcheck(
         sparse24_linear, arguments, test_utils=("test_schema", "test_faketensor")
     )

@@ -24,7 +24,7 @@ def test_the_kernel_compiles_to_machine_code(
     architecture: str, dtype: torch.dtype, tiles: int, compiler: None
 ) -> None:
     for shape in mma_sp.shapes(tiles, hopper=architecture == "sm_90"):
-        code = mma_sp._machine_code(architecture, mma_sp._KINDS[dtype], 0, shape)
+        code = mma_sp._machine_code(architecture, mma_sp._KINDS[dtype], shape)
         assert code.startswith(b"\x7fELF")
 
 

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random 2:4 weights and tokens, and the float64 product of them."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from nm_permute_plugin.serving.kernels.kernel import NARROW, Product
+from nm_permute_plugin.serving.kernels.kernel import NARROW
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -36,7 +38,26 @@ def sparse_weight(
     )
 
 
-def product_of(
+def tokens_for(weight: Tensor, count: int, seed: int = 1) -> Tensor:
+    """Random tokens [count, channels] for a weight, of its dtype."""
+    generator = torch.Generator(weight.device).manual_seed(seed)
+    size = (count, weight.shape[1])
+    x = torch.randn(size, generator=generator, device=weight.device)
+    if weight.dtype in NARROW:
+        x = (x * 30).round().clamp(-127, 127)
+    return x.to(weight.dtype)
+
+
+class Scales(NamedTuple):
+    """What ``scaled_mm`` takes beside tokens, in its order."""
+
+    scale_x: Tensor
+    scale_w: Tensor
+    bias: Tensor | None
+    out_dtype: torch.dtype
+
+
+def scales_for(
     weight: Tensor,
     tokens: int,
     out_dtype: torch.dtype = torch.bfloat16,
@@ -44,34 +65,30 @@ def product_of(
     per_token: bool = True,
     per_channel: bool = True,
     bias: bool = False,
-    seed: int = 1,
-) -> Product:
-    """Random tokens for a weight; with scales where it is of 8 bits."""
-    device = weight.device
-    generator = torch.Generator(device).manual_seed(seed)
-    rows, channels = weight.shape
-    x = torch.randn(tokens, channels, generator=generator, device=device)
-    if weight.dtype not in NARROW:
-        return Product(x.to(weight.dtype), rows, weight.dtype)
-    x = (x * 30).round().clamp(-127, 127).to(weight.dtype)
-    rand = [
-        torch.rand(size, generator=generator, device=device) + 0.1
+) -> Scales:
+    """Random scales for a weight of 8 bits."""
+    generator = torch.Generator(weight.device).manual_seed(2)
+    rows = len(weight)
+    scale_x, scale_w = (
+        torch.rand(size, generator=generator, device=weight.device) + 0.1
         for size in (
             (tokens, 1) if per_token else (1,),
             (rows, 1) if per_channel else (1,),
         )
-    ]
-    shift = torch.randn(rows, generator=generator, device=device).to(out_dtype)
-    scale_w = rand[1] / 1000
-    return Product(x, rows, out_dtype, rand[0], scale_w, shift if bias else None)
+    )
+    shift = torch.randn(rows, generator=generator, device=weight.device)
+    return Scales(
+        scale_x, scale_w / 1000, shift.to(out_dtype) if bias else None, out_dtype
+    )
 
 
-def exact(weight: Tensor, product: Product) -> Tensor:
-    """The product in float64."""
-    out = product.x.double() @ weight.double().t()
-    if product.scale_x is not None and product.scale_w is not None:
-        out = out * product.scale_x.double() * product.scale_w.double().reshape(1, -1)
-    return out if product.bias is None else out + product.bias.double()
+def exact(weight: Tensor, x: Tensor, scales: Scales | None = None) -> Tensor:
+    """The product in float64, scaled if asked for."""
+    out = x.double() @ weight.double().t()
+    if scales is None:
+        return out
+    out = out * scales.scale_x.double() * scales.scale_w.double().reshape(1, -1)
+    return out if scales.bias is None else out + scales.bias.double()
 
 
 def error(out: Tensor, expected: Tensor) -> float:

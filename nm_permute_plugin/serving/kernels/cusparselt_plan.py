@@ -34,7 +34,6 @@ _DTYPES = {
     torch.float8_e4m3fn: 28,
 }
 _INTEGER_SUMS, _FLOAT_SUMS = 0, 2
-_ALPHA_IS_A_VECTOR = 5
 _ALGORITHM, _PARTS, _HOW = 0, 3, 4
 
 PLANS_KEPT = 4096
@@ -47,7 +46,6 @@ class Size(NamedTuple):
 
     :param algorithm: of the library, ``parts`` of the channels, and ``how`` these are added
         up; -1 leaves that to the library
-    :param scaled: whether every row is multiplied by a number of its own
     """
 
     device: int
@@ -59,7 +57,6 @@ class Size(NamedTuple):
     algorithm: int
     parts: int
     how: int
-    scaled: bool
 
 
 @lru_cache(maxsize=PLANS_KEPT)
@@ -75,15 +72,12 @@ def plan_of(size: Size) -> "Plan | None":
         return None
 
 
-def multiply(
-    plan: "Plan", form: Tensor, x: Tensor, alpha: Tensor | None = None
-) -> Tensor:
+def multiply(plan: "Plan", form: Tensor, x: Tensor) -> Tensor:
     """
-    ``x @ weight.T * alpha``: [tokens, rows].
+    ``x @ weight.T``: [tokens, rows].
 
     :param form: the weight [rows, channels] as ``torch._cslt_compress`` stores it
     :param x: [tokens, channels], contiguous, as many tokens as the alignment asks for
-    :param alpha: float32, one number a row, where the plan's size is scaled
     :raises RuntimeError: if the library refuses the product
     """
     size = plan.size
@@ -95,7 +89,7 @@ def multiply(
         "Matmul",
         _handle(size.device),
         plan.at,
-        ctypes.byref(one) if alpha is None else _pointer(alpha),
+        ctypes.byref(one),
         _pointer(form),
         _pointer(x),
         ctypes.byref(zero),
@@ -156,15 +150,12 @@ class Plan:
             *(handle, product, _AS_IT_IS, _TRANSPOSED, weight, tokens, out, out),
             _INTEGER_SUMS if size.dtype == torch.int8 else _FLOAT_SUMS,
         )
-        if size.scaled:
-            _set("MatmulDescSetAttribute", handle, product, _ALPHA_IS_A_VECTOR, 1)
         _call("MatmulAlgSelectionInit", handle, algorithm, product, 0)
-        chosen = "MatmulAlgSetAttribute", handle, algorithm
-        _set(*chosen, _ALGORITHM, size.algorithm)
+        _set(handle, algorithm, _ALGORITHM, size.algorithm)
         if size.parts != 1:
-            _set(*chosen, _PARTS, size.parts)
+            _set(handle, algorithm, _PARTS, size.parts)
         if size.how >= 0:
-            _set(*chosen, _HOW, size.how)
+            _set(handle, algorithm, _HOW, size.how)
         _call("MatmulPlanInit", handle, plan, product, algorithm)
         needed = ctypes.c_size_t()
         _call("MatmulGetWorkspace", handle, plan, ctypes.byref(needed))
@@ -178,15 +169,12 @@ def _end(kept: list[_Structure], plan: ctypes.c_void_p) -> None:
 
 
 def _set(
-    function: str,
-    handle: ctypes.c_void_p,
-    structure: ctypes.c_void_p,
-    attribute: int,
-    value: int,
+    handle: ctypes.c_void_p, algorithm: ctypes.c_void_p, attribute: int, value: int
 ) -> None:
     data = ctypes.c_int32(value)
     size = ctypes.c_size_t(ctypes.sizeof(data))
-    _call(function, handle, structure, attribute, ctypes.byref(data), size)
+    of = (handle, algorithm, attribute)
+    _call("MatmulAlgSetAttribute", *of, ctypes.byref(data), size)
 
 
 @cache

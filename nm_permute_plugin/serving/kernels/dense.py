@@ -2,6 +2,7 @@
 """The dense product: what every sparse one must beat."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -9,12 +10,11 @@ from torch import Tensor
 from nm_permute_plugin.serving.kernels.kernel import (
     NARROW,
     WIDE,
-    Product,
     Settings,
     padded,
+    sums_dtype,
     unknown,
 )
-from nm_permute_plugin.serving.kernels.scaling import scaled
 
 
 @dataclass(frozen=True)
@@ -27,28 +27,29 @@ class Dense:
         return unknown(weight.dtype, WIDE + NARROW)
 
     def prepare(self, weight: Tensor) -> Tensor:
+        _one(weight.device)  # not while a CUDA graph is captured, which would own it
         return weight
 
-    def candidates(self, form: Tensor, product: Product) -> list[Settings]:
+    def candidates(self, form: Tensor, x: Tensor, rows: int) -> list[Settings]:
         return [()]
 
-    def run(self, form: Tensor, product: Product, settings: Settings) -> Tensor:
-        x = product.x
+    def run(self, form: Tensor, x: Tensor, rows: int, settings: Settings) -> Tensor:
         if form.dtype in WIDE:
             return torch.nn.functional.linear(x, form)
-        scale_x, scale_w = product.scales
         if form.dtype == torch.int8:
-            raw = torch._int_mm(padded(x, 32), form.t())[: len(x)]
-            return scaled(raw, scale_x, scale_w, product.bias, product.out_dtype)
-        if scale_x.numel() > 1 or scale_w.numel() > 1:
-            scale_x = scale_x.reshape(-1, 1).expand(len(x), 1).contiguous()
-            scale_w = scale_w.reshape(1, -1).expand(1, len(form)).contiguous()
-            # row-wise scales come with bfloat16 only
-            bias = None if product.bias is None else product.bias.bfloat16()
-            out = torch._scaled_mm(
-                x, form.t(), scale_x, scale_w, bias, out_dtype=torch.bfloat16
-            )
-            return out.to(product.out_dtype)
+            sums = torch._int_mm(padded(x, 32), form.t())[: len(x)]
+            return sums.to(sums_dtype(x.dtype))
+        one = _one(x.device)
         return torch._scaled_mm(
-            x, form.t(), scale_x, scale_w, product.bias, out_dtype=product.out_dtype
+            x,
+            form.t(),
+            *(one, one),
+            out_dtype=sums_dtype(x.dtype),
+            use_fast_accum=True,
         )
+
+
+@cache
+def _one(device: torch.device) -> Tensor:
+    """The scale of a product that is not scaled."""
+    return torch.ones((), dtype=torch.float32, device=device)

@@ -2,8 +2,6 @@
 """What every way to multiply by a 2:4 weight offers."""
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
-from itertools import repeat
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -16,56 +14,23 @@ WIDE = (torch.bfloat16, torch.float16)
 NARROW = (torch.float8_e4m3fn, torch.int8)
 
 
-@dataclass(frozen=True)
-class Product:
+def sums_dtype(dtype: torch.dtype) -> torch.dtype:
     """
-    One product to compute: ``x @ weight.T``, scaled where the weight is of 8 bits.
+    What products of a weight's dtype come in.
 
-    :param x: [tokens, in], of the weight's dtype
-    :param out_features: rows of the weight
-    :param out_dtype: bfloat16 or float16
-    :param scale_x: float32, one number or [tokens, 1]; None for 16-bit weights
-    :param scale_w: float32, one number or [out, 1]; None for 16-bit weights
-    :param bias: [out], of ``out_dtype``; only with scales
+    bfloat16 holds any sum of 8-bit products; what their scales make of it, float16 may not.
     """
-
-    x: Tensor
-    out_features: int
-    out_dtype: torch.dtype
-    scale_x: Tensor | None = None
-    scale_w: Tensor | None = None
-    bias: Tensor | None = None
-
-    @property
-    def scales(self) -> tuple[Tensor, Tensor]:
-        """
-        Both scales.
-
-        :raises ValueError: if one is missing, or is not float32, as kernels read it
-        """
-        if self.scale_x is None or self.scale_w is None:
-            raise ValueError(
-                f"a product of {self.x.dtype} needs scale_x and scale_w; call scaled_mm"
-            )
-        for name, scale in (("scale_x", self.scale_x), ("scale_w", self.scale_w)):
-            if scale.dtype != torch.float32:
-                raise ValueError(f"{name} is {scale.dtype}; kernels read float32")
-        return self.scale_x, self.scale_w
-
-    def split(self, tokens: int) -> list["Product"]:
-        """The products of so many tokens each, the last one of those that are left."""
-        scales = (
-            repeat(self.scale_x)
-            if self.scale_x is None or self.scale_x.numel() == 1
-            else self.scale_x.split(tokens)
-        )
-        parts = zip(self.x.split(tokens), scales, strict=False)
-        return [replace(self, x=x, scale_x=scale_x) for x, scale_x in parts]
+    return dtype if dtype in WIDE else torch.bfloat16
 
 
 @runtime_checkable
 class Kernel(Protocol):
-    """A way to multiply; stateless, so that one object serves all layers."""
+    """
+    A way to multiply; stateless, so that one object serves all layers.
+
+    Products are ``x @ weight.T``, of ``sums_dtype``: scales and bias come after
+    (``scaling.py``).
+    """
 
     @property
     def name(self) -> str:
@@ -77,11 +42,16 @@ class Kernel(Protocol):
     def prepare(self, weight: Tensor) -> Tensor:
         """The weight [out, in] in the kernel's own form, one tensor."""
 
-    def candidates(self, form: Tensor, product: Product) -> list[Settings]:
-        """The settings worth measuring for products of this size."""
+    def candidates(self, form: Tensor, x: Tensor, rows: int) -> list[Settings]:
+        """
+        The settings worth measuring for products of this size.
 
-    def run(self, form: Tensor, product: Product, settings: Settings) -> Tensor:
-        """[tokens, out] of ``out_dtype``."""
+        :param x: [tokens, in], of the weight's dtype
+        :param rows: of the weight
+        """
+
+    def run(self, form: Tensor, x: Tensor, rows: int, settings: Settings) -> Tensor:
+        """[tokens, rows]: the product, by settings that were offered for its size."""
 
 
 def unknown(dtype: torch.dtype, known: Collection[torch.dtype]) -> str | None:

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from nm_permute_plugin.serving.kernels import nvrtc
-from nm_permute_plugin.serving.kernels.kernel import Product, Settings, unknown
+from nm_permute_plugin.serving.kernels.kernel import Settings, sums_dtype, unknown
 from nm_permute_plugin.serving.kernels.packing import CHANNELS, ROWS, pack
 
 MOST_TOKENS = 64
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float8_e4m3fn: 2, torch.int8: 3}
-_OUTPUTS = {torch.bfloat16: 0, torch.float16: 1}
 # Blocks of up to 16 warps; the more tokens, the more registers, the fewer warps.
 _SHAPES = {
     1: [
@@ -91,57 +90,46 @@ class MmaSp:
     def prepare(self, weight: Tensor) -> Tensor:
         return pack(weight)
 
-    def candidates(self, form: Tensor, product: Product) -> list[Settings]:
-        tokens = len(product.x)
+    def candidates(self, form: Tensor, x: Tensor, rows: int) -> list[Settings]:
+        tokens = len(x)
         if tokens > MOST_TOKENS:
             return []
         hopper = torch.cuda.get_device_capability(form.device) >= (9, 0)
         found = shapes(-(-tokens // 8), hopper)
         with ThreadPoolExecutor() as pool:  # the compiler leaves the interpreter alone
-            list(pool.map(lambda shape: _machine_code(*_key(product, shape)), found))
+            list(pool.map(lambda shape: _machine_code(*_key(x, shape)), found))
         return [tuple(shape) for shape in found]
 
-    def run(self, form: Tensor, product: Product, settings: Settings) -> Tensor:
+    def run(self, form: Tensor, x: Tensor, rows: int, settings: Settings) -> Tensor:
         shape = Shape(*settings)
-        x = product.x.contiguous()
-        tokens, rows = len(x), product.out_features
-        out = x.new_empty(tokens, rows, dtype=product.out_dtype)
-        scale_x, scale_w = (
-            None if scale is None else scale.contiguous()
-            for scale in (product.scale_x, product.scale_w)
-        )
+        x = x.contiguous()
+        out = x.new_empty(len(x), rows, dtype=sums_dtype(x.dtype))
         blocks = -(-rows // (ROWS * shape.warps_n))
-        _function(*_key(product, shape), x.device.index)(
+        _function(*_key(x, shape), x.device.index)(
             (blocks, shape.cluster),
             32 * shape.warps_n * shape.warps_k,
-            [
-                *(form, x, out, scale_x, scale_w, product.bias),
-                *(tokens, rows, form.shape[1]),
-                *(int(s is not None and s.numel() > 1) for s in (scale_x, scale_w)),
-            ],
+            [form, x, out, len(x), rows, form.shape[1]],
         )
         return out
 
 
-def _key(product: Product, shape: Shape) -> tuple[str, int, int, Shape]:
-    major, minor = torch.cuda.get_device_capability(product.x.device)
-    kind, out = _KINDS[product.x.dtype], _OUTPUTS[product.out_dtype]
-    return f"sm_{major}{minor}", kind, out, shape
+def _key(x: Tensor, shape: Shape) -> tuple[str, int, Shape]:
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return f"sm_{major}{minor}", _KINDS[x.dtype], shape
 
 
 @lru_cache(maxsize=256)
-def _machine_code(architecture: str, kind: int, out: int, shape: Shape) -> bytes:
+def _machine_code(architecture: str, kind: int, shape: Shape) -> bytes:
     macros = {name.upper(): value for name, value in shape._asdict().items()}
-    macros |= {"KIND": kind, "OUT": out, "SCALED": int(kind > 1)}
-    return nvrtc.compile_source(source(), architecture, macros)
+    return nvrtc.compile_source(source(), architecture, macros | {"KIND": kind})
 
 
 @lru_cache(maxsize=256)
 def _function(
-    architecture: str, kind: int, out: int, shape: Shape, device: int
+    architecture: str, kind: int, shape: Shape, device: int
 ) -> nvrtc.Function:
     with torch.cuda.device(device):
-        code = _machine_code(architecture, kind, out, shape)
+        code = _machine_code(architecture, kind, shape)
         return nvrtc.Function(code, "sparse24", shape.ring_bytes(kind))
 
 

@@ -95,7 +95,7 @@ class Function:
         self,
         grid: tuple[int, int],
         threads: int,
-        arguments: Sequence[Tensor | int | None],
+        arguments: Sequence[Tensor | int],
     ) -> None:
         """
         Launch on the current stream; tensors pass as pointers, numbers as ``int``.
@@ -105,7 +105,7 @@ class Function:
         values = [
             ctypes.c_int(argument)
             if isinstance(argument, int)
-            else ctypes.c_void_p(0 if argument is None else argument.data_ptr())
+            else ctypes.c_void_p(argument.data_ptr())
             for argument in arguments
         ]
         pointers = (ctypes.c_void_p * len(values))(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scales and bias put on a finished product, in one pass over it."""
+"""Scales and bias of products of 8 bits, which come in sums."""
 
 from functools import lru_cache
 from typing import Any
@@ -11,51 +11,47 @@ _COLUMNS = 1024
 
 
 def scaled(
-    raw: Tensor,
-    scale_x: Tensor | None,
-    scale_w: Tensor | None,
+    sums: Tensor,
+    scale_x: Tensor,
+    scale_w: Tensor,
     bias: Tensor | None,
     out_dtype: torch.dtype,
-    out: Tensor | None = None,
 ) -> Tensor:
     """
-    ``raw * scale_x * scale_w + bias``, computed in float32; may overwrite ``raw``.
+    ``sums * scale_x * scale_w + bias``, computed in float32.
 
-    :param raw: [tokens, out]
-    :param scale_x: one number or [tokens, 1]; None is 1
-    :param scale_w: one number or [out, 1]; None is 1
+    A compiler makes it part of whatever reads it, at no cost; otherwise it is one pass.
+
+    :param sums: [tokens, out], which may be overwritten
+    :param scale_x: float32, one number or [tokens, 1]
+    :param scale_w: float32, one number or [out, 1]
     :param bias: [out]
-    :param out: [tokens, out] of ``out_dtype``, contiguous: written to and returned
+    :raises ValueError: if a scale is not float32, as the pass reads it
     """
-    kernel = _kernel() if raw.is_cuda and raw.is_contiguous() else None
+    for name, scale in (("scale_x", scale_x), ("scale_w", scale_w)):
+        if scale.dtype != torch.float32:
+            raise ValueError(f"{name} is {scale.dtype}; scales are float32")
+    kernel = None if torch.compiler.is_compiling() or not sums.is_cuda else _kernel()
     if kernel is None:
-        value = raw.float()
-        for scale in (scale_x, None if scale_w is None else scale_w.reshape(1, -1)):
-            value = value if scale is None else value * scale
-        value = (value if bias is None else value + bias).to(out_dtype)
-        return value if out is None else out.copy_(value)
-    tokens, columns = raw.shape
-    if out is None:
-        out = raw if raw.dtype == out_dtype else torch.empty_like(raw, dtype=out_dtype)
+        value = sums.float() * scale_x * scale_w.reshape(1, -1)
+        return (value if bias is None else value + bias).to(out_dtype)
+    tokens, columns = sums.shape
+    sums = sums.contiguous()
+    out = sums if sums.dtype == out_dtype else torch.empty_like(sums, dtype=out_dtype)
     if tokens:
         kernel[(tokens, -(-columns // _COLUMNS))](
-            raw,
+            sums,
             out,
-            raw if scale_x is None else scale_x.contiguous(),
-            raw if scale_w is None else scale_w.contiguous(),
-            raw if bias is None else bias,
+            scale_x.contiguous(),
+            scale_w.contiguous(),
+            sums if bias is None else bias,
             columns,
-            STEP_X=_step(scale_x),
-            STEP_W=_step(scale_w),
+            EACH_X=scale_x.numel() > 1,
+            EACH_W=scale_w.numel() > 1,
             BIAS=bias is not None,
             COLUMNS=_COLUMNS,
         )
     return out
-
-
-def _step(scale: Tensor | None) -> int:
-    """From one scale to the next: 0 for one number, -1 for none."""
-    return -1 if scale is None else int(scale.numel() > 1)
 
 
 @lru_cache(maxsize=1)

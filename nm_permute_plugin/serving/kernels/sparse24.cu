@@ -15,8 +15,7 @@
 //   CLUSTER  blocks that share rows and split the channels (1 below sm_90)
 //   DEPTH    chunks that a warp loads ahead: 0; 1, in registers; more (sm_90), in shared
 //            memory, by the copy engine
-//   OUT      0 bfloat16, 1 float16
-// and SCALED (0 or 1): out = sum * scale_x[token] * scale_w[row] + bias[row].
+// Sums are written as float16 for that kind, as bfloat16 for all others.
 
 #if KIND == 3
 typedef int Sum;
@@ -114,22 +113,12 @@ __device__ __forceinline__ uint4 token_operand(const uint4 (&b)[SLICES], int ste
 #endif
 }
 
-__device__ __forceinline__ float from_out(unsigned short bits) {
-  float value;
-#if OUT == 0
-  value = __uint_as_float((uint)bits << 16);
-#else
-  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-#endif
-  return value;
-}
-
 __device__ __forceinline__ unsigned short to_out(float value) {
   unsigned short bits;
-#if OUT == 0
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-#else
+#if KIND == 1
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+#else
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
 #endif
   return bits;
 }
@@ -194,9 +183,7 @@ __device__ __forceinline__ Sum of_rank(const Sum* at, uint rank) {
 
 extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS)
     sparse24(const uint4* __restrict__ packed, const char* __restrict__ x,
-             unsigned short* __restrict__ out, const float* __restrict__ scale_x,
-             const float* __restrict__ scale_w, const unsigned short* __restrict__ bias,
-             int tokens, int rows, int chunks, int stride_x, int stride_w) {
+             unsigned short* __restrict__ out, int tokens, int rows, int chunks) {
   __shared__ Sum sums[WARPS_N * WARPS_K * 8 * PITCH];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_n = warp % WARPS_N, warp_k = warp / WARPS_N;
@@ -307,14 +294,8 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS)
 #endif
       int token = n * 8 + i / 32 % 8;
       int row = (blockIdx.x * WARPS_N + i / 256) * 32 + i % 32;
-      if (token < tokens && row < rows) {
-        float value = (float)sum;
-        if (SCALED) {
-          value *= scale_x[token * stride_x] * scale_w[row * stride_w];
-          if (bias) value += from_out(bias[row]);
-        }
-        out[(long long)token * rows + row] = to_out(value);
-      }
+      if (token < tokens && row < rows)
+        out[(long long)token * rows + row] = to_out((float)sum);
     }
 #if CLUSTER > 1
     cluster_sync();

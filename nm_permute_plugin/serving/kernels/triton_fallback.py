@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nm_permute_plugin.checkpoint.codec import clear_negative_zeros, compress
-from nm_permute_plugin.serving.kernels.kernel import WIDE, Product, Settings, unknown
+from nm_permute_plugin.serving.kernels.kernel import WIDE, Settings, unknown
 from nm_permute_plugin.serving.kernels.packing import CODES
 
 MOST_TOKENS = 64
@@ -41,12 +41,12 @@ class TritonDecode:
         values = stored.compressed.view(torch.uint8)
         return torch.cat((values, low | high << 4), -1)
 
-    def candidates(self, form: Tensor, product: Product) -> list[Settings]:
-        if len(product.x) > MOST_TOKENS:
+    def candidates(self, form: Tensor, x: Tensor, rows: int) -> list[Settings]:
+        if len(x) > MOST_TOKENS:
             return []
         return [(16, 128, 4, 3), (32, 64, 4, 3), (64, 32, 4, 4)]
 
-    def run(self, form: Tensor, product: Product, settings: Settings) -> Tensor:
+    def run(self, form: Tensor, x: Tensor, rows: int, settings: Settings) -> Tensor:
         from nm_permute_plugin.serving.kernels.triton_decode import decode
 
-        return decode(form, product.x, product.out_features, settings)
+        return decode(form, x, rows, settings)

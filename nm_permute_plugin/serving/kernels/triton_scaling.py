@@ -7,14 +7,14 @@ import triton.language as tl
 
 @triton.jit
 def scale_kernel(
-    raw,
+    sums,
     out,
     scale_x,
     scale_w,
     bias,
     columns,
-    STEP_X: tl.constexpr,  # 1: a scale a token, 0: one number, -1: none
-    STEP_W: tl.constexpr,
+    EACH_X: tl.constexpr,  # a scale a token, or one number
+    EACH_W: tl.constexpr,  # a scale an output, or one number
     BIAS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -23,12 +23,11 @@ def scale_kernel(
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns
     at = token * columns + column
-    value = tl.load(raw + at, mask=inside, other=0).to(tl.float32)
-    if STEP_X >= 0:
-        value *= tl.load(scale_x + token * STEP_X)
-    if STEP_W == 1:
+    value = tl.load(sums + at, mask=inside, other=0).to(tl.float32)
+    value *= tl.load(scale_x + token * EACH_X)
+    if EACH_W:
         value *= tl.load(scale_w + column, mask=inside, other=0)
-    if STEP_W == 0:
+    else:
         value *= tl.load(scale_w)
     if BIAS:
         value += tl.load(bias + column, mask=inside, other=0).to(tl.float32)

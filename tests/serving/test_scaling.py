@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scales and bias of 8-bit products; the pass in Triton is in ``test_triton.py``."""
+
+import pytest
+import torch
+from weights import error, exact, scales_for, sparse_weight, tokens_for
+
+from nm_permute_plugin.serving.kernels.scaling import scaled
+
+WEIGHT = sparse_weight(48, 64, torch.int8)
+X = tokens_for(WEIGHT, 5)
+SUMS = exact(WEIGHT, X).float()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16])
+def test_sums_are_scaled_compiled_and_not(
+    out_dtype: torch.dtype, per_token: bool, per_channel: bool, bias: bool
+) -> None:
+    scales = scales_for(
+        *(WEIGHT, 5, out_dtype),
+        per_token=per_token,
+        per_channel=per_channel,
+        bias=bias,
+    )
+    expected = exact(WEIGHT, X, scales)
+    torch.compiler.reset()
+    for run in (scaled, torch.compile(scaled, backend="aot_eager", fullgraph=True)):
+        out = run(SUMS, *scales)
+        assert out.dtype == out_dtype
+        assert error(out, expected) < 0.004  # rounded once, to bfloat16 at the worst
+
+
+@pytest.mark.parametrize("name", ["scale_x", "scale_w"])
+def test_scales_of_another_dtype_are_refused(name: str) -> None:
+    scales = scales_for(WEIGHT, 5)
+    half = scales._replace(**{name: getattr(scales, name).bfloat16()})
+    with pytest.raises(ValueError, match=rf"{name} is torch.bfloat16; scales are"):
+        scaled(SUMS, *half)
