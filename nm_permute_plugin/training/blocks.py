@@ -15,7 +15,6 @@ from nm_permute_plugin.training.kept import (
     KeptWeights,
     Optimizer,
     Values,
-    check_finite,
     endless,
 )
 from nm_permute_plugin.training.layers import (
@@ -25,7 +24,7 @@ from nm_permute_plugin.training.layers import (
     run_layers,
 )
 from nm_permute_plugin.training.learn import frozen
-from nm_permute_plugin.training.objective import relative_error
+from nm_permute_plugin.training.objective import check_finite, relative_error
 from nm_permute_plugin.training.samples import Samples
 from nm_permute_plugin.training.statistics import token_mask
 
@@ -128,7 +127,9 @@ class _Work:
             errors = [
                 float(self.error(i, span, inputs[i], targets[i])) for i in self.judges
             ]
-        return check_finite(sum(errors) / len(errors), "held-back error")
+        return check_finite(
+            sum(errors) / len(errors), "held-back error of the recovery"
+        )
 
 
 def _rebuild(
@@ -154,7 +155,7 @@ def _rebuild(
         for index in islice(order, work.train):
             with torch.enable_grad(), work.kept.running(masters):
                 error = work.error(index, span, inputs[index], targets[index])
-            check_finite(float(error.detach()), "training error")
+            check_finite(float(error.detach()), "training error of the recovery")
             error.backward()
             optimizer.step()
         now = work.kept.rounded(masters)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from nm_permute_plugin.specs.fold import Write
 from nm_permute_plugin.specs.orientation import as_stored, bias_of, weight_of
 from nm_permute_plugin.training.masking import Mask, linear, masked
-from nm_permute_plugin.training.objective import LossWeights, loss, run
+from nm_permute_plugin.training.objective import LossWeights, check_finite, loss, run
 from nm_permute_plugin.training.statistics import Batch, on_device
 
 Values = dict[str, Tensor]
@@ -110,7 +110,7 @@ class KeptWeights:
                 with self.running(instead):
                     ours = run(self.model, batch, weights)
                 total += float(loss(ours, dense, batch, weights))
-        return check_finite(total / len(batches), "held-back loss")
+        return check_finite(total / len(batches), "held-back loss of the recovery")
 
     @torch.no_grad()
     def write(self, write: Write) -> None:
@@ -159,20 +159,6 @@ def endless(count: int, seed: int) -> Iterator[int]:
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from torch.randperm(count, generator=generator).tolist()
-
-
-def check_finite(value: float, what: str) -> float:
-    """
-    The value.
-
-    :raises ValueError: if it is not finite
-    """
-    if not torch.isfinite(torch.tensor(value)):
-        raise ValueError(
-            f"the {what} of the recovery is {value}; load the model in bfloat16 or "
-            "float32, check the calibration data, or lower the rate of that stage"
-        )
-    return value
 
 
 def _size(master: Tensor) -> float:

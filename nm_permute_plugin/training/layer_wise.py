@@ -21,11 +21,10 @@ from nm_permute_plugin.training.layers import (
 )
 from nm_permute_plugin.training.learn import LearnSettings, descend, frozen
 from nm_permute_plugin.training.masking import Mask, masked
-from nm_permute_plugin.training.objective import relative_error
+from nm_permute_plugin.training.objective import check_finite, relative_error
 from nm_permute_plugin.training.orders import LearnableOrders
 from nm_permute_plugin.training.stacking import StackedScore
 from nm_permute_plugin.training.statistics import token_mask
-from nm_permute_plugin.training.step import check_finite
 from nm_permute_plugin.training.subject import Learned, Subject
 
 Hold = Callable[[], AbstractContextManager[None]]
@@ -165,7 +164,7 @@ def _learn_layer(
         with torch.no_grad():
             masks = inside.masks(now)
             errors = [float(work.error(number, index, masks)) for number in judges]
-        return check_finite(sum(errors) / len(errors), "held-back")
+        return check_finite(sum(errors) / len(errors), "held-back loss")
 
     if stacks:
         orders = LearnableOrders(
@@ -177,7 +176,7 @@ def _learn_layer(
             masks = {**inside.others, **orders.at(tau, number).masks()}
             error = work.error(next(numbers), index, masks)
             error.backward()
-            return check_finite(float(error.detach()), "training")
+            return check_finite(float(error.detach()), "training loss")
 
         found = descend(
             orders, lambda: step, look, settings, f"Learning {work.layers.names[index]}"

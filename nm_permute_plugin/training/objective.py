@@ -10,6 +10,7 @@ Which output is compared is decided by what the model gives back:
   its final hidden states
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -113,6 +114,20 @@ def refuse_not_finite(outputs: Float[Tensor, "*_places _values"]) -> None:
             "the dense model's outputs are not finite; check its weights, and load it in "
             "bfloat16 or float32"
         )
+
+
+def check_finite(value: float, what: str) -> float:
+    """
+    The value, such as a training loss.
+
+    :raises ValueError: if it is not finite
+    """
+    if not math.isfinite(value):
+        raise ValueError(
+            f"the {what} is {value}; load the model in bfloat16 or float32, check the "
+            "calibration data, or lower the rate"
+        )
+    return value
 
 
 def loss(

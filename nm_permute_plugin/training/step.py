@@ -13,7 +13,13 @@ from nm_permute_plugin.training.checkpointing import (
     repeated_layers,
 )
 from nm_permute_plugin.training.masking import Mask, masked
-from nm_permute_plugin.training.objective import LossWeights, Outputs, loss, run
+from nm_permute_plugin.training.objective import (
+    LossWeights,
+    Outputs,
+    check_finite,
+    loss,
+    run,
+)
 from nm_permute_plugin.training.replay import Replay
 from nm_permute_plugin.training.statistics import (
     Batch,
@@ -73,7 +79,7 @@ class BackwardStep:
             prepare()
             value = self._part(part, dense.logits, dense.hidden, dense.is_hidden, share)
             total += float(value)
-        return check_finite(total, "training")
+        return check_finite(total, "training loss")
 
     def _backward(
         self,
@@ -134,20 +140,6 @@ def activation_bytes(
             model, lambda: loss(run(model, row, weights), dense, row, weights)
         )
     return of_row * min(rows, micro_batch_size or rows)
-
-
-def check_finite(value: float, which: str) -> float:
-    """
-    The value.
-
-    :raises ValueError: if it is not finite
-    """
-    if not torch.isfinite(torch.tensor(value)):
-        raise ValueError(
-            f"the {which} loss is {value}; load the model in bfloat16 or float32 and "
-            "check the calibration data"
-        )
-    return value
 
 
 def parts(batch: Batch, size: int | None) -> Iterator[tuple[Batch, float]]:

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import Permutation
 from nm_permute_plugin.training.masking import Mask, masked
-from nm_permute_plugin.training.objective import LossWeights, loss, run
+from nm_permute_plugin.training.objective import LossWeights, check_finite, loss, run
 from nm_permute_plugin.training.samples import Samples
 from nm_permute_plugin.training.stacking import StackedScore
 from nm_permute_plugin.training.statistics import Batch, on_device
-from nm_permute_plugin.training.step import check_finite
 from nm_permute_plugin.training.teacher import Teacher
 
 
@@ -104,4 +103,4 @@ def mean_loss(
             batch = on_device(batch, model)
             with masked(model, masks):
                 total += float(loss(run(model, batch, weights), dense, batch, weights))
-    return check_finite(total, "held-back") / len(batches)
+    return check_finite(total, "held-back loss") / len(batches)

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nm_permute_plugin.training.objective import LossWeights, Outputs, loss, run
+from nm_permute_plugin.training.objective import (
+    LossWeights,
+    Outputs,
+    check_finite,
+    loss,
+    run,
+)
 
 NOTHING = LossWeights(divergence=0.0)
 PARTS = ["divergence", "cross_entropy", "hidden", "cosine"]
@@ -161,3 +167,10 @@ def test_without_a_head_final_hidden_states_are_compared_relative_to_their_size(
     images = {"pixel_values": torch.zeros(2, 3, 8, 8)}
     value = loss(pruned, dense, images, LossWeights())
     assert float(value) == pytest.approx(float(errors.mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_refused_by_its_name(value: float) -> None:
+    assert check_finite(0.5, "training loss") == 0.5
+    with pytest.raises(ValueError, match=f"the training loss is {value}; load"):
+        check_finite(value, "training loss")
