@@ -3,6 +3,7 @@
 
 import logging
 import os
+from importlib.resources import files
 from typing import Literal
 
 import torch
@@ -73,8 +74,9 @@ class SparseLinear:
 
     @property
     def signature(self) -> str:
-        """What a graph compiled with the layer depends on: its plan, and its kernels."""
-        return f"{self.plan_name}: {' '.join(PLANS[self.plan_name].kernels)}"
+        """What a graph compiled with the layer depends on: plan, kernels and our source."""
+        kernels = " ".join(PLANS[self.plan_name].kernels)
+        return f"{self.plan_name}: {kernels}, {plans.digest(files(__package__))}"
 
     def __call__(self, x: Tensor) -> Tensor:
         """

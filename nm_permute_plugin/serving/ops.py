@@ -45,4 +45,6 @@ def _(x: Tensor, forms: list[Tensor], plan: str) -> Tensor:
 
 
 def _empty(x: Tensor, plan: str) -> Tensor:
-    return x.new_empty(len(x), PLANS[plan].out_features, dtype=sums_dtype(x.dtype))
+    # Not len(x): a compiled graph, too, is for any number of tokens.
+    size = (x.shape[0], PLANS[plan].out_features)
+    return x.new_empty(size, dtype=sums_dtype(x.dtype))

@@ -151,7 +151,7 @@ def key_of(weight: Tensor, kernels: list[str]) -> Key:
 
 
 def digest(folder: Traversable) -> str:
-    """A hash of the source of all kernels: one that was changed is measured anew."""
+    """A hash of the source in a folder: what was changed is measured or compiled anew."""
     found = sha256()
     for file in sorted(folder.iterdir(), key=lambda file: file.name):
         if file.name.endswith((".py", ".cu")):

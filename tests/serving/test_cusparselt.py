@@ -21,7 +21,8 @@ class FakeLibrary:
     """
     torch's ``_cslt`` operators on a CPU; its compressed weight is the dense one.
 
-    It refuses what the library on an H100 does, a search in float16.
+    It refuses what they refuse on an H100: a search in float16, and an output dtype by
+    name for 16-bit weights.
 
     :param searches: whether a search finds anything
     """
@@ -39,6 +40,8 @@ class FakeLibrary:
     ) -> Tensor:
         """[tokens, out] for tokens [in, tokens]."""
         assert x.shape[1] % (16 if form.dtype in NARROW else 8) == 0
+        if out_dtype is not None and form.dtype not in NARROW:
+            raise RuntimeError("out_dtype support only available for int8/fp8 inputs")
         return (x.t().float() @ form.float().t()).to(out_dtype or form.dtype)
 
     def search(

@@ -105,7 +105,20 @@ def test_a_layer_compiles_whole_for_all_numbers_of_tokens(dense_plan: str) -> No
     )
     for tokens in (2, 5, 9):
         x = tokens_for(weight, tokens)
+        torch._dynamo.mark_dynamic(x, 0)  # an error where a graph is for one number
         assert error(compiled(x), exact(weight, x) + 1) < BOUND
+
+
+def test_a_compiled_graph_is_for_a_plan_and_for_our_source(
+    dense_plan: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = sparse_weight(16, 64, torch.bfloat16)
+    layer = SparseLinear(weight, PLANS[dense_plan], dense_plan)
+    before = layer.signature
+    assert before.startswith("dense: dense, ")
+    monkeypatch.setattr(linear.plans, "digest", lambda folder: "of another source")
+    assert layer.signature == "dense: dense, of another source"
+    assert before != layer.signature
 
 
 def test_the_operators_schema_and_fake_hold(dense_plan: str) -> None:

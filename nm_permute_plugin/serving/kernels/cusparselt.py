@@ -77,7 +77,7 @@ class CuSparseLt:
         out = torch._cslt_sparse_mm(
             form,
             tokens.t(),
-            out_dtype=out_dtype,
+            out_dtype=_named(x.dtype),
             transpose_result=True,
             alg_id=number,
             split_k=parts,
@@ -91,9 +91,14 @@ def _aligned(x: Tensor) -> Tensor:
     return padded(x, 8 if x.dtype in WIDE else 16).contiguous()
 
 
+def _named(dtype: torch.dtype) -> torch.dtype | None:
+    """The outputs' dtype as torch takes it, which refuses one where it has no choice."""
+    return None if dtype in WIDE else sums_dtype(dtype)
+
+
 def _search(form: Tensor, x: Tensor) -> Settings:
     """The library's own choice after it has tried its algorithms."""
-    arguments = (form, _aligned(x).t(), None, None, sums_dtype(x.dtype), True)
+    arguments = (form, _aligned(x).t(), None, None, _named(x.dtype), True)
     bindings = getattr(torch._C, "_cusparselt", None)
     if bindings is not None and hasattr(bindings, "mm_search"):
         algorithm, parts, how, _ = bindings.mm_search(*arguments)
