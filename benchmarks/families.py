@@ -39,6 +39,7 @@ OPT = {
     "max_position_embeddings": 512,
     "word_embed_proj_dim": 128,
 }
+POST_NORM = {"do_layer_norm_before": False, "word_embed_proj_dim": 64}
 GPT2 = {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512}
 GPT2 |= {"bos_token_id": 1, "eos_token_id": 2}
 TIED = {"tie_word_embeddings": True, "query_pre_attn_scalar": 32}
@@ -51,6 +52,7 @@ FAMILIES = {
     "Gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", GEMMA),
     "Phi3": ("Phi3ForCausalLM", "Phi3Config", TEXT),
     "OPT": ("OPTForCausalLM", "OPTConfig", OPT),
+    "OPT, the 350M form": ("OPTForCausalLM", "OPTConfig", {**OPT, **POST_NORM}),
     "GPT2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
     "Qwen2-MoE": ("Qwen2MoeForCausalLM", "Qwen2MoeConfig", {**TEXT, **SHARED}),
     "Qwen3-MoE": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**TEXT, **EXPERTS}),

@@ -21,6 +21,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    RobertaConfig,
+    RobertaModel,
 )
 
 from nm_permute_plugin.checkpoint.config import SparsityConfig
@@ -60,7 +62,10 @@ RANDOM = {
     "qwen3-moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, EXPERTS),
 }
 """Random models: one whose q, k and v have biases, and one of experts."""
-ENCODERS = {"bert": (BertConfig, BertModel, {"num_key_value_heads": 4})}
+ENCODERS = {
+    "bert": (BertConfig, BertModel, {"num_key_value_heads": 4}),
+    "roberta": (RobertaConfig, RobertaModel, {"num_key_value_heads": 4}),
+}
 
 # One thread: what is computed twice is the same twice. Little memory for the cache.
 ENVIRONMENT = {
