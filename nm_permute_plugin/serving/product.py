@@ -72,7 +72,7 @@ def product_of(linear: SparseLinear, layer: LinearBase) -> Product:
     given = scheme.is_static_input_scheme
     layer.input_scale = _constant(layer.input_scale.data.max()) if given else None
     is_fp8 = isinstance(scheme, CompressedTensorsW8A8Fp8)
-    return ScaledProduct(linear, _fp8(given) if is_fp8 else quantize_int8)
+    return ScaledProduct(linear, quantize_fp8(given) if is_fp8 else quantize_int8)
 
 
 class FloatProduct:
@@ -115,8 +115,12 @@ class ScaledProduct:
         return out.view(*shape[:-1], out.shape[-1])
 
 
-def _fp8(given: bool) -> Quantize:
-    """vLLM's own quantization, which it compiles into what is before the layer."""
+def quantize_fp8(given: bool) -> Quantize:
+    """
+    vLLM's own quantization, which it compiles into what is before the layer.
+
+    :param given: whether it is called with a scale, one number; else it finds one a token
+    """
     shape = GroupShape.PER_TENSOR if given else GroupShape.PER_TOKEN
     quantize: Quantize = QuantFP8(static=given, group_shape=shape)
     return quantize

@@ -1,17 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How our compiled quantization differs from vLLM's operator, as JSON."""
+"""What becomes of activations before an 8-bit product, as JSON."""
 
 import json
 
 import torch
+from vllm.config import VllmConfig, set_current_vllm_config
 
-from nm_permute_plugin.serving.product import quantize_int8
+from nm_permute_plugin.serving.product import quantize_fp8, quantize_int8
+
+GIVEN = torch.tensor([0.02])
 
 
-def differences(scale):
-    """Values that differ, and the largest difference of scales."""
-    x = torch.randn(7, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+def activations():
+    """Tokens of different sizes, one of them zeros."""
+    x = torch.randn(7, 96, generator=torch.Generator().manual_seed(0))
+    x *= torch.linspace(0.1, 1, 7)[:, None]
     x[3] = 0
+    return x.bfloat16()
+
+
+def int8_differences(scale):
+    """Compiled and not: values that differ, and the largest difference of scales."""
+    x = activations()
     compiled = torch.compile(quantize_int8, fullgraph=True)
     ours, theirs = compiled(x, scale), quantize_int8(x, scale)
     assert ours[0].dtype == theirs[0].dtype == torch.int8
@@ -21,5 +31,21 @@ def differences(scale):
     return [values, float((ours[1] - theirs[1]).abs().max())]
 
 
+def fp8_error(scale):
+    """The largest error as a share of a token's largest value, and the scales' shape."""
+    x = activations().float()
+    with set_current_vllm_config(VllmConfig()):
+        quantize = quantize_fp8(given=scale is not None)
+    values, found = quantize(x.bfloat16(), scale)
+    assert values.dtype == torch.float8_e4m3fn
+    largest = x.abs().amax(-1, keepdim=True).clamp_min(1e-9)
+    error = (values.float() * found - x).abs() / largest
+    return [float(error.max()), list(found.shape)]
+
+
 if __name__ == "__main__":
-    print(json.dumps([differences(None), differences(torch.tensor([0.02]))]))
+    said = {
+        "int8": [int8_differences(None), int8_differences(GIVEN)],
+        "fp8": [fp8_error(None), fp8_error(GIVEN)],
+    }
+    print(json.dumps(said))
