@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.specs.claim import MovedParameter, claim
 from nm_permute_plugin.specs.lines import FAMILIES
+from nm_permute_plugin.specs.merging import merged
 from nm_permute_plugin.specs.orientation import input_axis
 from nm_permute_plugin.specs.sizes import HeadDim, Size, measure
 
@@ -107,20 +108,23 @@ class ResolvedSpec:
         """
         For every prunable linear which space orders its inputs, or why none does.
 
+        Layers alike are in one line: ``hidden.{0-31} (...) layers.{0-31}.mlp.down_proj``.
+
         :param families: the kinds of spaces that are reordered
         """
         lines = [
             f"{space.name} ({space.size} channels) "
             f"{'orders' if space.family in families else 'could order, but is left out,'}"
-            f" the inputs of {', '.join(reader.name for reader in space.readers)}"
+            f" the inputs of {', '.join(merged(reader.name for reader in space.readers))}"
             for space in self.spaces.values()
             if space.readers
         ]
-        return lines + [
+        lines += [
             f"no space orders the inputs of {name}: the spec keeps them in their places"
             + (f" ({reason})" if reason else "")
             for name, reason in self.unordered.items()
         ]
+        return merged(lines)
 
 
 def resolve(
