@@ -33,8 +33,8 @@ class Budget:
     rows: int = 44
     sequence_length: int = 512
     windows: int = 12
-    search_rounds: int = 6
-    steps: int = 20
+    search_rounds: int = 3
+    steps: int = 24
     batch_size: int = 2
 
     def __str__(self) -> str:
