@@ -34,7 +34,7 @@ class Budget:
     sequence_length: int = 512
     windows: int = 12
     search_rounds: int = 3
-    steps: int = 24
+    steps: int = 20
     batch_size: int = 2
 
     def __str__(self) -> str:
