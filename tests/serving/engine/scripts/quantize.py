@@ -4,9 +4,6 @@
 import json
 
 import torch
-from vllm.config import VllmConfig, set_current_vllm_config
-
-from nm_permute_plugin.serving.product import quantize_fp8, quantize_int8
 
 GIVEN = torch.tensor([0.02])
 
@@ -21,6 +18,8 @@ def activations():
 
 def int8_differences(scale):
     """Compiled and not: values that differ, and the largest difference of scales."""
+    from nm_permute_plugin.serving.product import quantize_int8
+
     x = activations()
     compiled = torch.compile(quantize_int8, fullgraph=True)
     ours, theirs = compiled(x, scale), quantize_int8(x, scale)
@@ -33,6 +32,10 @@ def int8_differences(scale):
 
 def fp8_error(scale):
     """The largest error as a share of a token's largest value, and the scales' shape."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    from nm_permute_plugin.serving.product import quantize_fp8
+
     x = activations().float()
     with set_current_vllm_config(VllmConfig()):
         quantize = quantize_fp8(given=scale is not None)
