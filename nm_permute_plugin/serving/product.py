@@ -72,7 +72,7 @@ def product_of(linear: SparseLinear, layer: LinearBase) -> Product:
     given = scheme.is_static_input_scheme
     layer.input_scale = _constant(layer.input_scale.data.max()) if given else None
     is_fp8 = isinstance(scheme, CompressedTensorsW8A8Fp8)
-    return ScaledProduct(linear, quantize_fp8(given) if is_fp8 else quantize_int8)
+    return ScaledProduct(linear, fp8_quantizer(given) if is_fp8 else quantize_int8)
 
 
 class FloatProduct:
@@ -115,7 +115,7 @@ class ScaledProduct:
         return out.view(*shape[:-1], out.shape[-1])
 
 
-def quantize_fp8(given: bool) -> Quantize:
+def fp8_quantizer(given: bool) -> Quantize:
     """
     vLLM's own quantization, which it compiles into what is before the layer.
 

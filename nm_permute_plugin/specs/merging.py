@@ -15,22 +15,20 @@ def merged(texts: Iterable[str]) -> list[str]:
     >>> merged(["a.0.w reads b.0", "a.1.w reads b.1", "a.3.w reads b.3", "c.5.w"])
     ['a.{0-1,3}.w reads b.{0-1,3}', 'c.5.w']
     """
-    groups: dict[str, dict[str, int | None]] = {}
+    groups: dict[str, dict[str, int]] = {}
     for text in texts:
         alike, number = _numbered(text)
         groups.setdefault(alike, {})[text] = number
     return [
         next(iter(of))
         if len(of) == 1
-        else alike.replace(
-            "{}", f"{{{_ranges(n for n in of.values() if n is not None)}}}"
-        )
+        else alike.replace("{}", f"{{{_ranges(of.values())}}}")
         for alike, of in groups.items()
     ]
 
 
-def _numbered(text: str) -> tuple[str, int | None]:
-    """The text with ``{}`` for its number; as it is where there is none, or several."""
+def _numbered(text: str) -> tuple[str, int]:
+    """The text with ``{}`` for its number; as it is, and 0, where there is not one."""
     found: set[int] = set()
 
     def without(name: re.Match[str]) -> str:
@@ -42,7 +40,7 @@ def _numbered(text: str) -> tuple[str, int | None]:
         return ".".join(parts)
 
     alike = _DOTTED.sub(without, text)
-    return (alike, found.pop()) if len(found) == 1 else (text, None)
+    return (alike, found.pop()) if len(found) == 1 else (text, 0)
 
 
 def _ranges(numbers: Iterable[int]) -> str:

@@ -30,7 +30,6 @@ from weights import (
     exact,
     scales_for,
     sparse_weight,
-    tokens_for,
 )
 
 from nm_permute_plugin.serving import linear, plan
@@ -39,6 +38,7 @@ from nm_permute_plugin.serving.kernels.cusparselt_plan import plan_of
 from nm_permute_plugin.serving.kernels.kernel import NARROW
 from nm_permute_plugin.serving.linear import SparseLinear
 from nm_permute_plugin.serving.ops import KERNELS, PLANS
+from nm_permute_plugin.serving.tune import sample
 
 SHAPES = {
     "dense": [(96, 384)],
@@ -63,7 +63,7 @@ def kernel_is_exact(name: str, dtype: torch.dtype, shape: tuple[int, int]) -> No
         raise Skip(reason)
     form = kernel.prepare(weight)
     for tokens in TOKENS[name]:
-        x = tokens_for(weight, tokens)
+        x = sample(weight, tokens)
         expected = exact(weight, x)
         settings = kernel.candidates(form, x, len(weight))
         if not settings:
@@ -81,7 +81,7 @@ def plans_multiply_as_torch_does(dtype: torch.dtype) -> None:
     kernel = KERNELS["cusparselt"]
     form = kernel.prepare(weight)
     for tokens in (1, 33, 1000):
-        x = tokens_for(weight, tokens)
+        x = sample(weight, tokens)
         for chosen in kernel.candidates(form, x, len(weight)):
             with patch.object(cusparselt, "plan_of", wraps=plan_of) as asked:
                 kept = kernel.run(form, x, len(weight), chosen)
@@ -109,7 +109,7 @@ def layer_works(dtype: torch.dtype) -> None:
 def layer_is_exact(layer: SparseLinear, weight: torch.Tensor) -> None:
     """It agrees with float64, whatever the scales' sizes and the output."""
     for tokens in (*FEW, *MANY, 8200, 0):
-        x = tokens_for(weight, tokens)
+        x = sample(weight, tokens)
         for case in range(4 if weight.dtype in NARROW else 1):
             scales = None
             if weight.dtype in NARROW:
@@ -140,7 +140,7 @@ def layer_compiles(layer: SparseLinear, weight: torch.Tensor) -> None:
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     for tokens in (3, 16, 70, 300):
-        x = tokens_for(weight, tokens)
+        x = sample(weight, tokens)
         scales = scales_for(weight, tokens) if weight.dtype in NARROW else None
         wrong = error(compiled(x, scales), exact(weight, x, scales) + 1)
         if not wrong <= BOUND:
@@ -150,7 +150,7 @@ def layer_compiles(layer: SparseLinear, weight: torch.Tensor) -> None:
 def layer_is_captured(layer: SparseLinear, weight: torch.Tensor) -> None:
     """A captured CUDA graph computes with what its inputs hold at each replay."""
     for tokens in (1, 13, 64, 300):
-        x = tokens_for(weight, tokens)
+        x = sample(weight, tokens)
         scales = scales_for(weight, tokens) if weight.dtype in NARROW else None
         expected = exact(weight, x, scales)
         read = torch.zeros_like(x)

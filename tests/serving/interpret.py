@@ -16,9 +16,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if __name__ == "__main__" and DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
-from weights import error, exact, sparse_weight, tokens_for  # noqa: E402
+from weights import error, exact, sparse_weight  # noqa: E402
 
 from nm_permute_plugin.serving.kernels.triton_fallback import TritonDecode  # noqa: E402
+from nm_permute_plugin.serving.tune import sample  # noqa: E402
 
 DECODES = [
     (tokens, shape, tile)
@@ -32,7 +33,7 @@ SCALINGS = list(product((False, True), repeat=3))
 def decode_error(tokens: int, shape: tuple[int, int], tile: tuple[int, int]) -> float:
     """The interpreter multiplies the bit patterns of bfloat16, so it is float16 here."""
     weight = sparse_weight(*shape, torch.float16, seed=tokens, device=DEVICE)
-    x = tokens_for(weight, tokens)
+    x = sample(weight, tokens)
     kernel = TritonDecode()
     out = kernel.run(kernel.prepare(weight), x, len(weight), (*tile, 4, 2))
     return error(out, exact(weight, x))

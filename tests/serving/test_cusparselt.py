@@ -7,11 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from weights import BOUND, DTYPES, error, exact, sparse_weight, tokens_for
+from weights import BOUND, DTYPES, error, exact, sparse_weight
 
 from nm_permute_plugin.serving.kernels import cusparselt
 from nm_permute_plugin.serving.kernels.cusparselt import CuSparseLt
 from nm_permute_plugin.serving.kernels.kernel import NARROW, sums_dtype
+from nm_permute_plugin.serving.tune import sample
 
 KERNEL = CuSparseLt()
 FOUND = 7  # the algorithm that the fake finds
@@ -86,7 +87,7 @@ def test_a_dtype_is_offered_what_the_library_can_do_with_it(
 ) -> None:
     library = fake()
     weight = sparse_weight(128, 256, DTYPES[kind])
-    offered = KERNEL.candidates(weight, tokens_for(weight, 20), 128)
+    offered = KERNEL.candidates(weight, sample(weight, 20), 128)
     assert offered == (DEFAULT_ONLY if kind == "fp16" else SEARCHED)
     assert bool(library.searched) == (kind != "fp16")
 
@@ -98,7 +99,7 @@ def test_the_default_algorithm_is_left_where_a_search_fails(
     fake(searches=False)
     weight = sparse_weight(128, 256, DTYPES[kind])
     with caplog.at_level(logging.INFO):
-        offered = KERNEL.candidates(weight, tokens_for(weight, 20), 128)
+        offered = KERNEL.candidates(weight, sample(weight, 20), 128)
     assert offered == DEFAULT_ONLY
     if kind != "fp16":
         assert "search failed for 20 tokens by 128 x 256" in caplog.text
@@ -109,7 +110,7 @@ def test_small_odd_shapes_are_never_searched(
 ) -> None:
     library = fake()
     weight = sparse_weight(96, 384, torch.bfloat16)
-    assert KERNEL.candidates(weight, tokens_for(weight, 20), 96) == DEFAULT_ONLY
+    assert KERNEL.candidates(weight, sample(weight, 20), 96) == DEFAULT_ONLY
     assert not library.searched
 
 
@@ -120,7 +121,7 @@ def test_whatever_is_offered_is_the_product(
 ) -> None:
     fake()
     weight = sparse_weight(128, 256, DTYPES[kind])
-    x = tokens_for(weight, tokens)
+    x = sample(weight, tokens)
     for chosen in KERNEL.candidates(weight, x, 128):
         out = KERNEL.run(weight, x, 128, chosen)
         assert out.shape == (tokens, 128)

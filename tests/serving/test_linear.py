@@ -13,13 +13,13 @@ from weights import (
     exact,
     scales_for,
     sparse_weight,
-    tokens_for,
 )
 
 from nm_permute_plugin.serving import linear
 from nm_permute_plugin.serving.linear import SparseLinear
 from nm_permute_plugin.serving.ops import KERNELS, PLANS, sparse24_linear
 from nm_permute_plugin.serving.plan import Bucket, Plan, Way
+from nm_permute_plugin.serving.tune import sample
 
 DENSE = Way("dense", (), 1.0)
 
@@ -80,7 +80,7 @@ def test_kernels_refuse_unknown_dtypes(name: str) -> None:
 def test_a_layer_runs_compiled_and_not(kind: str, tokens: int, dense_plan: str) -> None:
     """The CPU has no float8 product."""
     weight = sparse_weight(16, 64, DTYPES[kind])
-    x = tokens_for(weight, tokens)
+    x = sample(weight, tokens)
     scales = scales_for(weight, tokens, bias=True) if kind == "int8" else None
     layer = SparseLinear(weight, PLANS[dense_plan], dense_plan)
     torch.compiler.reset()
@@ -104,7 +104,7 @@ def test_a_layer_compiles_whole_for_all_numbers_of_tokens(dense_plan: str) -> No
         lambda x: layer(x) + 1, backend="aot_eager", fullgraph=True, dynamic=True
     )
     for tokens in (2, 5, 9):
-        x = tokens_for(weight, tokens)
+        x = sample(weight, tokens)
         torch._dynamo.mark_dynamic(x, 0)  # an error where a graph is for one number
         assert error(compiled(x), exact(weight, x) + 1) < BOUND
 
@@ -123,7 +123,7 @@ def test_a_compiled_graph_is_for_a_plan_and_for_our_source(
 
 def test_the_operators_schema_and_fake_hold(dense_plan: str) -> None:
     weight = sparse_weight(16, 64, torch.bfloat16)
-    arguments = (tokens_for(weight, 3), [weight], dense_plan)
+    arguments = (sample(weight, 3), [weight], dense_plan)
     torch.library.opcheck(
         sparse24_linear, arguments, test_utils=("test_schema", "test_faketensor")
     )

@@ -3,12 +3,13 @@
 
 import pytest
 import torch
-from weights import error, exact, scales_for, sparse_weight, tokens_for
+from weights import error, exact, scales_for, sparse_weight
 
 from nm_permute_plugin.serving.kernels.scaling import scaled
+from nm_permute_plugin.serving.tune import sample
 
 WEIGHT = sparse_weight(48, 64, torch.int8)
-X = tokens_for(WEIGHT, 5)
+X = sample(WEIGHT, 5)
 SUMS = exact(WEIGHT, X).float()
 
 

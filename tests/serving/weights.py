@@ -38,16 +38,6 @@ def sparse_weight(
     )
 
 
-def tokens_for(weight: Tensor, count: int, seed: int = 1) -> Tensor:
-    """Random tokens [count, channels] for a weight, of its dtype."""
-    generator = torch.Generator(weight.device).manual_seed(seed)
-    size = (count, weight.shape[1])
-    x = torch.randn(size, generator=generator, device=weight.device)
-    if weight.dtype in NARROW:
-        x = (x * 30).round().clamp(-127, 127)
-    return x.to(weight.dtype)
-
-
 class Scales(NamedTuple):
     """What ``scaled_mm`` takes beside tokens, in its order."""
 

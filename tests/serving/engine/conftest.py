@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from shutil import copytree
+from typing import Any
 
 import pytest
 import torch
@@ -119,6 +120,18 @@ def run_engine(
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def engine_says(run_engine: RunEngine) -> Callable[[str], Any]:
+    """A factory: what a script beside vLLM prints last, as JSON."""
+
+    def say(script: str) -> Any:
+        done = run_engine(script)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return say
 
 
 @pytest.fixture(scope="session")

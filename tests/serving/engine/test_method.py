@@ -1,19 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers that our linear method holds, and what it says to those that it cannot hold."""
 
-import json
-
 import pytest
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def said(run_engine) -> dict:
+def said(engine_says) -> dict:
     """The shapes of each layer's parameters, or the message that refuses it."""
-    done = run_engine("refusals.py")
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return engine_says("refusals.py")
 
 
 def test_a_weight_that_is_all_2of4_is_never_held_dense(said: dict) -> None:

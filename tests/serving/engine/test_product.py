@@ -1,19 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a layer does to activations before its product."""
 
-import json
-
 import pytest
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def said(run_engine) -> dict:
+def said(engine_says) -> dict:
     """By dtype, with a scale a token and with one that is given."""
-    done = run_engine("quantize.py")
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return engine_says("quantize.py")
 
 
 def test_compiled_int8_is_what_vllms_operator_makes(said: dict) -> None:

@@ -34,11 +34,11 @@ def fp8_error(scale):
     """The largest error as a share of a token's largest value, and the scales' shape."""
     from vllm.config import VllmConfig, set_current_vllm_config
 
-    from nm_permute_plugin.serving.product import quantize_fp8
+    from nm_permute_plugin.serving.product import fp8_quantizer
 
     x = activations().float()
     with set_current_vllm_config(VllmConfig()):
-        quantize = quantize_fp8(given=scale is not None)
+        quantize = fp8_quantizer(given=scale is not None)
     values, found = quantize(x.bfloat16(), scale)
     assert values.dtype == torch.float8_e4m3fn
     largest = x.abs().amax(-1, keepdim=True).clamp_min(1e-9)
