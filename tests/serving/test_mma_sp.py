@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decode kernel compiles as it will on a card, and says so where it cannot."""
 
+from itertools import product
+
 import pytest
 import torch
 from weights import DTYPES
@@ -19,12 +21,14 @@ def compiler() -> None:
 
 @pytest.mark.parametrize("tiles", mma_sp._SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-@pytest.mark.parametrize("architecture", ["sm_89", "sm_90"])
+@pytest.mark.parametrize("capability", [(8, 9), (9, 0)])
 def test_the_kernel_compiles_to_machine_code(
-    architecture: str, dtype: torch.dtype, tiles: int, compiler: None
+    capability: tuple[int, int], dtype: torch.dtype, tiles: int, compiler: None
 ) -> None:
-    for shape in mma_sp.shapes(tiles, hopper=architecture == "sm_90"):
-        code = mma_sp._machine_code(architecture, mma_sp._KINDS[dtype], shape)
+    kind = mma_sp._KINDS[dtype]
+    for shape in mma_sp.shapes(tiles, kind, capability):
+        architecture = shape.architecture(capability)
+        code = mma_sp._machine_code(architecture, kind, shape)
         assert code.startswith(b"\x7fELF")
 
 
@@ -35,11 +39,18 @@ def test_what_does_not_compile_comes_with_the_log(compiler: None) -> None:
 
 @pytest.mark.parametrize("tokens", range(1, mma_sp.MOST_TOKENS + 1))
 def test_every_few_tokens_have_settings_that_hold_them(tokens: int) -> None:
-    for hopper in (True, False):
-        found = mma_sp.shapes(-(-tokens // 8), hopper)
+    for capability, kind in product([(8, 0), (8, 9), (9, 0), (10, 0)], range(4)):
+        found = mma_sp.shapes(-(-tokens // 8), kind, capability)
         assert found
         for shape in found:
             assert shape.tiles * 8 >= tokens
             assert shape.warps_n * shape.warps_k <= 16
-            static = shape.warps_n * shape.warps_k * 8 * 36 * 4
-            assert shape.ring_bytes(0) + static < 227 << 10
+            assert shape.shared_bytes(kind) < 227 << 10
+
+
+def test_only_hopper_has_tokens_in_stages_and_only_in_16_bits() -> None:
+    for capability, kind in product([(8, 9), (9, 0), (10, 0)], range(4)):
+        staged = [s for s in mma_sp.shapes(8, kind, capability) if s.stages]
+        assert bool(staged) == (capability == (9, 0) and kind < 2)
+        assert all(s.architecture(capability) == "sm_90a" for s in staged)
+        assert all(s.warps_n % 4 == 0 for s in staged)

@@ -16,29 +16,33 @@ from nm_permute_plugin.serving.kernels.packing import CHANNELS, ROWS, pack
 
 MOST_TOKENS = 64
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float8_e4m3fn: 2, torch.int8: 3}
+_PITCH = 36  # of a token's sums in shared memory
 # Blocks of up to 16 warps; the more tokens, the more registers, the fewer warps.
-_SHAPES = {
-    1: [
-        (1, 16, 1, 1),
-        (1, 8, 1, 1),
-        (2, 8, 1, 1),
-        (1, 16, 1, 2),
-        (1, 8, 1, 4),
-        (2, 4, 1, 4),
-        (1, 8, 2, 2),
-    ],
-    2: [
-        (1, 16, 1, 1),
-        (1, 8, 1, 1),
-        (2, 8, 1, 1),
-        (1, 16, 1, 2),
-        (1, 8, 1, 4),
-        (2, 4, 1, 4),
-        (1, 8, 2, 2),
-    ],
-    4: [(1, 8, 1, 1), (2, 4, 1, 1), (1, 8, 1, 4), (2, 4, 1, 4), (4, 2, 1, 4)],
-    8: [(1, 8, 1, 0), (2, 4, 1, 0), (1, 8, 1, 4), (2, 4, 1, 4), (4, 2, 2, 4)],
-}
+_FEW = [
+    (1, 16, 1, 1, 0),
+    (1, 8, 1, 1, 0),
+    (2, 8, 1, 1, 0),
+    (1, 16, 1, 2, 0),
+    (1, 8, 1, 4, 0),
+    (2, 4, 1, 4, 0),
+    (1, 8, 2, 2, 0),
+]
+_MANY = [
+    (1, 8, 1, 0, 0),
+    (1, 8, 1, 1, 0),
+    (2, 4, 1, 0, 0),
+    (2, 4, 1, 1, 0),
+    (1, 8, 1, 4, 0),
+    (2, 4, 1, 4, 0),
+    (8, 1, 1, 1, 3),
+    (8, 1, 2, 1, 3),
+    (8, 1, 4, 1, 3),
+    (8, 1, 8, 1, 3),
+    (12, 1, 8, 1, 3),
+    (4, 1, 8, 1, 3),
+    (4, 2, 1, 1, 3),
+]
+_SHAPES = {1: _FEW, 2: _FEW, 4: _MANY, 8: _MANY}
 
 
 class Shape(NamedTuple):
@@ -49,23 +53,38 @@ class Shape(NamedTuple):
     warps_k: int
     cluster: int
     depth: int
+    stages: int
 
-    def ring_bytes(self, kind: int) -> int:
-        """The shared memory that holds the chunks loaded ahead."""
+    def architecture(self, capability: tuple[int, int]) -> str:
+        """What it is compiled for."""
+        own = "a" if self.stages else ""  # with instructions of no other architecture
+        return "sm_{}{}".format(*capability) + own
+
+    def shared_bytes(self, kind: int) -> int:
+        """The shared memory of a block: chunks loaded ahead and tokens, later the sums."""
+        width, tokens = 2 if kind < 2 else 1, 8 * self.tiles
         chunk = ROWS * CHANNELS * 9 // 8 if kind < 2 else ROWS * CHANNELS * 5 // 8
         ahead = self.depth if self.depth > 1 else 0
-        return self.warps_n * self.warps_k * ahead * chunk
+        ring = self.warps_n * self.warps_k * ahead * chunk
+        staged = self.stages * self.warps_k * tokens * CHANNELS * width
+        sums = self.warps_n * self.warps_k * tokens * _PITCH * 4
+        return max(ring + staged, sums)
 
 
-def shapes(tiles: int, hopper: bool) -> list[Shape]:
+def shapes(tiles: int, kind: int, capability: tuple[int, int]) -> list[Shape]:
     """
     The blocks worth trying for up to ``8 * tiles`` tokens.
 
-    :param hopper: whether the card has clusters and the copy engine
+    :param capability: of the card: 9.0 and later have clusters and the copy engine, 9.0
+        alone has wgmma
     """
     enough = min(known for known in _SHAPES if known >= tiles)
     found = [Shape(enough, *shape) for shape in _SHAPES[enough]]
-    return [s for s in found if hopper or (s.cluster == 1 and s.depth < 2)]
+    if kind > 1 or capability != (9, 0):
+        found = [shape for shape in found if not shape.stages]
+    if capability < (9, 0):
+        found = [shape for shape in found if shape.cluster == 1 and shape.depth < 2]
+    return found
 
 
 @dataclass(frozen=True)
@@ -94,8 +113,8 @@ class MmaSp:
         tokens = len(x)
         if tokens > MOST_TOKENS:
             return []
-        hopper = torch.cuda.get_device_capability(form.device) >= (9, 0)
-        found = shapes(-(-tokens // 8), hopper)
+        capability = torch.cuda.get_device_capability(form.device)
+        found = shapes(-(-tokens // 8), _KINDS[x.dtype], capability)
         with ThreadPoolExecutor() as pool:  # the compiler leaves the interpreter alone
             list(pool.map(lambda shape: _machine_code(*_key(x, shape)), found))
         return [tuple(shape) for shape in found]
@@ -114,8 +133,8 @@ class MmaSp:
 
 
 def _key(x: Tensor, shape: Shape) -> tuple[str, int, Shape]:
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return f"sm_{major}{minor}", _KINDS[x.dtype], shape
+    capability = torch.cuda.get_device_capability(x.device)
+    return shape.architecture(capability), _KINDS[x.dtype], shape
 
 
 @lru_cache(maxsize=256)
@@ -130,7 +149,7 @@ def _function(
 ) -> nvrtc.Function:
     with torch.cuda.device(device):
         code = _machine_code(architecture, kind, shape)
-        return nvrtc.Function(code, "sparse24", shape.ring_bytes(kind))
+        return nvrtc.Function(code, "sparse24", shape.shared_bytes(kind))
 
 
 @lru_cache(maxsize=1)
