@@ -101,7 +101,7 @@ class SparseLinear:
 
         :param x_q: [tokens, in], of the weight's dtype
         :param scale_x: float32, one number or [tokens, 1]
-        :param scale_w: float32, one number or [out, 1]
+        :param scale_w: float32 or bfloat16, one number or [out, 1]
         :param bias: [out]
         :param out_dtype: bfloat16 or float16
         :return: [tokens, out]

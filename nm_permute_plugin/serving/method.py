@@ -139,7 +139,9 @@ class Sparse24LinearMethod(LinearMethodBase):
             return
         self.product = product_of(linear, layer)
         layer.weight = Parameter(layer.weight.data.new_empty(0), requires_grad=False)
-        self.compiled_for.append(f"{self.name} {linear.signature}")
+        scale = getattr(layer, "weight_scale", None)
+        scales = "no scales" if scale is None else f"scales in {scale.dtype}"
+        self.compiled_for.append(f"{self.name} {linear.signature}, {scales}")
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The layer's output for x [..., in]."""

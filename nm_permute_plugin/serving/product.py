@@ -23,6 +23,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
 from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
 
+from nm_permute_plugin.serving.kernels.scaling import narrowest
 from nm_permute_plugin.serving.linear import SparseLinear
 
 Quantize = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
@@ -68,7 +69,7 @@ def product_of(linear: SparseLinear, layer: LinearBase) -> Product:
     if scale.numel() == len(layer.logical_widths) > 1:
         widths = torch.tensor(layer.logical_widths, device=scale.device)
         scale = scale.flatten().repeat_interleave(widths)
-    layer.weight_scale = _constant(scale.reshape(-1, 1))
+    layer.weight_scale = _constant(narrowest(scale.reshape(-1, 1)))
     given = scheme.is_static_input_scheme
     layer.input_scale = _constant(layer.input_scale.data.max()) if given else None
     is_fp8 = isinstance(scheme, CompressedTensorsW8A8Fp8)

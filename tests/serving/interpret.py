@@ -27,7 +27,7 @@ DECODES = [
     for shape in ((48, 160), (33, 96))
     for tile in ((16, 32), (32, 16))
 ]
-SCALINGS = list(product((False, True), repeat=3))
+SCALINGS = list(product((False, True), repeat=4))
 
 
 def decode_error(tokens: int, shape: tuple[int, int], tile: tuple[int, int]) -> float:
@@ -39,8 +39,12 @@ def decode_error(tokens: int, shape: tuple[int, int], tile: tuple[int, int]) -> 
     return error(out, exact(weight, x))
 
 
-def scaling_error(each_x: bool, each_w: bool, bias: bool) -> float:
-    """Scales and bias on whole numbers, by what is a number and what a vector."""
+def scaling_error(each_x: bool, each_w: bool, bias: bool, narrow: bool) -> float:
+    """
+    Scales and bias on whole numbers, by what is a number and what a vector.
+
+    :param narrow: the weight's scales in bfloat16
+    """
     from nm_permute_plugin.serving.kernels.triton_scaling import scale_kernel
 
     generator = torch.Generator(DEVICE).manual_seed(3)
@@ -48,6 +52,8 @@ def scaling_error(each_x: bool, each_w: bool, bias: bool) -> float:
     sums = sums.to(torch.int32)
     scale_x = torch.rand(5 if each_x else 1, generator=generator, device=DEVICE)
     scale_w = torch.rand(300 if each_w else 1, generator=generator, device=DEVICE)
+    if narrow:
+        scale_w = scale_w.bfloat16()
     shift = torch.randn(300, generator=generator, device=DEVICE) * 100
     out = torch.empty(5, 300, device=DEVICE)
     cases = {"EACH_X": each_x, "EACH_W": each_w, "BIAS": bias, "COLUMNS": 128}

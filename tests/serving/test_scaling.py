@@ -5,7 +5,7 @@ import pytest
 import torch
 from weights import error, exact, scales_for, sparse_weight
 
-from nm_permute_plugin.serving.kernels.scaling import scaled
+from nm_permute_plugin.serving.kernels.scaling import narrowest, scaled
 from nm_permute_plugin.serving.tune import sample
 
 WEIGHT = sparse_weight(48, 64, torch.int8)
@@ -37,6 +37,19 @@ def test_sums_are_scaled_compiled_and_not(
 @pytest.mark.parametrize("name", ["scale_x", "scale_w"])
 def test_scales_of_another_dtype_are_refused(name: str) -> None:
     scales = scales_for(WEIGHT, 5)
-    half = scales._replace(**{name: getattr(scales, name).bfloat16()})
-    with pytest.raises(ValueError, match=rf"{name} is torch.bfloat16; scales are"):
+    half = scales._replace(**{name: getattr(scales, name).half()})
+    with pytest.raises(ValueError, match=rf"{name} is torch.float16; it must be"):
         scaled(SUMS, *half)
+
+
+def test_scales_that_were_stored_in_bfloat16_give_the_same_bits_in_it() -> None:
+    scales = scales_for(WEIGHT, 5)
+    stored = scales._replace(scale_w=scales.scale_w.bfloat16().float())
+    narrow = stored._replace(scale_w=narrowest(stored.scale_w))
+    assert narrow.scale_w.dtype == torch.bfloat16
+    assert torch.equal(scaled(SUMS, *narrow), scaled(SUMS, *stored))
+
+
+def test_scales_that_bfloat16_would_change_stay_as_they_are() -> None:
+    scale = scales_for(WEIGHT, 5).scale_w
+    assert narrowest(scale) is scale

@@ -24,7 +24,7 @@ def test_decode_agrees_with_float64(errors: dict[str, list[float]]) -> None:
 
 
 def test_scaling_agrees_with_float64(errors: dict[str, list[float]]) -> None:
-    assert len(errors["scaling"]) == 8
+    assert len(errors["scaling"]) == 16
     assert max(errors["scaling"]) < 1e-6
 
 

@@ -24,13 +24,14 @@ def scaled(
 
     :param sums: [tokens, out], which may be overwritten
     :param scale_x: float32, one number or [tokens, 1]
-    :param scale_w: float32, one number or [out, 1]
+    :param scale_w: float32 or bfloat16, one number or [out, 1]
     :param bias: [out]
-    :raises ValueError: if a scale is not float32, as the pass reads it
+    :raises ValueError: if a scale is of another dtype
     """
-    for name, scale in (("scale_x", scale_x), ("scale_w", scale_w)):
-        if scale.dtype != torch.float32:
-            raise ValueError(f"{name} is {scale.dtype}; scales are float32")
+    if scale_x.dtype != torch.float32:
+        raise ValueError(f"scale_x is {scale_x.dtype}; it must be float32")
+    if scale_w.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"scale_w is {scale_w.dtype}; it must be float32 or bfloat16")
     kernel = None if torch.compiler.is_compiling() or not sums.is_cuda else _kernel()
     if kernel is None:
         value = sums.float() * scale_x * scale_w.reshape(1, -1)
@@ -52,6 +53,16 @@ def scaled(
             COLUMNS=_COLUMNS,
         )
     return out
+
+
+def narrowest(scale: Tensor) -> Tensor:
+    """
+    A float32 scale in bfloat16 if that changes no value, as where checkpoints store it so.
+
+    What reads few tokens' sums reads about as many bytes of scales.
+    """
+    narrow = scale.bfloat16()
+    return narrow if torch.equal(narrow.float(), scale) else scale
 
 
 @lru_cache(maxsize=1)

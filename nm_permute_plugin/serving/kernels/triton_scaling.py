@@ -26,9 +26,9 @@ def scale_kernel(
     value = tl.load(sums + at, mask=inside, other=0).to(tl.float32)
     value *= tl.load(scale_x + token * EACH_X)
     if EACH_W:
-        value *= tl.load(scale_w + column, mask=inside, other=0)
+        value *= tl.load(scale_w + column, mask=inside, other=0).to(tl.float32)
     else:
-        value *= tl.load(scale_w)
+        value *= tl.load(scale_w).to(tl.float32)
     if BIAS:
         value += tl.load(bias + column, mask=inside, other=0).to(tl.float32)
     tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
