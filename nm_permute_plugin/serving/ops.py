@@ -20,8 +20,7 @@ PLANS: dict[str, Plan] = {}
 name is all that a compiled graph holds, the same for all layers of a shape."""
 
 
-@torch.library.custom_op("nm_permute::sparse24_linear", mutates_args=())
-def sparse24_linear(x: Tensor, forms: list[Tensor], plan: str) -> Tensor:
+def _sparse24_linear(x: Tensor, forms: list[Tensor], plan: str) -> Tensor:
     """
     [tokens, out]: ``x @ weight.T`` by the kernel that is fastest for the tokens.
 
@@ -30,21 +29,27 @@ def sparse24_linear(x: Tensor, forms: list[Tensor], plan: str) -> Tensor:
     :param plan: the name of one of ``PLANS``
     :return: of ``sums_dtype``
     """
-    chosen = PLANS[plan]
-    if not len(x):
-        return _empty(x, plan)
-    way = chosen.way(len(x))
+    chosen, tokens = PLANS[plan], x.shape[0]
+    if not tokens:
+        return _fake(x, forms, plan)
+    way = chosen.way(tokens)
     form = forms[chosen.kernels.index(way.kernel)]
     with torch.cuda.device_of(x):
         return KERNELS[way.kernel].run(form, x, chosen.out_features, way.settings)
 
 
-@sparse24_linear.register_fake
-def _(x: Tensor, forms: list[Tensor], plan: str) -> Tensor:
-    return _empty(x, plan)
-
-
-def _empty(x: Tensor, plan: str) -> Tensor:
+def _fake(x: Tensor, forms: list[Tensor], plan: str) -> Tensor:
+    """What the operator returns, of any values."""
     # Not len(x): a compiled graph, too, is for any number of tokens.
     size = (x.shape[0], PLANS[plan].out_features)
     return x.new_empty(size, dtype=sums_dtype(x.dtype))
+
+
+# Not torch.library.custom_op, whose calls cost the CPU more: a prompt that no graph was
+# captured for waits for them in every layer.
+_LIBRARY = torch.library.Library("nm_permute", "DEF")
+_SCHEMA = torch.library.infer_schema(_sparse24_linear, mutates_args=())
+_LIBRARY.define(f"sparse24_linear{_SCHEMA}")
+_LIBRARY.impl("sparse24_linear", _sparse24_linear, "CompositeExplicitAutograd")
+torch.library.register_fake("nm_permute::sparse24_linear", _fake, lib=_LIBRARY)
+sparse24_linear = torch.ops.nm_permute.sparse24_linear.default

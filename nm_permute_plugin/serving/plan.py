@@ -8,6 +8,7 @@ import re
 import tempfile
 from bisect import bisect_left
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -64,15 +65,19 @@ class Plan:
     out_features: int
     buckets: list[Bucket]
 
-    @property
+    @cached_property
     def kernels(self) -> list[str]:
         """The kernels that run at some number of tokens: their forms are kept."""
         return sorted({bucket.chosen.kernel for bucket in self.buckets})
 
     def way(self, tokens: int) -> Way:
         """What multiplies so many tokens."""
-        sizes = [bucket.tokens for bucket in self.buckets]
-        return self.buckets[min(bisect_left(sizes, tokens), len(sizes) - 1)].chosen
+        index = bisect_left(self._sizes, tokens)
+        return self.buckets[min(index, len(self.buckets) - 1)].chosen
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        return [bucket.tokens for bucket in self.buckets]
 
     def table(self) -> str:
         """A line a bucket: microseconds of every kernel, and the chosen one."""
@@ -86,7 +91,8 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as text; ``from_json`` reads it."""
-        return json.dumps(vars(self), indent=1)
+        stored = {"out_features": self.out_features, "buckets": self.buckets}
+        return json.dumps(stored, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":

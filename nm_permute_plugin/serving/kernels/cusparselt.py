@@ -70,20 +70,22 @@ class CuSparseLt:
     def run(self, form: Tensor, x: Tensor, rows: int, settings: Settings) -> Tensor:
         number, parts, how = settings
         tokens, out_dtype = _aligned(x), sums_dtype(x.dtype)
-        shape = (x.get_device(), rows, x.shape[1], len(tokens))
+        count, channels = tokens.shape
+        shape = (x.get_device(), rows, channels, count)
         plan = plan_of(Size(*shape, x.dtype, out_dtype, number, parts, how))
         if plan is not None:
-            return multiply(plan, form, tokens)[: len(x)]
-        out = torch._cslt_sparse_mm(
-            form,
-            tokens.t(),
-            out_dtype=_named(x.dtype),
-            transpose_result=True,
-            alg_id=number,
-            split_k=parts,
-            split_k_mode=how,
-        )
-        return out[: len(x)]
+            out = multiply(plan, form, tokens)
+        else:
+            out = torch._cslt_sparse_mm(
+                form,
+                tokens.t(),
+                out_dtype=_named(x.dtype),
+                transpose_result=True,
+                alg_id=number,
+                split_k=parts,
+                split_k_mode=how,
+            )
+        return out if tokens is x else out[: x.shape[0]]
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -36,6 +36,8 @@ _DTYPES = {
 _INTEGER_SUMS, _FLOAT_SUMS = 0, 2
 _ALGORITHM, _PARTS, _HOW = 0, 3, 4
 
+_ONE, _ZERO = (ctypes.byref(ctypes.c_float(number)) for number in (1, 0))
+
 PLANS_KEPT = 4096
 """A server sees prompts of many lengths; a plan is some kilobytes."""
 
@@ -81,24 +83,12 @@ def multiply(plan: "Plan", form: Tensor, x: Tensor) -> Tensor:
     :raises RuntimeError: if the library refuses the product
     """
     size = plan.size
-    out = x.new_empty(size.tokens, size.rows, dtype=size.out_dtype)
+    out = x.new_empty((size.tokens, size.rows), dtype=size.out_dtype)
     space = x.new_empty(plan.workspace, dtype=torch.uint8)
     stream = ctypes.c_void_p(torch.cuda.current_stream(size.device).cuda_stream)
-    one, zero = ctypes.c_float(1), ctypes.c_float(0)
-    _call(
-        "Matmul",
-        _handle(size.device),
-        plan.at,
-        ctypes.byref(one),
-        _pointer(form),
-        _pointer(x),
-        ctypes.byref(zero),
-        _pointer(out),
-        _pointer(out),
-        _pointer(space),
-        ctypes.byref(stream),
-        1,
-    )
+    to = _pointer(out)
+    tensors = (_ONE, _pointer(form), _pointer(x), _ZERO, to, to, _pointer(space))
+    _call("Matmul", plan.handle, plan.at, *tensors, ctypes.byref(stream), 1)
     return out
 
 
@@ -117,13 +107,14 @@ class Plan:
     """
     A plan with the structures that it points to; the library's part of it ends with it.
 
+    :ivar handle: the library's state on its device
     :ivar at: its address
     :ivar workspace: bytes that a product needs beside its output
     """
 
     def __init__(self, size: Size) -> None:
         self.size = size
-        handle = _handle(size.device)
+        self.handle = handle = _handle(size.device)
         self._kept = [_Structure() for _ in range(6)]
         weight, tokens, out, product, algorithm, plan = (s.at for s in self._kept)
         dtype, out_dtype = _DTYPES[size.dtype], _DTYPES[size.out_dtype]

@@ -62,5 +62,5 @@ def unknown(dtype: torch.dtype, known: Collection[torch.dtype]) -> str | None:
 
 def padded(x: Tensor, multiple: int) -> Tensor:
     """The tokens [tokens, in] with rows of zeros up to a multiple of ``multiple``."""
-    missing = -len(x) % multiple  # pad copies even where nothing is missing
+    missing = -x.shape[0] % multiple  # pad copies even where nothing is missing
     return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
