@@ -16,8 +16,9 @@ from nm_permute_plugin.serving.kernels.packing import CHANNELS, ROWS, pack
 
 MOST_TOKENS = 64
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float8_e4m3fn: 2, torch.int8: 3}
-_PITCH = 36  # of a token's sums in shared memory
-# Blocks of up to 16 warps; the more tokens, the more registers, the fewer warps.
+_PITCH = 36  # of a token's sums in shared memory: free of bank conflicts
+# Shapes but for their tiles: blocks of up to 16 warps; the more tokens, the more
+# registers, the fewer warps.
 _FEW = [
     (1, 16, 1, 1, 0),
     (1, 8, 1, 1, 0),
@@ -140,7 +141,8 @@ def _key(x: Tensor, shape: Shape) -> tuple[str, int, Shape]:
 @lru_cache(maxsize=256)
 def _machine_code(architecture: str, kind: int, shape: Shape) -> bytes:
     macros = {name.upper(): value for name, value in shape._asdict().items()}
-    return nvrtc.compile_source(source(), architecture, macros | {"KIND": kind})
+    macros |= {"KIND": kind, "PITCH": _PITCH}
+    return nvrtc.compile_source(source(), architecture, macros)
 
 
 @lru_cache(maxsize=256)

@@ -19,6 +19,7 @@
 //            memory, by the copy engine
 //   STAGES   rounds of chunks whose tokens lie in shared memory, 2 or more, for wgmma.sp:
 //            WARPS_N is then a multiple of 4, TILES 4 or 8; 0: mma.sp
+//   PITCH    of a token's sums in shared memory
 // Sums are written as float16 for that kind, as bfloat16 for all others.
 
 #if KIND == 3
@@ -34,7 +35,6 @@ typedef float Sum;
 #define THREADS (32 * WARPS_N * WARPS_K)
 #define TOKENS (8 * TILES)
 #define TOKEN_BYTES (64 * SLICES)  // of a token in a chunk
-#define PITCH 36  // of a token's sums in shared memory: free of bank conflicts
 #define WARP_SUMS (TOKENS * PITCH)
 #define CHUNK_BYTES (PIECES * 512)
 #define RING_BYTES (DEPTH > 1 ? WARPS_N * WARPS_K * DEPTH * CHUNK_BYTES : 0)
