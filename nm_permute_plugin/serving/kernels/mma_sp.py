@@ -20,21 +20,24 @@ _PITCH = 36  # of a token's sums in shared memory: free of bank conflicts
 # Shapes but for their tiles: blocks of up to 16 warps; the more tokens, the more
 # registers, the fewer warps.
 _FEW = [
-    (1, 16, 1, 1, 0),
-    (1, 8, 1, 1, 0),
-    (2, 8, 1, 1, 0),
-    (1, 16, 1, 2, 0),
-    (1, 8, 1, 4, 0),
-    (2, 4, 1, 4, 0),
-    (1, 8, 2, 2, 0),
+    (1, 16, 1, 1),
+    (1, 8, 1, 1),
+    (2, 8, 1, 1),
+    (1, 16, 1, 2),
+    (1, 8, 1, 4),
+    (2, 4, 1, 4),
+    (1, 8, 2, 2),
 ]
 _MANY = [
-    (1, 8, 1, 0, 0),
-    (1, 8, 1, 1, 0),
-    (2, 4, 1, 0, 0),
-    (2, 4, 1, 1, 0),
-    (1, 8, 1, 4, 0),
-    (2, 4, 1, 4, 0),
+    (1, 8, 1, 0),
+    (1, 8, 1, 1),
+    (2, 4, 1, 0),
+    (2, 4, 1, 1),
+    (1, 8, 1, 4),
+    (2, 4, 1, 4),
+]
+_SHAPES = {1: _FEW, 2: _FEW, 4: _MANY, 8: _MANY}
+_STAGED = [  # for wgmma
     (8, 1, 1, 1, 3),
     (8, 1, 2, 1, 3),
     (8, 1, 4, 1, 3),
@@ -43,7 +46,7 @@ _MANY = [
     (4, 1, 8, 1, 3),
     (4, 2, 1, 1, 3),
 ]
-_SHAPES = {1: _FEW, 2: _FEW, 4: _MANY, 8: _MANY}
+_STAGED_TILES = 4  # and more
 
 
 class Shape(NamedTuple):
@@ -54,7 +57,7 @@ class Shape(NamedTuple):
     warps_k: int
     cluster: int
     depth: int
-    stages: int
+    stages: int = 0
 
     def architecture(self, capability: tuple[int, int]) -> str:
         """What it is compiled for."""
@@ -81,10 +84,10 @@ def shapes(tiles: int, kind: int, capability: tuple[int, int]) -> list[Shape]:
     """
     enough = min(known for known in _SHAPES if known >= tiles)
     found = [Shape(enough, *shape) for shape in _SHAPES[enough]]
-    if kind > 1 or capability != (9, 0):
-        found = [shape for shape in found if not shape.stages]
     if capability < (9, 0):
-        found = [shape for shape in found if shape.cluster == 1 and shape.depth < 2]
+        return [shape for shape in found if shape.cluster == 1 and shape.depth < 2]
+    if capability == (9, 0) and kind < 2 and enough >= _STAGED_TILES:
+        found += [Shape(enough, *shape) for shape in _STAGED]
     return found
 
 
