@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What pruning does to a tiny float32 model, method by method, as hashes: prints JSON.
+
+``test_golden.py`` runs it in a process whose settings make CPUs of every kind round alike.
+Hashes are those of permutations and masks; recovered weights are summed, because a
+recovery in another order of additions is as good. ``dense`` counts the forward passes of
+the dense model.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nm_permute_plugin.maths.pattern import NMPattern
+from nm_permute_plugin.specs.architectures import LLAMA
+from nm_permute_plugin.specs.spec import resolve
+from nm_permute_plugin.training.blocks import BlockSettings
+from nm_permute_plugin.training.distill import DistillSettings
+from nm_permute_plugin.training.learn import LearnSettings
+from nm_permute_plugin.training.objective import LossWeights
+from nm_permute_plugin.training.order_shape import OrderShape
+from nm_permute_plugin.training.pipeline import OrderSettings, permute_and_prune
+from nm_permute_plugin.training.recover import RecoverSettings
+from nm_permute_plugin.training.text import split_text
+
+VOCABULARY = 64
+MULTIPLIERS = OrderShape(block_size=16, multipliers=True)
+SWAPS = OrderShape(block_size=16)
+SOFT = OrderShape(groups=2, relaxation="soft", start_logit=0.1)
+STRAIGHT = OrderShape(block_size=16, relaxation="straight_through")
+LEARN = LearnSettings(
+    steps=12, evaluate_every=3, multiplier_rate=0.1, shape=MULTIPLIERS
+)
+RECOVER = RecoverSettings(
+    ("rescale", "blocks", "end_to_end"),
+    BlockSettings(epochs=2, rate=0.03),
+    DistillSettings(steps=9, rate=0.01, evaluate_every=3),
+)
+
+
+def cases() -> dict[str, OrderSettings]:
+    """Every method by its name."""
+    learned = OrderSettings(NMPattern(2, 4), search_rounds=3, learn=LEARN)
+    unsearched = replace(learned, search_rounds=0)
+    swaps = replace(LEARN, shape=SWAPS)
+    published = replace(LEARN, learning_rate=0.3, weight_decay=0.01)
+    return {
+        "identity": replace(learned, method="identity"),
+        "magnitude": replace(learned, method="identity", score="magnitude"),
+        "ria": replace(learned, method="identity", score="ria"),
+        "search": replace(learned, method="search"),
+        "learned": learned,
+        "learned_4of8": replace(learned, pattern=NMPattern(4, 8)),
+        "learned_micro_batches": replace(
+            learned,
+            learn=replace(LEARN, micro_batch_size=2, gradient_checkpointing=True),
+        ),
+        "learned_hidden_loss": replace(
+            learned, learn=replace(LEARN, loss=LossWeights(0.5, 0.2, 1e-2, 0.1))
+        ),
+        "swaps": replace(learned, learn=swaps),
+        "swaps_of_some_rows": replace(
+            learned, learn=replace(LEARN, shape=replace(SWAPS, row_limit=40))
+        ),
+        "swaps_then_multipliers": replace(
+            learned, learn=replace(LEARN, order_share=0.5)
+        ),
+        "soft": replace(unsearched, learn=replace(published, shape=SOFT)),
+        "straight_through": replace(learned, learn=replace(published, shape=STRAIGHT)),
+        "layer_wise": replace(learned, objective="layer_wise"),
+        "layer_wise_swaps": replace(unsearched, objective="layer_wise", learn=swaps),
+        "recover": replace(learned, recover=RECOVER),
+    }
+
+
+def main(names: list[str]) -> None:
+    """Run the named cases, or all of them."""
+    torch.set_num_threads(1)
+    weights = {name: p.detach() for name, p in trained().named_parameters()}
+    found: dict[str, object] = {"trained": digest(weights)}
+    found |= {name: run(case) for name, case in cases().items() if name in names}
+    print(json.dumps(found))
+
+
+def run(settings: OrderSettings) -> dict[str, object]:
+    """One case: what became of a model of its own."""
+    model = deepcopy(trained())
+    linears = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head"
+    ]
+    resolved = resolve(model, LLAMA, settings.pattern, linears, head_dim=8)
+    data = split_text(list(chains(30, seed=4)), 4, 0.2, seed=0)
+    count = count_dense_passes(model, linears[0])
+    record = permute_and_prune(model, resolved, linears, data, settings)
+    weights = {name: model.get_submodule(name).weight.detach() for name in linears}
+    return {
+        "perms": digest(record.perms),
+        "masks": digest({name: weight != 0 for name, weight in weights.items()}),
+        "weights": float(sum(weight.double().abs().sum() for weight in weights.values())),
+        "dense": count["dense"],
+    }
+
+
+def count_dense_passes(model: nn.Module, masked: str) -> dict[str, int]:
+    """Counts forward passes in which a linear is not masked, from now on."""
+    count = {"dense": 0}
+    forward = model.forward
+
+    def counted(*args: object, **kwargs: object) -> object:
+        count["dense"] += "forward" not in model.get_submodule(masked).__dict__
+        return forward(*args, **kwargs)
+
+    model.forward = counted
+    return count
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of the tensors' values and names."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(name.encode())
+        found.update(tensors[name].contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+@cache
+def trained() -> LlamaForCausalLM:
+    """A model of two layers with grouped queries that has learned ``chains``."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=64,
+            tie_word_embeddings=False,
+        )
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for step in range(100):
+        rows = chains(16, seed=100 + step)
+        model(rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def chains(count: int, seed: int) -> Tensor:
+    """Rows of 24 tokens, nine of ten of which follow from the one before."""
+    follows = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(VOCABULARY, (count, 24), generator=generator)
+    jumps = torch.rand(rows.shape, generator=generator) < 0.1
+    for i in range(1, rows.shape[1]):
+        rows[:, i] = torch.where(jumps[:, i], rows[:, i], follows[rows[:, i - 1]])
+    return rows
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or list(cases()))
