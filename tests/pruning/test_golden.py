@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 RECORD = Path(__file__).with_name("golden.json")
+RECORDED: dict = json.loads(RECORD.read_text())
 ALIKE = {
     "ATEN_CPU_CAPABILITY": "default",
     "MKL_CBWR": "COMPATIBLE",
@@ -40,15 +41,15 @@ def measured() -> dict:
 @pytest.fixture(scope="module")
 def found() -> dict:
     found = measured()
-    if found["trained"] != json.loads(RECORD.read_text())["trained"]:
+    if found["trained"] != RECORDED["trained"]:
         pytest.skip("this CPU rounds otherwise: even the model to prune is another one")
     return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", sorted(set(json.loads(RECORD.read_text())) - {"trained"}))
+@pytest.mark.parametrize("method", sorted(set(RECORDED) - {"trained"}))
 def test_as_before(found: dict, method: str) -> None:
-    recorded = json.loads(RECORD.read_text())[method]
+    recorded = RECORDED[method]
     assert found[method]["perms"] == recorded["perms"]
     assert found[method]["masks"] == recorded["masks"]
     assert found[method]["weights"] == pytest.approx(recorded["weights"], rel=1e-5)
