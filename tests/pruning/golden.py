@@ -107,7 +107,9 @@ def run(settings: OrderSettings) -> dict[str, object]:
     return {
         "perms": digest(record.perms),
         "masks": digest({name: weight != 0 for name, weight in weights.items()}),
-        "weights": float(sum(weight.double().abs().sum() for weight in weights.values())),
+        "weights": float(
+            sum(weight.double().abs().sum() for weight in weights.values())
+        ),
         "dense": count["dense"],
     }
 
