@@ -15,18 +15,18 @@ from torch import nn
 from nm_permute_plugin.evaluation.loading import model_class
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.scores import ScoreName
-from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
-from nm_permute_plugin.specs.spec import resolve
-from nm_permute_plugin.training.calibration import Samples
-from nm_permute_plugin.training.learn import LearnSettings
-from nm_permute_plugin.training.objective import LossWeights
-from nm_permute_plugin.training.order_shape import OrderShape
-from nm_permute_plugin.training.pipeline import (
+from nm_permute_plugin.pruning.data import Samples
+from nm_permute_plugin.pruning.learn.loop import LearnSettings
+from nm_permute_plugin.pruning.learn.order_shape import OrderShape
+from nm_permute_plugin.pruning.pipeline import (
     Method,
     OrderSettings,
     Record,
     permute_and_prune,
 )
+from nm_permute_plugin.pruning.running.loss import LossWeights
+from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
+from nm_permute_plugin.specs.spec import resolve
 
 METHODS: dict[str, tuple[ScoreName, Method]] = {
     "magnitude": ("magnitude", "identity"),
@@ -51,7 +51,7 @@ def arguments(description: str | None, name: str) -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--patterns", nargs="+", default=["2:4", "4:8"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--held-back", type=float, default=0.1)
+    parser.add_argument("--validation", type=float, default=0.1)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--evaluate-every", type=int, default=20)

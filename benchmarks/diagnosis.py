@@ -23,14 +23,14 @@ from torch.nn import functional as F
 
 from methods import Way, changed, parse_changes, ways
 from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.training.learn import LearnSettings, frozen
-from nm_permute_plugin.training.masking import Mask
-from nm_permute_plugin.training.order_shape import Learns
-from nm_permute_plugin.training.orders import LearnableOrders
-from nm_permute_plugin.training.step import BackwardStep
-from nm_permute_plugin.training.subject import mean_loss
-from nm_permute_plugin.training.teacher import Teacher
-from nm_permute_plugin.training.text import split_text
+from nm_permute_plugin.pruning.learn.loop import LearnSettings, frozen
+from nm_permute_plugin.pruning.learn.order_shape import Learns
+from nm_permute_plugin.pruning.learn.orders import LearnableOrders
+from nm_permute_plugin.pruning.problem import mean_loss
+from nm_permute_plugin.pruning.running.backward import BackwardStep
+from nm_permute_plugin.pruning.running.masked import Mask
+from nm_permute_plugin.pruning.running.teacher import Teacher
+from nm_permute_plugin.pruning.text import split_text
 from subject import Started, learn, load
 from swaps import Swaps, Tried
 from texts import text_rows
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(argv)
     torch.manual_seed(args.seed)
     rows = text_rows(args.model, args.train, args.rows, args.sequence_length)
-    text = split_text(rows, args.batch_size, args.held_back, args.seed)
+    text = split_text(rows, args.batch_size, args.validation, args.seed)
     pattern = NMPattern.parse(args.pattern)
     dtype = getattr(torch, args.dtype)
     subject = load(
@@ -144,15 +144,15 @@ def linearisation(
 def hardening(
     subject: Started, settings: LearnSettings, args: argparse.Namespace
 ) -> Rows:
-    """The held-back loss of the soft order against the hardened one."""
+    """The validation loss of the soft order against the hardened one."""
     table = [["step", "temperature", "soft", "hardened"]]
-    held_back, weights = subject.samples.held_back, settings.loss
+    validation, weights = subject.samples.validation, settings.loss
 
     def watch(step: int, temperature: float, orders: LearnableOrders) -> None:
         with torch.no_grad():
             masks = {**subject.others, **orders.at(temperature, step).masks()}
-        soft = mean_loss(subject.model, masks, held_back, weights)
-        hard = subject.loss(orders, held_back, weights)
+        soft = mean_loss(subject.model, masks, validation, weights)
+        hard = subject.loss(orders, validation, weights)
         table.append([str(step), f"{temperature:.3f}", f"{soft:.4f}", f"{hard:.4f}"])
 
     learn(subject, settings, watch)
@@ -162,17 +162,17 @@ def hardening(
 def transfer(
     subject: Started, settings: LearnSettings, args: argparse.Namespace
 ) -> Rows:
-    """The loss on text of training, on held-back text, and on text of another kind."""
-    held_back = subject.samples.held_back
-    count = sum(len(batch["input_ids"]) for batch in held_back)
+    """The loss on text of training, on validation text, and on text of another kind."""
+    validation = subject.samples.validation
+    count = sum(len(batch["input_ids"]) for batch in validation)
     rows = text_rows(args.model, [args.other], count, args.sequence_length)
     other = [
         {"input_ids": torch.stack(rows[i : i + args.batch_size])}
         for i in range(0, len(rows), args.batch_size)
     ]
     texts = {
-        "trained on": subject.samples.train[: len(held_back)],
-        "held back": held_back,
+        "trained on": subject.samples.train[: len(validation)],
+        "held back": validation,
         args.other.stem: other,
     }
     table = [["step", *texts, *(f"{name}: fell by" for name in texts)]]
@@ -228,7 +228,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--rows", type=int, default=512)
     add("--sequence-length", type=int, default=1024)
     add("--batch-size", type=int, default=8)
-    add("--held-back", type=float, default=0.03)
+    add("--validation", type=float, default=0.03)
     add("--pattern", default="2:4")
     add("--search-rounds", type=int, default=12, help="0: from the order as it is")
     add("--no-multipliers", dest="multipliers", action="store_false")

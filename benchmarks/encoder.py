@@ -21,8 +21,8 @@ from transformers import AutoConfig, AutoTokenizer
 from compared import arguments, compare
 from nm_permute_plugin.evaluation.classification import mean_cosine
 from nm_permute_plugin.evaluation.loading import model_class
-from nm_permute_plugin.training.pipeline import Record
-from nm_permute_plugin.training.text import rows_of, split_text
+from nm_permute_plugin.pruning.pipeline import Record
+from nm_permute_plugin.pruning.text import rows_of, split_text
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
     compare(
         args,
         {"fidelity": 1.0},
-        lambda seed: split_text(rows, args.batch_size, args.held_back, seed),
+        lambda seed: split_text(rows, args.batch_size, args.validation, seed),
         measure,
     )
 

@@ -24,7 +24,7 @@ from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nm_permute_plugin.checkpoint.check import check_pattern, choose_format
+from nm_permute_plugin.checkpoint.pattern import check_pattern, choose_format
 from nm_permute_plugin.checkpoint.plan import TWO_FOUR
 from nm_permute_plugin.checkpoint.record import read_promise
 from nm_permute_plugin.checkpoint.verify import verify
@@ -89,7 +89,7 @@ def _learned(args: argparse.Namespace) -> dict[str, object]:
         "steps": args.steps,
         "batch_size": args.batch_size,
         "multiplier_rate": args.multiplier_rate,
-        "held_back": args.held_back,
+        "validation": args.validation,
         "seed": args.seed,
     }
     return {"permutation_modifiers": {"LearnablePermutationModifier": fields}}
@@ -162,7 +162,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--multiplier-rate", type=float, default=0.03)
-    parser.add_argument("--held-back", type=float, default=0.06)
+    parser.add_argument("--validation", type=float, default=0.06)
     parser.add_argument("--group-size", type=int, default=64, help="of W4A16")
     parser.add_argument("--seed", type=int, default=0)
     default = "cuda" if torch.cuda.is_available() else "cpu"

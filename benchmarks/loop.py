@@ -7,12 +7,12 @@ from functools import partial
 import torch
 from torch import nn
 
-from nm_permute_plugin.training.kept import endless
-from nm_permute_plugin.training.learn import LearnSettings, frozen
-from nm_permute_plugin.training.masking import Mask
-from nm_permute_plugin.training.statistics import Batch
-from nm_permute_plugin.training.step import BackwardStep
-from nm_permute_plugin.training.teacher import Teacher
+from nm_permute_plugin.pruning.learn.loop import LearnSettings, frozen
+from nm_permute_plugin.pruning.recover.student import endless
+from nm_permute_plugin.pruning.running.backward import BackwardStep
+from nm_permute_plugin.pruning.running.masked import Mask
+from nm_permute_plugin.pruning.running.teacher import Teacher
+from nm_permute_plugin.pruning.statistics import Batch
 
 
 def learning_steps(

@@ -13,24 +13,24 @@ from torch import nn
 from host import sparsegpt
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.scores import ScoreName, score_weight
-from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
-from nm_permute_plugin.specs.fold import write_in_place
-from nm_permute_plugin.specs.orientation import weight_of
-from nm_permute_plugin.specs.spec import resolve
-from nm_permute_plugin.training.kept import KeptWeights
-from nm_permute_plugin.training.learn import LearnSettings
-from nm_permute_plugin.training.masking import linear
-from nm_permute_plugin.training.objective import LossWeights
-from nm_permute_plugin.training.order_shape import OrderShape
-from nm_permute_plugin.training.pipeline import (
+from nm_permute_plugin.pruning.learn.loop import LearnSettings
+from nm_permute_plugin.pruning.learn.order_shape import OrderShape
+from nm_permute_plugin.pruning.pipeline import (
     Method,
     Objective,
     OrderSettings,
     permute_and_prune,
 )
-from nm_permute_plugin.training.recover import RecoverSettings, Stage
-from nm_permute_plugin.training.samples import Samples
-from nm_permute_plugin.training.statistics import input_norms
+from nm_permute_plugin.pruning.recover.stages import RecoverSettings, Stage
+from nm_permute_plugin.pruning.recover.student import KeptWeights
+from nm_permute_plugin.pruning.running.loss import LossWeights
+from nm_permute_plugin.pruning.running.masked import linear
+from nm_permute_plugin.pruning.samples import Samples
+from nm_permute_plugin.pruning.statistics import input_norms
+from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
+from nm_permute_plugin.specs.conv1d import weight_of
+from nm_permute_plugin.specs.fold import write_in_place
+from nm_permute_plugin.specs.spec import resolve
 from unfolded import Unfolded, learn_masks, order_alone
 
 SPARSEGPT = "sparsegpt"

@@ -23,11 +23,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from methods import DEFAULT, METHODS, Budget, is_random, parse_changes, prune
 from nm_permute_plugin.evaluation.perplexity import evaluate_checkpoint, tokenize
 from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.training.blocks import BlockSettings
-from nm_permute_plugin.training.distill import DistillSettings
-from nm_permute_plugin.training.learn import LearnSettings
-from nm_permute_plugin.training.recover import RecoverSettings
-from nm_permute_plugin.training.text import Row, split_text
+from nm_permute_plugin.pruning.learn.loop import LearnSettings
+from nm_permute_plugin.pruning.recover.blocks import BlockSettings
+from nm_permute_plugin.pruning.recover.distill import DistillSettings
+from nm_permute_plugin.pruning.recover.stages import RecoverSettings
+from nm_permute_plugin.pruning.text import Row, split_text
 from report import Record, check_protocol, merged, plot, read, table, write
 from texts import text_rows
 
@@ -93,7 +93,7 @@ def _run(
     """One method with one seed: prune, save, read back, measure."""
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
     model = model.to(args.device).eval()
-    text = split_text(rows, args.batch_size, args.held_back, seed)
+    text = split_text(rows, args.batch_size, args.validation, seed)
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     outcome = prune(model, args.model, method, text, _budget(args, seed))
@@ -177,7 +177,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--window", type=int, default=2048)
     add("--windows", type=int, help="the first ones only; all if absent")
     add("--batch-size", type=int, default=8)
-    add("--held-back", type=float, default=0.01)
+    add("--validation", type=float, default=0.01)
     add("--steps", type=int, default=200, help="of every method that learns")
     add("--row-limit", type=int, help="of ours; see LearnablePermutationModifier")
     add("--multiplier-rate", type=float, help="of ours; 0: none are learned")

@@ -23,7 +23,7 @@ PROTOCOL = (
     "window",
     "windows",
     "batch_size",
-    "held_back",
+    "validation",
     "steps",
 )
 """Arguments that must be the same for two figures to compare."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nm_permute_plugin.maths.masks import retained_score
 from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.training.search import deal, search_order
+from nm_permute_plugin.pruning.search import deal, search_order
 
 
 def ria_assignment(score: Tensor, order: Tensor, pattern: NMPattern) -> Tensor:

@@ -20,16 +20,16 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nm_permute_plugin.maths.pattern import NMPattern
+from nm_permute_plugin.pruning.energy import row_weights
+from nm_permute_plugin.pruning.learn.loop import LearnSettings, learn_orders
+from nm_permute_plugin.pruning.learn.order_shape import OrderShape
+from nm_permute_plugin.pruning.problem import Learned, Subject
+from nm_permute_plugin.pruning.running.memory import checkpointed, repeated_layers
+from nm_permute_plugin.pruning.samples import Samples
+from nm_permute_plugin.pruning.search import search_orders
+from nm_permute_plugin.pruning.stacking import StackedScore
 from nm_permute_plugin.specs.architectures import LLAMA
 from nm_permute_plugin.specs.spec import resolve
-from nm_permute_plugin.training.checkpointing import checkpointed, repeated_layers
-from nm_permute_plugin.training.energy import row_weights
-from nm_permute_plugin.training.learn import LearnSettings, learn_orders
-from nm_permute_plugin.training.order_shape import OrderShape
-from nm_permute_plugin.training.samples import Samples
-from nm_permute_plugin.training.search import search_orders
-from nm_permute_plugin.training.stacking import StackedScore
-from nm_permute_plugin.training.subject import Learned, Subject
 
 PATTERN = NMPattern(2, 4)
 SHAPES: dict[str, dict[str, int | bool]] = {
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _, peak = measured(lambda: learn_orders(subject, start, settings))
     first = batches.step(2, count + 2)
     later = batches.step(count + 3, 2 * count + 3)
-    look, _ = measured(lambda: subject.held_back_loss(Learned(start), settings.loss))
+    look, _ = measured(lambda: subject.validation_loss(Learned(start), settings.loss))
     print(f"learning, {count} steps of each kind{peak}; a look at a batch {look:.3f} s")
     for epoch, step in (("first epoch", first), ("later epochs", later)):
         print(

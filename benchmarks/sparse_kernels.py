@@ -30,10 +30,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nm_permute_plugin.serving.kernel_table import Way
 from nm_permute_plugin.serving.kernels.kernel import NARROW
 from nm_permute_plugin.serving.kernels.scaling import scaled
 from nm_permute_plugin.serving.ops import KERNELS
-from nm_permute_plugin.serving.plan import Way
 from nm_permute_plugin.serving.tune import (
     choose,
     cold_copies,

@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nm_permute_plugin.maths.pattern import NMPattern
+from nm_permute_plugin.pruning.learn.order_shape import Learns, OrderShape
+from nm_permute_plugin.pruning.learn.orders import LearnableOrders
+from nm_permute_plugin.pruning.running.backward import BackwardStep
+from nm_permute_plugin.pruning.running.loss import LossWeights
+from nm_permute_plugin.pruning.running.teacher import Teacher
+from nm_permute_plugin.pruning.stacking import StackedScore
 from nm_permute_plugin.specs.architectures import LLAMA
 from nm_permute_plugin.specs.spec import resolve
-from nm_permute_plugin.training.objective import LossWeights
-from nm_permute_plugin.training.order_shape import Learns, OrderShape
-from nm_permute_plugin.training.orders import LearnableOrders
-from nm_permute_plugin.training.stacking import StackedScore
-from nm_permute_plugin.training.step import BackwardStep
-from nm_permute_plugin.training.teacher import Teacher
 
 SMOLLM2 = (576, 1536, 30, 9, 3, 49152)
 WARM_UPS = 3

@@ -14,18 +14,18 @@ from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import Permutation
 from nm_permute_plugin.maths.scores import score_weight
 from nm_permute_plugin.maths.sinkhorn import annealed
+from nm_permute_plugin.pruning.learn.loop import LearnSettings, learn_orders
+from nm_permute_plugin.pruning.learn.orders import LearnableOrders
+from nm_permute_plugin.pruning.problem import Learned, Subject, mean_loss
+from nm_permute_plugin.pruning.running.loss import LossWeights
+from nm_permute_plugin.pruning.running.masked import linear
+from nm_permute_plugin.pruning.samples import Samples
+from nm_permute_plugin.pruning.search import search_orders
+from nm_permute_plugin.pruning.stacking import StackedScore
+from nm_permute_plugin.pruning.statistics import Batch, input_norms
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
-from nm_permute_plugin.specs.orientation import weight_of
+from nm_permute_plugin.specs.conv1d import weight_of
 from nm_permute_plugin.specs.spec import resolve
-from nm_permute_plugin.training.learn import LearnSettings, learn_orders
-from nm_permute_plugin.training.masking import linear
-from nm_permute_plugin.training.objective import LossWeights
-from nm_permute_plugin.training.orders import LearnableOrders
-from nm_permute_plugin.training.samples import Samples
-from nm_permute_plugin.training.search import search_orders
-from nm_permute_plugin.training.stacking import StackedScore
-from nm_permute_plugin.training.statistics import Batch, input_norms
-from nm_permute_plugin.training.subject import Learned, Subject, mean_loss
 
 Perms = dict[str, Permutation]
 
@@ -82,13 +82,13 @@ def load(
     stacks = {
         name: StackedScore.of(space, scores)
         for name, space in resolved.spaces.items()
-        if space.readers
+        if space.consumers
     }
     others = {name: nm_mask(scores[name], pattern) for name in resolved.unordered}
     subject = Subject(model, stacks, others, text, pattern)
 
     def judge(perms: dict[str, Permutation]) -> float:
-        return subject.held_back_loss(Learned(perms), LearnSettings().loss)
+        return subject.validation_loss(Learned(perms), LearnSettings().loss)
 
     start = search_orders(stacks, pattern, rounds, seed, judge).perms
     return Started(model, stacks, others, text, pattern, start)

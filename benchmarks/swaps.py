@@ -7,15 +7,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nm_permute_plugin.maths.mask_gradients import insertion_costs
 from nm_permute_plugin.maths.permutation import Permutation
-from nm_permute_plugin.training.learn import frozen
-from nm_permute_plugin.training.masking import masked
-from nm_permute_plugin.training.objective import LossWeights, loss, run
-from nm_permute_plugin.training.relaxation import insertion_costs
-from nm_permute_plugin.training.stacking import StackedScore
-from nm_permute_plugin.training.statistics import Batch, on_device
-from nm_permute_plugin.training.step import BackwardStep
-from nm_permute_plugin.training.subject import Learned
+from nm_permute_plugin.pruning.learn.loop import frozen
+from nm_permute_plugin.pruning.problem import Learned
+from nm_permute_plugin.pruning.running.backward import BackwardStep
+from nm_permute_plugin.pruning.running.loss import LossWeights, loss, run
+from nm_permute_plugin.pruning.running.masked import masked
+from nm_permute_plugin.pruning.stacking import StackedScore
+from nm_permute_plugin.pruning.statistics import Batch, on_device
 from subject import Started
 
 Pair = tuple[int, int]
@@ -84,14 +84,14 @@ class Swaps:
     def _table(self) -> Float[Tensor, "size size"]:
         """The foretold change of every swap of two places; infinite where there is none."""
         stack, column = self._stack, self._column
-        grads = {r.name: self._grads[r.name].float() for r in stack.space.readers}
+        grads = {r.name: self._grads[r.name].float() for r in stack.space.consumers}
         grad = StackedScore.of(stack.space, grads).score
         score, grad = (x[:, self._start][:, None] for x in (stack.score, grad))
         costs = insertion_costs(score, grad, column[None], self._subject.pattern)[0]
         moved = costs[:, column] - costs.gather(1, column[:, None])
         table = moved + moved.T
-        wall = torch.arange(len(column), device=column.device) // stack.space.wall
-        never = (column[:, None] == column) | (wall[:, None] != wall)
+        segment = torch.arange(len(column), device=column.device) // stack.space.segment
+        never = (column[:, None] == column) | (segment[:, None] != segment)
         return table.masked_fill(never, torch.inf).cpu()
 
     def random(
@@ -114,9 +114,9 @@ class Swaps:
             perm[[first, second]] = perm[[second, first]]
         masks = self._masks | self._stack.masks(perm, self._subject.pattern)
         linear = 0.0
-        for reader in self._stack.space.readers:
-            grad = self._grads[reader.name].double()
-            change = masks[reader.name].double() - self._masks[reader.name].double()
+        for consumer in self._stack.space.consumers:
+            grad = self._grads[consumer.name].double()
+            change = masks[consumer.name].double() - self._masks[consumer.name].double()
             linear += float((grad * change).sum())
         after = [judge(masks) for judge in self._judges]
         return Tried(

@@ -10,17 +10,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loop import learning_steps
+from nm_permute_plugin.maths.mask_gradients import rivalry
 from nm_permute_plugin.maths.masks import nm_mask
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import Permutation
-from nm_permute_plugin.specs.spec import Reader, Space
-from nm_permute_plugin.training.energy import row_weights
-from nm_permute_plugin.training.learn import LearnSettings, learn_orders
-from nm_permute_plugin.training.relaxation import rivalry
-from nm_permute_plugin.training.samples import Samples
-from nm_permute_plugin.training.search import search_orders
-from nm_permute_plugin.training.stacking import StackedScore
-from nm_permute_plugin.training.subject import Learned, Subject, mean_loss
+from nm_permute_plugin.pruning.energy import row_weights
+from nm_permute_plugin.pruning.learn.loop import LearnSettings, learn_orders
+from nm_permute_plugin.pruning.problem import Learned, Subject, mean_loss
+from nm_permute_plugin.pruning.samples import Samples
+from nm_permute_plugin.pruning.search import search_orders
+from nm_permute_plugin.pruning.stacking import StackedScore
+from nm_permute_plugin.specs.spec import Consumer, Space
 
 Masks = dict[str, Tensor]
 Look = dict[str, int | float]
@@ -50,7 +50,7 @@ def own_spaces(
     :param weights: what the rows count in a search
     """
     spaces = [
-        Space(f"input.{name}", score.shape[1], score.shape[1], (Reader(name),))
+        Space(f"input.{name}", score.shape[1], score.shape[1], (Consumer(name),))
         for name, score in scores.items()
     ]
     return {space.name: StackedScore.of(space, scores, weights) for space in spaces}
@@ -77,7 +77,7 @@ def order_alone(
     subject = Subject(model, stacks, {}, text, pattern)
 
     def judge(perms: dict[str, Permutation]) -> float:
-        return subject.held_back_loss(Learned(perms), learn.loss)
+        return subject.validation_loss(Learned(perms), learn.loss)
 
     searched = search_orders(stacks, pattern, rounds, learn.seed, judge)
     found = Learned(searched.perms, history=searched.history)
@@ -126,7 +126,7 @@ def learn_masks(
     Learn which weights every group keeps, in the order as it is: a bound for all orders.
 
     Loss, text, number of steps and optimiser are those of the learned order; the rate is
-    ``multiplier_rate``. The best masks by the held-back text are kept, the start included.
+    ``multiplier_rate``. The best masks by the validation text are kept, the start included.
     """
     dtype = next(model.parameters()).dtype
     logs = {name: torch.zeros_like(score) for name, score in scores.items()}
@@ -150,14 +150,14 @@ def learn_masks(
         }
 
     masks = now()
-    best = mean_loss(model, masks, text.held_back, settings.loss)
-    history: list[Look] = [{"step": 0, "held_back": best}]
+    best = mean_loss(model, masks, text.validation, settings.loss)
+    history: list[Look] = [{"step": 0, "validation": best}]
     for step, value in learning_steps(model, soft, optimizer, text.train, settings):
         if step % settings.evaluate_every and step != settings.steps:
             continue
         here = now()
-        held = mean_loss(model, here, text.held_back, settings.loss)
-        history.append({"step": step, "held_back": held, "loss": value})
+        held = mean_loss(model, here, text.validation, settings.loss)
+        history.append({"step": step, "validation": held, "loss": value})
         if held < best:
             best, masks = held, here
     return Unfolded(masks, {}, history)

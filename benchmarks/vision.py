@@ -32,8 +32,8 @@ from nm_permute_plugin.evaluation.images import (
 )
 from nm_permute_plugin.evaluation.loading import model_class
 from nm_permute_plugin.maths.permutation import invert
-from nm_permute_plugin.training.calibration import split_images
-from nm_permute_plugin.training.pipeline import Record
+from nm_permute_plugin.pruning.data import split_images
+from nm_permute_plugin.pruning.pipeline import Record
 
 
 def main() -> None:
@@ -68,7 +68,7 @@ def main() -> None:
     compare(
         args,
         {"top1": accuracy(dense.logits, labels, 1), "fidelity": 1.0},
-        lambda seed: split_images(images, args.batch_size, args.held_back, seed),
+        lambda seed: split_images(images, args.batch_size, args.validation, seed),
         measure,
     )
 

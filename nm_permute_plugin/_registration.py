@@ -34,7 +34,9 @@ def _register_modifiers() -> None:
 def _register_reader() -> None:
     try:
         importlib.import_module("transformers.core_model_loading")
-        reader = importlib.import_module("nm_permute_plugin.checkpoint.reader")
+        reader = importlib.import_module(
+            "nm_permute_plugin.checkpoint.transformers_reader"
+        )
         reader.register_reader()
     except ImportError as error:
         # transformers 4 beside an old vLLM: nothing else may fail because of us

@@ -35,9 +35,9 @@ from transformers import (
 
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import from_blocks
+from nm_permute_plugin.pruning.problem import Subject
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
 from nm_permute_plugin.specs.spec import ResolvedSpec, resolve
-from nm_permute_plugin.training.subject import Subject
 
 # One model forward takes longer than hypothesis' 200 ms; no database in the work tree.
 settings.register_profile("nm_permute", deadline=None, max_examples=40, database=None)
@@ -88,16 +88,16 @@ def resolve_model() -> Callable[..., ResolvedSpec]:
 
 @pytest.fixture
 def legal_perms() -> LegalPerms:
-    """A factory: a random permutation of every space that stays inside the walls."""
+    """A factory: a random permutation of every space that stays inside the segments."""
     return _legal_perms
 
 
 @pytest.fixture
 def newest_is_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Held-back samples like whatever they see last: the orders of all spaces move."""
+    """Validation samples like whatever they see last: the orders of all spaces move."""
     losses = itertools.count(0, -1)
     monkeypatch.setattr(
-        Subject, "held_back_loss", lambda *arguments: float(next(losses))
+        Subject, "validation_loss", lambda *arguments: float(next(losses))
     )
 
 
@@ -329,7 +329,7 @@ def _legal_perms(resolved: ResolvedSpec, seed: int = 0) -> dict[str, Tensor]:
     return {
         name: from_blocks(
             torch.rand(
-                space.size // space.wall, space.wall, generator=generator
+                space.size // space.segment, space.segment, generator=generator
             ).argsort()
         )
         for name, space in resolved.spaces.items()

@@ -75,7 +75,7 @@ def compress(weight: Tensor, name: str = "weight") -> Sparse24:
     rows, columns = weight.shape
     words = weight.detach().contiguous().view(WORDS[weight.dtype])
     if _in_triton(words):
-        from nm_permute_plugin.checkpoint.triton_codec import compress_in_triton
+        from nm_permute_plugin.checkpoint.codec_triton import compress_in_triton
 
         stored = compress_in_triton(words)
     else:
@@ -109,7 +109,7 @@ def decompress(
     rows, columns = check_stored(compressed, bitmask, shape, name)
     values = compressed.detach().contiguous().view(WORDS[compressed.dtype])
     if _in_triton(values):
-        from nm_permute_plugin.checkpoint.triton_codec import decompress_in_triton
+        from nm_permute_plugin.checkpoint.codec_triton import decompress_in_triton
 
         words = decompress_in_triton(values, bitmask.contiguous(), columns)
     else:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from loguru import logger
 
-from nm_permute_plugin.checkpoint.check import (
+from nm_permute_plugin.checkpoint.model_card import Card, write_card
+from nm_permute_plugin.checkpoint.pattern import (
     AskedFormat,
     check_pattern,
     choose_format,
     to_store_sparse,
 )
-from nm_permute_plugin.checkpoint.model_card import Card, write_card
 from nm_permute_plugin.checkpoint.record import write_record
 from nm_permute_plugin.checkpoint.writer import convert
 from nm_permute_plugin.maths.permutation import Permutation

@@ -36,7 +36,7 @@ class Card:
     :param pruned: the modules that follow the pattern; none where nothing was pruned
     :param fold_error: relative change of the dense outputs by the fold
     :param retained: share of the total score that the masks keep, before and after
-    :param history: what the held-back rows said while the order was learned
+    :param history: what the validation rows said while the order was learned
     :param versions: of packages, by name
     :param format: how they are stored
     :param reason: why
@@ -226,23 +226,23 @@ def _evaluation(checkpoint: Path, card: Card) -> list[str]:
             "`nm-permute evaluate FOLDER --images PICTURES --dense DENSE` measures its "
             "accuracy, and how near its features are to the dense model's."
         )
-        return [said + _held_back(card)]
+        return [said + _validation(card)]
     said = (
         "Rows are added by `nm-permute evaluate FOLDER --text FILE --card`: perplexity "
         "of the checkpoint as it is read back, one token stream, windows that do not "
         "overlap."
     )
     table = "\n".join([_EVALUATION[0], *_TABLE, _EVALUATION[1]])
-    return [table, said + _held_back(card)]
+    return [table, said + _validation(card)]
 
 
-def _held_back(card: Card) -> str:
+def _validation(card: Card) -> str:
     if not card.history:
         return ""
-    first = card.history[0]["held_back"]
-    best = min(entry["held_back"] for entry in card.history)
+    first = card.history[0]["validation"]
+    best = min(entry["validation"] for entry in card.history)
     return (
-        " While the order was learned, the loss on held-back rows of the calibration "
+        " While the order was learned, the loss on validation rows of the calibration "
         f"data went from {first:.4f} to {best:.4f} (before any quantization). That is "
         "the loss of the recipe on data that chose the order: no test result."
     )

@@ -9,7 +9,7 @@ import torch
 from loguru import logger
 from torch import Tensor
 
-from nm_permute_plugin.checkpoint import replace
+from nm_permute_plugin.checkpoint import transaction
 from nm_permute_plugin.checkpoint.bitmask import compress_any
 from nm_permute_plugin.checkpoint.codec import clear_negative_zeros, compress
 from nm_permute_plugin.checkpoint.config import Format, Json, with_sparsity_config
@@ -97,16 +97,20 @@ def convert(
         config = legacy_config(config)
     before = sum(shard.path.stat().st_size for shard in checkpoint.shards)
     names = [shard.path.name for shard in checkpoint.shards]
-    with replace.directory(source, target, [*names, INDEX], overwrite) as fresh:
+    with transaction.directory(source, target, [*names, INDEX], overwrite) as fresh:
         for shard in checkpoint.shards:
             _write_shard(checkpoint, plan, shard, fresh / shard.path.name)
         after = sum((fresh / name).stat().st_size for name in names)
         if checkpoint.index is not None:
-            replace.write_json(fresh / INDEX, _index(checkpoint.index, fresh, names))
-        replace.write_json(fresh / "config.json", config)
+            transaction.write_json(
+                fresh / INDEX, _index(checkpoint.index, fresh, names)
+            )
+        transaction.write_json(fresh / "config.json", config)
         tokenizer = fresh / "tokenizer_config.json"
         if legacy and tokenizer.exists():
-            replace.write_json(tokenizer, legacy_tokenizer_config(read_json(tokenizer)))
+            transaction.write_json(
+                tokenizer, legacy_tokenizer_config(read_json(tokenizer))
+            )
     logger.info(
         f"{target}: {len(plan.nonzeros)} matrices as {format}, {len(plan.dense)} as "
         f"they were; {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB"

@@ -19,7 +19,7 @@ from nm_permute_plugin.evaluation.throughput import (
     throughput_table,
 )
 from nm_permute_plugin.serving.bench import Workload
-from nm_permute_plugin.serving.claim import MODE_VARIABLE, is_ours, mode
+from nm_permute_plugin.serving.detect import MODE_VARIABLE, is_ours, mode
 
 MODULE = "nm_permute_plugin.serving.bench"
 

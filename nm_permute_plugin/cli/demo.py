@@ -22,7 +22,7 @@ class Budget:
     """
     How much text the demo uses: sized for two CPU cores.
 
-    :param rows: of calibration and training text, the held-back ones included
+    :param rows: of calibration and training text, the validation ones included
     :param sequence_length: tokens of a row, and of a window of the test
     :param windows: of the test
     :param search_rounds: of assignment, for search and as the start of learned

@@ -14,13 +14,13 @@ import yaml
 from nm_permute_plugin.evaluation.loading import model_class
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
+from nm_permute_plugin.specs.conv1d import is_linear
 from nm_permute_plugin.specs.exactness import (
     change_by_fold,
     random_perms,
     to_float64,
     vary_constants,
 )
-from nm_permute_plugin.specs.orientation import is_linear
 from nm_permute_plugin.specs.probe import random_batch
 from nm_permute_plugin.specs.spec import ResolvedSpec, Spec, resolve
 
@@ -48,16 +48,18 @@ class SpecReport:
         return self.change <= TOLERANCE
 
     def table(self) -> str:
-        """Spaces, their sizes and their readers, in Markdown; layers in one row."""
+        """Spaces, their sizes and their consumers, in Markdown; layers in one row."""
         rows: dict[tuple[str, ...], int] = {}
         for space in self.resolved.spaces.values():
-            inside = "all" if space.wall == space.size else f"heads of {space.wall}"
-            readers = ", ".join(_kinds(reader.name for reader in space.readers))
+            inside = (
+                "all" if space.segment == space.size else f"heads of {space.segment}"
+            )
+            consumers = ", ".join(_kinds(consumer.name for consumer in space.consumers))
             row = (
                 _kind(space.name),
                 str(space.size),
                 inside,
-                readers or "none is pruned",
+                consumers or "none is pruned",
             )
             rows[row] = rows.get(row, 0) + 1
         lines = [

@@ -5,17 +5,17 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from nm_permute_plugin.checkpoint.check import AskedFormat
+from nm_permute_plugin.checkpoint.pattern import AskedFormat
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.scores import ScoreName
 from nm_permute_plugin.modifiers.targets import DEFAULT_IGNORE
-from nm_permute_plugin.training.blocks import BlockSettings
-from nm_permute_plugin.training.distill import DistillSettings
-from nm_permute_plugin.training.learn import LearnSettings
-from nm_permute_plugin.training.objective import LossWeights
-from nm_permute_plugin.training.order_shape import OrderShape, Relaxation
-from nm_permute_plugin.training.pipeline import Method, Objective, OrderSettings
-from nm_permute_plugin.training.recover import RecoverSettings, Stage
+from nm_permute_plugin.pruning.learn.loop import LearnSettings
+from nm_permute_plugin.pruning.learn.order_shape import OrderShape, Relaxation
+from nm_permute_plugin.pruning.pipeline import Method, Objective, OrderSettings
+from nm_permute_plugin.pruning.recover.blocks import BlockSettings
+from nm_permute_plugin.pruning.recover.distill import DistillSettings
+from nm_permute_plugin.pruning.recover.stages import RecoverSettings, Stage
+from nm_permute_plugin.pruning.running.loss import LossWeights
 
 Family = Literal["residual", "hidden", "value"]
 
@@ -66,7 +66,7 @@ class OrderFields(BaseModel):
     :param sinkhorn_iterations: row and column normalisations of the logits' matching
     :param row_limit: rows of a space that weigh the moves of a step; all by default
     :param score_multipliers: learn what the scores of each input channel are multiplied
-        by as well, so that readers of one order choose for themselves; as ``prune`` by
+        by as well, so that consumers of one order choose for themselves; as ``prune`` by
         default, because a pruner that follows has scores of its own
     :param multiplier_rows: rows of a linear that share multipliers; null: all of them
     :param multiplier_rate: of AdamW, on the logarithms of the multipliers
@@ -76,13 +76,13 @@ class OrderFields(BaseModel):
     :param hidden_weight: of the Smooth-L1 distance of all hidden states
     :param cosine_weight: of the cosine distance of the final hidden states
     :param search_rounds: rounds of assignment of the search
-    :param held_back: share of the calibration rows that only judge
-    :param evaluate_every: steps between two looks at the held-back rows
+    :param validation: share of the calibration rows that only judge
+    :param evaluate_every: steps between two looks at the validation rows
     :param seed: of every random choice
     :param recover: none (weights are frozen), or stages that change the weights that the
         mask keeps, in the order given: rescale (one number an output row, in closed
         form), blocks (decoder layers rebuilt one after the other against the dense
-        model's), end_to_end (the whole model, with the loss of the orders). Held-back
+        model's), end_to_end (the whole model, with the loss of the orders). Validation
         text judges every stage; the mask stays as it is
     :param recover_window: decoder layers that ``blocks`` trains together
     :param recover_epochs: passes of ``blocks`` over the training text
@@ -126,7 +126,7 @@ class OrderFields(BaseModel):
     cosine_weight: float = Field(default=0.0, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
     search_rounds: int = Field(default=12, ge=1)
-    held_back: float = Field(default=0.1, gt=0, lt=1)
+    validation: float = Field(default=0.1, gt=0, lt=1)
     evaluate_every: int = Field(default=20, ge=1)
     seed: int = 0
     recover: Literal["none"] | list[Stage] = "none"

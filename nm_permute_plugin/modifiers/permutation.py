@@ -31,14 +31,14 @@ from nm_permute_plugin.modifiers.targets import (
     refuse_tied,
     transposed_of,
 )
-from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
-from nm_permute_plugin.specs.spec import ResolvedSpec, resolve
-from nm_permute_plugin.training.calibration import read_samples
-from nm_permute_plugin.training.pipeline import (
+from nm_permute_plugin.pruning.data import read_samples
+from nm_permute_plugin.pruning.pipeline import (
     Record,
     permute_and_prune,
     refuse_inexact,
 )
+from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
+from nm_permute_plugin.specs.spec import ResolvedSpec, resolve
 
 VERSIONED = (
     "nm-permute-plugin",
@@ -129,7 +129,7 @@ class LearnablePermutationModifier(OrderFields, Modifier):
             raise RuntimeError("on_calibration_start ran before on_initialize")
         model = state.model
         samples = read_samples(
-            model, state.data.calib, self.batch_size, self.held_back, self.seed
+            model, state.data.calib, self.batch_size, self.validation, self.seed
         )
         logger.info(
             f"{self.method} order for {self.mask_structure} {self.score}: "

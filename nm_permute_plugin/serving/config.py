@@ -18,7 +18,7 @@ from nm_permute_plugin.checkpoint.config import (
     SparsityConfig,
     read_sparsity_config,
 )
-from nm_permute_plugin.serving.claim import RollCall, is_ours, mode
+from nm_permute_plugin.serving.detect import RollCall, is_ours, mode
 from nm_permute_plugin.serving.method import Sparse24LinearMethod
 from nm_permute_plugin.serving.plugin import NAME
 

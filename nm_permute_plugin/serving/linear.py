@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from nm_permute_plugin.checkpoint.codec import clear_negative_zeros, compress
-from nm_permute_plugin.serving import plan as plans
+from nm_permute_plugin.serving import kernel_table as plans
+from nm_permute_plugin.serving.kernel_table import Bucket, Plan, Way
 from nm_permute_plugin.serving.kernels.kernel import WIDE
 from nm_permute_plugin.serving.kernels.scaling import scaled
 from nm_permute_plugin.serving.ops import KERNELS, PLANS, sparse24_linear
-from nm_permute_plugin.serving.plan import Bucket, Plan, Way
 from nm_permute_plugin.serving.probe import survives
 from nm_permute_plugin.serving.tune import tune, warm_up
 

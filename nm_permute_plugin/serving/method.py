@@ -15,7 +15,7 @@ from vllm.model_executor.parameter import BasevLLMParameter, ModelWeightParamete
 from vllm.platforms import current_platform
 
 from nm_permute_plugin.checkpoint.codec import WORDS, decompress
-from nm_permute_plugin.serving.claim import MODE_VARIABLE, RollCall
+from nm_permute_plugin.serving.detect import MODE_VARIABLE, RollCall
 from nm_permute_plugin.serving.linear import Mode, SparseLinear
 from nm_permute_plugin.serving.plugin import NAME
 from nm_permute_plugin.serving.product import Product, product_of, unsupported

@@ -4,12 +4,12 @@
 import torch
 from torch import Tensor
 
+from nm_permute_plugin.serving.kernel_table import Plan
 from nm_permute_plugin.serving.kernels.cusparselt import CuSparseLt
 from nm_permute_plugin.serving.kernels.dense import Dense
 from nm_permute_plugin.serving.kernels.kernel import Kernel, sums_dtype
 from nm_permute_plugin.serving.kernels.mma_sp import MmaSp
 from nm_permute_plugin.serving.kernels.triton_fallback import TritonDecode
-from nm_permute_plugin.serving.plan import Plan
 
 KERNELS: dict[str, Kernel] = {
     kernel.name: kernel for kernel in (Dense(), CuSparseLt(), MmaSp(), TritonDecode())

@@ -12,8 +12,8 @@ import sys
 import torch
 from torch import Tensor
 
+from nm_permute_plugin.serving.kernel_table import BUCKETS
 from nm_permute_plugin.serving.ops import KERNELS
-from nm_permute_plugin.serving.plan import BUCKETS
 from nm_permute_plugin.serving.tune import sample
 
 TIMEOUT = 180  # seconds

@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from nm_permute_plugin.serving.kernel_table import BUCKETS, Bucket, Plan, Way
 from nm_permute_plugin.serving.kernels.kernel import WIDE, Kernel
-from nm_permute_plugin.serving.plan import BUCKETS, Bucket, Plan, Way
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is under its name
 

@@ -15,12 +15,12 @@ from nm_permute_plugin.specs.spec import ResolvedSpec
 
 
 def random_perms(resolved: ResolvedSpec, seed: int = 0) -> dict[str, Permutation]:
-    """A random permutation of every space that leaves no wall."""
+    """A random permutation of every space that leaves no segment."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: from_blocks(
             torch.rand(
-                space.size // space.wall, space.wall, generator=generator
+                space.size // space.segment, space.segment, generator=generator
             ).argsort()
         )
         for name, space in resolved.spaces.items()

@@ -14,8 +14,8 @@ from nm_permute_plugin.maths.permutation import (
     expand_heads,
     invert,
 )
-from nm_permute_plugin.specs.lines import Axis, Part
-from nm_permute_plugin.specs.orientation import as_stored
+from nm_permute_plugin.specs.conv1d import as_stored
+from nm_permute_plugin.specs.grammar import Axis, Part
 from nm_permute_plugin.specs.spec import ResolvedSpec, Space
 
 Write = Callable[[nn.Module, str, Tensor], None]
@@ -45,7 +45,7 @@ def fold(
     :param perms: by space, ``new[j] = old[perm[j]]``
     :param write: how a new value is stored
     :raises ValueError: for an unknown space, or an index vector that is no permutation
-        of the space, or one that leaves its wall; nothing has been written then
+        of the space, or one that leaves its segment; nothing has been written then
     """
     for name, perm in perms.items():
         if name not in resolved.spaces:
@@ -104,10 +104,10 @@ def _check(perm: Permutation, space: Space) -> None:
         )
     check_permutation(perm, f"the permutation of space {space.name}")
     old = torch.arange(space.size, device=perm.device)
-    if not torch.equal(perm // space.wall, old // space.wall):
+    if not torch.equal(perm // space.segment, old // space.segment):
         raise ValueError(
             f"the permutation of space {space.name} moves a channel out of its run of "
-            f"{space.wall}: attention heads keep their own channels"
+            f"{space.segment}: attention heads keep their own channels"
         )
 
 
@@ -137,4 +137,4 @@ def _index(
     perm, space = perms[part.space].cpu(), resolved.spaces[part.space]
     if not part.heads:
         return perm
-    return expand_heads(perm, space.wall, part.length // space.size)
+    return expand_heads(perm, space.segment, part.length // space.size)

@@ -5,8 +5,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from nm_permute_plugin.specs.claim import MovedParameter
-from nm_permute_plugin.specs.lines import Axis, Part
+from nm_permute_plugin.specs.grammar import Axis, Part
+from nm_permute_plugin.specs.matching import MovedParameter
 
 HeadDim = int | Mapping[str, int] | None
 """Channels of an attention head; where towers differ, by how a space's name starts."""
@@ -16,11 +16,11 @@ HeadDim = int | Mapping[str, int] | None
 class Size:
     """
     :param channels: of a space
-    :param wall: a channel stays inside its run of so many
+    :param segment: a channel stays inside its run of so many
     """
 
     channels: int
-    wall: int
+    segment: int
 
 
 @dataclass
@@ -102,9 +102,9 @@ def _divided(name: str, axis: Axis, length: int, heads: Mapping[str, set[int]]) 
 
 def _size(name: str, found: _Found, head_dim: HeadDim) -> Size:
     if not found.plain:
-        reader = next(iter(found.heads))
+        consumer = next(iter(found.heads))
         raise ValueError(
-            f"space {name} is read by {reader} with ':heads' but written nowhere"
+            f"space {name} is read by {consumer} with ':heads' but written nowhere"
         )
     if len({*found.plain, *found.heads}) == 1:
         raise ValueError(
@@ -119,7 +119,7 @@ def _size(name: str, found: _Found, head_dim: HeadDim) -> Size:
         )
     channels = sizes.pop()
     if not found.heads:
-        return Size(channels, wall=channels)
+        return Size(channels, segment=channels)
     dim = _head_dim(name, head_dim)
     if dim is None or channels % dim:
         raise ValueError(
@@ -132,7 +132,7 @@ def _size(name: str, found: _Found, head_dim: HeadDim) -> Size:
                 f"{parameter} has {length} channels, no multiple of the {channels} of "
                 f"space {name} whose heads it shares"
             )
-    return Size(channels, wall=dim)
+    return Size(channels, segment=dim)
 
 
 def _head_dim(name: str, head_dim: HeadDim) -> int | None:

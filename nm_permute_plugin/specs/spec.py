@@ -10,10 +10,10 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.specs.claim import MovedParameter, claim
-from nm_permute_plugin.specs.lines import FAMILIES
-from nm_permute_plugin.specs.merging import merged
-from nm_permute_plugin.specs.orientation import input_axis
+from nm_permute_plugin.specs.conv1d import input_axis
+from nm_permute_plugin.specs.grammar import FAMILIES
+from nm_permute_plugin.specs.layer_names import merged
+from nm_permute_plugin.specs.matching import MovedParameter, claim
 from nm_permute_plugin.specs.sizes import HeadDim, Size, measure
 
 Spec = Mapping[str, str]
@@ -29,7 +29,7 @@ stack; ``hidden.{i}.{e}`` is then a space of each."""
 
 
 @dataclass(frozen=True)
-class Reader:
+class Consumer:
     """
     A prunable linear whose input channels a space orders.
 
@@ -74,13 +74,13 @@ class Space:
     Channels that may change places, and the pruned linears that read them.
 
     :param size: channels of the space
-    :param wall: a channel stays inside its run of so many: a head, or all of them
+    :param segment: a channel stays inside its run of so many: a head, or all of them
     """
 
     name: str
     size: int
-    wall: int
-    readers: tuple[Reader, ...] = ()
+    segment: int
+    consumers: tuple[Consumer, ...] = ()
 
     @property
     def family(self) -> str:
@@ -115,9 +115,9 @@ class ResolvedSpec:
         lines = [
             f"{space.name} ({space.size} channels) "
             f"{'orders' if space.family in families else 'could order, but is left out,'}"
-            f" the inputs of {', '.join(merged(reader.name for reader in space.readers))}"
+            f" the inputs of {', '.join(merged(c.name for c in space.consumers))}"
             for space in self.spaces.values()
-            if space.readers
+            if space.consumers
         ]
         lines += [
             f"no space orders the inputs of {name}: the spec keeps them in their places"
@@ -147,11 +147,11 @@ def resolve(
     """
     claims, sizes = measure(claim(model, spec), head_dim)
     inputs = {name: input_axis(model.get_submodule(name)) for name in prunable}
-    readers, unordered = _readers(claims, sizes, pattern, inputs)
+    consumers, unordered = _readers(claims, sizes, pattern, inputs)
     return ResolvedSpec(
         parameters=tuple(claims),
         spaces={
-            name: Space(name, size.channels, size.wall, tuple(readers[name]))
+            name: Space(name, size.channels, size.segment, tuple(consumers[name]))
             for name, size in sizes.items()
         },
         unordered=unordered,
@@ -163,8 +163,8 @@ def _readers(
     sizes: Mapping[str, Size],
     pattern: NMPattern,
     inputs: Mapping[str, int],
-) -> tuple[dict[str, list[Reader]], dict[str, str]]:
-    readers: dict[str, list[Reader]] = defaultdict(list)
+) -> tuple[dict[str, list[Consumer]], dict[str, str]]:
+    consumers: dict[str, list[Consumer]] = defaultdict(list)
     unordered: dict[str, str] = {}
     for item in claims:
         for name in item.names:
@@ -179,7 +179,7 @@ def _readers(
                     f"be pruned in their orders; add {owner!r} to `ignore`"
                 )
             space = spaces.pop()
-            width = length if space is None else sizes[space].wall
+            width = length if space is None else sizes[space].segment
             if width % pattern.m:
                 raise ValueError(
                     f"{name} has its input channels in runs of {width}, which "
@@ -190,7 +190,7 @@ def _readers(
                 unordered[owner] = axis[0].reason
             else:
                 times = length // sizes[space].channels
-                readers[space].append(
-                    Reader(owner, times, width) if times > 1 else Reader(owner)
+                consumers[space].append(
+                    Consumer(owner, times, width) if times > 1 else Consumer(owner)
                 )
-    return readers, unordered
+    return consumers, unordered

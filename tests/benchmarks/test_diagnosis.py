@@ -8,11 +8,11 @@ import torch
 
 import diagnosis
 from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.training.learn import LearnSettings
-from nm_permute_plugin.training.objective import LossWeights
-from nm_permute_plugin.training.order_shape import OrderShape
-from nm_permute_plugin.training.orders import LearnableOrders
-from nm_permute_plugin.training.text import split_text
+from nm_permute_plugin.pruning.learn.loop import LearnSettings
+from nm_permute_plugin.pruning.learn.order_shape import OrderShape
+from nm_permute_plugin.pruning.learn.orders import LearnableOrders
+from nm_permute_plugin.pruning.running.loss import LossWeights
+from nm_permute_plugin.pruning.text import split_text
 from subject import Started, learn, load
 from swaps import Swaps
 
@@ -24,7 +24,7 @@ def ask(arguments: list[str], capsys: pytest.CaptureFixture[str]):
     """A factory: the cells of the table that answers a question."""
 
     def answer(question: str, *options: str) -> list[list[str]]:
-        sizes = ["--held-back", "0.2", "--every", "2", "--search-rounds", "3"]
+        sizes = ["--validation", "0.2", "--every", "2", "--search-rounds", "3"]
         diagnosis.main([question, *arguments, *sizes, *options])
         lines = capsys.readouterr().out.strip().splitlines()
         rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
@@ -94,24 +94,24 @@ def test_swaps_change_the_loss_as_the_masks_do(subject: Started) -> None:
 def test_swaps_stay_inside_their_walls(subject: Started) -> None:
     batches = (subject.samples.train[0], subject.samples.train[1])
     swaps = Swaps(subject, "value.0", batches, LossWeights())
-    wall = subject.stacks["value.0"].space.wall
+    segment = subject.stacks["value.0"].space.segment
     for pairs in swaps.random(8, 2, torch.Generator().manual_seed(0)):
-        assert all(first // wall == second // wall for first, second in pairs)
+        assert all(first // segment == second // segment for first, second in pairs)
 
 
 def test_every_look_is_watched_with_its_step_and_temperature(subject: Started) -> None:
     seen: list[tuple[int, float, float]] = []
 
     def watch(step: int, temperature: float, orders: LearnableOrders) -> None:
-        held_back = subject.samples.held_back
-        loss = subject.loss(orders, held_back, SETTINGS.loss)
+        validation = subject.samples.validation
+        loss = subject.loss(orders, validation, SETTINGS.loss)
         seen.append((step, temperature, loss))
 
     learned = learn(subject, SETTINGS, watch)
     steps, temperatures, losses = zip(*seen, strict=True)
     looks = learned.history
     assert list(steps) == [look["step"] for look in looks] == [0, 4, 8, 10]
-    assert losses == pytest.approx([look["held_back"] for look in looks], rel=1e-4)
+    assert losses == pytest.approx([look["validation"] for look in looks], rel=1e-4)
     assert temperatures[0] == SETTINGS.temperature[0]
     expected = [look["temperature"] for look in looks[1:]]
     assert list(temperatures[1:]) == pytest.approx(expected)

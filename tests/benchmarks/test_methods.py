@@ -23,12 +23,12 @@ from methods import (
     ways,
 )
 from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.training.blocks import BlockSettings
-from nm_permute_plugin.training.distill import DistillSettings
-from nm_permute_plugin.training.learn import LearnSettings
-from nm_permute_plugin.training.order_shape import OrderShape
-from nm_permute_plugin.training.recover import RecoverSettings
-from nm_permute_plugin.training.text import split_text
+from nm_permute_plugin.pruning.learn.loop import LearnSettings
+from nm_permute_plugin.pruning.learn.order_shape import OrderShape
+from nm_permute_plugin.pruning.recover.blocks import BlockSettings
+from nm_permute_plugin.pruning.recover.distill import DistillSettings
+from nm_permute_plugin.pruning.recover.stages import RecoverSettings
+from nm_permute_plugin.pruning.text import split_text
 
 OURS = LearnSettings(order_share=0.5, shape=OrderShape(block_size=16, multipliers=True))
 BUDGET = Budget(
@@ -104,7 +104,7 @@ def test_multipliers_alone_move_no_weight_and_change_the_masks(
         assert torch.equal(after, before * (after != 0))
         changed.append(not torch.equal(other, after))
     assert any(changed)
-    assert outcome.history[-1]["held_back"] < outcome.history[0]["held_back"]
+    assert outcome.history[-1]["validation"] < outcome.history[0]["validation"]
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ def run(arguments: list[str], text_file, tmp_path: Path, capsys):
     def measure(out: str, *options: str) -> tuple[dict, str]:
         test = ["--test", text_file("test", 1000)]
         sizes = [*test, "--window", "32", "--windows", "6", "--steps", "2"]
-        options += ("--held-back", "0.1", "--out", str(tmp_path / out))
+        options += ("--validation", "0.1", "--out", str(tmp_path / out))
         quality.main([*arguments, *sizes, *options])
         return json.loads((tmp_path / out).read_text()), capsys.readouterr().out
 

@@ -11,9 +11,9 @@ from methods import prunable
 from nm_permute_plugin.maths.masks import nm_mask
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.scores import magnitude
-from nm_permute_plugin.training.learn import LearnSettings
-from nm_permute_plugin.training.order_shape import OrderShape
-from nm_permute_plugin.training.text import split_text
+from nm_permute_plugin.pruning.learn.loop import LearnSettings
+from nm_permute_plugin.pruning.learn.order_shape import OrderShape
+from nm_permute_plugin.pruning.text import split_text
 from unfolded import FreeMask, learn_masks, order_alone, own_spaces
 
 PATTERN = NMPattern(2, 4)
@@ -47,8 +47,8 @@ def scores(model):
 
 def test_every_linear_has_a_space_without_walls(scores) -> None:
     spaces = own_spaces(scores)
-    assert [stack.space.readers[0].name for stack in spaces.values()] == list(scores)
-    assert all(s.space.wall == s.score.shape[1] for s in spaces.values())
+    assert [stack.space.consumers[0].name for stack in spaces.values()] == list(scores)
+    assert all(s.space.segment == s.score.shape[1] for s in spaces.values())
 
 
 @pytest.mark.parametrize("search_only", [True, False], ids=["search", "learned"])
@@ -68,13 +68,13 @@ def test_orders_of_single_linears_are_learned(
     shape = OrderShape(block_size=16, relaxation=relaxation)
     settings = LearnSettings(steps=12, learning_rate=0.1, shape=shape, evaluate_every=4)
     found = order_alone(model, scores, text, PATTERN, 0, settings)
-    looks = [look["held_back"] for look in found.history]
+    looks = [look["validation"] for look in found.history]
     assert min(looks) < looks[0]
 
 
 def test_free_masks_are_learned_and_keep_n_of_m(model, text, scores) -> None:
     found = learn_masks(model, scores, text, PATTERN, SETTINGS)
-    looks = [look["held_back"] for look in found.history]
+    looks = [look["validation"] for look in found.history]
     assert [look["step"] for look in found.history] == [0, 4, 8, 12]
     assert min(looks) < 0.9 * looks[0]
     for mask in found.masks.values():

@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nm_permute_plugin.checkpoint import triton_codec
+from nm_permute_plugin.checkpoint import codec_triton as triton_codec
 
 HOPPER = GPUTarget("cuda", 90, 32)
 

@@ -23,7 +23,7 @@ SHAPES = [(1, 4), (3, 8), (5, 12), (64, 64), (70, 516), (9, 4096), (2, 4100)]
 
 def mistakes(rows: int, columns: int, dtype: torch.dtype) -> list[str]:
     """What differs for random bits, with none, one and two of four kept in turn."""
-    from nm_permute_plugin.checkpoint.triton_codec import (
+    from nm_permute_plugin.checkpoint.codec_triton import (
         compress_in_triton,
         decompress_in_triton,
     )

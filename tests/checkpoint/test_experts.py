@@ -18,12 +18,12 @@ from transformers.core_model_loading import (
 )
 
 from nm_permute_plugin.checkpoint.config import read_sparsity_config
-from nm_permute_plugin.checkpoint.conversions import (
+from nm_permute_plugin.checkpoint.directory import SINGLE, read_json
+from nm_permute_plugin.checkpoint.transformers_conversions import (
     sparse_conversions,
     without_sparse,
 )
-from nm_permute_plugin.checkpoint.directory import SINGLE, read_json
-from nm_permute_plugin.checkpoint.reader import register_reader
+from nm_permute_plugin.checkpoint.transformers_reader import register_reader
 from nm_permute_plugin.checkpoint.verify import verify
 from nm_permute_plugin.checkpoint.writer import convert
 from nm_permute_plugin.maths.masks import nm_mask

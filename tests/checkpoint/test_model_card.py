@@ -19,7 +19,7 @@ from nm_permute_plugin.checkpoint.record import Promise
 from nm_permute_plugin.checkpoint.writer import convert
 from nm_permute_plugin.maths.pattern import NMPattern
 
-HISTORY = [{"step": 0, "held_back": 1.5}, {"step": 9, "held_back": 1.25}]
+HISTORY = [{"step": 0, "validation": 1.5}, {"step": 9, "validation": 1.25}]
 
 
 def make_card(path: Path, format: str, modules: tuple[str, ...], **more) -> str:
@@ -88,7 +88,7 @@ def test_the_card_of_a_fold_alone_promises_no_zeros(make_dense: MakeDense) -> No
     text = make_card(make_dense(), "dense", (), history=[])
     assert "Nothing is pruned." in text
     assert "2of4" not in text
-    assert "held-back" not in text
+    assert "validation" not in text
 
 
 def test_an_evaluation_is_added_and_replaced(sparse) -> None:

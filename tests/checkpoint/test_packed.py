@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from nm_permute_plugin.checkpoint.check import check_pattern
 from nm_permute_plugin.checkpoint.directory import SINGLE, open_checkpoint
 from nm_permute_plugin.checkpoint.packed import packed_levels, packed_modules, unpack
+from nm_permute_plugin.checkpoint.pattern import check_pattern
 from nm_permute_plugin.checkpoint.record import FOLDER
 from nm_permute_plugin.checkpoint.shards import DamagedError
 from nm_permute_plugin.checkpoint.verify import verify

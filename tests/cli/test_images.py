@@ -114,7 +114,7 @@ def test_the_card_tells_how_to_load_and_measure_a_model_of_images(
     assert "nm-permute evaluate FOLDER --images PICTURES" in card
     assert "perplexity" not in card
     assert "vllm serve" not in card
-    assert "loss on held-back rows" in card
+    assert "loss on validation rows" in card
     assert f"model = {loads}." in card
     auto = getattr(transformers, loads)
     assert type(auto.from_pretrained(out)).__name__ in CLASSES[case]

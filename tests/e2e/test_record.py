@@ -26,7 +26,7 @@ def test_the_recorded_orders_are_those_of_the_weights(
     name = "model.layers.1.mlp.down_proj.weight"
     rows, columns = invert(perms["residual"]), invert(perms["hidden.1"])
     assert torch.equal(after[name][rows][:, columns], before[name])
-    best = min(report["history"], key=lambda look: look["held_back"])
+    best = min(report["history"], key=lambda look: look["validation"])
     assert torch.equal(after[name], before[name]) == (best["round"] == 0)
 
     assert report["modifier"]["seed"] == 3

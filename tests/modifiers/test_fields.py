@@ -44,7 +44,7 @@ NOT_DEFAULT = {
     "score_multipliers": False,
     "multiplier_rows": 4,
     "multiplier_rate": 0.5,
-    "held_back": 0.25,
+    "validation": 0.25,
     "evaluate_every": 5,
     "seed": 11,
 }
@@ -173,7 +173,7 @@ REFUSED = {
     "no steps": ({"steps": 0}, "steps"),
     "a temperature of 0": ({"temperature_end": 0}, "temperature_end"),
     "a negative weight": ({"hidden_weight": -1}, "hidden_weight"),
-    "all rows held back": ({"held_back": 1}, "held_back"),
+    "all rows held back": ({"validation": 1}, "validation"),
 }
 
 

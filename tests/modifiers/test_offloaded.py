@@ -56,7 +56,7 @@ def test_a_model_on_disk_is_pruned_as_in_memory(
         )
     run_oneshot(trained_checkpoint, [away], tmp_path / "away", model=offloaded)
     assert away.record.history == here.record.history
-    assert here.record.history[-1]["held_back"] < here.record.history[0]["held_back"]
+    assert here.record.history[-1]["validation"] < here.record.history[0]["validation"]
     expected, found = (
         load_file(tmp_path / out / "model.safetensors") for out in ("here", "away")
     )

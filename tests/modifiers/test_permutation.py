@@ -65,8 +65,8 @@ def test_a_recovery_is_on_record(
     assert steps == [0, 5]
     assert [look["layer"] for look in record.recovered[1].history] == [0]
     told = read_record(tmp_path / "out")[1]["recovered"]
-    assert [stage["held_back"] for stage in told] == [
-        list(stage.held_back) for stage in record.recovered
+    assert [stage["validation"] for stage in told] == [
+        list(stage.validation) for stage in record.recovered
     ]
     assert [stage["kept"] for stage in told] == [
         stage.kept for stage in record.recovered

@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nm_permute_plugin.maths.pattern import NMPattern
+from nm_permute_plugin.pruning.learn.loop import LearnSettings
+from nm_permute_plugin.pruning.learn.order_shape import OrderShape
+from nm_permute_plugin.pruning.pipeline import OrderSettings, permute_and_prune
+from nm_permute_plugin.pruning.recover.blocks import BlockSettings
+from nm_permute_plugin.pruning.recover.distill import DistillSettings
+from nm_permute_plugin.pruning.recover.stages import RecoverSettings
+from nm_permute_plugin.pruning.running.loss import LossWeights
+from nm_permute_plugin.pruning.text import split_text
 from nm_permute_plugin.specs.architectures import LLAMA
 from nm_permute_plugin.specs.spec import resolve
-from nm_permute_plugin.training.blocks import BlockSettings
-from nm_permute_plugin.training.distill import DistillSettings
-from nm_permute_plugin.training.learn import LearnSettings
-from nm_permute_plugin.training.objective import LossWeights
-from nm_permute_plugin.training.order_shape import OrderShape
-from nm_permute_plugin.training.pipeline import OrderSettings, permute_and_prune
-from nm_permute_plugin.training.recover import RecoverSettings
-from nm_permute_plugin.training.text import split_text
 
 VOCABULARY = 64
 MULTIPLIERS = OrderShape(block_size=16, multipliers=True)

@@ -32,7 +32,8 @@ from weights import (
     sparse_weight,
 )
 
-from nm_permute_plugin.serving import linear, plan
+from nm_permute_plugin.serving import kernel_table as plan
+from nm_permute_plugin.serving import linear
 from nm_permute_plugin.serving.kernels import cusparselt
 from nm_permute_plugin.serving.kernels.cusparselt_plan import plan_of
 from nm_permute_plugin.serving.kernels.kernel import NARROW

@@ -16,9 +16,9 @@ from weights import (
 )
 
 from nm_permute_plugin.serving import linear
+from nm_permute_plugin.serving.kernel_table import Bucket, Plan, Way
 from nm_permute_plugin.serving.linear import SparseLinear
 from nm_permute_plugin.serving.ops import KERNELS, PLANS, sparse24_linear
-from nm_permute_plugin.serving.plan import Bucket, Plan, Way
 from nm_permute_plugin.serving.tune import sample
 
 DENSE = Way("dense", (), 1.0)

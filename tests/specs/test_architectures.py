@@ -29,7 +29,7 @@ def test_spaces_have_the_sizes_and_walls_of_the_config(
     config, head_dim = model.config, head_dim_of(model.config)
     spaces = resolve_model(model).spaces
     value = config.num_key_value_heads * head_dim
-    assert {name: (space.size, space.wall) for name, space in spaces.items()} == {
+    assert {name: (space.size, space.segment) for name, space in spaces.items()} == {
         "residual": (config.hidden_size, config.hidden_size),
         "hidden.0": (config.intermediate_size, config.intermediate_size),
         "hidden.1": (config.intermediate_size, config.intermediate_size),
@@ -48,9 +48,11 @@ def test_every_pruned_linear_reads_one_space(
 ) -> None:
     model = tiny_model(architecture, **options)
     spaces = resolve_model(model).spaces
-    readers = {name: {r.name for r in space.readers} for name, space in spaces.items()}
+    consumers = {
+        name: {r.name for r in space.consumers} for name, space in spaces.items()
+    }
     layers = [f"model.layers.{i}" for i in range(2)]
-    assert readers == {
+    assert consumers == {
         "residual": {
             f"{layer}.{part}"
             for layer in layers
@@ -68,7 +70,7 @@ def test_every_pruned_linear_reads_one_space(
         "value.1": {"model.layers.1.self_attn.o_proj"},
     }
     queries = model.config.num_attention_heads // model.config.num_key_value_heads
-    assert [r.queries for r in spaces["value.1"].readers] == [queries]
+    assert [r.queries for r in spaces["value.1"].consumers] == [queries]
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

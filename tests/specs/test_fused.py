@@ -7,7 +7,7 @@ from torch import nn
 
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.specs.fold import fold
-from nm_permute_plugin.specs.spec import Reader, ResolvedSpec, resolve
+from nm_permute_plugin.specs.spec import Consumer, ResolvedSpec, resolve
 
 
 class Fused(nn.Module):
@@ -44,8 +44,8 @@ def test_a_fused_axis_divides_by_heads_and_then_evenly() -> None:
     resolved = resolve_fused()
     qkv = resolved.parameters[0]
     assert [part.length for part in qkv.matrices[0][0]] == [8, 4, 4]
-    assert (resolved.spaces["value"].size, resolved.spaces["value"].wall) == (4, 4)
-    assert resolved.spaces["value"].readers == (Reader("out", 2, 4),)
+    assert (resolved.spaces["value"].size, resolved.spaces["value"].segment) == (4, 4)
+    assert resolved.spaces["value"].consumers == (Consumer("out", 2, 4),)
     assert resolved.spaces["hidden"].size == 8
 
 
@@ -103,10 +103,10 @@ class Twice(nn.Module):
 def test_a_linear_that_reads_a_space_twice_has_a_view_of_both_runs() -> None:
     spec = {"write.weight": "hidden _", "read.weight": "_ hidden+hidden"}
     resolved = resolve(Twice(), spec, NMPattern(2, 4), ["read"])
-    (reader,) = resolved.spaces["hidden"].readers
-    view = reader.view(torch.arange(16)[None])
+    (consumer,) = resolved.spaces["hidden"].consumers
+    view = consumer.view(torch.arange(16)[None])
     assert view.tolist() == [list(range(8)), list(range(8, 16))]
-    assert reader.unview(view).tolist() == [list(range(16))]
+    assert consumer.unview(view).tolist() == [list(range(16))]
 
 
 REFUSED = [
@@ -142,7 +142,7 @@ REFUSED = [
         Fused(up=8),
         {"down.weight": "_ hidden+_"},
         r"down\.weight reads channels of several spaces",
-        id="reader of several spaces",
+        id="consumer of several spaces",
     ),
 ]
 

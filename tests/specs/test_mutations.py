@@ -13,7 +13,7 @@ from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
 from nm_permute_plugin.specs.exactness import change_by_fold, random_perms
 from nm_permute_plugin.specs.fold import fold, invert_all
-from nm_permute_plugin.specs.lines import Lines
+from nm_permute_plugin.specs.grammar import Lines
 from nm_permute_plugin.specs.probe import random_batch
 from nm_permute_plugin.specs.spec import Spec, resolve
 

@@ -119,8 +119,8 @@ def test_two_towers_have_heads_of_their_own() -> None:
     model = tiny("CLIPModel", "CLIPConfig", CLIP, torch.float32)
     assert head_dim_of(model.config) == {"value": 4, "value.vision": 8}
     spaces = resolve_it(model).spaces
-    assert spaces["value.text.0"].wall == 4
-    assert spaces["value.vision.0"].wall == 8
+    assert spaces["value.text.0"].segment == 4
+    assert spaces["value.vision.0"].segment == 8
 
 
 def test_a_linear_that_no_space_orders_is_listed_with_the_reason() -> None:

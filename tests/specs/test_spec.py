@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Specs that do not fit are refused by the parameter's name; views of readers."""
+"""Specs that do not fit are refused by the parameter's name; views of consumers."""
 
 from collections.abc import Callable
 
@@ -10,8 +10,8 @@ from torch import nn
 from nm_permute_plugin.maths.masks import nm_mask
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.specs.architectures import LLAMA, head_dim_of, spec_of
-from nm_permute_plugin.specs.lines import Part
-from nm_permute_plugin.specs.spec import Reader, ResolvedSpec, resolve
+from nm_permute_plugin.specs.grammar import Part
+from nm_permute_plugin.specs.spec import Consumer, ResolvedSpec, resolve
 
 TWO_OF_FOUR = NMPattern(2, 4)
 
@@ -50,7 +50,7 @@ def test_a_spec_that_fits_gives_the_axes_it_names() -> None:
         "down.weight": ((outer, inner),),
         "down.bias": ((outer,),),
     }
-    assert resolved.spaces["hidden"].readers == (Reader("down"),)
+    assert resolved.spaces["hidden"].consumers == (Consumer("down"),)
 
 
 def test_a_pruned_linear_that_no_space_orders_is_listed() -> None:
@@ -188,7 +188,7 @@ def test_a_width_that_m_does_not_divide_is_accepted_where_nothing_is_pruned(
     prunable = [f"model.layers.{i}.self_attn.o_proj" for i in range(2)]
     spaces = resolve_model(model, prunable=prunable).spaces
     assert spaces["hidden.0"].size == 30
-    assert spaces["hidden.0"].readers == ()
+    assert spaces["hidden.0"].consumers == ()
 
 
 def test_a_head_that_m_does_not_divide_is_refused(tiny_model, resolve_model) -> None:
@@ -227,18 +227,18 @@ def test_a_tied_parameter_that_one_line_misses_is_refused(tiny_model) -> None:
 
 
 @pytest.fixture
-def shared_heads(tiny_model) -> Callable[[int], Reader]:
-    """The reader of a value space whose heads so many query heads share."""
+def shared_heads(tiny_model) -> Callable[[int], Consumer]:
+    """The consumer of a value space whose heads so many query heads share."""
 
-    def reader(queries: int) -> Reader:
+    def consumer(queries: int) -> Consumer:
         model = tiny_model("llama", num_key_value_heads=4 // queries)
         name = "model.layers.0.self_attn.o_proj"
         resolved = resolve(
             model, spec_of(model), TWO_OF_FOUR, [name], head_dim_of(model.config)
         )
-        return resolved.spaces["value.0"].readers[0]
+        return resolved.spaces["value.0"].consumers[0]
 
-    return reader
+    return consumer
 
 
 @pytest.mark.parametrize("queries", [1, 2, 4], ids=["mha", "gqa", "mqa"])
@@ -246,26 +246,26 @@ def shared_heads(tiny_model) -> Callable[[int], Reader]:
 def test_view_and_unview_are_inverse(
     shared_heads, queries: int, dtype: torch.dtype, generator: torch.Generator
 ) -> None:
-    reader = shared_heads(queries)
+    consumer = shared_heads(queries)
     matrix = torch.randn(32, 32, generator=generator).to(dtype)
-    view = reader.view(matrix)
+    view = consumer.view(matrix)
     assert view.shape == (32 * queries, 32 // queries)
-    assert torch.equal(reader.unview(view), matrix)
-    assert torch.equal(reader.view(reader.unview(view)), view)
+    assert torch.equal(consumer.unview(view), matrix)
+    assert torch.equal(consumer.view(consumer.unview(view)), view)
 
 
 @pytest.mark.parametrize("queries", [1, 2, 4], ids=["mha", "gqa", "mqa"])
 def test_a_mask_made_in_the_view_is_the_mask_of_the_weight(
     shared_heads, queries: int, generator: torch.Generator
 ) -> None:
-    reader = shared_heads(queries)
+    consumer = shared_heads(queries)
     score = torch.rand(32, 32, generator=generator)
-    in_the_view = reader.unview(nm_mask(reader.view(score), TWO_OF_FOUR))
+    in_the_view = consumer.unview(nm_mask(consumer.view(score), TWO_OF_FOUR))
     assert torch.equal(in_the_view, nm_mask(score, TWO_OF_FOUR))
 
 
 def test_the_view_of_shared_heads_keeps_channels_apart() -> None:
-    reader = Reader("o", queries=2, head_dim=2)
+    consumer = Consumer("o", queries=2, head_dim=2)
     # Channel numbers of one row: 2 key/value heads x 2 query heads x 2 channels.
-    view = reader.view(torch.arange(8)[None])
+    view = consumer.view(torch.arange(8)[None])
     assert view.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]

@@ -16,7 +16,7 @@ def main():
     )
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
-    from nm_permute_plugin.serving.claim import RollCall
+    from nm_permute_plugin.serving.detect import RollCall
     from nm_permute_plugin.serving.method import Sparse24LinearMethod
 
     class Weightless(UnquantizedLinearMethod):

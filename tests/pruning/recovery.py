@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests of the recovery share: masks, corrupted weights, text."""
+
+import torch
+from torch import Tensor, nn
+
+from nm_permute_plugin.maths.masks import nm_mask
+from nm_permute_plugin.maths.pattern import NMPattern
+from nm_permute_plugin.pruning.recover.student import KeptWeights
+
+
+def kept_of(model: nn.Module, only: str = "") -> KeptWeights:
+    """What magnitude masks keep of every linear but the head."""
+    return KeptWeights(
+        model,
+        {
+            name: nm_mask(module.weight.detach().abs().float(), NMPattern(2, 4))
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and name != "lm_head" and only in name
+        },
+    )
+
+
+def planted(model: nn.Module, noise: float = 0.3) -> KeptWeights:
+    """
+    A dense model that its masks cost nothing, and kept weights that are wrong.
+
+    Training can regain all that was lost.
+    """
+    kept = kept_of(model)
+    generator = torch.Generator().manual_seed(3)
+    for name, value in kept.values.items():
+        owner, _, leaf = name.rpartition(".")
+        with torch.no_grad():
+            getattr(model.get_submodule(owner), leaf).copy_(value)
+        wrong = noise * torch.randn(value.shape, generator=generator).to(value)
+        kept.values[name] = value + wrong * value.abs()
+    return kept
+
+
+def values_of(kept: KeptWeights) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in kept.values.items()}
+
+
+def differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
+    assert set(first) == set(second)
+    return [name for name in first if not torch.equal(first[name], second[name])]

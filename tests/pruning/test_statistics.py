@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Input norms equal a plain float64 sum, count real tokens only, and refuse bad runs."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nm_permute_plugin.pruning.statistics import input_norms, token_mask
+
+NAMES = [
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.1.self_attn.o_proj",
+    "model.layers.1.mlp.down_proj",
+]
+
+
+def plain_norms(
+    model: nn.Module, batches: list[dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The norms from all inputs kept whole, row by row, without any padding."""
+    inputs: dict[str, list[Tensor]] = {name: [] for name in NAMES}
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: inputs[name].append(args[0].double()[0])
+        )
+        for name in NAMES
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            for row, mask in zip(batch["input_ids"], token_mask(batch), strict=True):
+                model(row[mask][None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(rows).norm(dim=0) for name, rows in inputs.items()}
+
+
+def assert_norms_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert set(found) == set(expected)
+    for name, norm in expected.items():
+        torch.testing.assert_close(found[name].double(), norm, rtol=1e-5, atol=1e-6)
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(
+        len(module._forward_pre_hooks) + len(module._forward_hooks)
+        for module in model.modules()
+    )
+
+
+def test_norms_equal_the_plain_sum(tiny_model, tokens: Tensor) -> None:
+    model = tiny_model("llama")
+    batches = [{"input_ids": tokens[:2]}, {"input_ids": tokens[2:]}]
+    found = input_norms(model, NAMES, batches)
+    assert_norms_equal(found, plain_norms(model, batches))
+    assert {norm.dtype for norm in found.values()} == {torch.float32}
+
+
+def test_padded_tokens_do_not_count(tiny_model, tokens: Tensor) -> None:
+    model = tiny_model("llama")
+    mask = torch.ones_like(tokens)
+    mask[1, 5:] = 0
+    batches = [{"input_ids": tokens, "attention_mask": mask}]
+    found = input_norms(model, NAMES, batches)
+    assert_norms_equal(found, plain_norms(model, batches))
+    other = tokens.clone()
+    other[1, 5:] = 7
+    refilled = input_norms(model, NAMES, [{"input_ids": other, "attention_mask": mask}])
+    assert_norms_equal(refilled, {name: norm.double() for name, norm in found.items()})
+
+
+def test_norms_do_not_depend_on_the_batches(tiny_model, tokens: Tensor) -> None:
+    model = tiny_model("llama")
+    whole = input_norms(model, NAMES, [{"input_ids": tokens}])
+    parts = input_norms(model, NAMES, [{"input_ids": row[None]} for row in tokens])
+    assert_norms_equal(parts, {name: norm.double() for name, norm in whole.items()})
+
+
+def test_squares_of_short_formats_are_summed_in_float32(
+    tiny_model, tokens: Tensor
+) -> None:
+    # In bfloat16 the sum would stand still after a few hundred tokens.
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    batch = {"input_ids": tokens}
+    once = input_norms(model, NAMES, [batch])
+    often = input_norms(model, NAMES, [batch] * 100)
+    assert {norm.dtype for norm in once.values()} == {torch.float32}
+    assert_norms_equal(often, {name: norm.double() * 10 for name, norm in once.items()})
+
+
+def test_no_hook_and_no_change_is_left_behind(tiny_model, tokens: Tensor) -> None:
+    model = tiny_model("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    input_norms(model, NAMES, [{"input_ids": tokens}])
+    assert hooks_of(model) == 0
+    state = model.state_dict()
+    assert [n for n, t in before.items() if not torch.equal(state[n], t)] == []
+
+
+def test_no_hook_is_left_behind_after_an_error(tiny_model) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(IndexError):
+        input_norms(model, NAMES, [{"input_ids": torch.full((1, 4), 999)}])
+    assert hooks_of(model) == 0
+
+
+@pytest.mark.parametrize(
+    "bad", [float("nan"), float("inf")], ids=["nan", "overflow to inf"]
+)
+def test_activations_that_are_not_finite_are_refused_by_the_first_linear(
+    tiny_model, tokens: Tensor, bad: float
+) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 3] = bad
+    message = r"activations that enter model\.layers\.1\.self_attn\.o_proj"
+    with pytest.raises(ValueError, match=message):
+        input_norms(model, NAMES, [{"input_ids": tokens}])
+    assert hooks_of(model) == 0
+
+
+def test_no_batches_are_refused(tiny_model) -> None:
+    with pytest.raises(ValueError, match="holds no tokens"):
+        input_norms(tiny_model("llama"), NAMES, [])
+
+
+def test_batches_of_padding_are_refused(tiny_model, tokens: Tensor) -> None:
+    batch = {"input_ids": tokens, "attention_mask": torch.zeros_like(tokens)}
+    with pytest.raises(ValueError, match="holds no tokens"):
+        input_norms(tiny_model("llama"), NAMES, [batch])
+
+
+def test_a_linear_that_never_runs_is_refused(tiny_model, tokens: Tensor) -> None:
+    model = tiny_model("llama")
+    model.unused = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="unused never ran.*`ignore`"):
+        input_norms(model, [*NAMES, "unused"], [{"input_ids": tokens}])
+
+
+def test_refusals_hold_for_names_that_come_only_once(
+    tiny_model, tokens: Tensor
+) -> None:
+    model = tiny_model("llama")
+    model.unused = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="unused never ran"):
+        input_norms(model, iter([*NAMES, "unused"]), [{"input_ids": tokens}])
+
+
+def test_all_tokens_count_without_an_attention_mask(tokens: Tensor) -> None:
+    assert bool(token_mask({"input_ids": tokens}).all())
+    assert token_mask({"input_ids": tokens}).shape == tokens.shape
