@@ -1,65 +1,197 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What orders are found for: a dense model, the scores of its weights, and samples."""
+"""
+What a permutation and masks are found for: a dense model, scores of its weights, and data.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+``Problem.prepare`` measures them, a ``Solution`` says which permutations and multipliers were
+found, and ``Problem.validate`` tells how good a solution is.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from nm_permute_plugin.maths.masks import nm_mask
 from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.maths.permutation import Permutation
-from nm_permute_plugin.pruning.running.loss import LossWeights, check_finite, loss, run
-from nm_permute_plugin.pruning.running.masked import Mask, masked
+from nm_permute_plugin.maths.permutation import Permutation, invert
+from nm_permute_plugin.maths.scores import score_weight
+from nm_permute_plugin.pruning.data import Data
+from nm_permute_plugin.pruning.running.masked import linear
 from nm_permute_plugin.pruning.running.teacher import Teacher
-from nm_permute_plugin.pruning.samples import Samples
-from nm_permute_plugin.pruning.stacking import StackedScore
-from nm_permute_plugin.pruning.statistics import Batch, on_device
+from nm_permute_plugin.pruning.settings import Settings
+from nm_permute_plugin.pruning.statistics import input_norms, output_sensitivity
+from nm_permute_plugin.specs.conv1d import weight_of
+from nm_permute_plugin.specs.spec import Consumer, ResolvedSpec, Space
 
-
-@dataclass
-class Learned:
-    """
-    What learning leaves.
-
-    :param perms: by space, the best orders by the validation samples
-    :param multipliers: of the scores, by linear, of every input channel as it was before
-        the fold, one row for each of equally long runs of the weight's rows; those that
-        belong to ``perms``
-    :param history: one entry a look: step, validation loss and, from the first step on,
-        training loss and temperature
-    """
-
-    perms: dict[str, Permutation]
-    multipliers: dict[str, Float[Tensor, "_runs _in"]] = field(default_factory=dict)
-    history: list[dict[str, int | float]] = field(default_factory=list)
+Scores = Mapping[str, Float[Tensor, "_out _in"]]
+"""Scores of the weights of linears, by linear."""
 
 
 @dataclass(frozen=True)
-class Subject:
+class Solution:
     """
-    A dense model that is to be pruned in the best order of its channels.
+    What was found for a problem.
 
-    :param stacks: the scores of all consumers, by space
-    :param others: masks of pruned linears whose inputs no space orders, by module
+    :param perms: by space, ``new[j] = old[perm[j]]``; spaces without one stay as they are
+    :param multipliers: of the scores, by linear, for every input channel as it was before the
+        fold; one row for each group of rows of the weight. Without any they are 1
+    """
+
+    perms: dict[str, Permutation] = field(default_factory=dict)
+    multipliers: dict[str, Float[Tensor, "_row_groups _in"]] = field(
+        default_factory=dict
+    )
+
+
+@dataclass(frozen=True)
+class SpaceScores:
+    """
+    The scores of every weight that consumes a space: one column a channel, the consumers one
+    below the other.
+
+    :param rows: how many rows each consumer has, in the order of ``space.consumers``
+    :param sensitivity: what the scores of each row weigh where rows disagree about a
+        permutation; None weighs all alike. Masks are made row by row and do not depend on it
+    """
+
+    space: Space
+    score: Float[Tensor, "rows channels"]
+    rows: tuple[int, ...]
+    sensitivity: Float[Tensor, " rows"] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        space: Space,
+        scores: Scores,
+        sensitivity: Mapping[str, Float[Tensor, " _out"]] | None = None,
+    ) -> "SpaceScores":
+        """
+        Stack the scores of a space's consumers.
+
+        :param scores: by linear; every consumer of the space has one
+        :param sensitivity: of the outputs of every linear
+        """
+        views = [consumer.view(scores[consumer.name]) for consumer in space.consumers]
+        of_rows = None
+        if sensitivity is not None:
+            parts = [sensitivity[c.name].repeat(c.queries) for c in space.consumers]
+            of_rows = torch.cat(parts)
+        rows = tuple(len(view) for view in views)
+        return cls(space, torch.cat(views), rows, of_rows)
+
+    @property
+    def queries(self) -> tuple[int, ...]:
+        """How often each consumer reads a channel of the space."""
+        return tuple(consumer.queries for consumer in self.space.consumers)
+
+    def parts(self) -> list[tuple[Consumer, Float[Tensor, "_rows channels"]]]:
+        """Every consumer with its scores, as it views them; no copies."""
+        pieces = self.score.split(list(self.rows))
+        return list(zip(self.space.consumers, pieces, strict=True))
+
+    def masks(
+        self, perm: Permutation, pattern: NMPattern, solution: Solution
+    ) -> dict[str, Bool[Tensor, "_out _in"]]:
+        """The N:M masks of all consumers under a permutation, channels in their old places."""
+        return {
+            consumer.name: consumer.unview(
+                permuted_mask(
+                    consumer,
+                    score,
+                    perm,
+                    pattern,
+                    solution.multipliers.get(consumer.name),
+                )
+            )
+            for consumer, score in self.parts()
+        }
+
+    def only(self, names: Collection[str]) -> "SpaceScores | None":
+        """The same space with those consumers alone; None if it has none of them."""
+        parts = [(c, score) for c, score in self.parts() if c.name in names]
+        if len(parts) == len(self.rows):
+            return self
+        if not parts:
+            return None
+        consumers, scores = zip(*parts, strict=True)
+        rows = tuple(len(score) for score in scores)
+        return SpaceScores(
+            replace(self.space, consumers=consumers), torch.cat(scores), rows
+        )
+
+
+@dataclass(frozen=True)
+class Problem:
+    """
+    A dense model that is to be pruned, with what is known of it.
+
+    :param spaces: the scores of all consumers, by the name of the space that may be permuted
+    :param fixed: scores of the pruned linears whose inputs keep their places
+    :param teacher: the dense model as the one to be followed
     """
 
     model: nn.Module
-    stacks: Mapping[str, StackedScore]
-    others: Mapping[str, Tensor]
-    samples: Samples
+    spaces: Mapping[str, SpaceScores]
+    fixed: Scores
+    data: Data
     pattern: NMPattern
+    teacher: Teacher
+
+    @classmethod
+    def prepare(
+        cls,
+        model: nn.Module,
+        resolved: ResolvedSpec,
+        prunable: Sequence[str],
+        data: Data,
+        settings: Settings,
+    ) -> "Problem":
+        """
+        Measure a dense model: the statistics of its activations and the scores of its weights.
+
+        :param prunable: names of the linears to prune
+        :raises ValueError: for bad statistics, and for outputs that are not finite
+        """
+        norms: dict[str, Tensor] = {}
+        if settings.score != "magnitude":
+            norms = input_norms(model, prunable, data.train)
+        device = next(model.parameters()).device
+        scores: dict[str, Tensor] = {
+            name: score_weight(
+                settings.score, weight_of(linear(model, name)), norms.get(name)
+            ).to("cpu" if settings.layer_wise else device)
+            for name in prunable
+        }
+        teacher = Teacher(model, settings.loss)
+        spaces: dict[str, SpaceScores] = {}
+        if settings.method != "identity":
+            sensitivity = None
+            # One layer at a time, nothing is known of what follows it.
+            if not settings.layer_wise:
+                sensitivity = output_sensitivity(
+                    model, prunable, data.train, settings.seed
+                )
+            for name, space in resolved.spaces.items():
+                if space.consumers and space.family in settings.spaces:
+                    spaces[name] = SpaceScores.of(space, scores, sensitivity)
+                    # Two copies of all scores would not fit beside a large model.
+                    for consumer in space.consumers:
+                        del scores[consumer.name]
+        return cls(model, spaces, scores, data, settings.pattern, teacher)
 
     @property
     def linears(self) -> list[str]:
         """The names of the pruned linears."""
-        consumers = [r.name for s in self.stacks.values() for r in s.space.consumers]
-        return [*self.others, *consumers]
+        consumers = [c.name for of in self.spaces.values() for c in of.space.consumers]
+        return [*self.fixed, *consumers]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights, and so of masks that need gradients."""
+        """The dtype of the weights, and so of masks that need gradients."""
         return next(self.model.parameters()).dtype
 
     @property
@@ -67,40 +199,62 @@ class Subject:
         """Where the model runs; scores and masks may be elsewhere."""
         return next(self.model.parameters()).device
 
-    def masks(self, found: Learned) -> dict[str, Tensor]:
-        """The masks of all linears under orders, in the channels' old places."""
-        masks = dict(self.others)
-        for name, stack in self.stacks.items():
-            masks |= stack.masks(found.perms[name], self.pattern, found.multipliers)
+    @cached_property
+    def fixed_masks(self) -> dict[str, Bool[Tensor, "_out _in"]]:
+        """The masks of the linears whose inputs keep their places."""
+        return {
+            name: nm_mask(score.to(self.device), self.pattern).to(score.device)
+            for name, score in self.fixed.items()
+        }
+
+    def masks(self, solution: Solution) -> dict[str, Tensor]:
+        """The masks of all linears under a solution, channels in their old places."""
+        masks = dict(self.fixed_masks)
+        for name, space in self.spaces.items():
+            perm = solution.perms.get(name)
+            if perm is None:
+                perm = torch.arange(space.space.size, device=self.device)
+            masks |= space.masks(perm, self.pattern, solution)
         return masks
 
-    def validation_loss(
-        self, found: Learned, weights: LossWeights, teacher: Teacher | None = None
-    ) -> float:
-        """The loss on the validation samples under orders; see ``mean_loss``."""
-        batches = self.samples.validation
-        return mean_loss(self.model, self.masks(found), batches, weights, teacher)
+    def validate(self, solution: Solution) -> float:
+        """The loss on the validation data under a solution."""
+        masks = self.masks(solution)
+        return self.teacher.validate(masks, self.data.validation)
+
+    def retained(self, masks: Mapping[str, Tensor]) -> float:
+        """The share of the total score that masks keep, counted where the model runs."""
+        kept = total = 0.0
+        scores = dict(self.fixed)
+        for space in self.spaces.values():
+            scores |= {c.name: c.unview(score) for c, score in space.parts()}
+        for name, stored in scores.items():
+            score = stored.to(self.device)
+            mask = masks[name].to(self.device)
+            kept += float(score.masked_fill(~mask, 0).double().sum())
+            total += float(score.double().sum())
+        return kept / total
 
 
-def mean_loss(
-    model: nn.Module,
-    masks: Mapping[str, Mask],
-    batches: Sequence[Batch],
-    weights: LossWeights,
-    teacher: Teacher | None = None,
-) -> float:
+def permuted_mask(
+    consumer: Consumer,
+    score: Float[Tensor, "rows channels"],
+    perm: Permutation,
+    pattern: NMPattern,
+    multipliers: Float[Tensor, "row_groups in"] | None = None,
+) -> Bool[Tensor, "rows channels"]:
     """
-    The loss of the model under the masks, the mean over the batches.
+    The N:M mask of one consumer under a permutation, channels in their old places.
 
-    :param teacher: the dense model, which runs for every batch by default
-    :raises ValueError: if it is not finite
+    It is made where the permutation is, and kept where the score is.
+
+    :param score: as the consumer views its weight
+    :param multipliers: of the scores, as in ``Solution``; 1 without any
     """
-    total = 0.0
-    teacher = teacher or Teacher(model, weights, keep=False)
-    with torch.no_grad():
-        for batch in batches:
-            dense = teacher(batch)
-            batch = on_device(batch, model)
-            with masked(model, masks):
-                total += float(loss(run(model, batch, weights), dense, batch, weights))
-    return check_finite(total, "validation loss") / len(batches)
+    stored, score = score.device, score.to(perm.device)
+    if multipliers is not None:
+        factors = consumer.view(multipliers)
+        groups = score.unflatten(0, (len(factors), -1))
+        score = (groups * factors[:, None]).flatten(0, 1)
+    mask = nm_mask(score[:, perm], pattern)[:, invert(perm)]
+    return mask.to(stored)

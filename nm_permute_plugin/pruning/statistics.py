@@ -1,23 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Input norms of linears, from one pass of samples over the DENSE model."""
+"""
+Statistics of the DENSE model: norms of inputs, and how much each output matters.
 
-from collections.abc import Iterable, Mapping
+No layer is pruned while they are taken: the same score on statistics of pruned layers is far
+worse.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from itertools import islice
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
-Batch = Mapping[str, Tensor]
-"""
-Keyword arguments of the model's forward, one of
+from nm_permute_plugin.pruning.data import (
+    Batch,
+    counted_rows,
+    forward,
+    micro_batches,
+    on_device,
+    token_mask,
+    without_padding,
+)
+from nm_permute_plugin.pruning.running.loss import refuse_not_finite, run
+from nm_permute_plugin.pruning.running.masked import frozen, linear
+from nm_permute_plugin.pruning.settings import LossSettings
+from nm_permute_plugin.specs.conv1d import weight_of
 
-- text: ``input_ids`` and, where rows are padded, ``attention_mask``, each [rows, tokens]
-- images: ``pixel_values`` [images, channels, height, width], and nothing else
-- one sample of text with images: what the model's processor gives for it
-"""
+MOST_SAMPLES = 32
+"""Samples that measure the sensitivity of outputs; more do not change it much."""
+
+MOST_TOKENS = 1 << 13
+"""Tokens that measure it at most: as many as a step of learning has."""
+
+FLOOR = 1e-6
+"""Least squared sensitivity relative to the mean, for outputs without a gradient, such as
+those of experts that no token reached."""
 
 
 def input_norms(
@@ -26,35 +49,30 @@ def input_norms(
     """
     ``||x_j||_2`` of every input channel of every linear, over all tokens of ``batches``.
 
-    Squares are summed in float32; tokens that ``attention_mask`` hides do not count, all
-    patches of images do. No layer is pruned meanwhile: the same score on statistics of
-    pruned layers is far worse.
+    Squares are summed in float32. Padding does not count, not even in experts whose router
+    flattens the tokens; all patches of images do.
 
     :param linears: module names
     :raises ValueError: if there are no tokens, if an activation is not finite, or if a
         linear never ran
     """
     linears = list(linears)
-    squares = _Squares()
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(partial(squares.add, name))
-        for name in linears
-    ]
+    sums: dict[str, Float[Tensor, " in"]] = {}
+
+    def add(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        _add(sums, name, inputs[0].detach())
+
     tokens = 0
-    try:
-        with torch.no_grad():
-            for batch in tqdm(batches, desc="Measuring input norms"):
-                batch = on_device(batch, model)
-                counted = token_mask(batch)
-                tokens += int(counted.sum())
-                squares.mask = None if bool(counted.all()) else counted
-                forward(model, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    parts = (part for batch in batches for part in without_padding(batch))
+    with torch.no_grad(), _hooked(
+        linear(model, name).register_forward_pre_hook(partial(add, name))
+        for name in linears
+    ):
+        for part in tqdm(parts, desc="Measuring input norms"):
+            tokens += int(token_mask(part).sum())
+            forward(model, on_device(part, model))
     if tokens == 0:
         raise ValueError("the calibration data holds no tokens; give the run a dataset")
-    sums = squares.sums
     for name in linears:
         if name not in sums:
             raise ValueError(
@@ -69,72 +87,96 @@ def input_norms(
     return {name: total.sqrt() for name, total in sums.items()}
 
 
-def on_device(batch: Batch, model: nn.Module) -> dict[str, Tensor]:
-    """The batch where the model's embedding lives, its pixels in the model's dtype."""
-    parameter = next(model.parameters())
-    return {
-        name: tensor.to(
-            parameter.device,
-            parameter.dtype if tensor.is_floating_point() else tensor.dtype,
-        )
-        for name, tensor in batch.items()
-    }
-
-
-def forward(model: nn.Module, batch: Batch, **options: bool) -> Any:
-    """One forward pass; nothing is kept for tokens that would follow."""
-    if "input_ids" in batch:
-        options["use_cache"] = False
-    return model(**batch, **options)
-
-
-def first_sample(batch: Batch) -> dict[str, Tensor]:
-    """The first row or image of a batch; all of one that is a single sample."""
-    lengths = {len(tensor) for tensor in batch.values()}
-    if len(lengths) > 1:  # patches of images beside tokens
-        return dict(batch)
-    return {name: tensor[:1] for name, tensor in batch.items()}
-
-
-def token_mask(batch: Batch) -> Bool[Tensor, "rows tokens"] | Bool[Tensor, " images"]:
-    """True for what counts: tokens that are no padding, and whole images."""
-    if "attention_mask" in batch:
-        return batch["attention_mask"].bool()
-    if "input_ids" in batch:
-        return torch.ones_like(batch["input_ids"], dtype=torch.bool)
-    pixels = batch["pixel_values"]
-    return torch.ones(len(pixels), dtype=torch.bool, device=pixels.device)
-
-
-def counted_rows(
-    values: Float[Tensor, "*_any width"],
-    mask: Bool[Tensor, "rows tokens"] | Bool[Tensor, " images"],
-) -> Float[Tensor, "_counted width"]:
+def output_sensitivity(
+    model: nn.Module, linears: Sequence[str], batches: Iterable[Batch], seed: int
+) -> dict[str, Float[Tensor, " _out"]]:
     """
-    The vectors that count, one a row.
+    What an error of every output of the linears costs: the root of its Fisher diagonal.
 
-    All do where the mask is not for them: a tower of images inside of a language model
-    has patches, not tokens.
+    The squared gradients say how far a small change of an output moves the model's
+    predictions (as in K-FAC, Martens and Grosse, ICML 2015). They are gradients of the
+    likelihood of tokens, or classes, that the model itself draws; of a random projection of
+    the relative hidden states where there is no head. The first ``MOST_SAMPLES`` samples
+    are used, up to ``MOST_TOKENS`` tokens, one at a time.
+
+    :param linears: module names
+    :param seed: of what is drawn
+    :raises ValueError: if the model's outputs are not finite
+    :return: by linear, on the CPU; 1 is the root mean square of all outputs
     """
-    if values.shape[: mask.dim()] == mask.shape:
-        values = values[mask]
-    return values.flatten(0, -2)
+    squares: dict[str, Float[Tensor, " _out"]] = {}
+
+    def watch(name: str, module: nn.Module, inputs: object, out: Tensor) -> Tensor:
+        # Weights are frozen: nothing before the first of the linears has a gradient.
+        watched = out if out.requires_grad else out.detach().requires_grad_()
+        watched.register_hook(lambda gradient: _add(squares, name, gradient))
+        return watched
+
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    with frozen(model), torch.enable_grad(), _hooked(
+        linear(model, name).register_forward_hook(partial(watch, name))
+        for name in linears
+    ):
+        for sample in _first(batches):
+            out = run(model, on_device(sample, model), LossSettings())
+            refuse_not_finite(out.logits.detach())
+            mask = token_mask(sample).to(device)
+            # A classifier gives one row of logits for a whole row of tokens.
+            places = mask.any(-1) if mask.dim() == out.logits.dim() else mask
+            logits = counted_rows(out.logits, places).float()
+            _likelihood(logits, out.are_values, generator).backward()
+    for name in linears:
+        rows = len(weight_of(linear(model, name)))
+        squares[name] = squares.get(name, torch.zeros(rows)).cpu()
+    mean = torch.cat(list(squares.values())).mean()
+    return {name: (s / mean).clamp_min(FLOOR).sqrt() for name, s in squares.items()}
 
 
-class _Squares:
-    """
-    Sums of squares of the inputs of linears, in float32.
+def _add(
+    sums: dict[str, Float[Tensor, " _width"]],
+    name: str,
+    values: Float[Tensor, "*_places _width"],
+) -> None:
+    """Add the squares of the values to the sum of that name, in float32."""
+    total = values.float().square().flatten(0, -2).sum(0)
+    sums[name] = sums[name] + total if name in sums else total
 
-    :ivar mask: what counts of the batch at hand; None if all of it does
-    """
 
-    def __init__(self) -> None:
-        self.sums: dict[str, Float[Tensor, " in"]] = {}
-        self.mask: Tensor | None = None
+@contextmanager
+def _hooked(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks that are removed when the context ends."""
+    registered = list(hooks)
+    try:
+        yield
+    finally:
+        for hook in registered:
+            hook.remove()
 
-    def add(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        values = inputs[0].detach()
-        if self.mask is not None:
-            values = counted_rows(values, self.mask)
-        total = values.float().square().flatten(0, -2).sum(dim=0)
-        self.sums[name] = self.sums[name] + total if name in self.sums else total
+
+def _first(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The first samples, one at a time."""
+    tokens = 0
+    samples = (sample for batch in batches for sample, _ in micro_batches(batch, 1))
+    for sample in islice(samples, MOST_SAMPLES):
+        yield sample
+        tokens += token_mask(sample).numel()
+        if tokens >= MOST_TOKENS:
+            return
+
+
+def _likelihood(
+    logits: Float[Tensor, "places values"],
+    are_values: bool,
+    generator: torch.Generator,
+) -> Float[Tensor, ""]:
+    """A random quantity whose squared gradients are the Fisher diagonal in expectation."""
+    if are_values:
+        noise = torch.rand(logits.shape, generator=generator, device=logits.device)
+        signs = noise.round() * 2 - 1
+        is_scalar = logits.shape[-1] == 1
+        scale = 1 if is_scalar else logits.detach().norm(dim=-1, keepdim=True)
+        return (signs * logits / scale).sum()
+    chances = logits.detach().softmax(-1)
+    drawn = torch.multinomial(chances, 1, generator=generator)[:, 0]
+    return F.cross_entropy(logits, drawn, reduction="sum")

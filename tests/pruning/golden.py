@@ -13,72 +13,65 @@ import json
 import sys
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import replace
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.pruning.learn.loop import LearnSettings
-from nm_permute_plugin.pruning.learn.order_shape import OrderShape
-from nm_permute_plugin.pruning.pipeline import OrderSettings, permute_and_prune
-from nm_permute_plugin.pruning.recover.blocks import BlockSettings
-from nm_permute_plugin.pruning.recover.distill import DistillSettings
-from nm_permute_plugin.pruning.recover.stages import RecoverSettings
-from nm_permute_plugin.pruning.running.loss import LossWeights
-from nm_permute_plugin.pruning.text import split_text
+from nm_permute_plugin.pruning.data import split_text
+from nm_permute_plugin.pruning.pipeline import permute_and_prune
+from nm_permute_plugin.pruning.settings import Settings
 from nm_permute_plugin.specs.architectures import LLAMA
 from nm_permute_plugin.specs.spec import resolve
 
 VOCABULARY = 64
-MULTIPLIERS = OrderShape(block_size=16, multipliers=True)
-SWAPS = OrderShape(block_size=16)
-SOFT = OrderShape(groups=2, relaxation="soft", start_logit=0.1)
-STRAIGHT = OrderShape(block_size=16, relaxation="straight_through")
-LEARN = LearnSettings(
-    steps=12, evaluate_every=3, multiplier_rate=0.1, shape=MULTIPLIERS
-)
-RECOVER = RecoverSettings(
-    ("rescale", "blocks", "end_to_end"),
-    BlockSettings(epochs=2, rate=0.03),
-    DistillSettings(steps=9, rate=0.01, evaluate_every=3),
-)
+MULTIPLIERS = {"steps": 12, "multipliers": {"rate": 0.1}}
+SWAPS = {"steps": 12, "stages": "swaps", "swaps": {"block_size": 16}}
+PUBLISHED = {"rate": 0.3, "weight_decay": 0.01}
 
 
-def cases() -> dict[str, OrderSettings]:
+def cases() -> dict[str, dict[str, object]]:
     """Every method by its name."""
-    learned = OrderSettings(NMPattern(2, 4), search_rounds=3, learn=LEARN)
-    unsearched = replace(learned, search_rounds=0)
-    swaps = replace(LEARN, shape=SWAPS)
-    published = replace(LEARN, learning_rate=0.3, weight_decay=0.01)
+    learned = {
+        "search": {"rounds": 3},
+        "learn": MULTIPLIERS,
+        "validation": {"every": 3},
+    }
+    unsearched = learned | {"search": {"rounds": 0}}
+    some_rows = {**SWAPS, "swaps": {"block_size": 16, "row_limit": 40}}
+    both = {**MULTIPLIERS, **SWAPS, "stages": ["swaps", "multipliers"], "steps": [6, 6]}
+    soft = {"blocks_per_space": 2, "start_logit": 0.1} | PUBLISHED
+    straight = {"block_size": 16} | PUBLISHED
+    parts = {"micro_batch_size": 2, "gradient_checkpointing": True}
+    loss = {"divergence": 0.5, "cross_entropy": 0.2, "hidden": 0.01, "cosine": 0.1}
+    identity = {"method": "identity"}
     return {
-        "identity": replace(learned, method="identity"),
-        "magnitude": replace(learned, method="identity", score="magnitude"),
-        "ria": replace(learned, method="identity", score="ria"),
-        "search": replace(learned, method="search"),
+        "identity": identity,
+        "magnitude": identity | {"score": "magnitude"},
+        "ria": identity | {"score": "ria"},
+        "search": {"search": {"rounds": 3}, "method": "search"},
         "learned": learned,
-        "learned_4of8": replace(learned, pattern=NMPattern(4, 8)),
-        "learned_micro_batches": replace(
-            learned,
-            learn=replace(LEARN, micro_batch_size=2, gradient_checkpointing=True),
-        ),
-        "learned_hidden_loss": replace(
-            learned, learn=replace(LEARN, loss=LossWeights(0.5, 0.2, 1e-2, 0.1))
-        ),
-        "swaps": replace(learned, learn=swaps),
-        "swaps_of_some_rows": replace(
-            learned, learn=replace(LEARN, shape=replace(SWAPS, row_limit=40))
-        ),
-        "swaps_then_multipliers": replace(
-            learned, learn=replace(LEARN, order_share=0.5)
-        ),
-        "soft": replace(unsearched, learn=replace(published, shape=SOFT)),
-        "straight_through": replace(learned, learn=replace(published, shape=STRAIGHT)),
-        "layer_wise": replace(learned, objective="layer_wise"),
-        "layer_wise_swaps": replace(unsearched, objective="layer_wise", learn=swaps),
-        "recover": replace(learned, recover=RECOVER),
+        "learned_4of8": learned | {"mask_structure": "4:8"},
+        "learned_micro_batches": learned | {"memory": parts},
+        "learned_hidden_loss": learned | {"loss": loss},
+        "swaps": learned | {"learn": SWAPS},
+        "swaps_of_some_rows": learned | {"learn": some_rows},
+        "swaps_then_multipliers": learned | {"learn": both},
+        "soft": unsearched
+        | {"learn": {"steps": 12, "stages": "soft", "published": soft}},
+        "straight_through": learned
+        | {"learn": {"steps": 12, "stages": "straight_through", "published": straight}},
+        "layer_wise": learned | {"objective": "layer_wise"},
+        "layer_wise_swaps": unsearched | {"objective": "layer_wise", "learn": SWAPS},
+        "recover": learned
+        | {
+            "recover": {
+                "stages": ["rescale", "blocks", "end_to_end"],
+                "blocks": {"epochs": 2, "rate": 0.03},
+                "end_to_end": {"steps": 9, "rate": 0.01},
+            }
+        },
     }
 
 
@@ -91,8 +84,9 @@ def main(names: list[str]) -> None:
     print(json.dumps(found))
 
 
-def run(settings: OrderSettings) -> dict[str, object]:
+def run(case: dict[str, object]) -> dict[str, object]:
     """One case: what became of a model of its own."""
+    settings = Settings.model_validate(case)
     model = deepcopy(trained())
     linears = [
         name

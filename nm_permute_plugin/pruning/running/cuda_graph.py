@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls replayed as CUDA graphs: small models' kernels are shorter than their launches."""
+"""Replay calls as CUDA graphs: kernels of small models are shorter than their launches."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 EAGER_CALLS = 2
-"""Of arguments of one shape before a capture: the first of them compiles kernels."""
+"""Eager warm-up calls for arguments of one shape before a capture; the first compiles."""
 
 MOST_GRAPHS = 4
-"""Each holds the memory of a call; batches have few shapes."""
+"""Graphs at most: each holds the memory of a call, and batches have few shapes."""
 
 ROOM = 1.5
-"""A graph has memory of its own: so many times what PyTorch held must be free. Large
-models, for whose kernels launches are no matter, do without."""
+"""A capture needs this many times the memory that PyTorch holds to be free, because a graph
+has memory of its own. Large models, whose kernels outlast their launches, do without."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class _Graph:
     output: Tensor
 
 
-class Replay:
+class CudaGraphs:
     """
-    Calls one function again and again, on a GPU that has room for it as a CUDA graph.
+    Calls one function again and again, as a CUDA graph on a GPU that has room for it.
 
     The function reads its arguments and what stays where it is in memory; it gives back
     one tensor, and changes others in place. Python's part of it runs for the first calls
@@ -87,7 +87,7 @@ class Replay:
             graph.reset()
             torch.cuda.empty_cache()
             cause = error.__context__ or error  # the end of a capture fails after it
-            logger.info(f"steps run without a CUDA graph: {cause}")
+            logger.info(f"Steps run without a CUDA graph: {cause}")
             return None
         return _Graph(graph, [leaf for leaf in own if isinstance(leaf, Tensor)], output)
 

@@ -1,21 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decoder layers of a model, found and run one by one."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from nm_permute_plugin.pruning.running.masked import forwards
-from nm_permute_plugin.pruning.statistics import (
+from nm_permute_plugin.pruning.data import (
     Batch,
+    Data,
     first_sample,
     forward,
     on_device,
+    token_mask,
 )
+from nm_permute_plugin.pruning.running.loss import check_finite, relative_error
+from nm_permute_plugin.pruning.running.masked import Mask, forwards, masked
+
+Hidden = Float[Tensor, "*_places _width"]  # batches differ
+
+MOST_BYTES = 1 << 30
+"""Bytes of positions and attention masks that are kept from batch to batch; the model makes
+those of further batches anew each time."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +47,9 @@ class DecoderLayers:
 @dataclass
 class Calls:
     """
-    What a model hands to its decoder layers for one batch.
+    The arguments of a model's decoder layers for one batch.
 
-    :ivar hidden: what enters the first layer
+    :ivar hidden: the hidden states that enter the first layer
     :ivar others: all other arguments (positions, masks), by layer
     """
 
@@ -69,7 +80,7 @@ def decoder_layers(model: nn.Module, linears: Iterable[str]) -> DecoderLayers:
 
 
 def calls_of(model: nn.Module, layers: DecoderLayers, batch: Batch) -> Calls:
-    """What enters every layer for a batch; no layer runs, and nothing after them."""
+    """The arguments of every layer for a batch; no layer runs, and nothing after them."""
     calls = Calls()
 
     def record(*args: Any, **kwargs: Any) -> Tensor:
@@ -90,7 +101,7 @@ def calls_of(model: nn.Module, layers: DecoderLayers, batch: Batch) -> Calls:
 def run_layers(
     layers: DecoderLayers, calls: Calls, window: range, hidden: Tensor
 ) -> Tensor:
-    """What comes out of the last layer of the window for what enters its first."""
+    """Run the layers of the window on the hidden states that enter the first of them."""
     for index in window:
         args, kwargs = calls.others[index]
         out = layers.modules[index](hidden, *args, **kwargs)
@@ -102,9 +113,9 @@ def check_layers(
     model: nn.Module, layers: DecoderLayers, batches: Sequence[Batch]
 ) -> None:
     """
-    See that the layers, run one by one, do what they do inside the model.
+    Refuse layers that do not do one by one what they do inside the model.
 
-    :raises ValueError: if they do not
+    :raises ValueError: naming the layers
     """
     batch = first_sample(batches[0])
     seen: list[Tensor] = []
@@ -134,6 +145,81 @@ def _runs_alike(layers: DecoderLayers, calls: Calls, seen: Sequence[Tensor]) -> 
         return False
     # NaN passes: that is for the first error to tell
     return not bool((ours - seen[0]).norm() > 0.01 * seen[0].norm())
+
+
+class LayerStream:
+    """
+    The hidden states of all batches on their way through the decoder layers, on the CPU.
+
+    Two streams run side by side: one through the dense layers, which give the targets, one
+    through layers that are pruned already. So errors are corrected, not copied.
+
+    :param linears: names of the linears that are pruned
+    :raises ValueError: if there are no decoder layers, or if they do not run on their own
+    :ivar dense: the hidden states of the dense model, by batch, validation batches last
+    :ivar pruned: those behind pruned layers
+    """
+
+    def __init__(self, model: nn.Module, linears: Iterable[str], data: Data) -> None:
+        self.model = model
+        self.batches = [*data.train, *data.validation]
+        self.train = range(len(data.train))
+        self.layers = decoder_layers(model, linears)
+        check_layers(model, self.layers, self.batches)
+        self._calls: dict[int, Calls] = {}
+        self._bytes = 0
+        self.dense: list[Hidden] = [
+            self._arguments(number).hidden.cpu() for number in range(len(self.batches))
+        ]
+        self.pruned = list(self.dense)
+
+    def advance(self, hidden: list[Hidden], window: range) -> None:
+        """Run one of the streams through the layers of the window, without gradients."""
+        with torch.no_grad():
+            for number, entering in enumerate(hidden):
+                hidden[number] = self._run(number, window, entering).cpu()
+
+    def error(
+        self, number: int, window: range, masks: Mapping[str, Mask]
+    ) -> Float[Tensor, ""]:
+        """
+        The relative error of a batch behind the window, which only ``dense`` has passed.
+
+        :param masks: of the linears in the window
+        """
+        with masked(self.model, masks):
+            out = self._run(number, window, self.pruned[number])
+        counted = token_mask(self.batches[number]).to(out.device)
+        return relative_error(out, self.dense[number].to(out.device), counted)
+
+    def validate(self, window: range, masks: Mapping[str, Mask]) -> float:
+        """
+        The mean error of the validation batches behind the window.
+
+        :raises ValueError: if it is not finite
+        """
+        numbers = range(len(self.train), len(self.batches))
+        with torch.no_grad():
+            errors = [float(self.error(number, window, masks)) for number in numbers]
+        return check_finite(sum(errors) / len(errors), "validation error of a layer")
+
+    def _run(self, number: int, window: range, hidden: Hidden) -> Hidden:
+        """Run a batch through the layers of the window, on the model's device."""
+        calls = self._arguments(number)
+        return run_layers(self.layers, calls, window, hidden.to(calls.hidden.device))
+
+    def _arguments(self, number: int) -> Calls:
+        """The arguments of the layers for a batch, kept while there is room."""
+        if number in self._calls:
+            return self._calls[number]
+        calls = calls_of(self.model, self.layers, self.batches[number])
+        tensors = {id(x): x for x in tree_leaves(calls.others) if isinstance(x, Tensor)}
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if self._bytes + size <= MOST_BYTES:
+            self._bytes += size
+            nothing = torch.empty(0, device=calls.hidden.device)
+            self._calls[number] = Calls(nothing, calls.others)
+        return calls
 
 
 class _AllCalled(Exception):

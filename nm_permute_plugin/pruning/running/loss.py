@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What a pruned model is judged by: the dense model's outputs, and the text itself.
+The loss of a pruned model: its distance from the dense model's outputs, or from the text.
 
-Which output is compared is decided by what the model gives back:
+What the model gives back decides which output is compared:
 
 - a language model: the divergence of its predictions of the next token
 - a classifier: the divergence of its predictions of the class; labels are not needed
 - a model without a head (BERT, ViT, DINOv2 as encoders): the relative squared error of
   its final hidden states
+- a head with one label (reward and regression models): the relative squared error
 """
 
 import math
@@ -16,41 +17,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nm_permute_plugin.maths.kl import cross_entropy, divergence
-from nm_permute_plugin.pruning.statistics import (
+from nm_permute_plugin.pruning.data import (
     Batch,
+    Counted,
     counted_rows,
     forward,
     token_mask,
 )
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    """
-    Weights of the parts of the loss; 0 leaves a part out.
-
-    :param divergence: KL divergence of the next-token (or class) distribution from the
-        dense one's; relative squared error of the final hidden states where there is none
-    :param cross_entropy: of the next token of the text
-    :param hidden: Smooth-L1 distance of every layer's hidden states from the dense ones
-        (https://arxiv.org/abs/2601.22980, eq. 7), summed over the layers
-    :param cosine: one minus the cosine similarity of the final hidden states
-        (https://arxiv.org/abs/2510.10136, eq. 10)
-    """
-
-    divergence: float = 1.0
-    cross_entropy: float = 0.0
-    hidden: float = 0.0
-    cosine: float = 0.0
-
-    @property
-    def needs_hidden(self) -> bool:
-        return self.hidden > 0 or self.cosine > 0
+from nm_permute_plugin.pruning.settings import LossSettings
 
 
 @dataclass(frozen=True)
@@ -59,16 +38,17 @@ class Outputs:
     What one forward pass leaves for the loss.
 
     :param logits: of tokens or of classes; final hidden states where there are none
-    :param hidden: of every layer, if asked for
-    :param is_hidden: whether ``logits`` are hidden states
+    :param hidden: hidden states of every layer, if asked for
+    :param are_values: whether ``logits`` are values to be met, hidden states or the one
+        output of a regression, and no distribution
     """
 
     logits: Float[Tensor, "*_places _values"]
     hidden: tuple[Float[Tensor, "*_places _width"], ...] = ()
-    is_hidden: bool = False
+    are_values: bool = False
 
 
-def run(model: nn.Module, batch: Batch, weights: LossWeights) -> Outputs:
+def run(model: nn.Module, batch: Batch, weights: LossSettings) -> Outputs:
     """
     One forward pass over a batch that is on the model's device.
 
@@ -78,11 +58,12 @@ def run(model: nn.Module, batch: Batch, weights: LossWeights) -> Outputs:
     hidden = getattr(out, "hidden_states", None) if weights.needs_hidden else ()
     if hidden is None:
         raise ValueError(
-            f"{type(model).__name__} gives back no hidden states; set hidden_weight and "
-            "cosine_weight to 0"
+            f"{type(model).__name__} gives back no hidden states; leave loss.hidden and "
+            "loss.cosine at 0"
         )
-    is_hidden = getattr(out, "logits", None) is None
-    return Outputs(answer(out), tuple(hidden), is_hidden)
+    values = answer(out)
+    has_no_head = getattr(out, "logits", None) is None
+    return Outputs(values, tuple(hidden), has_no_head or values.shape[-1] == 1)
 
 
 def answer(out: Any) -> Float[Tensor, "*_places _values"]:
@@ -105,7 +86,7 @@ def answer(out: Any) -> Float[Tensor, "*_places _values"]:
 
 def refuse_not_finite(outputs: Float[Tensor, "*_places _values"]) -> None:
     """
-    See that a dense model says something.
+    Refuse the outputs of a dense model that cannot be compared with anything.
 
     :raises ValueError: if a number is not finite
     """
@@ -118,7 +99,7 @@ def refuse_not_finite(outputs: Float[Tensor, "*_places _values"]) -> None:
 
 def check_finite(value: float, what: str) -> float:
     """
-    The value, such as a training loss.
+    The value, such as a training loss, if it is finite.
 
     :raises ValueError: if it is not finite
     """
@@ -131,17 +112,17 @@ def check_finite(value: float, what: str) -> float:
 
 
 def loss(
-    pruned: Outputs, dense: Outputs, batch: Mapping[str, Tensor], weights: LossWeights
+    pruned: Outputs, dense: Outputs, batch: Mapping[str, Tensor], weights: LossSettings
 ) -> Float[Tensor, ""]:
-    """The weighted sum of the parts, each a mean over the tokens that count."""
+    """The weighted sum of the loss's parts, each a mean over the tokens that count."""
     mask = token_mask(batch)
     total = torch.zeros((), device=pruned.logits.device)
-    if weights.divergence and dense.is_hidden:
-        error = relative_error(pruned.logits, dense.logits, mask)
+    # Per-token logits use the token mask; a per-row logit counts if any token of its row does.
+    places = mask.any(-1) if mask.dim() == dense.logits.dim() else mask
+    if weights.divergence and dense.are_values:
+        error = relative_error(pruned.logits, dense.logits, places)
         total = total + weights.divergence * error
     elif weights.divergence:
-        # of tokens, or of classes: those of a row of tokens are one
-        places = mask.any(-1) if mask.dim() == dense.logits.dim() else mask
         total = total + weights.divergence * divergence(
             pruned.logits, dense.logits, places
         )
@@ -164,20 +145,24 @@ def loss(
 def relative_error(
     ours: Float[Tensor, "*_places _width"],
     theirs: Float[Tensor, "*_places _width"],
-    mask: Bool[Tensor, "..."],
+    mask: Counted,
 ) -> Float[Tensor, ""]:
     """
     ``|ours_t - theirs_t|^2 / |theirs_t|^2``, the mean over the tokens that count.
 
-    Relative, because the few tokens with huge activations would drown all others.
+    It is relative, because the few tokens with huge activations would drown all others. A
+    single number may be 0: it is compared with the mean square of all.
     """
     ours, theirs = (counted_rows(x, mask).float() for x in (ours, theirs))
-    return ((ours - theirs).square().sum(-1) / theirs.square().sum(-1)).mean()
+    error, size = (ours - theirs).square().sum(-1), theirs.square().sum(-1)
+    if ours.shape[-1] == 1:
+        size = size.mean()
+    return (error / size).mean()
 
 
 def _refuse_no_language_model(pruned: Outputs, batch: Mapping[str, Tensor]) -> None:
-    if "input_ids" not in batch or pruned.is_hidden or pruned.logits.dim() < 3:
+    if "input_ids" not in batch or pruned.are_values or pruned.logits.dim() < 3:
         raise ValueError(
-            "cross_entropy_weight is for language models: this one does not predict the "
-            "next token of text; set it to 0"
+            "loss.cross_entropy is for language models: this one does not predict the "
+            "next token of text; leave it at 0"
         )

@@ -1,48 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a model with masked weights, with gradients for the masks and frozen weights."""
+"""Run a model with masked weights; backward gives the mask its gradient, not the weights."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nm_permute_plugin.specs.conv1d import bias_of, is_linear, weight_of
 
-Mask = Tensor | Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""1 or True where a weight is kept, [out, in]; or a function of the input, the weight and
-the bias that gives the masked linear's output."""
 
-
-class MaskedLinear(torch.autograd.Function):
+@runtime_checkable
+class LearnedMask(Protocol):
     """
-    ``x (W * mask)^T + b``. The masked weight is made anew in backward, never stored.
+    A mask that is made from parameters, each time it is needed.
 
-    The gradient of the mask is the gradient of the masked weight times ``W``: to first
-    order, what the loss loses when the mask opens by one.
+    Backward turns the large gradient of the mask into those of the parameters at once: no
+    two gradients of the size of a weight live at the same time.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, mask)
-        return F.linear(x, weight * mask, bias)
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """What the mask is made from, and what learns."""
+        ...
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        x, weight, mask = ctx.saved_tensors
-        grad_x = grad_mask = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ (weight * mask)
-        if ctx.needs_input_grad[3]:
-            of_weight = grad.flatten(0, -2).T @ x.flatten(0, -2)
-            grad_mask = of_weight * weight
-        return grad_x, None, None, grad_mask
+    def kept(self) -> Bool[Tensor, "out in"]:
+        """True where a weight is kept."""
+        ...
+
+    def gradients(self, of_mask: Float[Tensor, "out in"]) -> tuple[Tensor, ...]:
+        """The gradients of the parameters, given that of the mask."""
+        ...
+
+
+Mask = Tensor | LearnedMask | Callable[[Tensor], Tensor]
+"""A tensor, 1 or True where a weight is kept, [out, in]; a learned mask; or a function of the
+input that gives the whole output of the linear."""
 
 
 @contextmanager
@@ -50,19 +47,18 @@ def masked(model: nn.Module, masks: Mapping[str, Mask]) -> Iterator[None]:
     """
     Let the named linears multiply by their masks while the context lasts.
 
-    :param masks: by module name; as a tensor between 0 and 1 while soft; one that needs
-        gradients has the weight's dtype. A tensor on another device is moved for each use
+    :param masks: by module name. A tensor that needs gradients has the weight's dtype; one on
+        another device is moved for each use
+    :raises ValueError: if a name is no linear's
     """
-    linears = {name: linear(model, name) for name in masks}
-    with forwards(
-        {linears[name]: partial(_forward, linears[name], masks[name]) for name in masks}
-    ):
+    linears = {linear(model, name): mask for name, mask in masks.items()}
+    with forwards({m: partial(_forward, m, mask) for m, mask in linears.items()}):
         yield
 
 
 @contextmanager
 def forwards(replaced: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Other forwards for some modules while the context lasts, then those they had."""
+    """Give some modules another forward while the context lasts, then their own again."""
     previous: dict[nn.Module, Callable[..., Any] | None]
     previous = {module: module.__dict__.get("forward") for module in replaced}
     try:
@@ -77,6 +73,19 @@ def forwards(replaced: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]
                 module.__dict__["forward"] = before
 
 
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter of the model have a gradient while the context lasts."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
 def linear(model: nn.Module, name: str) -> nn.Module:
     """
     The Linear or Conv1D of that name.
@@ -89,9 +98,60 @@ def linear(model: nn.Module, name: str) -> nn.Module:
     return module
 
 
+class _MaskedLinear(torch.autograd.Function):
+    """
+    ``x (W * mask)^T + b``. The masked weight is made anew in backward, never stored.
+
+    The gradient of the mask is the gradient of the masked weight times ``W``: to first
+    order, what the loss loses when the mask opens by one.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        mask: "_TensorMask | LearnedMask",
+        *parameters: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.mask = mask
+        return F.linear(x, weight * mask.kept(), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, weight = ctx.saved_tensors
+        grad_x = None
+        learned: tuple[Tensor | None, ...] = (None,) * (len(ctx.needs_input_grad) - 4)
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ (weight * ctx.mask.kept())
+        if any(ctx.needs_input_grad[4:]):
+            of_weight = grad.flatten(0, -2).T @ x.flatten(0, -2)
+            learned = ctx.mask.gradients(of_weight.mul_(weight))
+        return grad_x, None, None, None, *learned
+
+
+class _TensorMask:
+    """A mask that is a tensor, perhaps between 0 and 1."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.parameters = (mask,)
+
+    def kept(self) -> Tensor:
+        return self.parameters[0].detach()
+
+    def gradients(self, of_mask: Tensor) -> tuple[Tensor, ...]:
+        return (of_mask,)
+
+
 def _forward(module: nn.Module, mask: Mask, x: Tensor) -> Tensor:
-    weight, bias = weight_of(module), bias_of(module)
-    if not isinstance(mask, Tensor):
-        return mask(x, weight, bias)
-    out: Tensor = MaskedLinear.apply(x, weight, bias, mask.to(weight.device))
+    if isinstance(mask, Tensor):
+        mask = _TensorMask(mask.to(weight_of(module).device))
+    elif not isinstance(mask, LearnedMask):
+        return mask(x)
+    out: Tensor = _MaskedLinear.apply(
+        x, weight_of(module), bias_of(module), mask, *mask.parameters
+    )
     return out

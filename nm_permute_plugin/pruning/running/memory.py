@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers whose activations are made anew in backward instead of kept."""
+"""Activation checkpointing, and whether a step needs it to fit into memory."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -10,7 +10,52 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nm_permute_plugin.pruning.running.masked import forwards
+from nm_permute_plugin.pruning.data import Batch, first_sample, on_device, token_mask
+from nm_permute_plugin.pruning.running.loss import loss, run
+from nm_permute_plugin.pruning.running.masked import Mask, forwards, masked
+from nm_permute_plugin.pruning.running.teacher import Teacher
+from nm_permute_plugin.pruning.settings import MemorySettings
+
+Masks = Callable[[], Mapping[str, Mask]]
+"""Makes the masks of a step, by linear."""
+
+
+def layers_to_checkpoint(
+    teacher: Teacher, masks: Masks, batches: Sequence[Batch], settings: MemorySettings
+) -> list[nn.Module]:
+    """
+    The layers to run again in backward: all that hold any masked linear, or none.
+
+    ``gradient_checkpointing: null`` takes all of them where the activations of a step need
+    more than half of a GPU's free memory, after what the teacher will keep. One row of the
+    first batch is run to find out.
+
+    :param masks: makes the masks of a step
+    :param batches: the training batches
+    """
+    model = teacher.model
+    wanted = settings.gradient_checkpointing
+    if wanted is None:
+        free = free_bytes(next(model.parameters()).device)
+        if free is not None:
+            needed = activation_bytes(teacher, masks, batches[0], settings)
+            wanted = 2 * needed > free - teacher.bytes_to_come(batches)
+    return repeated_layers(model, masks()) if wanted else []
+
+
+def activation_bytes(
+    teacher: Teacher, masks: Masks, batch: Batch, settings: MemorySettings
+) -> int:
+    """How many bytes a step keeps between forward and backward, estimated from one row."""
+    model, one = teacher.model, first_sample(batch)
+    rows = len(token_mask(batch)) // len(token_mask(one))
+    row = on_device(one, model)
+    dense = Teacher(model, teacher.loss, keep=False)(row)
+    with torch.enable_grad(), masked(model, masks()):
+        of_row = kept_bytes(
+            model, lambda: loss(run(model, row, teacher.loss), dense, row, teacher.loss)
+        )
+    return of_row * min(rows, settings.micro_batch_size or rows)
 
 
 def repeated_layers(model: nn.Module, linears: Iterable[str]) -> list[nn.Module]:
@@ -34,14 +79,14 @@ def repeated_layers(model: nn.Module, linears: Iterable[str]) -> list[nn.Module]
 
 @contextmanager
 def checkpointed(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Keep of these layers what enters them only, while the context lasts."""
+    """Keep only what enters these layers, and run them again in backward, meanwhile."""
     with forwards({layer: partial(_rerun, layer.forward) for layer in layers}):
         yield
 
 
 def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     """
-    What a forward pass keeps for its backward pass, in bytes, parameters left out.
+    The bytes that a forward pass keeps for its backward pass, parameters left out.
 
     :param forward: a pass that needs gradients
     """
@@ -64,7 +109,7 @@ def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that is left on a GPU, what PyTorch holds unused included; else None."""
+    """The free bytes of a GPU, what PyTorch holds unused included; None on other devices."""
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)

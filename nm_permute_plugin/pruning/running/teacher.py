@@ -1,58 +1,105 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dense model's outputs, for which it runs once a batch where it can."""
+"""The dense model's outputs: it runs once a batch where it can."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nm_permute_plugin.pruning.running.loss import LossWeights, Outputs, run
-from nm_permute_plugin.pruning.statistics import Batch, on_device
+from nm_permute_plugin.maths.permutation import Permutation
+from nm_permute_plugin.pruning.data import Batch, on_device
+from nm_permute_plugin.pruning.running.loss import Outputs, check_finite, loss, run
+from nm_permute_plugin.pruning.running.masked import Mask, masked
+from nm_permute_plugin.pruning.settings import LossSettings
 
 MOST_BYTES = 1 << 31
-"""Of the device's memory for what is kept; batches beyond are run every time."""
+"""Bytes of the device's memory that hold what is kept; batches beyond run every time."""
 
 
 class Teacher:
     """
-    The dense model: what the pruned one is compared with, again and again.
+    The dense model, with which the pruned one is compared again and again.
 
-    Logits are large, and what enters the output layer is small: that is kept, and the
-    logits are made from it anew. Where the output layer is not the model's last
-    operation, or the loss needs more than the logits, the model runs every time.
+    Logits are large, and what enters the output layer is small: that is kept, and the logits
+    are made from it anew. Where the output layer is not the model's last operation, or the
+    loss needs more than the logits, the model runs every time.
 
-    :param weights: of the loss
-    :param keep: False runs the model every time, for batches that come once
+    :param loss: the loss that compares
+    :param keep: false runs the model every time, for batches that come once
     """
 
     def __init__(
-        self, model: nn.Module, weights: LossWeights, keep: bool = True
+        self, model: nn.Module, loss: LossSettings, keep: bool = True
     ) -> None:
-        self._model, self._weights = model, weights
+        self.model, self.loss = model, loss
         find: Callable[[], object] = getattr(
             model, "get_output_embeddings", lambda: None
         )
-        head = find() if keep and not weights.needs_hidden else None
+        head = find() if keep and not loss.needs_hidden else None
         self._head = head if isinstance(head, nn.Module) else None
-        self._bytes = 0
         self._kept: dict[tuple[int, torch.Size], tuple[Tensor, Tensor]] = {}
+        self._bytes = 0
 
     def __call__(self, batch: Batch) -> Outputs:
         """
-        The outputs for a batch, on the model's device, without gradients.
+        The dense outputs for a batch, on the model's device, without gradients.
 
-        :param batch: known again by the memory of its tokens, wherever it was sliced
+        :param batch: recognised by the memory of its tokens, wherever it was sliced; the
+            mask that belongs to tokens never changes
         """
         ids = batch.get("input_ids")
         with torch.no_grad():
             if ids is None or self._head is None:
-                return run(self._model, on_device(batch, self._model), self._weights)
+                return run(self.model, on_device(batch, self.model), self.loss)
             key = ids.data_ptr(), ids.shape
             if key not in self._kept:
                 return self._run(key, ids, batch, self._head)
             _, entering = self._kept[key]
-            return Outputs(self._head(entering))
+            logits = self._head(entering)
+            return Outputs(logits, are_values=logits.shape[-1] == 1)
+
+    def validate(self, masks: Mapping[str, Mask], batches: Sequence[Batch]) -> float:
+        """
+        The loss of the model under masks against the dense one, the mean over the batches.
+
+        :param masks: by linear
+        :raises ValueError: if the loss is not finite
+        """
+        total = 0.0
+        with torch.no_grad():
+            for batch in batches:
+                dense = self(batch)
+                batch = on_device(batch, self.model)
+                with masked(self.model, masks):
+                    ours = run(self.model, batch, self.loss)
+                total += float(loss(ours, dense, batch, self.loss))
+        return check_finite(total, "validation loss") / len(batches)
+
+    def bytes_to_come(self, batches: Sequence[Batch]) -> int:
+        """The memory that will be taken for batches that were not kept yet, at most."""
+        if self._head is None:
+            return 0
+        places = sum(ids.numel() for ids, _ in self._kept.values())
+        if not places:
+            return MOST_BYTES
+        tokens = sum(batch["input_ids"].numel() for batch in batches)
+        wanted = self._bytes // places * tokens
+        return max(0, min(MOST_BYTES, wanted) - self._bytes)
+
+    def fold(self, perm: Permutation | None) -> None:
+        """
+        Follow a fold of the model: what is kept enters the output layer in a new order.
+
+        :param perm: of the channels that enter the output layer; None forgets what is kept
+        """
+        if perm is None:
+            self._kept, self._bytes = {}, 0
+        else:
+            self._kept = {
+                key: (ids, entering[..., perm.to(entering.device)])
+                for key, (ids, entering) in self._kept.items()
+            }
 
     def _run(
         self,
@@ -65,14 +112,14 @@ class Teacher:
         seen: list[Tensor] = []
         hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
-            out = run(self._model, on_device(batch, self._model), self._weights)
+            out = run(self.model, on_device(batch, self.model), self.loss)
         finally:
             hook.remove()
         if not self._kept and not _makes(head, seen, out.logits):
             self._head = None
         elif self._bytes + seen[0].nbytes <= MOST_BYTES:
             self._bytes += seen[0].nbytes
-            # The tokens are kept too, so that no other batch takes their place.
+            # The tokens are kept too, so that no other batch takes their place in memory.
             self._kept[key] = ids, seen[0]
         return out
 

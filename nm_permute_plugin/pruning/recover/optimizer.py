@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdamW for weights of every scale, with warm-up and linear decay."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class RelativeAdamW:
+    """
+    AdamW whose steps are relative to the size of what they change.
+
+    A step moves a weight by about ``rate`` times the root mean square of its parameter's
+    kept weights, so that one rate serves models of every scale. The rate rises over the
+    first tenth of the steps, because AdamW knows no gradient yet, and then falls to 0, both
+    linearly.
+
+    :param masters: float32 parameters, by name
+    :param steps: after which the rate has fallen to 0
+    """
+
+    def __init__(self, masters: Mapping[str, Tensor], rate: float, steps: int) -> None:
+        groups = [
+            {"params": [master], "lr": rate * _root_mean_square(master)}
+            for master in masters.values()
+        ]
+        on_gpu = all(master.is_cuda for master in masters.values())
+        # One kernel a group; on CPUs it would only round otherwise.
+        self._adamw = torch.optim.AdamW(groups, weight_decay=0.0, fused=on_gpu)
+        warm_up = steps // 10
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._adamw,
+            lambda step: min(
+                (step + 1) / (warm_up + 1), (steps - step) / (steps - warm_up)
+            ),
+        )
+
+    def step(self) -> None:
+        """Take one step along the gradients, and zero them in place."""
+        self._adamw.step()
+        self._adamw.zero_grad(set_to_none=False)
+        self._schedule.step()
+
+
+def _root_mean_square(master: Tensor) -> float:
+    """The root mean square of the values that are not 0; 0 if there are none."""
+    values = master.detach()
+    count = int((values != 0).sum())
+    return float(values.norm()) / float(max(count, 1) ** 0.5)

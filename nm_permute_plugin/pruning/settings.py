@@ -1,0 +1,459 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Everything that can be said of a run: the fields of a recipe, with their defaults.
+
+``Settings`` is what the modifier of a recipe, a notebook and a benchmark all take. A setting
+that nothing would read is refused, so none is ignored in silence.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    model_validator,
+)
+
+from nm_permute_plugin.checkpoint.pattern import AskedFormat
+from nm_permute_plugin.maths.pattern import NMPattern
+from nm_permute_plugin.maths.scores import ScoreName
+
+Method = Literal["learned", "search", "identity"]
+Objective = Literal["end_to_end", "layer_wise"]
+Family = Literal["residual", "hidden", "value"]
+LearnStage = Literal["multipliers", "swaps", "soft", "straight_through"]
+RecoverStage = Literal["rescale", "blocks", "end_to_end"]
+
+
+def _listed(value: object) -> object:
+    """A single word where a list is meant is a list of one."""
+    return (value,) if isinstance(value, str) else value
+
+
+# Recipes are YAML, which knows lists and no tuples.
+_LIST = (BeforeValidator(_listed), PlainSerializer(list))
+Names = Annotated[tuple[str, ...], *_LIST]
+
+
+class Frozen(BaseModel):
+    """A group of settings that never changes, and refuses what it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class LossSettings(Frozen):
+    """
+    Weights of the parts of the loss, each a mean over tokens; 0 leaves a part out.
+
+    :param divergence: of the KL divergence of the pruned model's next-token (or class)
+        distribution from the dense one's; of the relative squared error of the final
+        hidden states where the model has no head
+    :param cross_entropy: of the next token of the text
+    :param hidden: of the Smooth-L1 distance of every layer's hidden states from the dense
+        ones, summed over layers (https://arxiv.org/abs/2601.22980, eq. 7)
+    :param cosine: of one minus the cosine similarity of the final hidden states
+        (https://arxiv.org/abs/2510.10136, eq. 10)
+    """
+
+    divergence: float = Field(default=1.0, ge=0)
+    cross_entropy: float = Field(default=0.0, ge=0)
+    hidden: float = Field(default=0.0, ge=0)
+    cosine: float = Field(default=0.0, ge=0)
+
+    @property
+    def needs_hidden(self) -> bool:
+        """Whether the loss compares the hidden states of layers."""
+        return self.hidden > 0 or self.cosine > 0
+
+    @model_validator(mode="after")
+    def _compare_something(self) -> "LossSettings":
+        if not any((self.divergence, self.cross_entropy, self.hidden, self.cosine)):
+            raise ValueError("all weights of the loss are 0: nothing would be learned")
+        return self
+
+
+class SearchSettings(Frozen):
+    """
+    The search for a permutation without gradients.
+
+    :param rounds: assignments of every space, rounded up to the next validation; 0 keeps
+        the channels as they are, for learning to start from
+    """
+
+    rounds: int = Field(default=12, ge=0)
+
+
+class MultiplierSettings(Frozen):
+    """
+    Multipliers of the scores: in effect a learned mask.
+
+    :param rows: rows of a linear that share the multipliers of their input channels; null
+        lets all rows share them
+    :param rate: learning rate of AdamW on the logarithms of the multipliers; it falls
+        linearly to 0
+    """
+
+    rows: int | None = Field(default=16, ge=1)
+    rate: float = Field(default=0.01, gt=0)
+
+
+class _BlockSettings(Frozen):
+    """
+    Which channels may mix.
+
+    :param block_size: channels of a block, a multiple of M; none leaves its block
+    :param blocks_per_space: into how many blocks a space is cut, instead of ``block_size``
+    """
+
+    block_size: int = Field(default=64, ge=2)
+    blocks_per_space: int | None = Field(default=None, ge=1)
+
+    def size_in(self, segment: int, m: int) -> int:
+        """
+        The size of a block inside a segment of so many channels: the largest multiple of M
+        that divides the segment and is no larger than asked for.
+
+        >>> SwapSettings(block_size=64).size_in(576, 4)
+        64
+        >>> SwapSettings(blocks_per_space=4).size_in(60, 4)
+        12
+        """
+        wanted = self.block_size
+        if self.blocks_per_space is not None:
+            wanted = segment // self.blocks_per_space
+        sizes = range(m, min(max(wanted, m), segment) + 1, m)
+        return max(size for size in sizes if segment % size == 0)
+
+
+class SwapSettings(_BlockSettings):
+    """
+    A learned permutation: in every block the two channels that promise most change places.
+
+    :param share: of the blocks in which two channels swap at the first step; it falls
+        linearly to 0
+    :param row_limit: rows of a space that weigh the moves of a step; null takes all of them
+    """
+
+    share: float = Field(default=1.0, gt=0, le=1)
+    row_limit: int | None = Field(default=None, ge=1)
+
+
+class PublishedSettings(_BlockSettings):
+    """
+    A learned permutation by a Sinkhorn matching, for the stages ``soft`` and
+    ``straight_through``.
+
+    :param rate: learning rate of AdamW on the logits of the matching; it falls linearly to 0
+    :param weight_decay: of AdamW on the logits
+    :param temperature: of the matching, at the first and at the last step
+    :param start_logit: how firmly a channel starts in its place
+    :param sinkhorn_iterations: pairs of row and column normalisations
+    """
+
+    rate: float = Field(default=0.01, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    temperature: Annotated[
+        tuple[
+            Annotated[float, Field(gt=0)],
+            Annotated[float, Field(gt=0)],
+        ],
+        PlainSerializer(list),
+    ] = (1.0, 0.1)
+    start_logit: float = Field(default=0.3, ge=0)
+    sinkhorn_iterations: int = Field(default=10, ge=1)
+
+    @model_validator(mode="after")
+    def _cool_down(self) -> "PublishedSettings":
+        first, last = self.temperature
+        if last > first:
+            raise ValueError(
+                f"the temperature falls while learning, but temperature={[first, last]} "
+                "rises: give the larger number first"
+            )
+        return self
+
+
+class LearnSettings(Frozen):
+    """
+    What is learned while the weights are frozen, one stage after the other.
+
+    :param stages: ``multipliers`` of the scores, which choose the mask; permutations by
+        ``swaps`` of two channels; the published permutations ``soft`` (a soft matching that
+        is hardened at the end, https://arxiv.org/abs/2601.22980) and ``straight_through``
+        (a hard matching with the soft one's gradient, https://arxiv.org/abs/2510.10136)
+    :param steps: optimizer steps of every stage (of every layer with ``objective:
+        layer_wise``); a list gives each stage its own number
+    :param multipliers: read by the stage ``multipliers``
+    :param swaps: read by the stage ``swaps``
+    :param published: read by the stages ``soft`` and ``straight_through``
+    """
+
+    stages: Annotated[tuple[LearnStage, ...], *_LIST] = Field(
+        default=("multipliers",), min_length=1
+    )
+    steps: (
+        Annotated[int, Field(ge=1)]
+        | Annotated[
+            tuple[Annotated[int, Field(ge=1)], ...],
+            PlainSerializer(list),
+        ]
+    ) = 200
+    multipliers: MultiplierSettings = MultiplierSettings()
+    swaps: SwapSettings = SwapSettings()
+    published: PublishedSettings = PublishedSettings()
+
+    def schedule(self) -> list[tuple[LearnStage, int]]:
+        """Every stage with its steps."""
+        steps = self.steps
+        if isinstance(steps, int):
+            steps = (steps,) * len(self.stages)
+        return list(zip(self.stages, steps, strict=True))
+
+    @model_validator(mode="after")
+    def _read_every_setting(self) -> "LearnSettings":
+        if len(set(self.stages)) < len(self.stages):
+            raise ValueError(f"learn.stages {list(self.stages)} names a stage twice")
+        if "multipliers" in self.stages[:-1]:
+            raise ValueError(
+                f"learn.stages {list(self.stages)}: multipliers belong to the permutation "
+                "that they were learned for; name them last"
+            )
+        if not isinstance(self.steps, int) and len(self.steps) != len(self.stages):
+            raise ValueError(
+                f"learn.steps {list(self.steps)} must be one number, or one for each of "
+                f"the stages {list(self.stages)}"
+            )
+        readers: dict[str, set[str]] = {
+            "multipliers": {"multipliers"},
+            "swaps": {"swaps"},
+            "published": {"soft", "straight_through"},
+        }
+        for name, stages in readers.items():
+            if not stages & set(self.stages):
+                _refuse_unread(self, name, "learn.", f"stages: {list(self.stages)}")
+        return self
+
+
+class BlockSettings(Frozen):
+    """
+    Recovery of decoder layers, one window after the other.
+
+    :param window: decoder layers that are trained together
+    :param epochs: passes over the training data for every window
+    :param rate: learning rate of AdamW: a step moves a weight by about this share of its
+        linear's root mean square; it rises over the first tenth of the steps, then falls
+        linearly to 0
+    """
+
+    window: int = Field(default=1, ge=1)
+    epochs: int = Field(default=4, ge=1)
+    rate: float = Field(default=0.01, gt=0)
+
+
+class DistillSettings(Frozen):
+    """
+    Recovery of the whole model by distillation.
+
+    :param steps: optimizer steps, a batch each
+    :param rate: as in ``BlockSettings``
+    """
+
+    steps: int = Field(default=200, ge=1)
+    rate: float = Field(default=0.003, gt=0)
+
+
+class RecoverSettings(Frozen):
+    """
+    How the weights that the masks keep are changed; by default not at all.
+
+    In a recipe a list of stages may stand for the whole: ``recover: [end_to_end]``.
+
+    :param stages: ``rescale`` (one factor for every output row, in closed form), ``blocks``
+        (decoder layers rebuilt against the dense model's), ``end_to_end`` (the whole model
+        distilled); each goes on from what the one before left
+    :param blocks: read by the stage ``blocks``
+    :param end_to_end: read by the stage ``end_to_end``
+    """
+
+    stages: Annotated[tuple[RecoverStage, ...], *_LIST] = ()
+    blocks: BlockSettings = BlockSettings()
+    end_to_end: DistillSettings = DistillSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_list(cls, value: Any) -> Any:
+        return {"stages": value} if isinstance(value, str | list | tuple) else value
+
+    @model_validator(mode="after")
+    def _read_every_setting(self) -> "RecoverSettings":
+        if len(set(self.stages)) < len(self.stages):
+            raise ValueError(f"recover.stages {list(self.stages)} names a stage twice")
+        for name in ("blocks", "end_to_end"):
+            if name not in self.stages:
+                _refuse_unread(self, name, "recover.", f"stages: {list(self.stages)}")
+        return self
+
+
+class ValidationSettings(Frozen):
+    """
+    The data that only judges: it chooses permutations, multipliers and weights.
+
+    :param share: of the calibration rows that validate; at least one row, never all
+    :param every: optimizer steps from one validation to the next
+    """
+
+    share: float = Field(default=0.1, gt=0, lt=1)
+    every: int = Field(default=20, ge=1)
+
+
+class MemorySettings(Frozen):
+    """
+    How a step fits into memory, in learning and in the recovery ``end_to_end``.
+
+    :param micro_batch_size: rows that go through the model at a time; null takes a whole
+        batch. The gradient is the same
+    :param gradient_checkpointing: keep only what enters a layer, and run the layer again in
+        backward; null decides by the GPU's free memory
+    """
+
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    gradient_checkpointing: bool | None = None
+
+
+class Settings(Frozen):
+    """
+    What a run does to a model.
+
+    :param mask_structure: N:M, N weights are kept of every M neighbouring input channels
+    :param score: which weights are worth keeping: wanda, ria or magnitude
+    :param method: learned (starts from the search), search (a permutation, nothing is
+        learned) or identity (the plain score, no permutation)
+    :param spaces: the kinds of channels that may change places
+    :param targets: the linears to prune, as names, ``re:`` patterns or class names
+    :param ignore: the linears that stay dense
+    :param prune: false folds the permutation only, for a pruning modifier that follows
+    :param format: how the checkpoint is stored: dense (zeros are stored, loads everywhere),
+        sparse-24-bitmask (2:4 only, smaller; this plugin reads it), sparse-bitmask (any
+        pattern, likewise), or auto: sparse-24-bitmask for 2:4, dense for other patterns,
+        experts, and what no sparse format holds (4-bit quantization, Conv1D)
+    :param spec: a permutation spec for an architecture that is not known
+    :param objective: end_to_end (the loss of the whole model) or layer_wise (the output
+        error of one decoder layer after the other, for models that do not fit on their
+        device; the residual stream keeps the search's permutation)
+    :param batch_size: rows of text, or images, of an optimizer step; a sample of text with
+        images is a batch of its own
+    :param seed: of every random choice
+    :param learn: what is learned (``method: learned``)
+    :param search: the search (``method: search`` and ``learned``)
+    :param recover: how kept weights change
+    :param loss: what learning, the recovery and every validation measure
+    :param validation: the data that only judges
+    :param memory: how a step fits into memory
+    """
+
+    mask_structure: str = "2:4"
+    score: ScoreName = "wanda"
+    method: Method = "learned"
+    spaces: Annotated[tuple[Family, ...], *_LIST] = Field(
+        default=("residual", "hidden", "value"), min_length=1
+    )
+    targets: Names = Field(default=("Linear",), min_length=1)
+    ignore: Names = ("lm_head",)
+    prune: bool = True
+    format: AskedFormat = "auto"
+    spec: dict[str, str] | None = None
+    objective: Objective = "end_to_end"
+    batch_size: int = Field(default=8, ge=1)
+    seed: int = 0
+    learn: LearnSettings = LearnSettings()
+    search: SearchSettings = SearchSettings()
+    recover: RecoverSettings = RecoverSettings()
+    loss: LossSettings = LossSettings()
+    validation: ValidationSettings = ValidationSettings()
+    memory: MemorySettings = MemorySettings()
+
+    @property
+    def pattern(self) -> NMPattern:
+        """``mask_structure`` as a value."""
+        return NMPattern.parse(self.mask_structure)
+
+    @property
+    def layer_wise(self) -> bool:
+        """Whether the whole model is too large for its device: scores stay on the CPU."""
+        return self.objective == "layer_wise"
+
+    @property
+    def stages(self) -> tuple[LearnStage, ...]:
+        """The stages of learning that run."""
+        return self.learn.stages if self.method == "learned" else ()
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "Settings":
+        pattern = self.pattern
+        for name in ("swaps", "published"):
+            size = getattr(self.learn, name).block_size
+            if size % pattern.m:
+                raise ValueError(
+                    f"learn.{name}.block_size={size} must be a multiple of M={pattern.m} "
+                    f"in mask_structure={self.mask_structure!r}"
+                )
+        if self.format == "sparse-24-bitmask" and pattern != NMPattern(2, 4):
+            raise ValueError(
+                f"format {self.format} stores 2:4 only, not {pattern}; use format: "
+                "sparse-bitmask, or dense"
+            )
+        if self.method == "identity" and not self.prune:
+            raise ValueError("method: identity with prune: false would change nothing")
+        if not self.prune and "multipliers" in self.stages:
+            raise ValueError(
+                "prune: false with learn.stages [multipliers] would learn the scores of a "
+                "mask that another modifier makes; write learn: {stages: [swaps]}"
+            )
+        if self.recover.stages and not self.prune:
+            raise ValueError(
+                f"recover: {list(self.recover.stages)} with prune: false: there is no mask "
+                "whose kept weights could change; leave `recover` out, or prune here"
+            )
+        self._refuse_unread_groups()
+        self._fit_memory()
+        return self
+
+    def _refuse_unread_groups(self) -> None:
+        method = f"method: {self.method}"
+        recovers = bool(self.recover.stages)
+        if self.method != "learned":
+            _refuse_unread(self, "learn", "", method)
+        if self.method == "identity":
+            _refuse_unread(self, "search", "", method)
+            _refuse_unread(self, "spaces", "", method)
+        if self.method == "identity" and not recovers:
+            _refuse_unread(self, "loss", "", method)
+        if self.method != "learned" and "end_to_end" not in self.recover.stages:
+            _refuse_unread(self, "memory", "", method)
+
+    def _fit_memory(self) -> None:
+        memory = self.memory
+        if memory.micro_batch_size and memory.micro_batch_size > self.batch_size:
+            raise ValueError(
+                f"memory.micro_batch_size={memory.micro_batch_size} is above batch_size="
+                f"{self.batch_size}: a batch cannot be cut into parts larger than itself"
+            )
+        if self.layer_wise and "end_to_end" not in self.recover.stages:
+            _refuse_unread(
+                self,
+                "memory",
+                "",
+                "objective: layer_wise, which has one layer at a time in memory",
+            )
+
+
+def _refuse_unread(of: BaseModel, name: str, place: str, because: str) -> None:
+    """Refuse a setting that differs from its default where nothing would read it."""
+    value, default = getattr(of, name), type(of).model_fields[name].default
+    if value != default:
+        raise ValueError(
+            f"{place}{name} is set, and nothing reads it with {because}; leave it out"
+        )
