@@ -26,7 +26,7 @@ def input_axis(module: nn.Module) -> int:
 
 
 def weight_of(module: nn.Module) -> Shaped[Tensor, "_out _in"]:
-    """Return a linear's weight as [out, in], a view of what is stored, without gradients."""
+    """Return a linear's weight as [out, in]: a view of what it stores, no gradients."""
     return as_stored(module, cast(Tensor, module.weight).detach())
 
 
