@@ -1,31 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Check a spec: resolve it, fold random orders in float64, compare the outputs."""
 
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 import yaml
+from torch import nn
 
 from nm_permute_plugin.evaluation.loading import model_class
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
 from nm_permute_plugin.specs.conv1d import is_linear
+from nm_permute_plugin.specs.exactness import TOLERANCE as TOLERANCE
 from nm_permute_plugin.specs.exactness import (
-    change_by_fold,
+    fold_checked,
+    outputs_of,
+    random_batch,
+    random_model,
     random_perms,
     to_float64,
     vary_constants,
 )
-from nm_permute_plugin.specs.probe import random_batch
+from nm_permute_plugin.specs.layer_names import counted
 from nm_permute_plugin.specs.spec import ResolvedSpec, Spec, resolve
-
-TOLERANCE = 1e-9
-"""Largest relative change of an output that rounding in float64 explains."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,9 @@ class SpecReport:
     """
     What the check found.
 
-    :param architecture: the model's class
-    :param change: the largest relative change of an output
-    :param varied: parameters that were constant, and got random values for the check
+    :param architecture: the name of the model's class
+    :param change: how far the outputs moved, relative to their norm
+    :param varied: the parameters that were constant, and got random values for the check
     """
 
     architecture: str
@@ -45,38 +48,38 @@ class SpecReport:
 
     @property
     def exact(self) -> bool:
+        """Whether rounding explains the change."""
         return self.change <= TOLERANCE
 
     def table(self) -> str:
-        """Spaces, their sizes and their consumers, in Markdown; layers in one row."""
-        rows: dict[tuple[str, ...], int] = {}
+        """Write spaces, their sizes and consumers in Markdown; layers share a row."""
+        rows: Counter[tuple[str, ...]] = Counter()
         for space in self.resolved.spaces.values():
+            (kind,) = counted([space.name])
             inside = (
                 "all" if space.segment == space.size else f"heads of {space.segment}"
             )
-            consumers = ", ".join(_kinds(consumer.name for consumer in space.consumers))
-            row = (
-                _kind(space.name),
-                str(space.size),
-                inside,
-                consumers or "none is pruned",
+            consumers = ", ".join(
+                counted(consumer.name for consumer in space.consumers)
             )
-            rows[row] = rows.get(row, 0) + 1
+            rows[kind, str(space.size), inside, consumers or "none is pruned"] += 1
         lines = [
             "| space | times | channels | move within | linears that read it |",
             "|---|---|---|---|---|",
         ]
         lines += [
-            f"| {name} | {count} | {' | '.join(rest)} |"
-            for (name, *rest), count in rows.items()
+            f"| {kind} | {count} | {' | '.join(rest)} |"
+            for (kind, *rest), count in rows.items()
         ]
         return "\n".join(lines)
 
     def unordered(self) -> list[str]:
-        """The linears whose inputs no space orders, layers in one line, and why."""
-        found = self.resolved.unordered
-        return _kinds(
-            f"{name} ({reason})" if reason else name for name, reason in found.items()
+        """List the linears whose inputs no space orders, and why; layers share a line."""
+        return list(
+            counted(
+                f"{name} ({reason})" if reason else name
+                for name, reason in self.resolved.unordered.items()
+            )
         )
 
 
@@ -91,13 +94,14 @@ def check_spec(
     """
     Fold a model by random orders of all spaces, on random tokens or pixels.
 
-    :param model: folder with a config; without weights beside it they are random
-    :param spec: YAML file of lines and words; by default the known one of the class
-    :param ignore: linears that are not pruned, names or `re:` patterns
-    :param layers: check a model of random weights and so many layers instead
-    :raises ValueError: for a spec that does not fit, naming the parameter
+    :param model: a folder with a config; without weights beside it they are random
+    :param spec: a YAML file of lines and words; by default the known spec of the class
+    :param ignore: the linears that are not pruned, as names or `re:` patterns
+    :param layers: check a model of random weights with this many layers instead
+    :raises ValueError: if the spec does not fit; the error names the parameter
+    :raises FileNotFoundError: if the folder holds no model, or the file does not exist
     """
-    loaded = to_float64(_load(model, layers, seed))
+    loaded = _load(model, layers, seed)
     varied = vary_constants(loaded, seed)
     linears = [
         name
@@ -111,16 +115,19 @@ def check_spec(
         linears,
         head_dim_of(loaded.config),
     )
-    perms = random_perms(resolved, seed)
-    change = change_by_fold(loaded, resolved, perms, random_batch(loaded, seed))
+    perms, batch = random_perms(resolved, seed), random_batch(loaded, seed)
+    change = fold_checked(
+        loaded, resolved, perms, lambda: outputs_of(loaded, batch), math.inf
+    )
     return SpecReport(type(loaded).__name__, resolved, change, varied)
 
 
 def read_spec(file: Path) -> Spec:
     """
-    A spec from a YAML file.
+    Read a spec from a YAML file.
 
     :raises ValueError: if it is no mapping of lines to words
+    :raises FileNotFoundError: if it does not exist
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist")
@@ -139,29 +146,14 @@ def read_spec(file: Path) -> Spec:
     return content
 
 
-def _load(folder: Path, layers: int | None, seed: int) -> transformers.PreTrainedModel:
+def _load(folder: Path, layers: int | None, seed: int) -> nn.Module:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no model (no config.json)")
     kind = model_class(folder)
-    config = transformers.AutoConfig.from_pretrained(folder)
     if layers is None and any(folder.glob("*.safetensors")):
-        return kind.from_pretrained(folder, dtype=torch.float64)
-    if layers is not None:
-        _cut(config, layers)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return kind(config)
-
-
-def _cut(config: Any, layers: int) -> None:
-    """Leave a config so many layers, in every tower."""
-    towers = [getattr(config, f"{name}_config", None) for name in ("text", "vision")]
-    for part in (config, *towers):
-        for key in ("num_hidden_layers", "depth"):
-            if isinstance(getattr(part, key, None), int):
-                setattr(part, key, min(layers, getattr(part, key)))
-        if isinstance(getattr(part, "layer_types", None), list):
-            part.layer_types = part.layer_types[:layers]
+        return to_float64(kind.from_pretrained(folder, dtype=torch.float64))
+    config = transformers.AutoConfig.from_pretrained(folder)
+    return random_model(kind, config, seed, layers)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -169,12 +161,3 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
         re.match(pattern[3:], name) if pattern.startswith("re:") else name == pattern
         for pattern in patterns
     )
-
-
-def _kinds(names: Iterable[str]) -> list[str]:
-    """The names, once for all layers."""
-    return list(dict.fromkeys(map(_kind, names)))
-
-
-def _kind(name: str) -> str:
-    return re.sub(r"\.\d+(?=\.|$| )", ".{i}", name)

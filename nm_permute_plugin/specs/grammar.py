@@ -1,12 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The grammar of a permutation spec: a line a parameter, a word an axis."""
+"""
+The grammar of a permutation spec: a line a parameter, a word an axis.
+
+A *space* is a set of axes whose channels move together. Its name begins with its family:
+
+``residual``, the stream between the layers
+    Moves: the columns of the embeddings; all norms; the columns of everything that reads
+    the stream, the rows of everything that adds to it.
+    Freedom: any order, one for the whole model (or tower).
+    Consumers: q, k, v, gate and up of every layer, and the head.
+    Why: sums and norms treat all channels alike, so that they do not see the order.
+``hidden.{i}``, the channels inside the MLP of a layer (``hidden.{i}.{e}``: of an expert)
+    Moves: the rows and biases of gate and up; the columns of down.
+    Freedom: any order, another in every layer.
+    Consumers: down.
+    Why: the activation takes each channel by itself.
+``value.{i}``, the values of an attention
+    Moves: the rows and biases of v; the columns of o, alike in all query heads that share
+    a key/value head.
+    Freedom: any order inside a head; the head's channels are a *segment*.
+    Consumers: o.
+    Why: attention weighs all channels of a head with one number.
+
+The rows of q and k never move: rotary embeddings tie them in pairs. Neither do tokens,
+labels and pixels, nor the outputs of a model without a head.
+
+The words, one for each axis of a parameter, in the order of its shape:
+
+===================  =================================================================
+``_``, ``_output``   the axis never moves; a name may say why
+``hidden.{i}``       the space that orders the axis; any number of ``.parts`` may follow
+                     the family
+``value.{i}:heads``  the space of key/value heads, followed over their query heads
+``a+b``              fused weights, one part after another, all of equal length, but for
+                     those with ``:heads``
+``_:heads``          a part that never moves, as long as the axis that follows the space
+                     of the other parts with ``:heads``
+``{e}``              as the first word: the axis numbers the matrices of a packed stack
+===================  =================================================================
+
+The lines, of parameters' names: ``{i}`` is any number, ``{a,b}`` is one of several names,
+and a line that ends in ``?`` may fit no parameter.
+"""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 FAMILIES = ("residual", "hidden", "value")
-"""The first part of every space's name: what kind of channels it holds."""
+"""The kinds of spaces, as the module's table explains them. Every space's name begins with
+one; the recipe's ``spaces`` chooses among them which spaces are reordered."""
 
 _FIXED = re.compile(r"_[a-z]*")
 _SPACE = re.compile(rf"({'|'.join(FAMILIES)})(\.[a-z0-9_]+)*")
@@ -15,12 +58,12 @@ _SPACE = re.compile(rf"({'|'.join(FAMILIES)})(\.[a-z0-9_]+)*")
 @dataclass(frozen=True)
 class Part:
     """
-    A run of channels along an axis: the space that orders it, if any does.
+    A run of neighbouring channels along an axis, and the space that orders it, if any.
 
-    :param heads: the run follows the space's key/value heads over their query heads; of
-        a run that no space orders: it is as long as such a run
-    :param length: channels of the run; 0 until it is measured
-    :param reason: why no space orders it, in a word of the spec's author
+    :param heads: the run follows the space's key/value heads over their query heads; a
+        run that no space orders is as long as such a run
+    :param length: the number of channels; 0 until it is measured
+    :param reason: says why no space orders the run, in a word of the spec's author
     """
 
     space: str | None
@@ -30,7 +73,7 @@ class Part:
 
 
 Axis = tuple[Part, ...]
-"""One part, or several where weights are fused, one after another."""
+"""An axis has one part, or several where weights are fused one after another."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +82,7 @@ class Line:
     A line of a spec that fits a parameter.
 
     :param text: the line as it was written
-    :param words: one an axis
+    :param words: one for each axis of the parameter
     :param numbers: what ``{i}`` stands for in this parameter's name
     """
 
@@ -49,16 +92,16 @@ class Line:
 
     @property
     def counter(self) -> str | None:
-        """The ``e`` of a first word ``{e}``: that axis numbers matrices of their own."""
+        """The ``e`` of a first word ``{e}``, which says that the axis numbers matrices."""
         first = self.words[0] if self.words else ""
         return first[1:-1] if first[:1] == "{" and first[-1:] == "}" else None
 
     def axes(self, name: str, count: int | None = None) -> tuple[Axis, ...]:
         """
-        The axes of the parameter; of its matrix ``count`` where an axis numbers them.
+        Read the words as axes, those of matrix ``count`` where an axis numbers matrices.
 
-        :param name: the parameter's, for errors
-        :raises ValueError: for a word that is none, and a space that is claimed twice
+        :param name: the parameter's name, for errors
+        :raises ValueError: if a word is not of the grammar, or names a space twice
         """
         if count is None or self.counter is None:
             words, numbers = self.words, self.numbers
@@ -77,7 +120,7 @@ class Line:
 
 
 class Lines:
-    """All lines of a spec, asked by parameter names; it notes which were used."""
+    """All lines of a spec; parameters' names find theirs, and unused lines are known."""
 
     def __init__(self, spec: Mapping[str, str]) -> None:
         self._patterns = {line: _pattern(line) for line in spec}
@@ -86,9 +129,9 @@ class Lines:
 
     def of(self, name: str) -> Line | None:
         """
-        The line that fits a parameter's name, or None.
+        Find the line that fits a parameter's name, or None.
 
-        :raises ValueError: if two do
+        :raises ValueError: if two lines fit
         """
         matches = [
             (line, found)
@@ -108,9 +151,9 @@ class Lines:
 
     def refuse_unused(self) -> None:
         """
-        See that every line without a ``?`` was asked for.
+        See that every line without a ``?`` has fitted a parameter.
 
-        :raises ValueError: naming the first that fits nothing
+        :raises ValueError: if one has not; the error names the first
         """
         for line in self._spec:
             if line not in self._used and not line.endswith("?"):
@@ -142,7 +185,7 @@ def _part(text: str, word: str, numbers: Mapping[str, str], name: str) -> Part:
 
 
 def _pattern(line: str) -> re.Pattern[str]:
-    """A spec line as a regular expression; ``{i}`` becomes the group ``i``."""
+    """Turn a spec's line into a regular expression; ``{i}`` becomes the group ``i``."""
     parts = re.split(r"\{([^}]*)\}", line.removesuffix("?"))
     out = [re.escape(parts[0])]
     for inside, after in zip(parts[1::2], parts[2::2], strict=True):

@@ -1,16 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts that differ in one number, as those of layers do, in one text."""
+"""Names that differ only in a layer's number are told once."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from itertools import groupby
 
 _DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.\w+)+")
+_NUMBER = re.compile(r"\.\d+(?=\.|$| )")
+
+
+def counted(names: Iterable[str], number: str = "{i}") -> Counter[str]:
+    """
+    Count the names that are alike but for their numbers, in the order they come in.
+
+    :param number: stands for each number
+
+    >>> dict(counted(["a.0.w", "a.1.w", "b.w"]))
+    {'a.{i}.w': 2, 'b.w': 1}
+    """
+    return Counter(_NUMBER.sub(f".{number}", name) for name in names)
 
 
 def merged(texts: Iterable[str]) -> list[str]:
     """
-    The texts; those together that differ only in the last number of their dotted names.
+    Tell texts in one that differ only in the last number of their dotted names.
 
     >>> merged(["a.0.w reads b.0", "a.1.w reads b.1", "a.3.w reads b.3", "c.5.w"])
     ['a.{0-1,3}.w reads b.{0-1,3}', 'c.5.w']
@@ -28,7 +42,7 @@ def merged(texts: Iterable[str]) -> list[str]:
 
 
 def _numbered(text: str) -> tuple[str, int]:
-    """The text with ``{}`` for its number; as it is, and 0, where there is not one."""
+    """Put ``{}`` for the text's number; leave it, and return 0, if it has not just one."""
     found: set[int] = set()
 
     def without(name: re.Match[str]) -> str:
@@ -44,7 +58,7 @@ def _numbered(text: str) -> tuple[str, int]:
 
 
 def _ranges(numbers: Iterable[int]) -> str:
-    """As in ``0-3,5``."""
+    """Write numbers as in ``0-3,5``."""
     runs = groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0])
     spans = [[number for _, number in run] for _, run in runs]
     return ",".join(

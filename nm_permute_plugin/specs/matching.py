@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every parameter of a model with the line of the spec that claims it."""
+"""Every parameter of a model is matched with the one line of the spec that claims it."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -16,10 +16,10 @@ class MovedParameter:
     """
     A parameter, or a buffer that the spec names, with its axes.
 
-    :param names: several where tied
-    :param shape: of a matrix, where ``packed``
-    :param matrices: the axes; of every matrix on its own in a packed stack
-    :param packed: whether the first axis numbers matrices
+    :param names: all names of one tensor; there are several where it is tied
+    :param shape: the tensor's, or that of one matrix where ``packed``
+    :param matrices: the axes of the tensor, or of each matrix of a packed stack
+    :param packed: whether the tensor's first axis numbers matrices
     """
 
     names: tuple[str, ...]
@@ -29,7 +29,7 @@ class MovedParameter:
 
     @property
     def spaces(self) -> set[str]:
-        """The spaces that move it."""
+        """The names of the spaces that move it."""
         parts = (part for axes in self.matrices for axis in axes for part in axis)
         return {part.space for part in parts if part.space is not None}
 
@@ -38,8 +38,8 @@ def claim(model: nn.Module, spec: Mapping[str, str]) -> list[MovedParameter]:
     """
     Give every parameter its line; parameters that share storage stay together.
 
-    :raises ValueError: for a parameter without a line or with two, a line that fits no
-        parameter, tied parameters that move differently, quantized or absent weights
+    :raises ValueError: if a parameter has no line or two, a line fits no parameter, tied
+        parameters move differently, or weights are quantized or have no values
     """
     lines = Lines(spec)
     names: dict[int, list[str]] = defaultdict(list)
@@ -83,12 +83,13 @@ def _claim(name: str, tensor: Tensor, lines: Lines) -> MovedParameter:
 
 
 def _identity(tensor: Tensor) -> int:
-    """The same for tensors that share storage; offloaded ones have none."""
-    return id(tensor) if tensor.is_meta else tensor.data_ptr()
+    """Give tied tensors the same number. Offloaded and empty tensors have no storage."""
+    stored = not tensor.is_meta and tensor.numel() > 0
+    return tensor.data_ptr() if stored else id(tensor)
 
 
 def _tensors(model: nn.Module, lines: Lines) -> Iterator[tuple[str, Tensor]]:
-    """Every name of every parameter, and of every buffer that could hold channels."""
+    """Yield every name of every parameter, and of each buffer that could hold channels."""
     for name, tensor in model.named_parameters(remove_duplicate=False):
         if not torch.is_floating_point(tensor) or tensor.dtype.itemsize == 1:
             raise ValueError(

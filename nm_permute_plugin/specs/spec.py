@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The permutation spec: which axes of which parameters move together, as strings."""
+"""A permutation spec says in strings which axes of which parameters move together."""
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
@@ -17,15 +17,8 @@ from nm_permute_plugin.specs.matching import MovedParameter, claim
 from nm_permute_plugin.specs.sizes import HeadDim, Size, measure
 
 Spec = Mapping[str, str]
-"""``{"model.layers.{i}.mlp.down_proj.weight": "residual hidden.{i}", ...}``: one line a
-parameter, one word an axis.
-
-``_`` never moves, and may say why (``_output``); ``{i}`` is any number, ``{a,b}`` one of
-several names; ``:heads`` follows a key/value head across its query heads; a name that
-ends in ``?`` may be absent. ``a+b`` is an axis of fused weights, one after another: all as
-long as each other, but for ``_:heads``, which is as long as the axis that follows the
-space of values with ``:heads``. A first word ``{e}`` numbers the matrices of a packed
-stack; ``hidden.{i}.{e}`` is then a space of each."""
+"""The lines and words of ``grammar``, a line a parameter and a word an axis, such as
+``{"model.layers.{i}.mlp.down_proj.weight": "residual hidden.{i}", ...}``."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +27,9 @@ class Consumer:
     A prunable linear whose input channels a space orders.
 
     :param name: the module's name
-    :param queries: query heads that share one channel of the space, or runs of the whole
-        space that stand one after another; 1 where every channel is read once
-    :param head_dim: channels of a head or of a run, where ``queries`` is above 1
+    :param queries: how often each channel of the space appears in the input axis: query
+        heads per key/value head, or repeats of a concatenated input; usually 1
+    :param head_dim: the channels of a head, or of one repeat; unused if ``queries`` is 1
     """
 
     name: str
@@ -44,7 +37,7 @@ class Consumer:
     head_dim: int = 1
 
     def view(self, matrix: Shaped[Tensor, "out in"]) -> Shaped[Tensor, "rows channels"]:
-        """The matrix with one column a channel of the space, in the space's order."""
+        """Give the matrix one column a channel of the space, ``queries`` rows an output."""
         if self.queries == 1:
             return matrix
         return rearrange(
@@ -57,7 +50,7 @@ class Consumer:
     def unview(
         self, matrix: Shaped[Tensor, "rows channels"]
     ) -> Shaped[Tensor, "out in"]:
-        """The inverse of ``view``."""
+        """Undo ``view``."""
         if self.queries == 1:
             return matrix
         return rearrange(
@@ -73,8 +66,8 @@ class Space:
     """
     Channels that may change places, and the pruned linears that read them.
 
-    :param size: channels of the space
-    :param segment: a channel stays inside its run of so many: a head, or all of them
+    :param size: the number of channels
+    :param segment: the channels of a run that none may leave: a head, or the whole space
     """
 
     name: str
@@ -84,7 +77,7 @@ class Space:
 
     @property
     def family(self) -> str:
-        """``hidden`` of ``hidden.3``."""
+        """The kind of channels, as ``hidden`` of ``hidden.3``; one of ``FAMILIES``."""
         return self.name.split(".")[0]
 
 
@@ -93,11 +86,11 @@ class ResolvedSpec:
     """
     A spec that fits a model.
 
-    :param parameters: every parameter of the model, and the buffers that the spec names,
+    :param parameters: every parameter of the model and every buffer that the spec names,
         each once
-    :param spaces: by name
-    :param unordered: prunable linears whose input channels no space orders, and the word
-        that the spec gives for it, perhaps empty
+    :param spaces: all spaces by their names
+    :param unordered: the prunable linears whose input channels no space orders, with the
+        reason that the spec gives, perhaps empty
     """
 
     parameters: tuple[MovedParameter, ...]
@@ -106,7 +99,7 @@ class ResolvedSpec:
 
     def listing(self, families: Collection[str] = FAMILIES) -> list[str]:
         """
-        For every prunable linear which space orders its inputs, or why none does.
+        Say of every prunable linear which space orders its inputs, or why none does.
 
         Layers alike are in one line: ``hidden.{0-31} (...) layers.{0-31}.mlp.down_proj``.
 
@@ -141,13 +134,14 @@ def resolve(
     by exactly one line; axes of one space have one size, and no space stands alone; the
     input axes of prunable linears are multiples of M.
 
-    :param prunable: names of the linears that will be pruned
-    :param head_dim: channels of an attention head; needed where the spec says ``:heads``
-    :raises ValueError: with the parameter's name, what was found and what to do
+    :param prunable: the names of the linears that will be pruned
+    :param head_dim: the channels of an attention head; needed where a word has ``:heads``
+    :raises ValueError: if something does not fit; the error names the parameter, says what
+        was found and what to do
     """
     claims, sizes = measure(claim(model, spec), head_dim)
     inputs = {name: input_axis(model.get_submodule(name)) for name in prunable}
-    consumers, unordered = _readers(claims, sizes, pattern, inputs)
+    consumers, unordered = _consumers(claims, sizes, pattern, inputs)
     return ResolvedSpec(
         parameters=tuple(claims),
         spaces={
@@ -158,7 +152,7 @@ def resolve(
     )
 
 
-def _readers(
+def _consumers(
     claims: list[MovedParameter],
     sizes: Mapping[str, Size],
     pattern: NMPattern,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nm_permute_plugin.specs.probe import random_batch
+from nm_permute_plugin.specs.exactness import random_batch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "specs"))
 from zoo import ZOO, tiny  # noqa: E402

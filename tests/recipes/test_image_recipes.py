@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from nm_permute_plugin.checkpoint.verify import verify
 from nm_permute_plugin.cli.prune import prune_with_images
 from nm_permute_plugin.evaluation.images import image_files
-from nm_permute_plugin.specs.probe import random_batch
+from nm_permute_plugin.specs.exactness import random_batch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "specs"))
 from zoo import ZOO, tiny  # noqa: E402

@@ -8,9 +8,13 @@ from zoo import ZOO, tiny
 
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.specs.architectures import SPECS, head_dim_of, spec_of
-from nm_permute_plugin.specs.exactness import change_by_fold, random_perms
+from nm_permute_plugin.specs.exactness import (
+    fold_checked,
+    outputs_of,
+    random_batch,
+    random_perms,
+)
 from nm_permute_plugin.specs.fold import fold, invert_all
-from nm_permute_plugin.specs.probe import random_batch
 from nm_permute_plugin.specs.spec import ResolvedSpec, Spec, resolve
 
 TWO_OF_FOUR = NMPattern(2, 4)
@@ -38,7 +42,8 @@ def test_a_fold_leaves_the_outputs(name: str, config: str, options: dict) -> Non
     model = tiny(name, config, options, torch.float64)
     resolved = resolved_of(model)
     batch = random_batch(model)
-    assert change_by_fold(model, resolved, random_perms(resolved), batch) < 1e-10
+    perms = random_perms(resolved)
+    fold_checked(model, resolved, perms, lambda: outputs_of(model, batch), 1e-10)
 
 
 @EVERY

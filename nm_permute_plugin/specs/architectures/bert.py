@@ -1,49 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """Encoders that norm after the sum: BERT and RoBERTa. The sums tie all layers."""
 
-from nm_permute_plugin.specs.architectures.building import output_fixed, under
+from nm_permute_plugin.specs.architectures.building import (
+    attention,
+    linear,
+    mlp,
+    output_fixed,
+    under,
+)
 from nm_permute_plugin.specs.spec import Spec
 
+LAYER: Spec = {
+    **under("attention.", attention("self.{query,key}", "self.value", "output.dense")),
+    **mlp("intermediate.dense", "output.dense"),
+    "{attention.output,output}.LayerNorm.{weight,bias}": "residual",
+}
 ENCODER: Spec = {
     "embeddings.{word,position,token_type}_embeddings.weight": "_ residual",
     "embeddings.LayerNorm.{weight,bias}": "residual",
-    "encoder.layer.{i}.attention.self.{query,key}.weight": "_ residual",
-    "encoder.layer.{i}.attention.self.{query,key}.bias": "_",
-    "encoder.layer.{i}.attention.self.value.weight": "value.{i} residual",
-    "encoder.layer.{i}.attention.self.value.bias": "value.{i}",
-    "encoder.layer.{i}.attention.output.dense.weight": "residual value.{i}:heads",
-    "encoder.layer.{i}.attention.output.dense.bias": "residual",
-    "encoder.layer.{i}.intermediate.dense.weight": "hidden.{i} residual",
-    "encoder.layer.{i}.intermediate.dense.bias": "hidden.{i}",
-    "encoder.layer.{i}.output.dense.weight": "residual hidden.{i}",
-    "encoder.layer.{i}.output.dense.bias": "residual",
-    "encoder.layer.{i}.{attention.output,output}.LayerNorm.{weight,bias}": "residual",
+    **under("encoder.layer.{i}.", LAYER),
 }
-POOLER: Spec = {"pooler.dense.weight?": "_ residual", "pooler.dense.bias?": "_"}
-READ_POOLER: Spec = {
-    "pooler.dense.weight": "hidden.pooler residual",
-    "pooler.dense.bias": "hidden.pooler",
-}
-LABELS: Spec = {"classifier.weight": "_ residual", "classifier.bias": "_"}
-ROBERTA_LABELS: Spec = {
-    "classifier.dense.weight": "hidden.classifier residual",
-    "classifier.dense.bias": "hidden.classifier",
-    "classifier.out_proj.weight": "_ hidden.classifier",
-    "classifier.out_proj.bias": "_",
-}
+WITHOUT_HEAD: Spec = output_fixed({**ENCODER, **linear("pooler.dense?", "_ residual")})
+TOKEN_LABELS: Spec = linear("classifier", "_ residual")
 
 BERT_CLASSES: dict[str, Spec] = {
-    "BertModel": output_fixed({**ENCODER, **POOLER}),
+    "BertModel": WITHOUT_HEAD,
     "BertForSequenceClassification": {
-        **under("bert.", {**ENCODER, **READ_POOLER}),
-        "classifier.weight": "_ hidden.pooler",
-        "classifier.bias": "_",
+        **under(
+            "bert.", {**ENCODER, **linear("pooler.dense", "hidden.pooler residual")}
+        ),
+        **linear("classifier", "_ hidden.pooler"),
     },
-    "BertForTokenClassification": {**under("bert.", ENCODER), **LABELS},
-    "RobertaModel": output_fixed({**ENCODER, **POOLER}),
+    "BertForTokenClassification": {**under("bert.", ENCODER), **TOKEN_LABELS},
+    "RobertaModel": WITHOUT_HEAD,
     "RobertaForSequenceClassification": {
         **under("roberta.", ENCODER),
-        **ROBERTA_LABELS,
+        **linear("classifier.dense", "hidden.classifier residual"),
+        **linear("classifier.out_proj", "_ hidden.classifier"),
     },
-    "RobertaForTokenClassification": {**under("roberta.", ENCODER), **LABELS},
+    "RobertaForTokenClassification": {**under("roberta.", ENCODER), **TOKEN_LABELS},
 }

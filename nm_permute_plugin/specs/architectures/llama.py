@@ -1,30 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoders with rotary embeddings and RMS norms: Llama and its relatives."""
 
-from nm_permute_plugin.specs.architectures.building import output_fixed, under
+from nm_permute_plugin.specs.architectures.building import (
+    attention,
+    mlp,
+    output_fixed,
+    under,
+)
 from nm_permute_plugin.specs.spec import Spec
 
-ATTENTION: Spec = {
-    # Rotary embeddings tie the rows of q and k in pairs: those rows never move.
-    "{q,k}_proj.weight": "_ residual",
-    "{q,k}_proj.bias?": "_",
-    "v_proj.weight": "value.{i} residual",
-    "v_proj.bias?": "value.{i}",
-    "o_proj.weight": "residual value.{i}:heads",
-    "o_proj.bias?": "residual",
-}
+ATTENTION: Spec = attention("{q,k}_proj", "v_proj", "o_proj", bias="?")
 NORMED_ATTENTION: Spec = {**ATTENTION, "{q,k}_norm.weight": "_"}
 FUSED_ATTENTION: Spec = {
     "qkv_proj.weight": "_:heads+_+value.{i} residual",
     "o_proj.weight": "residual value.{i}:heads",
 }
 
-MLP: Spec = {
-    "{gate,up}_proj.weight": "hidden.{i} residual",
-    "{gate,up}_proj.bias?": "hidden.{i}",
-    "down_proj.weight": "residual hidden.{i}",
-    "down_proj.bias?": "residual",
-}
+MLP: Spec = mlp("{gate,up}_proj", "down_proj", bias="?")
 FUSED_MLP: Spec = {
     "gate_up_proj.weight": "hidden.{i}+hidden.{i} residual",
     "down_proj.weight": "residual hidden.{i}",
@@ -35,7 +27,7 @@ SANDWICH_NORMS: Spec = {**NORMS, "{pre,post}_feedforward_layernorm.weight": "res
 
 
 def decoder(attention: Spec = ATTENTION, mlp: Spec = MLP, norms: Spec = NORMS) -> Spec:
-    """The decoder alone, from the lines of a layer's parts."""
+    """Give the lines of a decoder alone, from those of a layer's parts."""
     return {
         "embed_tokens.weight": "_ residual",
         **under("layers.{i}.self_attn.", attention),
@@ -46,12 +38,12 @@ def decoder(attention: Spec = ATTENTION, mlp: Spec = MLP, norms: Spec = NORMS) -
 
 
 def causal(decoder: Spec) -> Spec:
-    """A decoder with a head that predicts tokens."""
+    """Give the lines of a decoder with a head that predicts tokens."""
     return {**under("model.", decoder), "lm_head.weight": "_ residual"}
 
 
 def classes(name: str, decoder: Spec) -> dict[str, Spec]:
-    """A decoder's classes: with a head for tokens, one for labels, and without."""
+    """Give a decoder's classes: with a head for tokens, one for labels, and without."""
     return {
         f"{name}ForCausalLM": causal(decoder),
         f"{name}ForSequenceClassification": {

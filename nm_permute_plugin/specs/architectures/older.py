@@ -3,38 +3,47 @@
 
 from typing import Any
 
-from nm_permute_plugin.specs.architectures.building import output_fixed, under
+from nm_permute_plugin.specs.architectures.building import (
+    attention,
+    mlp,
+    output_fixed,
+    under,
+)
 from nm_permute_plugin.specs.spec import Spec
 
-# Conv1D stores a weight as [in, out].
+
+def conv1d(name: str, words: str) -> Spec:
+    """
+    Give the lines of a linear that stores its weight as [in, out].
+
+    :param words: [out, in] all the same
+    """
+    out, into = words.split()
+    return {f"{name}.weight": f"{into} {out}", f"{name}.bias": out}
+
+
+GPT2_LAYER: Spec = {
+    "{ln_1,ln_2}.{weight,bias}": "residual",
+    **conv1d("attn.c_attn", "_:heads+_+value.{i} residual"),
+    **conv1d("attn.c_proj", "residual value.{i}:heads"),
+    **conv1d("mlp.c_fc", "hidden.{i} residual"),
+    **conv1d("mlp.c_proj", "residual hidden.{i}"),
+}
 GPT2_DECODER: Spec = {
     "{wte,wpe}.weight": "_ residual",
-    "h.{i}.{ln_1,ln_2}.{weight,bias}": "residual",
-    "h.{i}.attn.c_attn.weight": "residual _:heads+_+value.{i}",
-    "h.{i}.attn.c_attn.bias": "_:heads+_+value.{i}",
-    "h.{i}.attn.c_proj.weight": "value.{i}:heads residual",
-    "h.{i}.attn.c_proj.bias": "residual",
-    "h.{i}.mlp.c_fc.weight": "residual hidden.{i}",
-    "h.{i}.mlp.c_fc.bias": "hidden.{i}",
-    "h.{i}.mlp.c_proj.weight": "hidden.{i} residual",
-    "h.{i}.mlp.c_proj.bias": "residual",
+    **under("h.{i}.", GPT2_LAYER),
     "ln_f.{weight,bias}": "residual",
 }
 
+OPT_LAYER: Spec = {
+    "{self_attn,final}_layer_norm.{weight,bias}?": "residual",
+    **under("self_attn.", attention("{q,k}_proj", "v_proj", "out_proj", bias="?")),
+    **mlp("fc1", "fc2", bias="?"),
+}
 OPT_DECODER: Spec = {
     "embed_tokens.weight": "_ residual",
     "embed_positions.weight": "_ residual",
-    "layers.{i}.{self_attn,final}_layer_norm.{weight,bias}?": "residual",
-    "layers.{i}.self_attn.{q,k}_proj.weight": "_ residual",
-    "layers.{i}.self_attn.{q,k}_proj.bias?": "_",
-    "layers.{i}.self_attn.v_proj.weight": "value.{i} residual",
-    "layers.{i}.self_attn.v_proj.bias?": "value.{i}",
-    "layers.{i}.self_attn.out_proj.weight": "residual value.{i}:heads",
-    "layers.{i}.self_attn.out_proj.bias?": "residual",
-    "layers.{i}.fc1.weight": "hidden.{i} residual",
-    "layers.{i}.fc1.bias?": "hidden.{i}",
-    "layers.{i}.fc2.weight": "residual hidden.{i}",
-    "layers.{i}.fc2.bias?": "residual",
+    **under("layers.{i}.", OPT_LAYER),
     # Absent in the 350M model, which norms after the sum.
     "final_layer_norm.{weight,bias}?": "residual",
 }
@@ -48,7 +57,7 @@ PROJECTED: Spec = {
 
 
 def opt(config: Any) -> Spec:
-    """OPTForCausalLM; its embedding is the residual stream, or is projected into it."""
+    """Give OPTForCausalLM's lines; some models project their embeddings."""
     projected = config.word_embed_proj_dim != config.hidden_size
     lines = {**OPT_DECODER, **(PROJECTED if projected else {})}
     head = "_ _embedding" if projected else "_ residual"

@@ -1,49 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
 """Qwen2-VL and Qwen2.5-VL: a tower of images that writes into a language model."""
 
-from nm_permute_plugin.specs.architectures.building import under
+from nm_permute_plugin.specs.architectures.building import (
+    linear,
+    mlp,
+    of_tower,
+    under,
+)
+from nm_permute_plugin.specs.architectures.llama import MLP as GATED_MLP
 from nm_permute_plugin.specs.architectures.llama import decoder
 from nm_permute_plugin.specs.spec import Spec
 
-TOWER: Spec = {
-    "patch_embed.proj.weight": "residual.vision _ _ _ _",
-    "blocks.{i}.{norm1,norm2}.{weight,bias}?": "residual.vision",
-    "blocks.{i}.attn.qkv.weight": "_:heads+_+value.vision.{i} residual.vision",
-    "blocks.{i}.attn.qkv.bias": "_:heads+_+value.vision.{i}",
-    "blocks.{i}.attn.proj.weight": "residual.vision value.vision.{i}:heads",
-    "blocks.{i}.attn.proj.bias": "residual.vision",
-    # The merger reads four neighbouring patches as one vector, patch after patch.
-    "merger.ln_q.{weight,bias}?": "residual.vision",
-    "merger.mlp.0.weight": "hidden.merger " + "+".join(["residual.vision"] * 4),
-    "merger.mlp.0.bias": "hidden.merger",
+BLOCK: Spec = {
+    "{norm1,norm2}.{weight,bias}?": "residual",
+    **linear("attn.qkv", "_:heads+_+value.{i} residual"),
+    **linear("attn.proj", "residual value.{i}:heads"),
+}
+MERGER: Spec = {
+    "ln_q.{weight,bias}?": "residual.vision",
+    # It reads four neighbouring patches as one vector, patch after patch.
+    **linear("mlp.0", "hidden.merger " + "+".join(["residual.vision"] * 4)),
     # Its output stands among the text's embeddings: here the two towers are joined.
-    "merger.mlp.2.weight": "residual hidden.merger",
-    "merger.mlp.2.bias": "residual",
-}
-MLP: Spec = {
-    "blocks.{i}.mlp.fc1.weight": "hidden.vision.{i} residual.vision",
-    "blocks.{i}.mlp.fc1.bias": "hidden.vision.{i}",
-    "blocks.{i}.mlp.fc2.weight": "residual.vision hidden.vision.{i}",
-    "blocks.{i}.mlp.fc2.bias": "residual.vision",
-}
-GATED_MLP: Spec = {
-    "blocks.{i}.mlp.{gate,up}_proj.weight": "hidden.vision.{i} residual.vision",
-    "blocks.{i}.mlp.{gate,up}_proj.bias?": "hidden.vision.{i}",
-    "blocks.{i}.mlp.down_proj.weight": "residual.vision hidden.vision.{i}",
-    "blocks.{i}.mlp.down_proj.bias?": "residual.vision",
+    **linear("mlp.2", "residual hidden.merger"),
 }
 
 
-def joined(mlp: Spec) -> Spec:
-    """Both towers, from the lines of the images' MLP."""
+def joined(image_mlp: Spec) -> Spec:
+    """Give the lines of both towers, from those of the images' MLP."""
+    blocks = {**BLOCK, **under("mlp.", image_mlp)}
     return {
-        **under("model.visual.", {**TOWER, **mlp}),
+        "model.visual.patch_embed.proj.weight": "residual.vision _ _ _ _",
+        **under("model.visual.blocks.{i}.", of_tower("vision", blocks)),
+        **under("model.visual.merger.", MERGER),
         **under("model.language_model.", decoder()),
         "lm_head.weight": "_ residual",
     }
 
 
 QWEN_VL_CLASSES: dict[str, Spec] = {
-    "Qwen2VLForConditionalGeneration": joined(MLP),
+    "Qwen2VLForConditionalGeneration": joined(mlp("fc1", "fc2")),
     "Qwen2_5_VLForConditionalGeneration": joined(GATED_MLP),
 }
