@@ -35,7 +35,7 @@ from transformers import (
 
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import from_blocks
-from nm_permute_plugin.pruning.problem import Subject
+from nm_permute_plugin.pruning.problem import Problem
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
 from nm_permute_plugin.specs.spec import ResolvedSpec, resolve
 
@@ -96,9 +96,7 @@ def legal_perms() -> LegalPerms:
 def newest_is_best(monkeypatch: pytest.MonkeyPatch) -> None:
     """Validation samples like whatever they see last: the orders of all spaces move."""
     losses = itertools.count(0, -1)
-    monkeypatch.setattr(
-        Subject, "validation_loss", lambda *arguments: float(next(losses))
-    )
+    monkeypatch.setattr(Problem, "validate", lambda *arguments: float(next(losses)))
 
 
 @pytest.fixture

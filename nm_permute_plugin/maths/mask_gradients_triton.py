@@ -181,7 +181,9 @@ def move_costs_kernel(
         c = tl.load(score + from_row + channel, mask=is_channel, other=0.0)[:, None]
         d = tl.load(grad + from_row + channel, mask=is_channel, other=0.0)
         d = d.to(tl.float32)[:, None]
-        of_moves += density * tl.where(c > best_dropped[None, :], d - loser[None, :], 0.0)
+        of_moves += density * tl.where(
+            c > best_dropped[None, :], d - loser[None, :], 0.0
+        )
         of_moves += (1.0 - density) * tl.where(
             c > worst_kept[None, :], d - other[None, :], 0.0
         )

@@ -20,7 +20,7 @@ from nm_permute_plugin.checkpoint.finish import Finish
 from nm_permute_plugin.checkpoint.model_card import Card
 from nm_permute_plugin.checkpoint.plan import experts_of
 from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.modifiers.fields import OrderFields
+from nm_permute_plugin.modifiers.fields import PermutationFields
 from nm_permute_plugin.modifiers.names import name_experts_for_saving, saved_names
 from nm_permute_plugin.modifiers.neighbours import is_pruned_later, refuse_shared_pass
 from nm_permute_plugin.modifiers.save import after_save
@@ -49,7 +49,7 @@ VERSIONED = (
 )
 
 
-class LearnablePermutationModifier(OrderFields, Modifier):
+class LearnablePermutationModifier(PermutationFields, Modifier):
     """
     Finds an order of the model's channels in which N:M pruning loses little, writes the
     order into the weights (the model computes the same function, nothing is permuted at
@@ -77,7 +77,7 @@ class LearnablePermutationModifier(OrderFields, Modifier):
       modifiers came after, ends in the chosen format, and has a model card and the
       run's record in the folder `nm_permute`
 
-    What it can be told stands at ``OrderFields``.
+    The fields are those of ``pruning.settings.Settings``.
     """
 
     _prunable: list[str] = PrivateAttr(default_factory=list)

@@ -115,9 +115,7 @@ def permute_and_prune(
                 _student(model, masks, [name]).write(write)
         clock.lap("prune")
     retained = (before, after)
-    return Record(
-        found.perms, fold_error, retained, clock.seconds, history, recovered
-    )
+    return Record(found.perms, fold_error, retained, clock.seconds, history, recovered)
 
 
 def refuse_inexact(
@@ -214,7 +212,9 @@ def _entering(
     """The permutation of the channels that enter the output layer, if one space orders them."""
     find = getattr(model, "get_output_embeddings", lambda: None)
     head = find()
-    names = {f"{name}.weight" for name, module in model.named_modules() if module is head}
+    names = {
+        f"{name}.weight" for name, module in model.named_modules() if module is head
+    }
     for parameter in resolved.parameters:
         if names & set(parameter.names):
             (part, *others) = parameter.matrices[0][-1]

@@ -33,6 +33,15 @@ def _listed(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
 
+def _refuse_unread(of: BaseModel, name: str, place: str, because: str) -> None:
+    """Refuse a setting that differs from its default where nothing would read it."""
+    value, default = getattr(of, name), type(of).model_fields[name].default
+    if value != default:
+        raise ValueError(
+            f"{place}{name} is set, and nothing reads it with {because}; leave it out"
+        )
+
+
 # Recipes are YAML, which knows lists and no tuples.
 _LIST = (BeforeValidator(_listed), PlainSerializer(list))
 Names = Annotated[tuple[str, ...], *_LIST]
@@ -448,12 +457,3 @@ class Settings(Frozen):
                 "",
                 "objective: layer_wise, which has one layer at a time in memory",
             )
-
-
-def _refuse_unread(of: BaseModel, name: str, place: str, because: str) -> None:
-    """Refuse a setting that differs from its default where nothing would read it."""
-    value, default = getattr(of, name), type(of).model_fields[name].default
-    if value != default:
-        raise ValueError(
-            f"{place}{name} is set, and nothing reads it with {because}; leave it out"
-        )

@@ -64,9 +64,12 @@ def input_norms(
 
     tokens = 0
     parts = (part for batch in batches for part in without_padding(batch))
-    with torch.no_grad(), _hooked(
-        linear(model, name).register_forward_pre_hook(partial(add, name))
-        for name in linears
+    with (
+        torch.no_grad(),
+        _hooked(
+            linear(model, name).register_forward_pre_hook(partial(add, name))
+            for name in linears
+        ),
     ):
         for part in tqdm(parts, desc="Measuring input norms"):
             tokens += int(token_mask(part).sum())
@@ -114,9 +117,13 @@ def output_sensitivity(
 
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    with frozen(model), torch.enable_grad(), _hooked(
-        linear(model, name).register_forward_hook(partial(watch, name))
-        for name in linears
+    with (
+        frozen(model),
+        torch.enable_grad(),
+        _hooked(
+            linear(model, name).register_forward_hook(partial(watch, name))
+            for name in linears
+        ),
     ):
         for sample in _first(batches):
             out = run(model, on_device(sample, model), LossSettings())

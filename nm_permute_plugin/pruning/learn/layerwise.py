@@ -95,9 +95,7 @@ def _learn_layer(
                 inside, best.solution, settings.learn, steps, **options
             )
 
-            def step(
-                prepare: Callable[[], None], learner: Learner = learner
-            ) -> float:
+            def step(prepare: Callable[[], None], learner: Learner = learner) -> float:
                 prepare()
                 error = stream.error(next(numbers), window, learner.masks())
                 error.backward()

@@ -124,7 +124,9 @@ def learn(
                 learner.use_graph,
             )
 
-            def step(prepare: Callable[[], None], backward: Backward = backward) -> float:
+            def step(
+                prepare: Callable[[], None], backward: Backward = backward
+            ) -> float:
                 return backward(next(batches), prepare)
 
             numbers = range(done + 1, done + steps + 1)

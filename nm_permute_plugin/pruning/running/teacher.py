@@ -29,9 +29,7 @@ class Teacher:
     :param keep: false runs the model every time, for batches that come once
     """
 
-    def __init__(
-        self, model: nn.Module, loss: LossSettings, keep: bool = True
-    ) -> None:
+    def __init__(self, model: nn.Module, loss: LossSettings, keep: bool = True) -> None:
         self.model, self.loss = model, loss
         find: Callable[[], object] = getattr(
             model, "get_output_embeddings", lambda: None
