@@ -73,15 +73,16 @@ def permute_and_prune(
     hold: Hold = nullcontext,
 ) -> Record:
     """
-    Permute the channels, fold the permutation exactly, zero what the N:M mask drops, recover.
+    Permute the channels, fold the permutation exactly, zero what the N:M mask drops,
+    recover.
 
     Statistics come from the dense model. After the fold its outputs are compared with those
     before; if they differ by more than rounding explains, the fold is undone and refused.
 
     :param prunable: names of the linears to prune
     :param write: how a parameter's new value is stored
-    :param hold: a context in which offloaded weights stay where they were fetched to; entered
-        for each layer of ``objective: layer_wise``, and for all recovery
+    :param hold: a context in which offloaded weights stay where they were fetched to;
+        entered for each layer of ``objective: layer_wise``, and for all recovery
     :raises ValueError: for a model that is sparse already, for bad statistics, for outputs
         that are not finite, and for a recovery that cannot run
     :raises RuntimeError: if the fold changes the function of the model
@@ -209,7 +210,10 @@ def _fold(
 def _entering(
     model: nn.Module, resolved: ResolvedSpec, perms: Mapping[str, Permutation]
 ) -> Permutation | None:
-    """The permutation of the channels that enter the output layer, if one space orders them."""
+    """
+    The permutation of the channels that enter the output layer, if one space orders
+    them.
+    """
     find = getattr(model, "get_output_embeddings", lambda: None)
     head = find()
     names = {
