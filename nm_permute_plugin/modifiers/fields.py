@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from nm_permute_plugin.checkpoint.pattern import AskedFormat
+from nm_permute_plugin.checkpoint.config import AskedFormat
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.scores import ScoreName
 from nm_permute_plugin.modifiers.targets import DEFAULT_IGNORE

@@ -19,9 +19,10 @@ from pydantic import PrivateAttr
 from nm_permute_plugin.checkpoint.finish import Finish
 from nm_permute_plugin.checkpoint.model_card import Card
 from nm_permute_plugin.checkpoint.plan import experts_of
+from nm_permute_plugin.checkpoint.saved_names import saved_names
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.modifiers.fields import OrderFields
-from nm_permute_plugin.modifiers.names import name_experts_for_saving, saved_names
+from nm_permute_plugin.modifiers.names import name_experts_for_saving
 from nm_permute_plugin.modifiers.neighbours import is_pruned_later, refuse_shared_pass
 from nm_permute_plugin.modifiers.save import after_save
 from nm_permute_plugin.modifiers.targets import (

@@ -7,7 +7,7 @@ from compressed_tensors.utils import match_name, match_named_modules
 from torch import nn
 from transformers import PreTrainedModel
 
-from nm_permute_plugin.checkpoint.pattern import AskedFormat
+from nm_permute_plugin.checkpoint.config import AskedFormat
 from nm_permute_plugin.specs.conv1d import CONV1D, is_linear, is_transposed
 from nm_permute_plugin.specs.spec import ResolvedSpec
 
