@@ -60,9 +60,14 @@ def test_nothing_of_the_old_stays_unless_it_is_kept(target: Path) -> None:
 
 def test_an_error_leaves_the_old_as_it_was(target: Path) -> None:
     before = content_of(target)
-    with pytest.raises(KeyboardInterrupt), transaction.directory(target) as fresh:
-        fill(fresh)
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with transaction.directory(target) as fresh:
+            fill(fresh)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert content_of(target) == before
     assert list(target.parent.iterdir()) == [target]
 
