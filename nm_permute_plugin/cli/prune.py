@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a recipe on a model folder and leave a finished checkpoint, or nothing."""
 
-import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +14,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from transformers import AutoTokenizer
 
+from nm_permute_plugin.checkpoint.transaction import directory, refuse_occupied
 from nm_permute_plugin.evaluation.images import image_processor, pixels
 from nm_permute_plugin.evaluation.loading import model_class
 from nm_permute_plugin.evaluation.perplexity import tokenize
@@ -94,26 +92,23 @@ def _prune(
     """``oneshot`` into a folder that appears only when all went well; minutes."""
     read_recipe(recipe)
     out = out.resolve()
-    reserved = _reserve(out)
-    unfinished = reserved / out.name
+    refuse_occupied(out)
     started = time.perf_counter()
     try:
-        calibration = data()
-        loaded = model_class(model).from_pretrained(model, dtype="auto")
-        loaded = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        reset_session()
-        oneshot(
-            model=loaded,
-            recipe=str(recipe),
-            output_dir=str(unfinished),
-            **calibration,
-        )
-        os.replace(unfinished, out)
+        with directory(out) as unfinished:
+            calibration = data()
+            loaded = model_class(model).from_pretrained(model, dtype="auto")
+            default = "cuda" if torch.cuda.is_available() else "cpu"
+            reset_session()
+            oneshot(
+                model=loaded.to(device or default),
+                recipe=str(recipe),
+                output_dir=str(unfinished),
+                **calibration,
+            )
     except SafetensorError as error:
         # Weights that cannot be written, to a full disk say, are no OSError there.
         raise OSError(f"cannot write the checkpoint {out}: {error}") from error
-    finally:
-        shutil.rmtree(reserved, ignore_errors=True)
     return (time.perf_counter() - started) / 60
 
 
@@ -140,16 +135,3 @@ def calibration_rows(
         rows = rows[torch.linspace(0, count - 1, samples).long()]
     chosen: list[list[int]] = rows.tolist()
     return chosen
-
-
-def _reserve(out: Path) -> Path:
-    """An empty folder beside ``out``, made before the long work starts; ours alone."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not an empty folder; name another")
-    if os.path.ismount(out):
-        raise OSError(f"{out} is a mount point; name a folder inside of it")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    except OSError as error:
-        raise OSError(f"cannot write to {out.parent}: {error.strerror}") from error

@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from nm_permute_plugin.checkpoint.pattern import AskedFormat
+from nm_permute_plugin.checkpoint.config import AskedFormat
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.scores import ScoreName
 
