@@ -237,7 +237,7 @@ def test_what_cannot_be_built_again_is_told_and_left_to_the_model(
     assert check_on_few_layers(model, spec, PATTERN) is None
     logger.remove(sink)
     (text,) = told
-    assert f"not checked in float64, for {type(model).__name__} with 2 layers" in text
+    assert f"not checked in float64: a {type(model).__name__} with 2 layers" in text
 
 
 def test_every_wrong_space_is_told(tiny_model) -> None:
