@@ -175,7 +175,8 @@ def _change(before: Tensor, after: Tensor) -> float:
 
 
 def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
-    return tensor.flatten().split(CHUNK)
+    chunks: tuple[Tensor, ...] = tensor.flatten().split(CHUNK)
+    return chunks
 
 
 def random_perms(resolved: ResolvedSpec, seed: int = 0) -> dict[str, Permutation]:
