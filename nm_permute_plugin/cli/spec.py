@@ -1,28 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check a spec: resolve it, fold random orders in float64, compare the outputs."""
+"""``nm-permute spec``: fold random orders in float64, and compare the outputs."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import torch
-import transformers
-import yaml
+import typer
 
-from nm_permute_plugin.evaluation.loading import model_class
-from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
-from nm_permute_plugin.specs.conv1d import is_linear
-from nm_permute_plugin.specs.exactness import (
-    change_by_fold,
-    random_perms,
-    to_float64,
-    vary_constants,
-)
-from nm_permute_plugin.specs.probe import random_batch
-from nm_permute_plugin.specs.spec import ResolvedSpec, Spec, resolve
+from nm_permute_plugin.cli.common import print_table
+
+
+def spec(
+    model: Annotated[
+        Path, typer.Argument(help="Folder of the model; a config.json is enough.")
+    ],
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--spec", help="YAML file of the spec; the known one if left out."
+        ),
+    ] = None,
+    pattern: Annotated[
+        str, typer.Option(help="N:M pattern that the widths must fit.")
+    ] = "2:4",
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Linear that is not pruned, or 're:' and a pattern; repeatable. lm_head "
+            "if left out."
+        ),
+    ] = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Check a model of this many layers and random weights instead."
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the permutations, the inputs and the weights.")
+    ] = 0,
+) -> None:
+    """Check a permutation spec: which channels move together, and that it is exact."""
+    ignored = ["lm_head"] if ignore is None else ignore
+    report = check_spec(model, file, pattern, ignored, layers, seed)
+    print_table(report.table())
+    for line in report.unordered():
+        typer.echo(f"no space orders the inputs of {line}")
+    if report.varied:
+        typer.echo(f"{len(report.varied)} constant parameters had random values")
+    found = f"random orders change the outputs by {report.change:.1e} (float64)"
+    if not report.exact:
+        raise ValueError(f"{found}: more than {TOLERANCE:.0e}, the spec is wrong")
+    tensors = len(report.resolved.parameters)
+    typer.echo(f"{report.architecture}: {tensors} tensors, {found}: exact")
+
 
 TOLERANCE = 1e-9
 """Largest relative change of an output that rounding in float64 explains."""
@@ -34,12 +67,13 @@ class SpecReport:
     What the check found.
 
     :param architecture: the model's class
+    :param resolved: the ``ResolvedSpec`` of the model
     :param change: the largest relative change of an output
     :param varied: parameters that were constant, and got random values for the check
     """
 
     architecture: str
-    resolved: ResolvedSpec
+    resolved: Any
     change: float
     varied: list[str]
 
@@ -97,6 +131,18 @@ def check_spec(
     :param layers: check a model of random weights and so many layers instead
     :raises ValueError: for a spec that does not fit, naming the parameter
     """
+    from nm_permute_plugin.maths.pattern import NMPattern
+    from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
+    from nm_permute_plugin.specs.conv1d import is_linear
+    from nm_permute_plugin.specs.exactness import (
+        change_by_fold,
+        random_perms,
+        to_float64,
+        vary_constants,
+    )
+    from nm_permute_plugin.specs.probe import random_batch
+    from nm_permute_plugin.specs.spec import resolve
+
     loaded = to_float64(_load(model, layers, seed))
     varied = vary_constants(loaded, seed)
     linears = [
@@ -116,12 +162,14 @@ def check_spec(
     return SpecReport(type(loaded).__name__, resolved, change, varied)
 
 
-def read_spec(file: Path) -> Spec:
+def read_spec(file: Path) -> Mapping[str, str]:
     """
-    A spec from a YAML file.
+    Read a spec from a YAML file.
 
     :raises ValueError: if it is no mapping of lines to words
     """
+    import yaml
+
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist")
     try:
@@ -139,7 +187,12 @@ def read_spec(file: Path) -> Spec:
     return content
 
 
-def _load(folder: Path, layers: int | None, seed: int) -> transformers.PreTrainedModel:
+def _load(folder: Path, layers: int | None, seed: int) -> Any:
+    import torch
+    import transformers
+
+    from nm_permute_plugin.evaluation.pretrained import model_class
+
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no model (no config.json)")
     kind = model_class(folder)
