@@ -21,10 +21,11 @@ for command in (demo, prune, sample, evaluate, verify, spec, convert, bench_serv
     app.command()(command)
 
 
-def _print_version(asked: bool) -> None:
+def _print_version(asked: bool) -> bool:
     if asked:
         typer.echo(f"nm-permute-plugin {version_of('nm-permute-plugin')}")
         raise typer.Exit
+    return asked
 
 
 @app.callback()

@@ -35,7 +35,7 @@ PRUNE_OUT_OF_MEMORY = (
 class Commands(TyperGroup):
     """Commands whose mendable errors are one line, unless ``--debug`` is given."""
 
-    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+    def invoke(self, ctx: Any) -> Any:  # a class that typer keeps to itself
         try:
             return super().invoke(ctx)
         except Exception as error:
@@ -56,7 +56,8 @@ def _one_line(error: Exception, command: str | None) -> str | None:
         or "DefaultCPUAllocator" in text
     ):
         remedy = PRUNE_OUT_OF_MEMORY if command == "prune" else OUT_OF_MEMORY
-        return f"out of memory: {remedy} ({text.partition('. ')[0]})"
+        said = ". ".join(text.split(". ")[:2]) or "out of memory"
+        return f"{said}: {remedy}"
     return text if isinstance(error, MENDABLE) or _is_refusal(error) else None
 
 

@@ -135,7 +135,7 @@ def test_a_class_that_the_model_does_not_know_is_named(names: list[str]) -> None
 
 
 def test_one_class_alone_is_refused_without_a_classifier() -> None:
-    with pytest.raises(ValueError, match="all images_of are of the class cat"):
+    with pytest.raises(ValueError, match="all images are of the class cat"):
         votes(torch.eye(3), images_of(["cat"], [0, 0, 0]), 2)
 
 
