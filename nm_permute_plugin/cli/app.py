@@ -5,6 +5,7 @@ from importlib.metadata import version as version_of
 from typing import Annotated
 
 import typer
+from typer import Option
 
 from nm_permute_plugin.cli.bench_serve import bench_serve
 from nm_permute_plugin.cli.common import Commands
@@ -32,15 +33,15 @@ def _print_version(asked: bool) -> bool:
 def main(
     debug: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--debug",
             envvar="NM_PERMUTE_DEBUG",
-            help="Show the traceback of every error; stands before the command.",
+            help="Show tracebacks; stands before the command.",
         ),
     ] = False,
     version: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--version",
             is_eager=True,
             callback=_print_version,

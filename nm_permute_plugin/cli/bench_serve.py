@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from nm_permute_plugin.cli.common import find_device, print_table
 from nm_permute_plugin.evaluation.throughput import (
@@ -26,33 +27,31 @@ MODULE = "nm_permute_plugin.serving.bench"
 
 
 def bench_serve(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of a 2:4 checkpoint.")],
+    checkpoint: Annotated[Path, Argument(help="Folder of a 2:4 checkpoint.")],
     batch: Annotated[
         list[int] | None,
-        typer.Option(
-            min=1, help="Sequences at a time; repeatable. 1, 8 and 32 if left out."
-        ),
+        Option(min=1, help="Sequences at a time; repeatable (1, 8 and 32)."),
     ] = None,
     prompt_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of each prompt.")
+        int, Option(min=1, help="Tokens of each prompt.")
     ] = Workload.prompt_tokens,
     output_tokens: Annotated[
-        int, typer.Option(min=2, help="Tokens that each sequence is continued by.")
+        int, Option(min=2, help="Tokens to generate for each.")
     ] = Workload.output_tokens,
     repeats: Annotated[
-        int, typer.Option(min=1, help="Measurements, of which the median counts.")
+        int, Option(min=1, help="Runs; the median counts.")
     ] = Workload.repeats,
     tensor_parallel_size: Annotated[
-        int, typer.Option(min=1, help="GPUs that share the model.")
+        int, Option(min=1, help="GPUs that share the model.")
     ] = Workload.tensor_parallel,
     enforce_eager: Annotated[
-        bool, typer.Option("--enforce-eager", help="Run without compiled graphs.")
+        bool, Option("--enforce-eager", help="Run without compiled graphs.")
     ] = False,
     engine: Annotated[
-        str, typer.Option(help="Further arguments of vllm.LLM, as a JSON object.")
+        str, Option(help="Further arguments of vllm.LLM, as a JSON object.")
     ] = "{}",
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write serve.json and serve.png to.")
+        Path | None, Option(help="Folder for serve.json and serve.png.")
     ] = None,
 ) -> None:
     """Time vLLM with a checkpoint, on sparse kernels and without them; needs vLLM."""

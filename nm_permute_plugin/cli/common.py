@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 from typer.core import TyperGroup
 
 Device = Annotated[
-    str | None,
-    typer.Option(help="Where the model runs: cpu or cuda; a GPU if there is one."),
+    str | None, Option(help="Where the model runs: cpu or cuda; a GPU if there is one.")
 ]
 Model = Annotated[
     str,
-    typer.Argument(
+    Argument(
         metavar="MODEL",
         help="Folder of the dense model, or its name on the Hugging Face hub.",
     ),

@@ -6,30 +6,21 @@ from pathlib import Path
 from typing import Annotated, cast, get_args
 
 import typer
+from typer import Argument, Option
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="Folder of the checkpoint.")],
-    target: Annotated[Path, typer.Argument(help="Folder to write, new or empty.")],
+    source: Annotated[Path, Argument(help="Folder of the checkpoint.")],
+    target: Annotated[Path, Argument(help="Folder to write, new or empty.")],
     format: Annotated[
-        str,
-        typer.Option(help="Format to write: dense, sparse-24-bitmask, sparse-bitmask."),
+        str, Option(help="dense, sparse-24-bitmask or sparse-bitmask.")
     ] = "sparse-24-bitmask",
-    pattern: Annotated[
-        str, typer.Option(help="Pattern that sparse-bitmask stores.")
-    ] = "2:4",
+    pattern: Annotated[str, Option(help="Pattern that sparse-bitmask stores.")] = "2:4",
     dense_experts: Annotated[
-        bool,
-        typer.Option(
-            "--dense-experts",
-            help="Leave routed experts dense: vLLM does not read sparse ones.",
-        ),
+        bool, Option("--dense-experts", help="Leave routed experts dense, for vLLM.")
     ] = False,
     legacy: Annotated[
-        bool,
-        typer.Option(
-            help="Write the config that transformers 4 and vLLM <= 0.18.1 read."
-        ),
+        bool, Option(help="Write a config for transformers 4 and vLLM <= 0.18.1.")
     ] = False,
 ) -> None:
     """Write a checkpoint in another format, without changing a value."""

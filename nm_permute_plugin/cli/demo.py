@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Option
 
 from nm_permute_plugin.cli.common import Device, find_device, print_table, read_text
 from nm_permute_plugin.cli.embedded import (
@@ -25,15 +26,14 @@ from nm_permute_plugin.evaluation.report import Result, gap_of, markdown
 
 def demo(
     out: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the results; a new temporary one if left out."),
+        Path | None, Option(help="Folder of the results; a new one if left out.")
     ] = None,
     text: Annotated[
         list[Path] | None,
-        typer.Option(
+        Option(
             "--text",
-            help="Plain text to train on nine tenths of and to test with the rest; "
-            "repeatable. Python's language reference if left out.",
+            help="Text of which nine tenths train and one tests; "
+            "repeatable (Python's language reference).",
         ),
     ] = None,
     device: Device = None,

@@ -6,47 +6,35 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from nm_permute_plugin.cli.common import Device, find_device, one_kind, read_text
 
 
 def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="Folder of the checkpoint.")],
+    checkpoint: Annotated[str, Argument(help="Folder of the checkpoint.")],
     text: Annotated[
-        list[Path] | None,
-        typer.Option("--text", help="Plain text to evaluate on; repeatable."),
+        list[Path] | None, Option("--text", help="Text to evaluate on; repeatable.")
     ] = None,
     images: Annotated[
-        Path | None,
-        typer.Option(
-            "--images", help="Folder of CLASS/*.jpg, for a model that takes images."
-        ),
+        Path | None, Option("--images", help="Folder of CLASS/*.jpg, instead of text.")
     ] = None,
-    sequence_length: Annotated[
-        int, typer.Option(min=2, help="Tokens of a window.")
-    ] = 2048,
+    sequence_length: Annotated[int, Option(min=2, help="Tokens of a window.")] = 2048,
     base: Annotated[
         str | None,
-        typer.Option(
-            help="Checkpoint of the same score and pattern whose channels keep their "
-            "order; with --dense, for the gap closed."
+        Option(
+            help="Checkpoint without permutation; with --dense, for the gap closed."
         ),
     ] = None,
     dense: Annotated[
         str | None,
-        typer.Option(
-            help="The model before pruning, to compare the perplexity with, or with "
-            "--images the features."
-        ),
+        Option(help="Model before pruning, to compare perplexity or features."),
     ] = None,
     batch_size: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Windows or images at a time: 1 window or 32 images by default."
-        ),
+        int | None, Option(min=1, help="Windows or images at a time (1 or 32).")
     ] = None,
     card: Annotated[
-        bool, typer.Option("--card", help="Put the result into the model card.")
+        bool, Option("--card", help="Put the result into the model card.")
     ] = False,
     device: Device = None,
 ) -> None:

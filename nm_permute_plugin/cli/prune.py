@@ -10,40 +10,34 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import typer
+from typer import Argument, Option
 
 from nm_permute_plugin.cli.common import Model, find_device, one_kind, read_text
+
+T = TypeVar("T")
 
 
 def prune(
     model: Model,
-    recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
-    out: Annotated[
-        Path, typer.Argument(help="Folder of the checkpoint, new or empty.")
-    ],
+    recipe: Annotated[Path, Argument(help="YAML recipe.")],
+    out: Annotated[Path, Argument(help="Folder of the checkpoint, new or empty.")],
     text: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--text", help="Plain text to calibrate and train on; repeatable."
-        ),
+        Option("--text", help="Text to calibrate and train on; repeatable."),
     ] = None,
     images: Annotated[
-        Path | None,
-        typer.Option(
-            "--images", help="Folder of images, for a model that takes images."
-        ),
+        Path | None, Option("--images", help="Folder of images, instead of text.")
     ] = None,
     samples: Annotated[
-        int, typer.Option(min=2, help="Rows of calibration text, or images, at most.")
+        int, Option(min=2, help="Rows of calibration text, or images, at most.")
     ] = 512,
-    sequence_length: Annotated[
-        int, typer.Option(min=2, help="Tokens of a row.")
-    ] = 1024,
+    sequence_length: Annotated[int, Option(min=2, help="Tokens of a row.")] = 1024,
     device: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Where the whole model runs: cpu or cuda; a GPU if there is one. Prune "
             "a model that is larger than the device by llmcompressor.oneshot, which "
             "offloads it, with objective: layer_wise in the recipe."
@@ -137,19 +131,14 @@ def prune_with_images(
     return _prune(model, recipe, out, data, device)
 
 
-def spread(files: Sequence[Path], samples: int) -> list[Path]:
-    """Choose ``samples`` of the files at most, spread evenly."""
-    return [files[i] for i in _evenly(len(files), samples)]
-
-
-def _evenly(count: int, samples: int) -> list[int]:
-    """Choose ``samples`` of the first ``count`` numbers at most, spread evenly."""
+def spread(items: Sequence[T], samples: int) -> list[T]:
+    """Choose ``samples`` of the items at most, spread evenly."""
     import torch
 
-    if count <= samples:
-        return list(range(count))
-    chosen: list[int] = torch.linspace(0, count - 1, samples).long().tolist()
-    return chosen
+    if len(items) <= samples:
+        return list(items)
+    chosen = torch.linspace(0, len(items) - 1, samples).long().tolist()
+    return [items[i] for i in chosen]
 
 
 def _prune(
@@ -163,9 +152,8 @@ def _prune(
     import torch
     from safetensors import SafetensorError
 
-    with redirect_stdout(
-        cast("Any", _Stderr())
-    ):  # where llm-compressor logs from now on
+    # From its import on, llm-compressor logs to what is stdout then.
+    with redirect_stdout(cast("Any", _Stderr())):
         from llmcompressor import oneshot, reset_session
     from nm_permute_plugin.evaluation.pretrained import model_class
     from nm_permute_plugin.modifiers.recipe import read_recipe
@@ -181,10 +169,7 @@ def _prune(
         loaded = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         reset_session()
         oneshot(
-            model=loaded,
-            recipe=str(recipe),
-            output_dir=str(unfinished),
-            **calibration,
+            model=loaded, recipe=str(recipe), output_dir=str(unfinished), **calibration
         )
         os.replace(unfinished, out)
     except SafetensorError as error:
@@ -216,8 +201,7 @@ def calibration_rows(
             f"{sequence_length}: give more text or a smaller --sequence-length"
         )
     rows = tokens[: count * sequence_length].view(count, sequence_length)
-    chosen: list[list[int]] = rows[_evenly(count, samples)].tolist()
-    return chosen
+    return spread(cast("list[list[int]]", rows.tolist()), samples)
 
 
 class _Stderr:

@@ -5,25 +5,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from nm_permute_plugin.cli.common import Device, Model, find_device
 
 
 def sample(
     model: Model,
-    out: Annotated[Path, typer.Argument(help="Text file to write, new.")],
-    rows: Annotated[int, typer.Option(min=1, help="How many texts to write.")] = 768,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each text.")] = 1024,
+    out: Annotated[Path, Argument(help="Text file to write, new.")],
+    rows: Annotated[int, Option(min=1, help="Texts to write.")] = 768,
+    tokens: Annotated[int, Option(min=1, help="Tokens of each text.")] = 1024,
     start: Annotated[
         str | None,
-        typer.Option(
-            help="Token that begins a document; the tokenizer's own if left out."
-        ),
+        Option(help="First token of a document; the tokenizer's if left out."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the random draws.")] = 0,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="How many texts are written at a time.")
-    ] = 128,
+    seed: Annotated[int, Option(help="Seed of the random draws.")] = 0,
+    batch_size: Annotated[int, Option(min=1, help="Texts at a time.")] = 128,
     device: Device = None,
 ) -> None:
     """Write text that the model itself generates, for the option --text of prune.

@@ -8,39 +8,32 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from nm_permute_plugin.cli.common import print_table
 
 
 def spec(
     model: Annotated[
-        Path, typer.Argument(help="Folder of the model; a config.json is enough.")
+        Path, Argument(help="Folder of the model; a config.json is enough.")
     ],
     file: Annotated[
-        Path | None,
-        typer.Option(
-            "--spec", help="YAML file of the spec; the known one if left out."
-        ),
+        Path | None, Option("--spec", help="YAML file; the known spec if left out.")
     ] = None,
     pattern: Annotated[
-        str, typer.Option(help="N:M pattern that the widths must fit.")
+        str, Option(help="N:M pattern that the widths must fit.")
     ] = "2:4",
     ignore: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Linear that is not pruned, or 're:' and a pattern; repeatable. lm_head "
-            "if left out."
+        Option(
+            help="Linear not to prune, or 're:' and a pattern; repeatable (lm_head)."
         ),
     ] = None,
     layers: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Check a model of this many layers and random weights instead."
-        ),
+        Option(min=1, help="Check this many layers of random weights instead."),
     ] = None,
-    seed: Annotated[
-        int, typer.Option(help="Seed of the permutations, the inputs and the weights.")
-    ] = 0,
+    seed: Annotated[int, Option(help="Seed of permutations, inputs, weights.")] = 0,
 ) -> None:
     """Check a permutation spec: which channels move together, and that it is exact."""
     ignored = ["lm_head"] if ignore is None else ignore

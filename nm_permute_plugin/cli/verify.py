@@ -5,15 +5,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from nm_permute_plugin.cli.common import print_table
 
 
 def verify(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of the checkpoint.")],
+    checkpoint: Annotated[Path, Argument(help="Folder of the checkpoint.")],
     pattern: Annotated[
         str | None,
-        typer.Option(help="Demand this pattern of every matrix, '2:4' for example."),
+        Option(help="Demand this pattern of every matrix, '2:4' for example."),
     ] = None,
 ) -> None:
     """Check that a checkpoint is whole, and as sparse as its config promises."""

@@ -13,11 +13,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from nm_permute_plugin.checkpoint.record import FOLDER, read_record
-from nm_permute_plugin.evaluation.images import (
-    LabelledImages,
-    labelled_images,
-    pixels,
-)
+from nm_permute_plugin.evaluation.images import LabelledImages, labelled_images, pixels
 from nm_permute_plugin.evaluation.pretrained import (
     image_processor,
     load_checkpoint,
