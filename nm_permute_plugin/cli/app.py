@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command ``nm-permute``: one file a command, put together here."""
 
-from importlib.metadata import version as version_of
 from typing import Annotated
 
 import typer
@@ -24,7 +23,9 @@ for command in (demo, prune, sample, evaluate, verify, spec, convert, bench_serv
 
 def _print_version(asked: bool) -> bool:
     if asked:
-        typer.echo(f"nm-permute-plugin {version_of('nm-permute-plugin')}")
+        from importlib.metadata import version
+
+        typer.echo(f"nm-permute-plugin {version('nm-permute-plugin')}")
         raise typer.Exit
     return asked
 

@@ -153,6 +153,14 @@ def test_the_module_runs_the_command_and_a_variable_shows_tracebacks() -> None:
     assert debug.stderr.startswith("Traceback")
 
 
+def test_the_help_imports_nothing_heavy() -> None:
+    done = process("--help", PYTHONPROFILEIMPORTTIME="1")
+    assert done.returncode == 0
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "typer" in imported
+    assert not imported & {"torch", "transformers", "llmcompressor", "vllm", "scipy"}
+
+
 @pytest.mark.slow
 def test_a_model_of_the_hub_is_pruned_and_logs_stay_out_of_the_result(
     tiny_checkpoint, recipe: Path, text_file: Path, tmp_path: Path
