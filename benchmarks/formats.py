@@ -31,11 +31,8 @@ from nm_permute_plugin.checkpoint.record import read_promise
 from nm_permute_plugin.checkpoint.verify import verify
 from nm_permute_plugin.checkpoint.writer import convert
 from nm_permute_plugin.cli.prune import prune_checkpoint
-from nm_permute_plugin.evaluation.perplexity import (
-    load_checkpoint,
-    perplexity,
-    tokenize,
-)
+from nm_permute_plugin.evaluation.perplexity import perplexity, tokenize
+from nm_permute_plugin.evaluation.pretrained import load_checkpoint
 
 DENSE, SPARSE = "dense", "sparse-24-bitmask"
 SMOOTH = "W8A8_SMOOTHQUANT"
