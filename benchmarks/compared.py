@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from nm_permute_plugin.pruning.learn.order_shape import OrderShape
 from torch import nn
 
 from nm_permute_plugin.evaluation.pretrained import model_class
@@ -17,7 +18,6 @@ from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.scores import ScoreName
 from nm_permute_plugin.pruning.data import Samples
 from nm_permute_plugin.pruning.learn.loop import LearnSettings
-from nm_permute_plugin.pruning.learn.order_shape import OrderShape
 from nm_permute_plugin.pruning.pipeline import (
     Method,
     OrderSettings,

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from nm_permute_plugin.pruning.text import rows_of, split_text
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoTokenizer
@@ -22,7 +23,6 @@ from compared import arguments, compare
 from nm_permute_plugin.evaluation.classification import mean_cosine
 from nm_permute_plugin.evaluation.pretrained import model_class
 from nm_permute_plugin.pruning.pipeline import Record
-from nm_permute_plugin.pruning.text import rows_of, split_text
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from nm_permute_plugin.modifiers.recipe import is_pruned_later, refuse_shared_pa
 from nm_permute_plugin.modifiers.save import after_save
 from nm_permute_plugin.pruning.data import read_samples
 from nm_permute_plugin.pruning.pipeline import Record, permute_and_prune
-from nm_permute_plugin.pruning.run import Plan, Pruned
+from nm_permute_plugin.pruning.run import Pruned, PrunePlan
 from nm_permute_plugin.pruning.targets import refuse_packed
 
 
@@ -56,7 +56,7 @@ class LearnablePermutationModifier(PermutationFields, Modifier):
     The fields are those of ``pruning.settings.Settings``.
     """
 
-    _plan: Plan | None = PrivateAttr(default=None)
+    _plan: PrunePlan | None = PrivateAttr(default=None)
     _started: bool = PrivateAttr(default=False)
     _record: Record | None = PrivateAttr(default=None)
     _is_pruned: bool = PrivateAttr(default=True)
@@ -72,7 +72,7 @@ class LearnablePermutationModifier(PermutationFields, Modifier):
             name_experts_for_saving(model)
         # Offloaded tensors are handed out as fresh copies; ties show only without.
         with disable_onloading():
-            self._plan = Plan.of(model, settings)
+            self._plan = PrunePlan.of(model, settings)
         self._is_pruned = self.prune or is_pruned_later(self, self.mask_structure)
         refuse_packed(self._plan.resolved)
         self._plan.log(settings)

@@ -6,40 +6,28 @@ The whole method: statistics, scores, search, learning, fold, masks, recovery.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
-import torch
 from loguru import logger
 from torch import Tensor, nn
 
 from nm_permute_plugin.maths.permutation import Permutation
-from nm_permute_plugin.pruning.data import Batch, Data, first_sample, forward, on_device
+from nm_permute_plugin.pruning.data import Data
+from nm_permute_plugin.pruning.folding import fold_model
 from nm_permute_plugin.pruning.learn.layerwise import Hold, learn_layerwise
 from nm_permute_plugin.pruning.learn.loop import learn
 from nm_permute_plugin.pruning.problem import Problem, Solution
 from nm_permute_plugin.pruning.recover.stages import StageRecord, recover
 from nm_permute_plugin.pruning.recover.student import Student
 from nm_permute_plugin.pruning.running.decoder_layers import decoder_layers
-from nm_permute_plugin.pruning.running.loss import answer, refuse_not_finite
-from nm_permute_plugin.pruning.running.masked import linear
-from nm_permute_plugin.pruning.running.teacher import Teacher
+from nm_permute_plugin.pruning.running.masked import evaluating
 from nm_permute_plugin.pruning.search import History, Perms, search
 from nm_permute_plugin.pruning.settings import Settings
-from nm_permute_plugin.specs.conv1d import weight_of
-from nm_permute_plugin.specs.exactness import fold_checked, random_perms
-from nm_permute_plugin.specs.fold import (
-    Write,
-    fold,
-    invert_all,
-    moved_along,
-    write_in_place,
-)
+from nm_permute_plugin.pruning.targets import refuse_sparse
+from nm_permute_plugin.specs.fold import Write, moved_along, write_in_place
 from nm_permute_plugin.specs.spec import ResolvedSpec
-
-FOLD_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-"""Largest relative change of the outputs that rounding explains, by dtype; 0.05 below."""
 
 
 @dataclass
@@ -87,47 +75,12 @@ def permute_and_prune(
         that are not finite, and for a recovery that cannot run
     :raises RuntimeError: if the fold changes the function of the model
     """
-    refuse_sparse(model, prunable, settings)
+    refuse_sparse(model, prunable, settings.pattern)
     learns_layers = settings.method == "learned" and settings.layer_wise
     if learns_layers or "blocks" in settings.recover.stages:
         decoder_layers(model, prunable)  # refuses before the work, not after
-    with _evaluating(model):
+    with evaluating(model):
         return _run(model, resolved, prunable, data, settings, write, hold)
-
-
-def refuse_inexact(
-    model: nn.Module,
-    resolved: ResolvedSpec,
-    sample: Batch,
-    write: Write = write_in_place,
-) -> None:
-    """
-    Try a spec with random permutations, before any work; the weights stay as they are.
-
-    :raises RuntimeError: if a fold changes the function of the model
-    """
-    perms = random_perms(resolved)
-    with _evaluating(model):
-        _fold(model, resolved, perms, None, sample, write)
-    fold(model, resolved, invert_all(perms), write)
-
-
-def refuse_sparse(
-    model: nn.Module, prunable: Sequence[str], settings: Settings
-) -> None:
-    """
-    Refuse a model whose weights are zero already where a mask would put zeros.
-
-    :raises ValueError: naming the first linear with as many zeros as the pattern asks for
-    """
-    for name in prunable:
-        weight = weight_of(linear(model, name))
-        zeros = float((weight == 0).float().mean())
-        if zeros >= 1 - settings.pattern.density:
-            raise ValueError(
-                f"{name} is sparse already: {zeros:.0%} of its weights are zero. Start "
-                "from the dense model, or add the layer to `ignore`."
-            )
 
 
 def _run(
@@ -149,7 +102,7 @@ def _run(
     after = problem.retained(masks)
     teacher = problem.teacher
     del problem  # and with it all scores
-    fold_error = _fold(model, resolved, found.perms, teacher, data.train[0], write)
+    fold_error = fold_model(model, resolved, found.perms, teacher, data.train[0], write)
     clock.lap("fold")
     recovered: list[StageRecord] = []
     if settings.prune:
@@ -197,71 +150,11 @@ def _find(
     return found, history
 
 
-def _fold(
-    model: nn.Module,
-    resolved: ResolvedSpec,
-    perms: Mapping[str, Permutation],
-    teacher: Teacher | None,
-    sample: Batch,
-    write: Write,
-) -> float:
-    """Fold, have the teacher follow, and return the relative change of the outputs."""
-
-    batch = on_device(first_sample(sample), model)
-
-    def outputs() -> dict[str, Tensor]:
-        found = answer(forward(model, batch))
-        refuse_not_finite(found)
-        return {"outputs": found}
-
-    tolerance = FOLD_TOLERANCE.get(next(model.parameters()).dtype, 0.05)
-    error = fold_checked(model, resolved, perms, outputs, tolerance, write)
-    logger.info(f"Folded {len(perms)} permutations; outputs moved by {error:.1e}")
-    if teacher is not None:
-        teacher.fold(_entering(model, resolved, perms))
-    return error
-
-
-def _entering(
-    model: nn.Module, resolved: ResolvedSpec, perms: Mapping[str, Permutation]
-) -> Permutation | None:
-    """
-    The permutation of the channels that enter the output layer, if one space orders
-    them.
-    """
-    find = getattr(model, "get_output_embeddings", lambda: None)
-    head = find()
-    names = {
-        f"{name}.weight" for name, module in model.named_modules() if module is head
-    }
-    for parameter in resolved.parameters:
-        if names & set(parameter.names):
-            (part, *others) = parameter.matrices[0][-1]
-            if others or part.heads:
-                return None
-            if part.space is None or part.space not in perms:
-                return torch.arange(part.length)
-            return perms[part.space]
-    return None
-
-
 def _student(
     model: nn.Module, masks: Mapping[str, Tensor], linears: Sequence[str]
 ) -> Student:
     device = next(model.parameters()).device
     return Student(model, {name: masks[name].to(device) for name in linears})
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the model without dropout, and give every module its own mode back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 class _Clock:

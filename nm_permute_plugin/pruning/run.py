@@ -15,11 +15,8 @@ from nm_permute_plugin.checkpoint.model_card import Card
 from nm_permute_plugin.checkpoint.saved_names import saved_names
 from nm_permute_plugin.checkpoint.saving import save_checkpoint
 from nm_permute_plugin.pruning.data import Data
-from nm_permute_plugin.pruning.pipeline import (
-    Record,
-    permute_and_prune,
-    refuse_inexact,
-)
+from nm_permute_plugin.pruning.folding import refuse_inexact
+from nm_permute_plugin.pruning.pipeline import Record, permute_and_prune
 from nm_permute_plugin.pruning.settings import Settings
 from nm_permute_plugin.pruning.targets import (
     base_model_of,
@@ -47,7 +44,7 @@ VERSIONED = (
 
 
 @dataclass(frozen=True)
-class Plan:
+class PrunePlan:
     """
     What a run will do to a model: everything that is known before any data is read.
 
@@ -65,7 +62,7 @@ class Plan:
     base_model: str
 
     @classmethod
-    def of(cls, model: nn.Module, settings: Settings) -> "Plan":
+    def of(cls, model: nn.Module, settings: Settings) -> "PrunePlan":
         """
         Match the targets and resolve the spec.
 
@@ -118,7 +115,7 @@ class Pruned:
     """
 
     settings: Settings
-    plan: Plan
+    plan: PrunePlan
     record: Record
     promised: Sequence[str]
 
@@ -169,11 +166,11 @@ def prune(model: nn.Module, data: Data, settings: Settings | None = None) -> Pru
 
     :param data: of ``read_samples``
     :param settings: the defaults of a recipe if None
-    :raises ValueError: as ``Plan.of`` and ``permute_and_prune``
+    :raises ValueError: as ``PrunePlan.of`` and ``permute_and_prune``
     :raises RuntimeError: if the fold changes the function of the model
     """
     settings = settings or Settings()
-    plan = Plan.of(model, settings)
+    plan = PrunePlan.of(model, settings)
     refuse_packed(plan.resolved)
     plan.log(settings)
     plan.try_spec(model, settings, data, write_in_place)

@@ -8,8 +8,14 @@ from typing import Any
 from torch import nn
 
 from nm_permute_plugin.checkpoint.config import AskedFormat, matches
+from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.pruning.settings import Settings
-from nm_permute_plugin.specs.conv1d import CONV1D, is_linear, is_transposed
+from nm_permute_plugin.specs.conv1d import (
+    CONV1D,
+    is_linear,
+    is_transposed,
+    weight_of,
+)
 from nm_permute_plugin.specs.spec import ResolvedSpec
 
 
@@ -90,6 +96,22 @@ def refuse_packed(resolved: ResolvedSpec) -> None:
                 f"{parameter.names[0]} packs the weights of experts, and N:M masks are "
                 "for Linear modules. `oneshot` unpacks it; without, call llm-compressor's "
                 "linearize_moe(model) first."
+            )
+
+
+def refuse_sparse(model: nn.Module, names: Sequence[str], pattern: NMPattern) -> None:
+    """
+    Refuse a model whose weights are zero already where a mask would put zeros.
+
+    :raises ValueError: naming the first linear with as many zeros as the pattern asks for
+    """
+    for name in names:
+        weight = weight_of(model.get_submodule(name))
+        zeros = float((weight == 0).float().mean())
+        if zeros >= 1 - pattern.density:
+            raise ValueError(
+                f"{name} is sparse already: {zeros:.0%} of its weights are zero. Start "
+                "from the dense model, or add the layer to `ignore`."
             )
 
 

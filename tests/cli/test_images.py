@@ -25,8 +25,8 @@ prune_stage:
   permutation_modifiers:
     LearnablePermutationModifier:
       method: learned
-      learn: {steps: 2}
-      search: {rounds: 2}
+      learn: {{steps: 2}}
+      search: {{rounds: 2}}
       ignore: [{ignore}]
 """
 
@@ -127,7 +127,7 @@ def test_a_fold_alone_changes_no_feature(
     dense, out = image_checkpoint(case, num_labels=3), tmp_path / "out"
     ignore = "lm_head" if case == "clip-vision" else "classifier"
     folding = RECIPE.format(ignore=ignore) + "      prune: false\n"
-    recipe.write_text(folding.replace("learned", "search"))
+    recipe.write_text(folding.replace("learned\n      learn: {steps: 2}", "search"))
     result = run("prune", dense, recipe, out, "--images", image_folder)
     assert result.exit_code == 0, result.output
     result = run("evaluate", out, "--images", image_folder, "--dense", dense)

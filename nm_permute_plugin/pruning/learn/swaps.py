@@ -19,10 +19,9 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from nm_permute_plugin.maths.assignment import order_by
-from nm_permute_plugin.maths.mask_gradients import grouped_mask, move_costs
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import Permutation, from_blocks, invert
-from nm_permute_plugin.maths.swaps import swap
+from nm_permute_plugin.maths.swaps import grouped_mask, move_costs, swap
 from nm_permute_plugin.pruning.learn.same_shape import (
     SameShape,
     fixed_masks,
