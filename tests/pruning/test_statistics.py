@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nm_permute_plugin.pruning.statistics import input_norms, token_mask
+from nm_permute_plugin.pruning.data import token_mask
+from nm_permute_plugin.pruning.statistics import input_norms
 
 NAMES = [
     "model.layers.0.self_attn.q_proj",

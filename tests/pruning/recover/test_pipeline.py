@@ -7,6 +7,8 @@ from typing import get_args
 
 import pytest
 import torch
+from nm_permute_plugin.pruning.samples import Samples
+from nm_permute_plugin.pruning.text import split_text
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -19,8 +21,6 @@ from nm_permute_plugin.pruning.pipeline import (
 from nm_permute_plugin.pruning.recover.blocks import BlockSettings
 from nm_permute_plugin.pruning.recover.distill import DistillSettings
 from nm_permute_plugin.pruning.recover.stages import RecoverSettings, Stage
-from nm_permute_plugin.pruning.samples import Samples
-from nm_permute_plugin.pruning.text import split_text
 
 STAGES = get_args(Stage)
 FROZEN = OrderSettings(NMPattern(2, 4), method="search")
