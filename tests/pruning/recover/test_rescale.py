@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from zoo_models import zoo_model
 
 from nm_permute_plugin.maths.masks import nm_mask
 from nm_permute_plugin.maths.pattern import NMPattern
@@ -63,6 +64,19 @@ def test_padding_does_not_count(tiny_model, tokens) -> None:
     padded = rescaled(student, [{"input_ids": tokens, "attention_mask": mask}])
     short = rescaled(student, [{"input_ids": tokens[:, :8]}])
     torch.testing.assert_close(padded[f"{K}.weight"], short[f"{K}.weight"])
+
+
+def test_padding_does_not_count_where_tokens_are_flattened(tokens) -> None:
+    model = zoo_model("qwen2moe-gqa")
+    name = "model.layers.1.mlp.shared_expert.down_proj"
+    weight = model.get_submodule(name).weight.detach()
+    student = Student(model, {name: nm_mask(weight.abs(), NMPattern(2, 4))})
+    tokens = tokens.clamp_min(1)  # 0 is the padding of this model
+    mask = torch.ones_like(tokens)
+    mask[:, 8:] = 0
+    padded = rescaled(student, [{"input_ids": tokens, "attention_mask": mask}])
+    short = rescaled(student, [{"input_ids": tokens[:, :8]}])
+    torch.testing.assert_close(padded[f"{name}.weight"], short[f"{name}.weight"])
 
 
 def test_a_row_that_gives_nothing_stays(tiny_model, tokens) -> None:

@@ -172,7 +172,7 @@ def test_distilling_obeys_the_micro_batch_size(
     rows: list[int] = []
     norm = parts.model.model.norm
     norm.register_forward_hook(
-        lambda module, inputs, out: out.requires_grad and rows.append(len(out))
+        lambda module, inputs, out: rows.append(len(out)) if out.requires_grad else None
     )
     memory = settings.memory.model_copy(update={"micro_batch_size": size})
     run(parts, data, settings.model_copy(update={"memory": memory}))
