@@ -136,6 +136,13 @@ class _BlockSettings(Frozen):
         sizes = range(m, min(max(wanted, m), segment) + 1, m)
         return max(size for size in sizes if segment % size == 0)
 
+    @model_validator(mode="after")
+    def _say_one_size(self) -> "_BlockSettings":
+        if self.blocks_per_space is not None:
+            because = f"blocks_per_space: {self.blocks_per_space}"
+            _refuse_unread(self, "block_size", "", because)
+        return self
+
 
 class SwapSettings(_BlockSettings):
     """
@@ -442,6 +449,7 @@ class Settings(Frozen):
             _refuse_unread(self, "loss", "", method)
         if self.method != "learned" and "end_to_end" not in self.recover.stages:
             _refuse_unread(self, "memory", "", method)
+            _refuse_unread(self.validation, "every", "validation.", method)
 
     def _fit_memory(self) -> None:
         memory = self.memory
