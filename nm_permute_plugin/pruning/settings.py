@@ -410,8 +410,10 @@ class Settings(Frozen):
     def _fit_together(self) -> "Settings":
         pattern = self.pattern
         for name in ("swaps", "published"):
-            size = getattr(self.learn, name).block_size
-            if size % pattern.m:
+            group = getattr(self.learn, name)
+            size = group.block_size
+            # The default is an upper bound: ``size_in`` finds what fits.
+            if size != type(group)().block_size and size % pattern.m:
                 raise ValueError(
                     f"learn.{name}.block_size={size} must be a multiple of M={pattern.m} "
                     f"in mask_structure={self.mask_structure!r}"

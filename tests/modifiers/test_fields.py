@@ -403,8 +403,11 @@ def test_fields_that_make_no_sense_are_refused(
         },
         {"method": "search", "search": {"rounds": 0}, "loss": {"cosine": 1}},
         {"prune": False} | learn("swaps"),
+        # No M but 2, 4, 8 ... divides the default size of a block.
+        {"mask_structure": "3:6", "method": "search"},
+        {"mask_structure": "1:3"} | learn("swaps"),
     ],
     ids=str,
 )
-def test_what_a_part_of_the_run_reads_is_taken(body: dict[str, Any]) -> None:
+def test_what_makes_sense_is_taken(body: dict[str, Any]) -> None:
     LearnablePermutationModifier(**body)
