@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Int
 from loguru import logger
 from torch import Tensor, nn
 
@@ -208,7 +209,7 @@ def _fold(
 
 def _entering(
     model: nn.Module, resolved: ResolvedSpec, perms: Mapping[str, Permutation]
-) -> Permutation | None:
+) -> Int[Tensor, " _channels"] | None:  # the others have other lengths
     """The permutation of the channels that enter the output layer, if one space orders them."""
     find = getattr(model, "get_output_embeddings", lambda: None)
     head = find()
