@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from zoo_models import zoo_model
+from zoo_models import zoo_batches, zoo_model
 
 from nm_permute_plugin.maths.masks import nm_mask
 from nm_permute_plugin.maths.pattern import NMPattern
@@ -77,6 +77,21 @@ def test_padding_does_not_count_where_tokens_are_flattened(tokens) -> None:
     padded = rescaled(student, [{"input_ids": tokens, "attention_mask": mask}])
     short = rescaled(student, [{"input_ids": tokens[:, :8]}])
     torch.testing.assert_close(padded[f"{name}.weight"], short[f"{name}.weight"])
+
+
+def test_padding_of_a_sample_with_images_does_not_count() -> None:
+    model = zoo_model("qwen2.5-vl")
+    (batch,) = zoo_batches(model, 1)
+    name = "model.language_model.layers.1.mlp.up_proj"
+    weight = model.get_submodule(name).weight.detach()
+    student = Student(model, {name: nm_mask(weight.abs(), NMPattern(2, 4))})
+    mask = torch.ones_like(batch["input_ids"])
+    mask[0, -4:] = 0
+    first, second = (
+        rescaled(student, [batch | {"input_ids": ids, "attention_mask": mask}])
+        for ids in (batch["input_ids"], batch["input_ids"].masked_fill(mask == 0, 7))
+    )
+    torch.testing.assert_close(first[f"{name}.weight"], second[f"{name}.weight"])
 
 
 def test_a_row_that_gives_nothing_stays(tiny_model, tokens) -> None:
