@@ -136,6 +136,13 @@ class _BlockSettings(Frozen):
         sizes = range(m, min(max(wanted, m), segment) + 1, m)
         return max(size for size in sizes if segment % size == 0)
 
+    @model_validator(mode="after")
+    def _say_one_size(self) -> "_BlockSettings":
+        if self.blocks_per_space is not None:
+            because = f"blocks_per_space: {self.blocks_per_space}"
+            _refuse_unread(self, "block_size", "", because)
+        return self
+
 
 class SwapSettings(_BlockSettings):
     """
@@ -404,8 +411,10 @@ class Settings(Frozen):
     def _fit_together(self) -> "Settings":
         pattern = self.pattern
         for name in ("swaps", "published"):
-            size = getattr(self.learn, name).block_size
-            if size % pattern.m:
+            group = getattr(self.learn, name)
+            size = group.block_size
+            # The default is an upper bound: ``size_in`` finds what fits.
+            if size != type(group)().block_size and size % pattern.m:
                 raise ValueError(
                     f"learn.{name}.block_size={size} must be a multiple of M={pattern.m} "
                     f"in mask_structure={self.mask_structure!r}"
@@ -443,6 +452,7 @@ class Settings(Frozen):
             _refuse_unread(self, "loss", "", method)
         if self.method != "learned" and "end_to_end" not in self.recover.stages:
             _refuse_unread(self, "memory", "", method)
+            _refuse_unread(self.validation, "every", "validation.", method)
 
     def _fit_memory(self) -> None:
         memory = self.memory

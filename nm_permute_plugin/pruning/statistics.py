@@ -60,7 +60,7 @@ def input_norms(
     sums: dict[str, Float[Tensor, " in"]] = {}
 
     def add(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        _add(sums, name, inputs[0].detach())
+        _add(sums, name, counted_rows(inputs[0].detach(), mask))
 
     tokens = 0
     parts = (part for batch in batches for part in without_padding(batch))
@@ -72,7 +72,8 @@ def input_norms(
         ),
     ):
         for part in tqdm(parts, desc="Measuring input norms"):
-            tokens += int(token_mask(part).sum())
+            mask = token_mask(part)  # of a sample with images: that is not cut
+            tokens += int(mask.sum())
             forward(model, on_device(part, model))
     if tokens == 0:
         raise ValueError("the calibration data holds no tokens; give the run a dataset")

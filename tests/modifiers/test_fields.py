@@ -1,185 +1,204 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The modifier's fields: what survives a recipe, and what is refused."""
+"""The fields of a recipe: what survives it, where they moved, and one set of defaults."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from llmcompressor.modifiers import Modifier
 from llmcompressor.recipe import Recipe
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from nm_permute_plugin.modifiers import LearnablePermutationModifier as Modifier
-from nm_permute_plugin.modifiers.fields import OrderFields
+from nm_permute_plugin.modifiers import LearnablePermutationModifier
+from nm_permute_plugin.modifiers.fields import MOVED
+from nm_permute_plugin.pruning.settings import Settings
 
-NOT_DEFAULT = {
-    "mask_structure": "4:8",
-    "score": "ria",
-    "method": "search",
-    "spaces": ["hidden"],
-    "targets": ["re:.*mlp.*_proj$"],
-    "ignore": ["re:.*gate_proj$"],
-    "prune": False,
-    "spec": {"model.norm.weight": "residual", "model.layers.{i}.{a,b}.bias?": "_"},
-    "steps": 7,
-    "batch_size": 3,
-    "micro_batch_size": 2,
-    "gradient_checkpointing": True,
-    "order_share": 0.5,
-    "swaps": 0.75,
-    "learning_rate": 0.5,
-    "temperature_start": 0.75,
-    "temperature_end": 0.25,
+PUBLISHED = {
     "block_size": 16,
-    "groups": 2,
-    "relaxation": "soft",
+    "rate": 0.5,
+    "weight_decay": 0.01,
+    "temperature": [0.75, 0.25],
     "start_logit": 1.5,
     "sinkhorn_iterations": 4,
-    "row_limit": 128,
-    "divergence_weight": 0.1,
-    "cross_entropy_weight": 0.2,
-    "hidden_weight": 0.3,
-    "cosine_weight": 0.4,
-    "weight_decay": 0.01,
-    "search_rounds": 2,
-    "score_multipliers": False,
-    "multiplier_rows": 4,
-    "multiplier_rate": 0.5,
-    "validation": 0.25,
-    "evaluate_every": 5,
-    "seed": 11,
 }
-
-# The sparse format stores 2:4 only: it goes with no other pattern.
-FORMAT = {"format": "sparse-24-bitmask"}
-# Nothing recovers without pruning: these go with no prune: false.
-RECOVER = {
-    "recover": ["rescale", "blocks", "end_to_end"],
-    "recover_window": 2,
-    "recover_epochs": 3,
-    "recover_steps": 5,
-    "recover_blocks_rate": 0.05,
-    "recover_end_to_end_rate": 0.02,
-}
-# Layers one by one need no help with memory.
-LAYER_WISE = {"objective": "layer_wise"}
-FIELDS = {
+BODIES: dict[str, dict[str, Any]] = {
     "default": {},
-    "not default": NOT_DEFAULT,
-    "sparse format": FORMAT,
-    "recover": RECOVER,
-    "layer-wise": LAYER_WISE,
+    "search": {
+        "mask_structure": "4:8",
+        "score": "ria",
+        "method": "search",
+        "spaces": ["hidden"],
+        "targets": ["re:.*mlp.*_proj$"],
+        "ignore": ["re:.*gate_proj$"],
+        "prune": False,
+        "spec": {"model.norm.weight": "residual", "model.layers.{i}.{a,b}.bias?": "_"},
+        "batch_size": 3,
+        "seed": 11,
+        "search": {"rounds": 2},
+        "validation": {"share": 0.25},
+    },
+    "swaps and multipliers": {
+        "learn": {
+            "stages": ["swaps", "multipliers"],
+            "steps": [7, 9],
+            "multipliers": {"rows": None, "rate": 0.5},
+            "swaps": {"share": 0.75, "row_limit": 128, "block_size": 16},
+        },
+        "loss": {
+            "divergence": 0.1,
+            "cross_entropy": 0.2,
+            "hidden": 0.3,
+            "cosine": 0.4,
+        },
+        "validation": {"every": 5},
+        "memory": {"micro_batch_size": 2, "gradient_checkpointing": True},
+    },
+    "swaps of a few blocks": {
+        "learn": {"stages": ["swaps"], "steps": 3, "swaps": {"blocks_per_space": 2}}
+    },
+    "soft": {"learn": {"stages": ["soft"], "published": PUBLISHED}},
+    "straight through": {
+        "learn": {"stages": ["straight_through"], "published": {"blocks_per_space": 2}}
+    },
+    "layer-wise": {"objective": "layer_wise"},
+    "sparse format": {"format": "sparse-24-bitmask"},  # stores 2:4 only
+    "recover": {
+        "recover": {
+            "stages": ["rescale", "blocks", "end_to_end"],
+            "blocks": {"window": 2, "epochs": 3, "rate": 0.05},
+            "end_to_end": {"steps": 5, "rate": 0.02},
+        }
+    },
 }
 
 
-def test_the_table_of_other_values_names_every_field_of_ours() -> None:
-    others = NOT_DEFAULT | FORMAT | RECOVER | LAYER_WISE
-    assert set(others) == set(OrderFields.model_fields)
-    default = Modifier()
-    assert [n for n, v in others.items() if getattr(default, n) == v] == []
+def leaves(of: BaseModel, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Every setting that is no group, by the path to it."""
+    for name in type(of).model_fields:
+        value = getattr(of, name)
+        if isinstance(value, BaseModel):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
-@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
-def test_fields_survive_yaml(fields: dict[str, object]) -> None:
-    modifier = Modifier(**fields)
-    read = Modifier.model_validate(
-        yaml.safe_load(yaml.safe_dump(modifier.model_dump()))
-    )
-    assert read == modifier
+def test_every_setting_has_another_value_than_its_default_in_some_recipe() -> None:
+    default = dict(leaves(Settings()))
+    changed = {
+        path
+        for body in BODIES.values()
+        for path, value in leaves(Settings.model_validate(body))
+        if value != default[path]
+    }
+    assert changed == set(default)
+
+
+def test_the_fields_of_the_modifier_are_those_of_the_settings() -> None:
+    ours = set(LearnablePermutationModifier.model_fields)
+    assert ours - set(Modifier.model_fields) == set(Settings.model_fields)
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_settings_are_those_of_the_body(body: dict[str, Any]) -> None:
+    modifier = LearnablePermutationModifier(**body)
+    assert modifier.settings() == Settings.model_validate(body)
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_fields_survive_yaml(body: dict[str, Any]) -> None:
+    modifier = LearnablePermutationModifier(**body)
+    dumped = yaml.safe_load(yaml.safe_dump(modifier.model_dump()))
+    read = LearnablePermutationModifier.model_validate(dumped)
+    assert read.settings() == modifier.settings()
     assert read.model_dump() == modifier.model_dump()
 
 
-@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
 def test_fields_survive_the_recipe_that_the_host_saves(
-    fields: dict[str, object], tmp_path: Path
+    body: dict[str, Any], tmp_path: Path
 ) -> None:
-    modifier = Modifier(**fields)
+    modifier = LearnablePermutationModifier(**body)
     Recipe.from_modifiers(modifier, "prune").yaml(str(tmp_path / "recipe.yaml"))
     (read,) = Recipe.create_instance(str(tmp_path / "recipe.yaml")).modifiers
-    assert type(read) is Modifier
-    for name in (*NOT_DEFAULT, *FORMAT, *RECOVER, *LAYER_WISE):
-        assert getattr(read, name) == getattr(modifier, name), name
+    assert type(read) is LearnablePermutationModifier
+    assert read.settings() == Settings.model_validate(body)
 
 
-def test_a_misspelt_field_is_refused() -> None:
-    with pytest.raises(ValidationError, match="learning_rat\n"):
-        Modifier(learning_rat=0.1)
+def test_there_is_one_set_of_defaults() -> None:
+    # A recipe cannot leave the whole body out: llm-compressor would not read it.
+    recipe = (
+        "prune_stage:\n  permutation_modifiers:\n"
+        '    LearnablePermutationModifier:\n      mask_structure: "2:4"\n'
+    )
+    (read,) = Recipe.create_instance(recipe).modifiers
+    default = Settings()
+    assert read.settings() == LearnablePermutationModifier().settings() == default
+    assert default == Settings.model_validate({})
+    for name, group in default:
+        if isinstance(group, BaseModel):
+            assert group == type(group)(), name
 
 
-REFUSED = {
-    "3:2 keeps more than there are": ({"mask_structure": "3:2"}, "0 < N < M"),
-    "2:0 has no group": ({"mask_structure": "2:0"}, "0 < N < M"),
-    "0:4 keeps nothing": ({"mask_structure": "0:4"}, "0 < N < M"),
-    "4:4 prunes nothing": ({"mask_structure": "4:4"}, "0 < N < M"),
-    "words are no pattern": ({"mask_structure": "two of four"}, "form 'N:M'"),
-    "a block cuts a group": ({"block_size": 6}, "multiple of M=4"),
-    "a block cuts an 8": ({"block_size": 12, "mask_structure": "4:8"}, "M=8"),
-    "the temperature rises": (
-        {"temperature_start": 0.1, "temperature_end": 0.2},
-        "temperature_end=0.2 is above temperature_start=0.1",
-    ),
-    "no loss": ({"divergence_weight": 0}, "all weights of the loss are 0"),
-    "nothing to do": (
-        {"method": "identity", "prune": False},
-        "identity with prune: false would change nothing",
-    ),
-    "scores of another's mask": (
-        {"score_multipliers": True, "prune": False},
-        "a mask that another modifier makes",
-    ),
-    "scores without moves": (
-        {"score_multipliers": True, "relaxation": "soft"},
-        "needs relaxation: insertion, not soft",
-    ),
-    "a rate of logits that are not there": (
-        {"learning_rate": 0.02},
-        "learning_rate=0.02 is of logits",
-    ),
-    "a decay of logits that are not there": (
-        {"weight_decay": 0.1},
-        "weight_decay=0.1 is of logits",
-    ),
-    "a recovery without a mask": (
-        {"recover": ["blocks"], "prune": False},
-        "there is no mask whose kept",
-    ),
-    "an empty recovery": ({"recover": []}, "one or more stages, each once"),
-    "a stage twice": ({"recover": ["blocks", "blocks"]}, "each once"),
-    "an unknown stage": ({"recover": ["magic"]}, "recover"),
-    "a stage that is no list": ({"recover": "blocks"}, "recover"),
-    "no window": ({"recover": ["blocks"], "recover_window": 0}, "recover_window"),
-    "a rate of 0": ({"recover_blocks_rate": 0}, "recover_blocks_rate"),
-    "a format that stores 2:4": (
-        {"mask_structure": "4:8"} | FORMAT,
-        "2:4 only, not 4:8",
-    ),
-    "an unknown format": ({"format": "sparse"}, "format"),
-    "a part larger than the batch": (
-        {"micro_batch_size": 9},
-        "micro_batch_size=9 is above batch_size=8",
-    ),
-    "layers run again one by one": (
-        LAYER_WISE | {"gradient_checkpointing": True},
-        "are for objective: end_to_end",
-    ),
-    "parts one by one": (LAYER_WISE | {"micro_batch_size": 2}, "one layer at a time"),
-    "an unknown objective": ({"objective": "blocks"}, "'end_to_end' or 'layer_wise'"),
-    "an unknown method": ({"method": "magic"}, "'learned', 'search' or 'identity'"),
-    "an unknown score": ({"score": "taste"}, "score"),
-    "an unknown space": ({"spaces": ["query"]}, "spaces"),
-    "no spaces": ({"spaces": []}, "spaces"),
-    "no targets": ({"targets": []}, "targets"),
-    "more than all steps": ({"order_share": 1.5}, "order_share"),
-    "no swaps": ({"swaps": 0}, "swaps"),
-    "no steps": ({"steps": 0}, "steps"),
-    "a temperature of 0": ({"temperature_end": 0}, "temperature_end"),
-    "a negative weight": ({"hidden_weight": -1}, "hidden_weight"),
-    "all rows held back": ({"validation": 1}, "validation"),
-}
+def test_settings_never_change() -> None:
+    settings = Settings()
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.seed = 1
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.learn.steps = 1
 
 
-@pytest.mark.parametrize(("fields", "message"), REFUSED.values(), ids=REFUSED)
-def test_fields_that_make_no_sense_are_refused(
-    fields: dict[str, object], message: str
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ({"targets": "Linear"}, {"targets": ["Linear"]}),
+        ({"ignore": "re:.*head"}, {"ignore": ["re:.*head"]}),
+        ({"spaces": "hidden"}, {"spaces": ["hidden"]}),
+        ({"learn": {"stages": "swaps"}}, {"learn": {"stages": ["swaps"]}}),
+        ({"recover": "blocks"}, {"recover": {"stages": ["blocks"]}}),
+        (
+            {"recover": ["blocks", "end_to_end"]},
+            {"recover": {"stages": ["blocks", "end_to_end"]}},
+        ),
+        ({"recover": {"stages": "rescale"}}, {"recover": {"stages": ["rescale"]}}),
+        ({"recover": []}, {}),
+    ],
+    ids=str,
+)
+def test_a_word_stands_for_a_list_of_one(
+    written: dict[str, Any], meant: dict[str, Any]
 ) -> None:
-    with pytest.raises(ValidationError, match=message):
-        Modifier(**fields)
+    read = LearnablePermutationModifier(**written).settings()
+    assert read == LearnablePermutationModifier(**meant).settings()
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_a_flat_field_of_before_is_told_its_new_place(name: str) -> None:
+    with pytest.raises(ValidationError) as refusal:
+        LearnablePermutationModifier(**{name: 1})
+    assert f"the field {name} has moved: write {MOVED[name]}" in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_the_new_place_of_a_flat_field_is_one(name: str) -> None:
+    """What stands in the message up to the first comma that is outside of braces."""
+    place = MOVED[name]
+    depth, end = 0, len(place)
+    for at, letter in enumerate(place):
+        depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(letter, 0)
+        if letter == "," and not depth:
+            end = at
+            break
+    assert name not in Settings.model_fields
+    paths = set(dict(leaves(Settings())))
+    written = yaml.safe_load(place[:end])
+    assert {path for path in _paths(written) if path not in paths} == set()
+
+
+def _paths(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in node.items():
+        if isinstance(value, dict):
+            yield from _paths(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"

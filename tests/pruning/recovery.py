@@ -6,12 +6,12 @@ from torch import Tensor, nn
 
 from nm_permute_plugin.maths.masks import nm_mask
 from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.pruning.recover.student import KeptWeights
+from nm_permute_plugin.pruning.recover.student import Student
 
 
-def kept_of(model: nn.Module, only: str = "") -> KeptWeights:
-    """What magnitude masks keep of every linear but the head."""
-    return KeptWeights(
+def student_of(model: nn.Module, only: str = "") -> Student:
+    """The student of magnitude masks of every linear but the head."""
+    return Student(
         model,
         {
             name: nm_mask(module.weight.detach().abs().float(), NMPattern(2, 4))
@@ -21,25 +21,25 @@ def kept_of(model: nn.Module, only: str = "") -> KeptWeights:
     )
 
 
-def planted(model: nn.Module, noise: float = 0.3) -> KeptWeights:
+def planted(model: nn.Module, noise: float = 0.3) -> Student:
     """
-    A dense model that its masks cost nothing, and kept weights that are wrong.
+    A student whose masks cost the dense model nothing, and whose weights are wrong.
 
     Training can regain all that was lost.
     """
-    kept = kept_of(model)
+    student = student_of(model)
     generator = torch.Generator().manual_seed(3)
-    for name, value in kept.values.items():
+    for name, value in student.values.items():
         owner, _, leaf = name.rpartition(".")
         with torch.no_grad():
             getattr(model.get_submodule(owner), leaf).copy_(value)
         wrong = noise * torch.randn(value.shape, generator=generator).to(value)
-        kept.values[name] = value + wrong * value.abs()
-    return kept
+        student.values[name] = value + wrong * value.abs()
+    return student
 
 
-def values_of(kept: KeptWeights) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in kept.values.items()}
+def values_of(student: Student) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in student.values.items()}
 
 
 def differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:

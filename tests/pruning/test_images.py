@@ -2,33 +2,19 @@
 """Models that take images go the whole way, whatever their output is."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
-from zoo_models import zoo_batches, zoo_linears, zoo_model
+from whole_runs import resolved_of
+from zoo_models import CASES, tiny, zoo_batches, zoo_linears, zoo_model
 
-from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.pruning.data import read_samples
-from nm_permute_plugin.pruning.learn.loop import LearnSettings
-from nm_permute_plugin.pruning.learn.order_shape import OrderShape
-from nm_permute_plugin.pruning.pipeline import (
-    Objective,
-    OrderSettings,
-    Record,
-    permute_and_prune,
-)
-from nm_permute_plugin.pruning.recover.blocks import BlockSettings
-from nm_permute_plugin.pruning.recover.distill import DistillSettings
-from nm_permute_plugin.pruning.recover.stages import RecoverSettings, Stage
-from nm_permute_plugin.pruning.running.loss import LossWeights, answer
-from nm_permute_plugin.pruning.samples import Samples
-from nm_permute_plugin.pruning.statistics import first_sample, input_norms
-from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
-from nm_permute_plugin.specs.spec import ResolvedSpec, resolve
+from nm_permute_plugin.pruning.data import first_sample, read_samples
+from nm_permute_plugin.pruning.pipeline import Record, permute_and_prune
+from nm_permute_plugin.pruning.running.loss import answer
+from nm_permute_plugin.pruning.settings import RecoverStage, Settings
+from nm_permute_plugin.pruning.statistics import input_norms, output_sensitivity
 
-PATTERN = NMPattern(2, 4)
 IMAGES = [
     "vit-labels", "vit-bare", "deit-teacher", "dinov2-labels", "dinov2-bare",
     "dinov2-swiglu-three-heads", "clip-vision", "siglip-vision", "siglip-vision-no-head",
@@ -37,54 +23,44 @@ ENCODERS = ["bertmodel", "bertforsequenceclassification", "bertfortokenclassific
 BOTH = ["qwen2-vl", "qwen2.5-vl"]
 SAVING = {
     "layer_wise": {"objective": "layer_wise"},
-    "micro batches": {"micro_batch_size": 2},
+    "micro batches": {"memory": {"micro_batch_size": 2}},
 }
-HIDDEN = LossWeights(divergence=1.0, hidden=0.1, cosine=1.0)
-
-
-def samples_for(model: nn.Module) -> Samples:
-    return read_samples(model, zoo_batches(model), 3, 0.25, seed=0)
-
-
-def resolved_of(model: nn.Module, prunable: list[str]) -> ResolvedSpec:
-    return resolve(model, spec_of(model), PATTERN, prunable, head_dim_of(model.config))
+HIDDEN = {"hidden": 0.1, "cosine": 1.0}
+FAST = {
+    "search": {"rounds": 2},
+    "learn": {"stages": "swaps", "steps": 2, "swaps": {"block_size": 4}},
+    "validation": {"every": 1},
+}
+STAGES = {
+    "rescale": {},
+    "blocks": {"blocks": {"epochs": 1}},
+    "end_to_end": {"end_to_end": {"steps": 2}},
+}
 
 
 def run(
     model: nn.Module,
-    stages: tuple[Stage, ...] = (),
-    loss: LossWeights | None = None,
+    stages: tuple[RecoverStage, ...] = (),
     prunable: list[str] | None = None,
-    objective: Objective = "end_to_end",
-    micro_batch_size: int | None = None,
+    **changes: object,
 ) -> Record:
     prunable = zoo_linears(model) if prunable is None else prunable
-    loss = loss or LossWeights()
-    settings = OrderSettings(
-        PATTERN,
-        objective=objective,
-        learn=LearnSettings(
-            steps=2,
-            evaluate_every=1,
-            shape=OrderShape(block_size=4),
-            loss=loss,
-            micro_batch_size=micro_batch_size,
-        ),
-        search_rounds=2,
-        recover=RecoverSettings(
-            stages=stages,
-            blocks=BlockSettings(epochs=1),
-            distill=DistillSettings(steps=2, loss=loss),
-        ),
-    )
+    recover: dict[str, object] = {"stages": stages}
+    for stage in stages:
+        recover |= STAGES[stage]
+    settings = Settings.model_validate(FAST | {"recover": recover} | changes)
+    data = read_samples(model, zoo_batches(model), 3, 0.25, seed=0)
     resolved = resolved_of(model, prunable)
-    return permute_and_prune(model, resolved, prunable, samples_for(model), settings)
+    return permute_and_prune(model, resolved, prunable, data, settings)
 
 
 @pytest.mark.parametrize("case", [*IMAGES, *ENCODERS, *BOTH])
-def test_a_model_is_ordered_pruned_and_recovered(case: str) -> None:
+def test_a_model_is_permuted_pruned_and_recovered(case: str) -> None:
     model = zoo_model(case)
-    both: tuple[Stage, ...] = ("rescale", "end_to_end")  # no list holds both towers
+    both: tuple[RecoverStage, ...] = (
+        "rescale",
+        "end_to_end",
+    )  # no list holds both towers
     record = run(model, both if case in BOTH else ("rescale", "blocks", "end_to_end"))
     assert record.fold_error < 1e-5
     assert record.perms
@@ -120,9 +96,9 @@ def test_bf16_models_take_pixels_of_float32(case: str) -> None:
         {k: v.float() if v.is_floating_point() else v for k, v in batch.items()}
         for batch in zoo_batches(model)
     ]
-    samples = read_samples(model, batches, 3, 0.25, seed=0)
+    data = read_samples(model, batches, 3, 0.25, seed=0)
     names = zoo_linears(model)
-    norms = input_norms(model, names, samples.train)
+    norms = input_norms(model, names, data.train)
     assert {bool((norm > 0).all()) for norm in norms.values()} == {True}
 
 
@@ -207,11 +183,11 @@ def test_the_first_sample_is_one_row_or_all_of_a_sample_with_images() -> None:
 @pytest.mark.parametrize(
     ("case", "loss", "message"),
     [
-        ("vit-labels", replace(HIDDEN, cross_entropy=1.0), "is for language models"),
-        ("bertmodel", LossWeights(cross_entropy=1.0), "is for language models"),
+        ("vit-labels", HIDDEN | {"cross_entropy": 1.0}, "is for language models"),
+        ("bertmodel", {"cross_entropy": 1.0}, "is for language models"),
         (
             "bertforsequenceclassification",
-            LossWeights(cross_entropy=1.0),
+            {"cross_entropy": 1.0},
             "is for language models",
         ),
     ],
@@ -227,3 +203,41 @@ def test_an_output_with_nothing_to_compare_is_refused() -> None:
         out = model(**zoo_batches(model, 1)[0])
     with pytest.raises(ValueError, match="logits_per_image.* has neither logits nor"):
         answer(out)
+
+
+def one_label(architecture: str) -> nn.Module:
+    """A reward model: one number for a row of text."""
+    name, config, options = CASES[architecture]
+    return tiny(name, config, options | {"num_labels": 1}, torch.float32)
+
+
+ONE_LABEL = ["llamaforsequenceclassification", "bertforsequenceclassification"]
+
+
+@pytest.mark.parametrize("case", ONE_LABEL)
+def test_one_label_has_finite_statistics(case: str) -> None:
+    model = one_label(case)
+    names = zoo_linears(model)
+    batches = zoo_batches(model)
+    for measured in (
+        input_norms(model, names, batches),
+        output_sensitivity(model, names, batches, seed=0),
+    ):
+        for name, values in measured.items():
+            assert bool(values.isfinite().all()), name
+            assert float(values.max()) > float(values.min()), name
+
+
+@pytest.mark.parametrize("case", ONE_LABEL)
+@pytest.mark.parametrize("method", ["search", "learned"])
+def test_one_label_is_pruned_and_recovered(case: str, method: str) -> None:
+    model = one_label(case)
+    learned = {} if method == "learned" else {"learn": {}}
+    record = run(model, ("rescale", "blocks", "end_to_end"), method=method, **learned)
+    assert record.fold_error < 1e-5
+    losses = [entry["validation"] for entry in record.history]
+    assert 0 < min(losses) < 100
+    assert 0.5 < record.retained[1] < 1
+    for name in zoo_linears(model):
+        groups = (model.get_submodule(name).weight != 0).unflatten(1, (-1, 4)).sum(-1)
+        assert bool((groups <= 2).all()), name

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weight of a row is how far an error of its output moves the predictions."""
+"""The sensitivity of an output is how far its errors move the predictions."""
 
 from collections.abc import Callable
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nm_permute_plugin.pruning import energy
-from nm_permute_plugin.pruning.energy import row_weights
+from nm_permute_plugin.pruning import statistics
+from nm_permute_plugin.pruning.statistics import output_sensitivity
 
 
 @pytest.fixture
@@ -53,27 +53,29 @@ def divergence_of_nudges(
 @pytest.mark.parametrize(
     "name", ["model.layers.0.mlp.up_proj", "model.layers.1.self_attn.o_proj"]
 )
-def test_rows_weigh_what_their_errors_cost(tiny_model, batches, name: str) -> None:
+def test_outputs_are_as_sensitive_as_their_errors_cost(
+    tiny_model, batches, name: str
+) -> None:
     model = tiny_model("llama").double().eval()
-    weights = row_weights(model, names_of(model), batches, seed=0)[name]
+    sensitivity = output_sensitivity(model, names_of(model), batches, seed=0)[name]
     cost = divergence_of_nudges(model, name, batches, 1e-3).sqrt()
     # A single draw a token is noisy; costs differ by far more.
-    assert float(torch.corrcoef(torch.stack([weights.double(), cost]))[0, 1]) > 0.8
+    assert float(torch.corrcoef(torch.stack([sensitivity.double(), cost]))[0, 1]) > 0.8
     assert float(cost.max() / cost.min()) > 1.5
 
 
 def test_they_are_relative_to_all_outputs(tiny_model, batches) -> None:
     model = tiny_model("llama").eval()
-    weights = row_weights(model, names_of(model), batches, seed=0)
-    every = torch.cat(list(weights.values()))
-    assert set(weights) == set(names_of(model))
+    sensitivity = output_sensitivity(model, names_of(model), batches, seed=0)
+    every = torch.cat(list(sensitivity.values()))
+    assert set(sensitivity) == set(names_of(model))
     assert float(every.square().mean()) == pytest.approx(1, rel=1e-4)
 
 
-def test_the_same_seed_gives_the_same_weights(tiny_model, batches) -> None:
+def test_the_same_seed_gives_the_same_sensitivity(tiny_model, batches) -> None:
     model = tiny_model("llama").eval()
     one, same, other = (
-        row_weights(model, names_of(model), batches, seed) for seed in (0, 0, 1)
+        output_sensitivity(model, names_of(model), batches, seed) for seed in (0, 0, 1)
     )
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not all(torch.equal(one[name], other[name]) for name in one)
@@ -82,7 +84,7 @@ def test_the_same_seed_gives_the_same_weights(tiny_model, batches) -> None:
 def test_the_model_is_left_as_it_was(tiny_model, batches) -> None:
     model = tiny_model("llama").eval()
     before = {n: p.clone() for n, p in model.named_parameters()}
-    row_weights(model, names_of(model), batches, seed=0)
+    output_sensitivity(model, names_of(model), batches, seed=0)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name])
         assert parameter.requires_grad
@@ -96,15 +98,15 @@ def test_the_model_is_left_as_it_was(tiny_model, batches) -> None:
 def test_only_the_first_samples_are_used(
     tiny_model, batches, monkeypatch, samples: int, tokens: int, expected: int
 ) -> None:
-    monkeypatch.setattr(energy, "MOST_SAMPLES", samples)
-    monkeypatch.setattr(energy, "MOST_TOKENS", tokens)
+    monkeypatch.setattr(statistics, "MOST_SAMPLES", samples)
+    monkeypatch.setattr(statistics, "MOST_TOKENS", tokens)
     model = tiny_model("llama").eval()
     seen: list[int] = []
     count: Callable[..., None] = lambda module, inputs, out: seen.append(len(out))  # noqa: E731
     hook = model.get_submodule("model.layers.0.mlp.up_proj").register_forward_hook(
         count
     )
-    row_weights(model, names_of(model), batches, seed=0)
+    output_sensitivity(model, names_of(model), batches, seed=0)
     hook.remove()
     assert seen == [1] * expected
 
@@ -114,17 +116,17 @@ def test_what_is_padding_does_not_count(tiny_model, batches) -> None:
     ids = batches[0]["input_ids"]
     padded = F.pad(ids, (0, 4), value=7)
     mask = F.pad(torch.ones_like(ids), (0, 4))
-    plain = row_weights(model, names_of(model), [{"input_ids": ids}], 0)
+    plain = output_sensitivity(model, names_of(model), [{"input_ids": ids}], 0)
     batch = {"input_ids": padded, "attention_mask": mask}
-    other = row_weights(model, names_of(model), [batch], 0)
+    other = output_sensitivity(model, names_of(model), [batch], 0)
     for name in plain:
         torch.testing.assert_close(other[name], plain[name], rtol=1e-3, atol=1e-4)
 
 
-def test_a_linear_that_nothing_reaches_has_the_least_weight(
+def test_a_linear_that_nothing_reaches_is_the_least_sensitive(
     tiny_model, batches
 ) -> None:
     model = tiny_model("llama").eval()
     model.spare = nn.Linear(8, 4)
-    weights = row_weights(model, [*names_of(model)], batches, seed=0)
-    assert torch.equal(weights["spare"], torch.full((4,), energy.LEAST**0.5))
+    sensitivity = output_sensitivity(model, names_of(model), batches, seed=0)
+    assert torch.equal(sensitivity["spare"], torch.full((4,), statistics.FLOOR**0.5))

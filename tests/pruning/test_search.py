@@ -1,5 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The search never loses score, stays inside segments and finds planted groups."""
+"""
+The search never loses score, stays inside segments and finds planted groups.
+
+Many spaces at once are found as each alone, and validation chooses among what was found.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +19,33 @@ from torch import Tensor
 from nm_permute_plugin.maths.masks import retained_score
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import check_permutation, invert
-from nm_permute_plugin.pruning.search import deal, insertion_gain, search_order
+from nm_permute_plugin.pruning.problem import SpaceScores
+from nm_permute_plugin.pruning.search import Perms, search
+from nm_permute_plugin.specs.spec import Consumer, Space
 
 PATTERNS = ["2:4", "1:2", "1:4", "3:4", "4:8"]
+TWO_OF_FOUR = NMPattern(2, 4)
+
+
+def found(
+    score: Tensor,
+    pattern: NMPattern,
+    segment: int | None = None,
+    rounds: int = 12,
+    seed: int = 0,
+) -> Tensor:
+    """The permutation of one space after the last round, whatever the model says."""
+    size = score.shape[1]
+    space = Space("hidden.0", size, segment or size, (Consumer("down"),))
+    spaces = {"hidden.0": SpaceScores.of(space, {"down": score})}
+    perms, _ = search(spaces, pattern, rounds, seed, newest())
+    return perms["hidden.0"]
+
+
+def newest() -> Callable[[Perms], float]:
+    """A validation that likes what it saw last."""
+    count = itertools.count()
+    return lambda perms: -float(next(count))
 
 
 def random_score(seed: int, rows: int, channels: int) -> Tensor:
@@ -27,7 +59,7 @@ def planted_score(
     pattern: NMPattern, groups: int, rows: int, seed: int
 ) -> tuple[Tensor, Tensor]:
     """
-    Scores and an order that retains them all.
+    Scores and a permutation that retains them all.
 
     Every row has N scores in every planted group and zeros elsewhere, so that the
     planted grouping loses nothing; then the channels are shuffled.
@@ -46,11 +78,11 @@ def test_the_search_never_retains_less_than_the_start(
 ) -> None:
     pattern = NMPattern.parse(text)
     score = random_score(seed, rows=9, channels=groups * pattern.m)
-    order = search_order(score, pattern, seed=seed)
-    check_permutation(order)
+    perm = found(score, pattern, seed=seed)
+    check_permutation(perm)
     before = retained_score(score, pattern)
     # The assignment sees gains in float32.
-    assert retained_score(score[:, order], pattern) >= before * (1 - 1e-6)
+    assert retained_score(score[:, perm], pattern) >= before * (1 - 1e-6)
 
 
 @given(st.integers(0, 9999), st.sampled_from(PATTERNS))
@@ -58,113 +90,222 @@ def test_more_rounds_never_retain_less(seed: int, text: str) -> None:
     pattern = NMPattern.parse(text)
     score = random_score(seed, rows=9, channels=4 * pattern.m)
     kept = [
-        retained_score(score[:, search_order(score, pattern, rounds=rounds)], pattern)
-        for rounds in (1, 3, 9)
+        retained_score(score[:, found(score, pattern, rounds=rounds)], pattern)
+        for rounds in (3, 6, 12)
     ]
     assert kept[1] >= kept[0] * (1 - 1e-6)
     assert kept[2] >= kept[1] * (1 - 1e-6)
 
 
-def test_an_order_that_cannot_be_bettered_is_kept() -> None:
-    score, planted = planted_score(NMPattern(2, 4), groups=6, rows=40, seed=3)
+def test_groups_that_cannot_be_bettered_are_kept() -> None:
+    score, planted = planted_score(TWO_OF_FOUR, groups=6, rows=40, seed=3)
     best = score[:, planted]
-    order = search_order(best, NMPattern(2, 4))
-    assert same_groups(order, torch.arange(24), 4)
+    perm = found(best, TWO_OF_FOUR)
+    assert same_groups(perm, torch.arange(24), 4)
 
 
 @pytest.mark.parametrize("text", ["2:4", "1:2", "1:4", "3:4"])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_planted_order_is_found(text: str, seed: int) -> None:
+def test_planted_groups_are_found(text: str, seed: int) -> None:
     pattern = NMPattern.parse(text)
     score, planted = planted_score(pattern, groups=4, rows=256, seed=seed)
     total = float(score.double().sum())
     assert retained_score(score[:, planted], pattern) == pytest.approx(total, rel=1e-6)
     assert retained_score(score, pattern) < 0.95 * total
-    order = search_order(score, pattern, rounds=200, seed=seed)
-    assert same_groups(order, planted, pattern.m)
-    assert retained_score(score[:, order], pattern) == pytest.approx(total, rel=1e-6)
+    perm = found(score, pattern, rounds=200, seed=seed)
+    assert same_groups(perm, planted, pattern.m)
+    assert retained_score(score[:, perm], pattern) == pytest.approx(total, rel=1e-6)
 
 
 @pytest.mark.parametrize("segment", [4, 8, 16])
-def test_channels_stay_inside_their_walls(segment: int) -> None:
+def test_channels_stay_inside_their_segments(segment: int) -> None:
     score = random_score(0, rows=12, channels=32)
-    order = search_order(score, NMPattern(2, 4), segment=segment)
-    check_permutation(order)
-    assert torch.equal(order // segment, torch.arange(32) // segment)
+    perm = found(score, TWO_OF_FOUR, segment=segment)
+    check_permutation(perm)
+    assert torch.equal(perm // segment, torch.arange(32) // segment)
 
 
-def test_a_wall_is_searched_as_if_it_stood_alone() -> None:
+def test_a_segment_is_searched_as_if_it_stood_alone() -> None:
     score = random_score(0, rows=12, channels=16)
     beside = torch.cat([score, random_score(1, rows=12, channels=16)], dim=1)
-    alone = search_order(score, NMPattern(2, 4), seed=4)
-    assert torch.equal(
-        search_order(beside, NMPattern(2, 4), segment=16, seed=4)[:16], alone
-    )
+    alone = found(score, TWO_OF_FOUR, seed=4)
+    assert torch.equal(found(beside, TWO_OF_FOUR, segment=16, seed=4)[:16], alone)
 
 
-def test_the_same_seed_gives_the_same_order() -> None:
+def test_the_same_seed_gives_the_same_permutation() -> None:
     score = random_score(0, rows=12, channels=64)
-    first, again = (search_order(score, NMPattern(2, 4), seed=7) for _ in range(2))
-    others = [search_order(score, NMPattern(2, 4), seed=seed) for seed in (8, 9)]
+    first, again = (found(score, TWO_OF_FOUR, seed=7) for _ in range(2))
+    others = [found(score, TWO_OF_FOUR, seed=seed) for seed in (8, 9)]
     assert torch.equal(first, again)
     assert not all(torch.equal(first, other) for other in others)
 
 
 def test_the_search_leaves_the_callers_random_numbers() -> None:
     state = torch.random.get_rng_state()
-    search_order(random_score(0, rows=12, channels=16), NMPattern(2, 4))
+    found(random_score(0, rows=12, channels=16), TWO_OF_FOUR)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_equal_scores_are_no_obstacle() -> None:
-    order = search_order(torch.zeros(3, 16), NMPattern(2, 4))
-    assert torch.equal(order.sort().values, torch.arange(16))
+    perm = found(torch.zeros(3, 16), TWO_OF_FOUR)
+    assert torch.equal(perm.sort().values, torch.arange(16))
 
 
-def test_a_wall_that_m_does_not_divide_is_refused() -> None:
+def test_a_segment_that_m_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="M=4 does not divide the 6 channels"):
-        search_order(torch.ones(2, 12), NMPattern(2, 4), segment=6)
+        found(torch.ones(2, 12), TWO_OF_FOUR, segment=6)
 
 
 def test_a_score_that_is_not_finite_is_refused() -> None:
     score = torch.ones(2, 8)
     score[1, 5] = float("nan")
     with pytest.raises(ValueError, match="finite"):
-        search_order(score, NMPattern(2, 4))
+        found(score, TWO_OF_FOUR)
 
 
-@given(st.integers(0, 9999), st.integers(1, 6), st.integers(1, 6), st.integers(1, 40))
-def test_the_insertion_gain_is_the_sum_of_what_exceeds_the_threshold(
-    seed: int, channels: int, groups: int, rows: int
+def spaces_of(count: int) -> dict[str, SpaceScores]:
+    """Spaces of different sizes; every second one has segments of 8 channels."""
+    generator = torch.Generator().manual_seed(7)
+    spaces = {}
+    for i in range(count):
+        size = 16 + 8 * i
+        segment = 8 if i % 2 else size
+        space = Space(f"hidden.{i}", size, segment, (Consumer(f"down.{i}"),))
+        score = torch.randn(12, size, generator=generator).exp()
+        spaces[space.name] = SpaceScores.of(space, {f"down.{i}": score})
+    return spaces
+
+
+def assert_same(first: Perms, second: Perms) -> None:
+    assert list(first) == list(second)
+    assert [n for n in first if not torch.equal(first[n], second[n])] == []
+
+
+def by_score(spaces: dict[str, SpaceScores]) -> Callable[[Perms], float]:
+    """A validation that likes what retains most."""
+
+    def validate(perms: Perms) -> float:
+        return -sum(
+            retained_score(spaces[name].score[:, perm], TWO_OF_FOUR)
+            for name, perm in perms.items()
+        )
+
+    return validate
+
+
+def searched(spaces: dict[str, SpaceScores], rounds: int = 6, seed: int = 0) -> Perms:
+    return search(spaces, TWO_OF_FOUR, rounds, seed, by_score(spaces))[0]
+
+
+def test_spaces_searched_at_once_equal_spaces_searched_alone() -> None:
+    alone = {
+        name: found(of.score, TWO_OF_FOUR, of.space.segment, rounds=6, seed=2)
+        for name, of in spaces_of(6).items()
+    }
+    assert_same(searched(spaces_of(6), seed=2), alone)
+
+
+@pytest.mark.parametrize("most", [1, 500])
+def test_it_does_not_matter_how_many_spaces_go_together(
+    monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    inserted = torch.rand(rows, channels, generator=generator)
-    threshold = torch.rand(rows, groups, generator=generator)
-    direct = (inserted.double()[:, :, None] - threshold.double()[:, None]).relu().sum(0)
-    gain = insertion_gain(inserted.T, threshold.T)
-    torch.testing.assert_close(gain.double(), direct, rtol=1e-4, atol=1e-4)
+    # Twelve spaces of two shapes: all of a shape at a time, two, or each alone.
+    spaces = {
+        f"hidden.{i}": replace(
+            of, space=replace(of.space, name=f"hidden.{i}"), score=of.score + i
+        )
+        for i, of in enumerate(list(spaces_of(2).values()) * 6)
+    }
+    whole = searched(spaces, rounds=3)
+    monkeypatch.setattr("nm_permute_plugin.pruning.search.MOST_SCORES", most)
+    assert_same(whole, searched(spaces, rounds=3))
 
 
-@pytest.mark.parametrize("text", PATTERNS)
-def test_the_insertion_gain_is_the_change_of_the_retained_score(text: str) -> None:
-    pattern = NMPattern.parse(text)
-    companions = random_score(1, rows=20, channels=pattern.m - 1)
-    channel = random_score(2, rows=20, channels=1)
-    ranked = companions.sort(dim=1, descending=True).values
-    threshold = ranked[:, pattern.n - 1, None]
-    with_it = retained_score(torch.cat([companions, channel], dim=1), pattern)
-    without = float(ranked[:, : pattern.n].double().sum())
-    gain = float(insertion_gain(channel.T, threshold.T))
-    assert gain == pytest.approx(with_it - without, rel=1e-4, abs=1e-4)
+def test_every_space_stays_inside_its_segments_and_retains_more() -> None:
+    spaces = spaces_of(4)
+    for name, perm in searched(spaces).items():
+        score, segment = spaces[name].score, spaces[name].space.segment
+        assert torch.equal(perm // segment, torch.arange(len(perm)) // segment)
+        before = retained_score(score, TWO_OF_FOUR)
+        assert retained_score(score[:, perm], TWO_OF_FOUR) > before
 
 
-@pytest.mark.parametrize("m", [2, 4, 8])
-def test_dealing_spreads_the_strongest_channels(m: int) -> None:
-    groups = 6
-    score = random_score(0, rows=5, channels=groups * m)
-    order = deal(score, m)
-    check_permutation(order)
-    strength = score.sum(0).argsort(descending=True).argsort()
-    # Each group holds one channel of every rank band.
-    bands = (strength[order] // groups).reshape(groups, m).sort(dim=-1).values
-    assert torch.equal(bands, torch.arange(m).expand(groups, m))
+def test_some_of_the_rows_find_a_permutation_for_all(
+    monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    """Channels that are alike stand together; every row would rather part them."""
+    channels = torch.arange(32) // 4
+    score = torch.rand(600, 8, generator=generator)[:, channels]
+    score = score + 0.1 * torch.rand(600, 32, generator=generator)
+    spaces = {"hidden.0": SpaceScores(Space("hidden.0", 32, 32), score, (600,))}
+    retained = {}
+    for most in (1 << 28, 600 * 32 // 5):
+        name = "nm_permute_plugin.pruning.search.MOST_SCORES_OF_A_SPACE"
+        monkeypatch.setattr(name, most)
+        (perm,) = searched(spaces, rounds=12).values()
+        retained[most] = retained_score(score[:, perm], TWO_OF_FOUR)
+    before = retained_score(score, TWO_OF_FOUR)
+    whole, part = (value - before for value in retained.values())
+    assert whole > 0
+    assert part > 0.9 * whole
+
+
+@pytest.mark.parametrize("favourite", range(5))
+def test_the_permutations_with_the_least_validation_loss_are_kept(
+    favourite: int,
+) -> None:
+    seen: list[Perms] = []
+
+    def validate(perms: Perms) -> float:
+        seen.append(perms)
+        return abs(favourite - len(seen) + 1)
+
+    best, history = search(spaces_of(3), TWO_OF_FOUR, 12, 0, validate)
+    assert len(seen) == 5
+    assert_same(best, seen[favourite])
+    losses = [entry["validation"] for entry in history]
+    assert losses == [max(0, favourite - number) for number in range(5)]
+    assert [entry["round"] for entry in history] == [0, 3, 6, 9, 12]
+
+
+@pytest.mark.parametrize(("rounds", "last"), [(0, 0), (1, 3), (4, 6)])
+def test_rounds_are_rounded_up_to_the_next_validation(rounds: int, last: int) -> None:
+    _, history = search(spaces_of(1), TWO_OF_FOUR, rounds, 0, newest())
+    assert history[-1]["round"] == last
+
+
+def test_permutations_that_make_the_model_worse_are_not_taken() -> None:
+    count = itertools.count()
+    perms, _ = search(spaces_of(3), TWO_OF_FOUR, 4, 0, lambda _: float(next(count)))
+    for perm in perms.values():
+        assert torch.equal(perm, torch.arange(len(perm)))
+
+
+def test_the_permutations_of_one_family_are_taken_where_the_others_do_harm() -> None:
+    """A validation that dislikes whatever moves in a residual space."""
+    spaces = spaces_of(2)
+    space = Space("residual", 16, 16, (Consumer("down.0"),))
+    spaces["residual"] = replace(spaces["hidden.0"], space=space)
+    liked = by_score(spaces)
+
+    def validate(perms: Perms) -> float:
+        moved = not torch.equal(perms["residual"], torch.arange(16))
+        return liked(perms) + 1000 * moved
+
+    perms, history = search(spaces, TWO_OF_FOUR, 3, 0, validate)
+    assert torch.equal(perms["residual"], torch.arange(16))
+    alone = searched(spaces_of(2), rounds=3)
+    assert_same({name: perms[name] for name in alone}, alone)
+    assert history[1]["validation"] < history[0]["validation"]
+
+
+def test_rows_without_sensitivity_have_no_say() -> None:
+    of = spaces_of(1)["hidden.0"]
+    heard = {"hidden.0": replace(of, sensitivity=(torch.arange(12) < 4).float())}
+    perms, _ = search(heard, TWO_OF_FOUR, 6, 0, newest())
+    expected = found(of.score[:4], TWO_OF_FOUR, rounds=6)
+    assert torch.equal(perms["hidden.0"], expected)
+
+
+def test_no_spaces_have_no_permutations() -> None:
+    assert search({}, TWO_OF_FOUR, 3, 0, lambda perms: 0.0)[0] == {}

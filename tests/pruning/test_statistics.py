@@ -4,8 +4,10 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from zoo_models import zoo_linears, zoo_model
 
-from nm_permute_plugin.pruning.statistics import input_norms, token_mask
+from nm_permute_plugin.pruning.data import token_mask
+from nm_permute_plugin.pruning.statistics import input_norms
 
 NAMES = [
     "model.layers.0.self_attn.q_proj",
@@ -145,6 +147,39 @@ def test_refusals_hold_for_names_that_come_only_once(
         input_norms(model, iter([*NAMES, "unused"]), [{"input_ids": tokens}])
 
 
-def test_all_tokens_count_without_an_attention_mask(tokens: Tensor) -> None:
-    assert bool(token_mask({"input_ids": tokens}).all())
-    assert token_mask({"input_ids": tokens}).shape == tokens.shape
+class Experts(nn.Module):
+    """Experts as modules of their own, each of which sees the tokens routed to it."""
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.each = nn.ModuleList(nn.Linear(width, width) for _ in range(count))
+
+    def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(hidden)
+        for number, expert in enumerate(self.each):
+            token, place = torch.where(chosen == number)
+            if len(token):
+                out[token] += weights[token, place, None] * expert(hidden[token])
+        return out
+
+
+def test_padding_does_not_count_where_tokens_are_flattened(
+    generator: torch.Generator,
+) -> None:
+    """Experts, and the one that all tokens share, see tokens without their rows."""
+    model = zoo_model("qwen2moe-gqa")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for layer in model.model.layers:
+            layer.mlp.experts = Experts(4, 32)
+    names = zoo_linears(model)
+    assert len([name for name in names if ".experts." in name]) == 8
+    tokens = torch.randint(1, 48, (6, 40), generator=generator)  # 0 is its padding
+    mask = torch.ones_like(tokens)
+    mask[0, 7:] = 0
+    mask[2, 30:] = 0
+    padded = {"input_ids": tokens, "attention_mask": mask}
+    rows = [row[kept] for row, kept in zip(tokens, mask.bool(), strict=True)]
+    plain = input_norms(model, names, [{"input_ids": row[None]} for row in rows])
+    found = input_norms(model, names, [padded])
+    assert_norms_equal(found, {name: norm.double() for name, norm in plain.items()})

@@ -13,8 +13,10 @@ from tqdm import tqdm
 
 from nm_permute_plugin.pruning.data import (
     Batch,
+    counted_rows,
     forward,
     on_device,
+    token_mask,
     without_padding,
 )
 from nm_permute_plugin.pruning.recover.student import Student, Values
@@ -36,11 +38,12 @@ def rescaled(student: Student, batches: Sequence[Batch]) -> Values:
     def add(
         name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
     ) -> None:
-        y = output.flatten(0, -2).float()
+        y = counted_rows(output, mask).float()
         bias = bias_of(module)
         if bias is not None:
             y = y - bias.float()
-        z = F.linear(inputs[0], student.values[f"{name}.weight"]).flatten(0, -2).float()
+        x = counted_rows(inputs[0], mask)
+        z = F.linear(x, student.values[f"{name}.weight"]).float()
         new = torch.stack([y.square().sum(0), z.square().sum(0)])
         sums[name] = sums[name] + new if name in sums else new
 
@@ -50,6 +53,7 @@ def rescaled(student: Student, batches: Sequence[Batch]) -> Values:
             hook = module.register_forward_hook(partial(add, name))
             hooks.callback(hook.remove)
         for part in tqdm(_parts(batches), desc="Rescaling rows"):
+            mask = token_mask(part)  # of a sample with images: that is not cut
             forward(student.model, on_device(part, student.model))
     values: Values = {}
     for name in student.linears:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kept weights: the dense model stays, zeros stay, steps have the weights' size."""
+"""The student runs beside the dense model, which stays; what a mask drops stays zero."""
 
 import pytest
 import torch
@@ -7,12 +7,10 @@ from torch import Tensor, nn
 
 from nm_permute_plugin.maths.masks import nm_mask
 from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.pruning.recover.student import (
-    KeptWeights,
-    Optimizer,
-    endless,
-)
-from nm_permute_plugin.pruning.running.loss import LossWeights
+from nm_permute_plugin.pruning.recover.student import Student
+from nm_permute_plugin.pruning.running.masked import masked
+from nm_permute_plugin.pruning.running.teacher import Teacher
+from nm_permute_plugin.pruning.settings import LossSettings
 from nm_permute_plugin.specs.fold import write_in_place
 
 MIXED = ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj")
@@ -42,50 +40,50 @@ def model(tiny_model) -> nn.Module:
 
 
 @pytest.fixture
-def kept(model) -> KeptWeights:
-    return KeptWeights(model, magnitude_masks(model, MIXED))
+def student(model) -> Student:
+    return Student(model, magnitude_masks(model, MIXED))
 
 
-def test_the_values_are_weights_and_biases(kept: KeptWeights) -> None:
+def test_the_values_are_weights_and_biases(student: Student) -> None:
     k, down = MIXED
-    assert set(kept.values) == {f"{k}.weight", f"{k}.bias", f"{down}.weight"}
-    assert kept.linears == MIXED
+    assert set(student.values) == {f"{k}.weight", f"{k}.bias", f"{down}.weight"}
+    assert student.linears == MIXED
 
 
 def test_the_pruned_model_runs_beside_the_dense_one(
-    model, kept: KeptWeights, tokens
+    model, student: Student, tokens
 ) -> None:
     dense = logits_of(model, tokens)
-    with kept.running():
+    with masked(model, student.masks()):
         beside = logits_of(model, tokens)
     assert not torch.equal(beside, dense)
     assert torch.equal(logits_of(model, tokens), dense)
-    kept.write(write_in_place)
+    student.write(write_in_place)
     assert torch.equal(logits_of(model, tokens), beside)
 
 
 def test_values_put_in_go_before_and_count_as_zero_where_dropped(
-    model, kept: KeptWeights, tokens
+    model, student: Student, tokens
 ) -> None:
     k, down = MIXED
-    with kept.running():
+    with masked(model, student.masks()):
         pruned = logits_of(model, tokens)
     dense_weight = {f"{down}.weight": model.get_submodule(down).weight.detach()}
-    with kept.running(dense_weight):
+    with masked(model, student.masks(dense_weight)):
         assert torch.equal(logits_of(model, tokens), pruned)
-    bias = {f"{k}.bias": kept.values[f"{k}.bias"] + 1}
-    with kept.running(bias):
+    bias = {f"{k}.bias": student.values[f"{k}.bias"] + 1}
+    with masked(model, student.masks(bias)):
         assert not torch.equal(logits_of(model, tokens), pruned)
 
 
 def test_gradients_reach_what_is_kept_and_nothing_else(
-    model, kept: KeptWeights, tokens
+    model, student: Student, tokens
 ) -> None:
-    masters = kept.masters(MIXED)
-    with kept.running(masters):
+    masters = student.masters(MIXED)
+    with masked(model, student.masks(masters)):
         model(tokens, use_cache=False).logits.square().mean().backward()
     for name in MIXED:
-        dropped = kept.values[f"{name}.weight"] == 0
+        dropped = student.values[f"{name}.weight"] == 0
         assert bool((masters[f"{name}.weight"].grad[dropped] == 0).all())
         assert bool((masters[f"{name}.weight"].grad[~dropped] != 0).all())
     assert bool((masters[f"{MIXED[0]}.bias"].grad != 0).any())
@@ -96,29 +94,29 @@ def test_rounding_keeps_the_dtype_and_writes_no_negative_zero(
     tiny_model, dtype: torch.dtype
 ) -> None:
     model = tiny_model("llama", dtype=dtype)
-    kept = KeptWeights(model, magnitude_masks(model, MIXED))
-    masters = {name: -value.float() - 0.1 for name, value in kept.values.items()}
-    rounded = kept.rounded(masters)
+    student = Student(model, magnitude_masks(model, MIXED))
+    masters = {name: -value.float() - 0.1 for name, value in student.values.items()}
+    rounded = student.rounded(masters)
     for name, value in rounded.items():
-        dropped = kept.values[name] == 0
+        dropped = student.values[name] == 0
         assert value.dtype == dtype
         assert torch.equal(value == 0, dropped)
         assert not bool(torch.signbit(value[dropped]).any())
         assert torch.equal(value[~dropped], masters[name][~dropped].to(dtype))
 
 
-def test_masters_are_copies(kept: KeptWeights) -> None:
-    before = {name: value.clone() for name, value in kept.values.items()}
+def test_masters_are_copies(student: Student) -> None:
+    before = {name: value.clone() for name, value in student.values.items()}
     with torch.no_grad():
-        for master in kept.masters(MIXED).values():
+        for master in student.masters(MIXED).values():
             master.add_(1)
-    assert [n for n in before if not torch.equal(before[n], kept.values[n])] == []
+    assert [n for n in before if not torch.equal(before[n], student.values[n])] == []
 
 
-def test_a_write_goes_through_the_callback(model, kept: KeptWeights) -> None:
+def test_a_write_goes_through_the_callback(model, student: Student) -> None:
     before = weights_of(model)
     written = []
-    kept.write(lambda owner, leaf, value: written.append((owner, leaf, value.shape)))
+    student.write(lambda owner, leaf, value: written.append((owner, leaf, value.shape)))
     k, down = map(model.get_submodule, MIXED)
     assert [(owner, leaf) for owner, leaf, _ in written] == [
         (k, "weight"),
@@ -131,53 +129,6 @@ def test_a_write_goes_through_the_callback(model, kept: KeptWeights) -> None:
 
 def test_the_loss_of_a_mask_that_drops_nothing_is_zero(model, tokens) -> None:
     masks = {MIXED[0]: torch.ones(16, 32, dtype=torch.bool)}
-    loss = KeptWeights(model, masks).mean_loss([{"input_ids": tokens}], LossWeights())
+    teacher = Teacher(model, LossSettings())
+    loss = teacher.validate(Student(model, masks).masks(), [{"input_ids": tokens}])
     assert abs(loss) < 1e-6
-
-
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
-def test_a_step_has_the_size_of_the_weights(scale: float) -> None:
-    weight = scale * torch.tensor([[3.0, 0.0, -4.0, 0.0]])
-    master = weight.clone().requires_grad_(True)
-    optimizer = Optimizer({"weight": master}, rate=0.01, steps=9)
-    (scale**-1 * master).sum().backward()
-    optimizer.step()
-    rms = scale * (25 / 2) ** 0.5
-    torch.testing.assert_close(
-        weight - master.detach(), torch.full((1, 4), 0.01 * rms), rtol=1e-3, atol=0.0
-    )
-    assert not bool(master.grad.any())
-
-
-@pytest.mark.parametrize("steps", [3, 40])
-def test_steps_rise_for_a_tenth_and_fall_to_nothing(steps: int) -> None:
-    master = torch.ones(1, 4, requires_grad=True)
-    optimizer = Optimizer({"weight": master}, rate=0.1, steps=steps)
-    moved = []
-    for _ in range(steps + 1):
-        before = master.detach().clone()
-        master.sum().backward()
-        optimizer.step()
-        moved.append(float((before - master.detach()).mean()))
-    peak = steps // 10
-    assert moved.index(max(moved)) == peak
-    assert moved == sorted(moved[:peak]) + sorted(moved[peak:], reverse=True)
-    assert moved[0] == pytest.approx(0.1 / (peak + 1), rel=1e-3)
-    assert moved[-2] > moved[-1] == 0
-
-
-def test_a_parameter_of_zeros_stays() -> None:
-    master = torch.zeros(3, requires_grad=True)
-    optimizer = Optimizer({"bias": master}, rate=0.1, steps=2)
-    master.sum().backward()
-    optimizer.step()
-    assert torch.equal(master.detach(), torch.zeros(3))
-
-
-def test_every_number_comes_once_an_epoch() -> None:
-    numbers = endless(5, seed=3)
-    epochs = [[next(numbers) for _ in range(5)] for _ in range(4)]
-    assert [sorted(epoch) for epoch in epochs] == [list(range(5))] * 4
-    assert len({tuple(epoch) for epoch in epochs}) > 1
-    again = endless(5, seed=3)
-    assert [[next(again) for _ in range(5)] for _ in range(4)] == epochs
