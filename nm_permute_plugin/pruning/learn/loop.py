@@ -7,7 +7,7 @@ A new learner is a class with the methods of ``Learner`` and a line in ``LEARNER
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from loguru import logger
@@ -23,6 +23,7 @@ from nm_permute_plugin.pruning.search import History
 from nm_permute_plugin.pruning.settings import LearnStage, Settings
 
 
+@runtime_checkable
 class Learner(Protocol):
     """
     What is learned while the weights are frozen.
