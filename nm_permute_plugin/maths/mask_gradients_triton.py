@@ -107,11 +107,11 @@ def score_gradient_kernel(
     start = part // shares * groups_per_part
     for row_group in range(start, tl.minimum(start + groups_per_part, row_groups)):
         total = tl.zeros((GROUPS, MEMBERS), dtype=tl.float32)
-        from_factor = row_group.to(tl.int64) * width
+        from_factor = tl.cast(row_group, tl.int64) * width
         first = row_group * rows_per_group + share * rows_per_share
         last = tl.minimum(first + rows_per_share, (row_group + 1) * rows_per_group)
         for row in range(first, last):
-            from_row = row.to(tl.int64) * width
+            from_row = tl.cast(row, tl.int64) * width
             s = load_scores(score, factor, from_row, from_factor, channel, is_member)
             g = tl.load(grad + from_row + channel, mask=is_member, other=0.0)
             g = g.to(tl.float32)
