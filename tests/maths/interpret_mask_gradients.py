@@ -1,90 +1,116 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Print how far Triton's masks and moves are from PyTorch's, two numbers a case, as JSON.
+Print how far Triton's masks and gradients are from PyTorch's: a JSON object a case.
 
 A process of its own: Triton decides whether to interpret when it is first imported.
 """
 
 import json
 import os
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if __name__ == "__main__" and DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
+from nm_permute_plugin.maths.assignment import order_by  # noqa: E402
 from nm_permute_plugin.maths.mask_gradients import (  # noqa: E402
-    RowSample,
     grouped_mask,
-    insertion_costs,
-    multiplied,
-    rivalry,
+    move_costs,
+    score_gradient,
 )
 from nm_permute_plugin.maths.pattern import NMPattern  # noqa: E402
-from nm_permute_plugin.pruning.learn.grouping import Grouping  # noqa: E402
+from nm_permute_plugin.maths.permutation import from_blocks, invert  # noqa: E402
 
-PATTERNS = [NMPattern(2, 4), NMPattern(4, 8), NMPattern(2, 3)]
-WAYS = [(1, RowSample(), True), (3, RowSample(), True), (3, RowSample(1, 3), True)]
-PROGRAMS = 8
-"""As few as make a part of several sections, where there are many."""
+ALL, SOME = slice(None), slice(1, None, 3)
+FEW, MANY = 2, 16
+"""Groups of a tile: fewer than a row has, and more."""
 
 CASES = [
-    *((pattern, *way) for pattern in PATTERNS for way in WAYS),
-    (PATTERNS[0], 1, RowSample(1, 3), False),
-    (PATTERNS[0], 13, RowSample(), True),
-    (PATTERNS[0], 13, RowSample(1, 3), True),
+    *(("2:4", 1, ALL, FEW), ("2:4", 1, SOME, MANY), ("2:4", 3, SOME, FEW)),
+    *(("2:4", 3, ALL, MANY), ("2:4", 13, SOME, FEW)),
+    *(("4:8", 1, SOME, FEW), ("4:8", 3, ALL, MANY)),
+    *(("2:3", 1, ALL, MANY), ("2:3", 3, SOME, FEW)),
 ]
+"""Patterns, row groups, samples of the rows, and groups of a tile."""
+
+PROGRAMS = 8
+"""So few that a program goes through several row groups where there are many, and so many
+that a single row group is cut into shares."""
+
+ROWS = 17  # of a row group: shares differ in length
+BLOCKS, GROUPS = 2, 3
 
 
-def differences(
-    pattern: NMPattern, sections: int, sample: RowSample, multipliers: bool
-) -> tuple[int, float]:
-    """Masks that differ, and the largest difference of costs; some scores are equal."""
-    from nm_permute_plugin.maths import mask_gradients_triton as triton_insertion
-    from nm_permute_plugin.maths.mask_gradients_triton import (
-        kept_in_triton,
-        moves_in_triton,
-    )
+class Watched:
+    """A kernel that keeps the arguments of its last launch."""
 
-    triton_insertion.PROGRAMS = PROGRAMS
-    generator = torch.Generator().manual_seed(sections)
-    blocks, groups = 2, 3
-    size = groups * pattern.m
-    keys = torch.rand(blocks, size, generator=generator).argsort()
-    grouping = Grouping(
-        torch.randperm(blocks * size, generator=generator).to(DEVICE),
-        torch.arange(groups).repeat_interleave(pattern.m)[keys].to(DEVICE),
-        pattern,
-    )
-    shape = (sections * 17, blocks * size)
+    def __init__(self, kernel: object) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: object) -> Callable[..., object]:
+        def launch(*arguments: object, **constants: object) -> object:
+            self.arguments = arguments
+            return self.kernel[grid](*arguments, **constants)
+
+        return launch
+
+
+def compare(
+    text: str, row_groups: int, sample: slice, tile_groups: int
+) -> dict[str, float]:
+    """Masks that differ, and the largest differences; some scores are equal, some are 0."""
+    from nm_permute_plugin.maths import mask_gradients_triton as triton
+
+    pattern = NMPattern.parse(text)
+    triton.PROGRAMS, triton.TILE_GROUPS = PROGRAMS, tile_groups
+    if not isinstance(triton.score_gradient_kernel, Watched):
+        triton.score_gradient_kernel = Watched(triton.score_gradient_kernel)
+    generator = torch.Generator().manual_seed(row_groups)
+    size = GROUPS * pattern.m
+    start = torch.randperm(BLOCKS * size, generator=generator).to(DEVICE)
+    keys = torch.rand(BLOCKS, size, generator=generator).argsort()
+    group_of = torch.arange(GROUPS).repeat_interleave(pattern.m)[keys].to(DEVICE)
+    shape = (row_groups * ROWS, BLOCKS * size)
     score = torch.rand(shape, generator=generator).mul(20).floor().to(DEVICE)
     grad = torch.randn(shape, generator=generator).bfloat16().to(DEVICE)
-    logs = torch.randint(0, 3, (sections, blocks, size), generator=generator).float()
-    logs = logs.to(DEVICE)
+    factor = torch.randint(1, 4, (row_groups, shape[1]), generator=generator).float()
+    factor = factor.to(DEVICE)
 
-    scaled, of_mask = multiplied(grouping.blocks(score), logs), grouping.blocks(grad)
-    factor = logs.exp().flatten(1)
-    mask = grouping.blocks(kept_in_triton(score, factor, grouping))
-    wrong = int((mask != grouped_mask(scaled, grouping.column, pattern)).sum())
+    def blocks(matrix: Tensor) -> Tensor:
+        return matrix[:, start].unflatten(1, (BLOCKS, size))
 
-    found, of_multiplier = moves_in_triton(
-        score, factor, grad, grouping, sample, True, multipliers
+    places = from_blocks(order_by(group_of))
+    perm = start[places]
+    scaled = (score.view(row_groups, ROWS, -1) * factor[:, None]).flatten(0, 1)
+    mask = triton.mask_in_triton(score, factor, perm, pattern)
+    expected = grouped_mask(blocks(scaled), group_of, pattern)
+    wrong = int((blocks(mask) != expected).sum())
+
+    found = triton.score_gradient_in_triton(score, factor, grad, perm, pattern)
+    groups = [x[:, perm].unflatten(1, (-1, pattern.m)) for x in (scaled, grad)]
+    of_scores = score_gradient(*groups, pattern).flatten(1)[:, invert(perm)]
+    expected = of_scores.view(row_groups, ROWS, -1).sum(1)
+    of_score = float((found - expected).abs().max())
+
+    found = triton.move_costs_in_triton(
+        score, grad, start, places, group_of, pattern, sample
     )
-    rows = slice(sample.offset, None, sample.stride)
-    expected = insertion_costs(scaled[rows], of_mask[rows], grouping.column, pattern)
-    error = float((found - expected).abs().max())
-    if multipliers:
-        rival = rivalry(scaled, of_mask, grouping.column, pattern)
-        rival = rival.unflatten(0, (sections, -1)).sum(1)
-        none, alone = moves_in_triton(
-            score, factor, grad, grouping, sample, False, True
-        )
-        wrong += none is not None
-        for sums in (of_multiplier, alone):
-            error = max(error, float((sums - rival).abs().max()))
-    return wrong, error
+    sampled = blocks(score)[sample], blocks(grad)[sample]
+    expected = move_costs(*sampled, group_of, pattern)
+    of_moves = float((found - expected).abs().max())
+    groups_per_part, shares = triton.score_gradient_kernel.arguments[8:10]
+    return {
+        "masks": wrong,
+        "score_gradient": of_score,
+        "move_costs": of_moves,
+        "groups_per_part": groups_per_part,
+        "shares": shares,
+    }
 
 
 if __name__ == "__main__":
-    print(json.dumps([differences(*case) for case in CASES]))
+    print(json.dumps([compare(*case) for case in CASES]))

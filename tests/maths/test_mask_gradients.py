@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masks that depend on an assignment: hard values, and what their gradients mean."""
+"""Masks of grouped channels: hard values, and what their gradients mean."""
 
 from itertools import combinations
 
@@ -9,13 +9,9 @@ from torch import Tensor
 
 from nm_permute_plugin.maths.assignment import order_by
 from nm_permute_plugin.maths.mask_gradients import (
-    Reorder,
-    RowSample,
     grouped_mask,
-    insertion_costs,
-    multiplied,
-    permuted_mask,
-    rivalry,
+    move_costs,
+    score_gradient,
 )
 from nm_permute_plugin.maths.masks import nm_mask
 from nm_permute_plugin.maths.pattern import NMPattern
@@ -49,13 +45,13 @@ def cost_beside(
 
 
 def costs_by_brute_force(
-    score: Tensor, grad: Tensor, column: Tensor, pattern: NMPattern
+    score: Tensor, grad: Tensor, group_of: Tensor, pattern: NMPattern
 ) -> Tensor:
     """Every channel beside every possible set of companions, in plain Python."""
     costs = torch.zeros(BLOCKS, score.shape[-1], GROUPS, dtype=torch.float64)
     for block in range(BLOCKS):
         groups = [
-            (column[block] == g).nonzero().flatten().tolist() for g in range(GROUPS)
+            (group_of[block] == g).nonzero().flatten().tolist() for g in range(GROUPS)
         ]
         for channel in range(score.shape[-1]):
             for group, members in enumerate(groups):
@@ -76,11 +72,11 @@ def costs_by_brute_force(
 
 @pytest.mark.parametrize("text", PATTERNS)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_insertion_costs_equal_those_of_every_move_tried(text: str, seed: int) -> None:
+def test_move_costs_equal_those_of_every_move_tried(text: str, seed: int) -> None:
     pattern = NMPattern.parse(text)
-    score, grad, column = random_case(pattern, seed)
-    found = insertion_costs(score, grad, column, pattern)
-    expected = costs_by_brute_force(score, grad, column, pattern)
+    score, grad, group_of = random_case(pattern, seed)
+    found = move_costs(score, grad, group_of, pattern)
+    expected = costs_by_brute_force(score, grad, group_of, pattern)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -90,10 +86,10 @@ def test_rows_that_come_in_parts_add_up() -> None:
     generator = torch.Generator().manual_seed(0)
     score = torch.rand(700, 2, 64, generator=generator)
     grad = torch.randn(700, 2, 64, generator=generator)
-    column = (torch.arange(64) % 16).expand(2, -1).contiguous()
-    whole = insertion_costs(score, grad, column, pattern)
+    group_of = (torch.arange(64) % 16).expand(2, -1).contiguous()
+    whole = move_costs(score, grad, group_of, pattern)
     halves = sum(
-        insertion_costs(score[part], grad[part], column, pattern)
+        move_costs(score[part], grad[part], group_of, pattern)
         for part in (slice(0, 300), slice(300, 700))
     )
     torch.testing.assert_close(whole, halves, rtol=1e-4, atol=1e-3)
@@ -102,131 +98,72 @@ def test_rows_that_come_in_parts_add_up() -> None:
 def test_scores_that_are_equal_push_nothing_out() -> None:
     # By the formula [s > t] a channel no better than the threshold does not enter.
     pattern = NMPattern(2, 4)
-    _, grad, column = random_case(pattern)
-    costs = insertion_costs(torch.ones_like(grad), grad, column, pattern)
+    _, grad, group_of = random_case(pattern)
+    costs = move_costs(torch.ones_like(grad), grad, group_of, pattern)
     assert torch.equal(costs, torch.zeros_like(costs))
 
 
-def test_insertion_costs_do_not_depend_on_the_names_of_groups() -> None:
+def test_move_costs_do_not_depend_on_the_names_of_groups() -> None:
     pattern = NMPattern(2, 4)
-    score, grad, column = random_case(pattern)
+    score, grad, group_of = random_case(pattern)
     renamed = torch.tensor([2, 0, 1])
-    costs = insertion_costs(score, grad, column, pattern)
-    again = insertion_costs(score, grad, renamed[column], pattern)
+    costs = move_costs(score, grad, group_of, pattern)
+    again = move_costs(score, grad, renamed[group_of], pattern)
     torch.testing.assert_close(again[..., renamed], costs)
 
 
 @pytest.mark.parametrize("text", PATTERNS)
 def test_a_grouped_mask_is_the_mask_of_the_grouped_channels(text: str) -> None:
     pattern = NMPattern.parse(text)
-    score, _, column = random_case(pattern)
-    mask = grouped_mask(score, column, pattern)
+    score, _, group_of = random_case(pattern)
+    mask = grouped_mask(score, group_of, pattern)
     for block in range(BLOCKS):
-        (order,) = order_by(column[block][None])
+        (order,) = order_by(group_of[block][None])
         expected = nm_mask(score[:, block, order], pattern)[:, invert(order)]
         assert torch.equal(mask[:, block], expected)
 
 
 def test_a_grouped_mask_breaks_ties_as_the_mask_does() -> None:
-    column = torch.tensor([[1, 0, 1, 0, 0, 1, 1, 0]])
-    mask = grouped_mask(torch.ones(1, 1, 8), column, NMPattern(2, 4))
+    group_of = torch.tensor([[1, 0, 1, 0, 0, 1, 1, 0]])
+    mask = grouped_mask(torch.ones(1, 1, 8), group_of, NMPattern(2, 4))
     # Group 0 holds channels 1, 3, 4, 7; group 1 holds 0, 2, 5, 6: the lower two stay.
     assert mask.flatten().tolist() == [True] * 4 + [False] * 4
 
 
-def test_multipliers_scale_the_rows_of_their_section() -> None:
-    score = torch.ones(4, 1, 2)
-    logs = torch.tensor([[[0.0, 1.0]], [[2.0, 0.0]]])
-    rows = multiplied(score, logs).squeeze(1)
-    e = torch.tensor(1.0).exp().item()
-    expected = [[1, pytest.approx(e)]] * 2 + [[pytest.approx(e**2), 1]] * 2
-    assert rows.tolist() == expected
-
-
-def test_rivalry_is_the_gradient_of_a_soft_choice_between_rivals() -> None:
-    """Against numbers worked out by hand: one group, one rival a weight."""
+def test_a_score_has_the_gradient_of_a_soft_choice_between_it_and_its_runner_up() -> (
+    None
+):
+    """Against numbers worked out by hand: one group, one runner-up a weight."""
     score = torch.tensor([4.0, 1.0, 3.0, 2.0]).view(1, 1, 4)
     grad = torch.tensor([0.5, -1.0, 2.0, 0.25]).view(1, 1, 4)
-    column = torch.zeros(1, 4, dtype=torch.long)
-    found = rivalry(score, grad, column, NMPattern(2, 4), softness=0.5).flatten()
+    found = score_gradient(score, grad, NMPattern(2, 4), softness=0.5).flatten()
     # Kept are 4 and 3; the best that was dropped is 2, the worst that was kept is 3.
-    rivals = [
+    expected = [
         (4.0, 2.0, 0.5 - 0.25),
         (1.0, 3.0, -3.0),
         (3.0, 2.0, 1.75),
         (2.0, 3.0, -1.75),
     ]
-    for value, (own, rival, change) in zip(found.tolist(), rivals, strict=True):
-        chance = 1 / (1 + (rival / own) ** 2)
+    for value, (own, runner_up, change) in zip(found.tolist(), expected, strict=True):
+        chance = 1 / (1 + (runner_up / own) ** 2)
         assert value == pytest.approx(change * chance * (1 - chance) / 0.5, rel=1e-5)
 
 
-def test_a_score_of_zero_has_a_finite_rivalry() -> None:
-    score, grad, column = random_case(NMPattern(2, 4))
-    assert rivalry(score * 0, grad, column, NMPattern(2, 4)).isfinite().all()
-
-
-@pytest.mark.parametrize("limit", [None, 1, 30, 40, 100, 999])
-def test_samples_of_consecutive_steps_take_every_row_once(limit: int | None) -> None:
-    samples = [RowSample.of_step(100, limit, step) for step in range(300)]
-    (stride,) = {sample.stride for sample in samples}
-    taken = [list(range(100))[s.offset :: s.stride] for s in samples[:stride]]
-    assert sorted(row for rows in taken for row in rows) == list(range(100))
-    assert max(len(rows) for rows in taken) <= (limit or 100)
-    assert samples[stride] == samples[0]
-
-
-def test_reordering_has_the_gradient_of_indexing(generator: torch.Generator) -> None:
-    matrix = torch.randn(3, 6, generator=generator, dtype=torch.float64)
-    perm = torch.randperm(6, generator=generator)
-    assert torch.equal(Reorder.apply(matrix, perm), matrix[:, perm])
-    matrix.requires_grad_(True)
-    assert torch.autograd.gradcheck(lambda m: Reorder.apply(m, perm), (matrix,))
-
-
-def hard_places(size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Permutations as index vectors [blocks, size] and as matrices of zeros and ones."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.rand(BLOCKS, size, generator=generator).argsort()
-    places = torch.nn.functional.one_hot(order, size).transpose(-1, -2)
-    return order, places.float()
-
-
 @pytest.mark.parametrize("text", PATTERNS)
-def test_hard_places_give_the_mask_of_the_permuted_channels(text: str) -> None:
+def test_groups_have_the_gradients_that_they_have_alone(text: str) -> None:
     pattern = NMPattern.parse(text)
-    score, _, _ = random_case(pattern)
-    order, places = hard_places(score.shape[-1], seed=0)
-    mask = permuted_mask(score, places, pattern)
-    for block in range(BLOCKS):
-        permuted = nm_mask(score[:, block, order[block]], pattern)
-        expected = permuted[:, invert(order[block])].float()
-        torch.testing.assert_close(mask[:, block], expected, rtol=0, atol=1e-6)
-
-
-def test_the_gradient_of_a_permuted_mask_is_that_of_its_formula() -> None:
-    """``top_N`` has the gradient of N times the softmax of scores over their mean."""
-    pattern = NMPattern(2, 4)
     score, grad, _ = random_case(pattern)
-    _, places = hard_places(score.shape[-1], seed=1)
-    ours, plain = (places.clone().requires_grad_(True) for _ in range(2))
-    permuted_mask(score, ours, pattern).backward(grad)
-    groups = (score.transpose(0, 1) @ plain).unflatten(-1, (GROUPS, pattern.m))
-    scale = groups.detach().mean(-1, keepdim=True)
-    soft = pattern.n * torch.softmax(groups / scale, dim=-1)
-    hard = torch.zeros_like(soft).scatter_(
-        -1, groups.detach().topk(pattern.n, dim=-1).indices, 1.0
-    )
-    top = (hard + soft - soft.detach()).flatten(-2)
-    (top @ plain.transpose(-1, -2)).transpose(0, 1).backward(grad)
-    assert float(ours.grad.abs().max()) > 0
-    torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-4, atol=1e-5)
+    score, grad = (x.flatten(1).unflatten(1, (-1, pattern.m)) for x in (score, grad))
+    whole = score_gradient(score, grad, pattern)
+    for row, group in [(0, 0), (3, 1), (6, 5)]:
+        part = slice(row, row + 1), slice(group, group + 1)
+        alone = score_gradient(score[part], grad[part], pattern)
+        torch.testing.assert_close(whole[part], alone)
+        assert float(alone.abs().max()) > 0
 
 
-def test_rows_of_zeros_leave_the_gradient_finite() -> None:
-    score, grad, _ = random_case(NMPattern(2, 4))
-    score[2] = 0
-    _, places = hard_places(score.shape[-1], seed=1)
-    places.requires_grad_(True)
-    permuted_mask(score, places, NMPattern(2, 4)).backward(grad)
-    assert bool(torch.isfinite(places.grad).all())
+def test_a_score_of_zero_has_a_finite_gradient() -> None:
+    grad = random_case(NMPattern(2, 4))[1].unflatten(-1, (GROUPS, 4))[:, 0]
+    found = score_gradient(torch.zeros_like(grad), grad, NMPattern(2, 4))
+    assert found.isfinite().all()
+    assert float(found.abs().max()) > 0

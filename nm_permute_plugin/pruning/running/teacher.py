@@ -81,9 +81,15 @@ class Teacher:
         places = sum(ids.numel() for ids, _ in self._kept.values())
         if not places:
             return MOST_BYTES
-        tokens = sum(batch["input_ids"].numel() for batch in batches)
-        wanted = self._bytes // places * tokens
-        return max(0, min(MOST_BYTES, wanted) - self._bytes)
+        ids = [batch["input_ids"] for batch in batches]
+        ours = {one.untyped_storage().data_ptr() for one in ids}
+        kept = sum(
+            one.numel()
+            for one, _ in self._kept.values()
+            if one.untyped_storage().data_ptr() in ours
+        )
+        missing = max(0, sum(one.numel() for one in ids) - kept)
+        return min(MOST_BYTES - self._bytes, self._bytes // places * missing)
 
     def fold(self, perm: Permutation | None) -> None:
         """

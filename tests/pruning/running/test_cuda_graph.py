@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Replayed calls give what plain calls give."""
+"""CudaGraphsed calls give what plain calls give."""
 
 from collections.abc import Callable
 
@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nm_permute_plugin.pruning.running import cuda_graph as replay
-from nm_permute_plugin.pruning.running.cuda_graph import EAGER_CALLS, Replay
+from nm_permute_plugin.pruning.running.cuda_graph import EAGER_CALLS, CudaGraphs
 
 CALLS = EAGER_CALLS + 3
 
@@ -19,13 +18,13 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA dev
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Every captured call, as it is captured; None for those that could not be."""
     found: list[object] = []
-    captured = Replay._captured
+    captured = CudaGraphs._captured
 
-    def count(self: Replay, *rest: object) -> object:
+    def count(self: CudaGraphs, *rest: object) -> object:
         found.append(captured(self, *rest))
         return found[-1]
 
-    monkeypatch.setattr(replay.Replay, "_captured", count)
+    monkeypatch.setattr(CudaGraphs, "_captured", count)
     return found
 
 
@@ -38,7 +37,7 @@ def test_without_a_gpu_every_call_is_made_with_the_very_arguments() -> None:
         results.append(torch.tensor(float(len(calls))))
         return results[-1]
 
-    again = Replay(function)
+    again = CudaGraphs(function)
     for _ in range(CALLS):
         batch, hidden = {"input_ids": torch.ones(2)}, (torch.zeros(1), torch.ones(1))
         assert again(batch, hidden, False, 0.5) is results[-1]
@@ -62,7 +61,7 @@ def test_a_captured_call_follows_what_it_reads(graphs: list[object]) -> None:
         value.backward()
         return value.detach()
 
-    again = Replay(function)
+    again = CudaGraphs(function)
     for call in range(CALLS):
         with torch.no_grad():
             weight.fill_(call + 1)
@@ -91,7 +90,7 @@ def test_a_captured_call_follows_what_it_reads(graphs: list[object]) -> None:
 def test_what_a_capture_took_for_granted_is_captured_anew(
     graphs: list[object], change: Callable
 ) -> None:
-    again = Replay(lambda x, share: share * x.sum())
+    again = CudaGraphs(lambda x, share: share * x.sum())
     plain = (torch.ones(3, device="cuda"), 0.5)
     for x, share in [plain, change(*plain)] * CALLS:
         assert float(again(x, share)) == share * float(x.sum())
@@ -105,7 +104,7 @@ def test_what_cannot_be_captured_is_called_as_ever(graphs: list[object]) -> None
     def function(x: Tensor) -> Tensor:
         return x * x.sum().item()  # waits for the GPU
 
-    again = Replay(function)
+    again = CudaGraphs(function)
     for call in range(CALLS):
         x = torch.full((3,), 1.0 + call, device="cuda")
         assert torch.equal(again(x), x * 3 * (1 + call))

@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each part of the loss equals its formula, over the tokens that count."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from torch import Tensor
+import transformers
+from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
-from nm_permute_plugin.pruning.running.loss import (
-    LossWeights,
-    Outputs,
-    check_finite,
-    loss,
-    run,
-)
+from nm_permute_plugin.pruning.running.loss import Outputs, check_finite, loss, run
+from nm_permute_plugin.pruning.running.masked import masked
+from nm_permute_plugin.pruning.settings import LossSettings
+from nm_permute_plugin.specs.conv1d import weight_of
 
-NOTHING = LossWeights(divergence=0.0)
 PARTS = ["divergence", "cross_entropy", "hidden", "cosine"]
+
+
+def only(part: str, weight: float) -> LossSettings:
+    """One part of the loss alone."""
+    return LossSettings(**{"divergence": 0.0, part: weight})
 
 
 @pytest.fixture
@@ -77,14 +78,14 @@ def by_hand(
 def test_a_part_equals_its_formula(
     outputs, batch: dict[str, Tensor], part: str
 ) -> None:
-    value = loss(*outputs, batch, replace(NOTHING, **{part: 2.0}))
+    value = loss(*outputs, batch, only(part, 2.0))
     assert float(value) == pytest.approx(2 * by_hand(part, *outputs, batch), rel=1e-5)
 
 
 def test_the_loss_is_the_weighted_sum_of_its_parts(
     outputs, batch: dict[str, Tensor]
 ) -> None:
-    weights = LossWeights(divergence=0.5, cross_entropy=2.0, hidden=3.0, cosine=0.1)
+    weights = LossSettings(divergence=0.5, cross_entropy=2.0, hidden=3.0, cosine=0.1)
     expected = sum(
         getattr(weights, part) * by_hand(part, *outputs, batch) for part in PARTS
     )
@@ -94,7 +95,7 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(
 @pytest.mark.parametrize("part", PARTS)
 def test_padding_does_not_count(outputs, batch: dict[str, Tensor], part: str) -> None:
     pruned, dense = outputs
-    weights = replace(NOTHING, **{part: 1.0})
+    weights = only(part, 1.0)
     before = loss(pruned, dense, batch, weights)
     pruned.logits[1, 3:] = 100
     for hidden in pruned.hidden:
@@ -106,7 +107,7 @@ def test_padding_does_not_count(outputs, batch: dict[str, Tensor], part: str) ->
 @pytest.mark.parametrize("part", ["divergence", "hidden", "cosine"])
 def test_the_dense_model_loses_nothing(outputs, batch, part: str) -> None:
     _, dense = outputs
-    value = loss(dense, dense, batch, replace(NOTHING, **{part: 1.0}))
+    value = loss(dense, dense, batch, only(part, 1.0))
     assert float(value) == pytest.approx(0, abs=1e-6)
 
 
@@ -116,7 +117,7 @@ def test_every_part_has_a_gradient(outputs, batch, part: str) -> None:
     leaves = [pruned.logits, *pruned.hidden]
     for leaf in leaves:
         leaf.requires_grad_(True)
-    loss(pruned, dense, batch, replace(NOTHING, **{part: 1.0})).backward()
+    loss(pruned, dense, batch, only(part, 1.0)).backward()
     norms = [
         float(leaf.grad.norm()) if leaf.grad is not None else 0.0 for leaf in leaves
     ]
@@ -125,11 +126,11 @@ def test_every_part_has_a_gradient(outputs, batch, part: str) -> None:
 
 @pytest.mark.parametrize(
     ("weights", "count"),
-    [(LossWeights(), 0), (LossWeights(hidden=1.0), 3), (LossWeights(cosine=1.0), 3)],
+    [(LossSettings(), 0), (LossSettings(hidden=1.0), 3), (LossSettings(cosine=1.0), 3)],
     ids=["divergence", "hidden", "cosine"],
 )
 def test_hidden_states_are_taken_only_where_they_are_needed(
-    tiny_model, tokens: Tensor, weights: LossWeights, count: int
+    tiny_model, tokens: Tensor, weights: LossSettings, count: int
 ) -> None:
     model = tiny_model("llama")
     with torch.no_grad():
@@ -147,7 +148,7 @@ def test_classes_of_rows_are_compared_row_by_row(
     expected = float((p * (p / q).log()).sum(-1).mean())
     images = {"pixel_values": torch.zeros(2, 3, 8, 8)}
     for given in (batch, images):
-        value = loss(pruned, dense, given, LossWeights())
+        value = loss(pruned, dense, given, LossSettings())
         assert float(value) == pytest.approx(expected, rel=1e-5)
 
 
@@ -155,18 +156,62 @@ def test_without_a_head_final_hidden_states_are_compared_relative_to_their_size(
     batch: dict[str, Tensor], generator: torch.Generator
 ) -> None:
     pruned, dense = (
-        Outputs(torch.randn(2, 5, 3, generator=generator), is_hidden=True)
+        Outputs(torch.randn(2, 5, 3, generator=generator), are_values=True)
         for _ in range(2)
     )
     errors = (pruned.logits - dense.logits).square().sum(
         -1
     ) / dense.logits.square().sum(-1)
     counted = batch["attention_mask"].bool()
-    value = loss(pruned, dense, batch, LossWeights(divergence=2.0))
+    value = loss(pruned, dense, batch, LossSettings(divergence=2.0))
     assert float(value) == pytest.approx(2 * float(errors[counted].mean()), rel=1e-5)
     images = {"pixel_values": torch.zeros(2, 3, 8, 8)}
-    value = loss(pruned, dense, images, LossWeights())
+    value = loss(pruned, dense, images, LossSettings())
     assert float(value) == pytest.approx(float(errors.mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "case", ["Llama", "GPT2", "Qwen2"], ids=lambda case: f"{case} reward model"
+)
+def test_the_one_output_of_a_regression_is_a_value_to_be_met(
+    case: str, tokens: Tensor
+) -> None:
+    """The divergence of distributions over one class would always be 0."""
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    if case != "GPT2":
+        size["num_key_value_heads"] = 2
+    config = getattr(transformers, f"{case}Config")(
+        vocab_size=48, num_hidden_layers=2, num_labels=1, pad_token_id=0, **size
+    )
+    torch.manual_seed(0)
+    name = f"{case}ForSequenceClassification"
+    model = getattr(transformers, name)(config).eval()
+    batch = {"input_ids": tokens.clamp_min(1)}
+    with torch.no_grad():
+        dense = run(model, batch, LossSettings())
+    assert dense.are_values
+    assert dense.logits.shape == (3, 1)
+    linear = next(n for n, m in model.named_modules() if type(m) in (nn.Linear, Conv1D))
+    weight = weight_of(model.get_submodule(linear))
+    mask = torch.ones(weight.shape).tril().requires_grad_()
+    with masked(model, {linear: mask}):
+        ours = run(model, batch, LossSettings())
+    value = loss(ours, dense, batch, LossSettings())
+    value.backward()
+    value = float(value.detach())
+    error = (ours.logits.detach() - dense.logits).square().mean()
+    expected = float(error / dense.logits.square().mean())
+    assert value == pytest.approx(expected, rel=1e-5)
+    assert 0 < value < float("inf")
+    assert bool(mask.grad.isfinite().all())
+    assert float(mask.grad.abs().max()) > 0
+
+
+def test_a_value_of_zero_leaves_the_loss_finite() -> None:
+    dense = Outputs(torch.tensor([[0.0], [2.0]]), are_values=True)
+    pruned = Outputs(dense.logits + 1, are_values=True)
+    images = {"pixel_values": torch.zeros(2, 3, 8, 8)}
+    assert float(loss(pruned, dense, images, LossSettings())) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

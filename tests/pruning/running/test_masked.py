@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from nm_permute_plugin.pruning.running.masked import MaskedLinear, masked
+from nm_permute_plugin.pruning.running.masked import frozen, masked
 
 
 def inputs(
@@ -21,8 +21,21 @@ def inputs(
     return x.requires_grad_(True), weight, bias, mask.requires_grad_(True)
 
 
+def run_masked(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:
+    """A linear of that weight and bias under a mask."""
+    model = nn.Sequential(nn.Linear(6, 3, bias=bias is not None, dtype=weight.dtype))
+    model[0].weight = nn.Parameter(weight)
+    if bias is not None:
+        model[0].bias = nn.Parameter(bias)
+    with masked(model, {"0": mask}):
+        return model(x)
+
+
 def test_gradients_equal_finite_differences(generator: torch.Generator) -> None:
-    assert torch.autograd.gradcheck(MaskedLinear.apply, inputs(generator))
+    x, weight, bias, mask = inputs(generator)
+    assert torch.autograd.gradcheck(
+        lambda x, mask: run_masked(x, weight, bias, mask), (x, mask)
+    )
 
 
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
@@ -33,7 +46,7 @@ def test_values_and_gradients_equal_those_of_a_plain_linear(
     x, weight, bias, mask = inputs(generator)
     x = x.detach()[0].requires_grad_(True) if flat else x
     bias = bias if with_bias else None
-    ours = MaskedLinear.apply(x, weight, bias, mask)
+    ours = run_masked(x, weight, bias, mask)
     plain = F.linear(x, weight * mask, bias)
     assert torch.equal(ours, plain)
     towards = torch.randn(plain.shape, generator=generator, dtype=plain.dtype)
@@ -47,7 +60,7 @@ def test_a_mask_without_gradients_passes_those_of_the_input(
     generator: torch.Generator,
 ) -> None:
     x, weight, bias, mask = inputs(generator)
-    MaskedLinear.apply(x, weight, bias, mask.detach()).sum().backward()
+    run_masked(x, weight, bias, mask.detach()).sum().backward()
     expected = (weight * mask.detach()).sum(0).expand_as(x)
     torch.testing.assert_close(x.grad, expected)
 
@@ -60,7 +73,7 @@ def test_short_formats_stay_short(
         tensor.detach().bfloat16() for tensor in inputs(generator, torch.float32)
     )
     mask = (mask > 0.5).to(dtype)
-    out = MaskedLinear.apply(x, weight, bias, mask)
+    out = run_masked(x, weight, bias, mask)
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, F.linear(x, weight.masked_fill(mask == 0, 0), bias))
 
@@ -156,3 +169,54 @@ def test_what_is_no_linear_is_not_masked() -> None:
         masked(model, {"0": torch.ones(4, 1)}),
     ):
         pass
+
+
+def test_a_function_gives_the_whole_output(model: nn.Module) -> None:
+    x = torch.randn(5, 6)
+    with masked(model, {"0": lambda x: x[:, :4]}):
+        assert torch.equal(model(x), model[2](torch.tanh(x[:, :4])))
+
+
+class Counted:
+    """A mask of ones, which says when its gradient is used."""
+
+    def __init__(self, name: str, shape: tuple[int, int], order: list[str]) -> None:
+        self.ones, self.name, self.order = torch.ones(shape), name, order
+        self.parameters = (torch.zeros((), requires_grad=True),)
+
+    def kept(self) -> Tensor:
+        return self.ones.bool()
+
+    def gradients(self, of_mask: Tensor) -> tuple[Tensor, ...]:
+        self.order.append(self.name)
+        return (of_mask.sum(),)
+
+
+def test_a_learned_mask_makes_the_gradients_of_its_parameters(
+    model: nn.Module, generator: torch.Generator
+) -> None:
+    x = torch.randn(5, 6, generator=generator)
+    mask, plain = Counted("0", (4, 6), []), torch.ones(4, 6, requires_grad=True)
+    for each in (mask, plain):
+        with masked(model, {"0": each}):
+            model(x).square().sum().backward()
+    torch.testing.assert_close(mask.parameters[0].grad, plain.grad.sum())
+
+
+def test_the_gradient_of_a_mask_does_not_outlive_its_layer(model: nn.Module) -> None:
+    """Of two linears in a row, the second's is used up before the first's is made."""
+    order: list[str] = []
+    masks = {"0": Counted("0", (4, 6), order), "2": Counted("2", (3, 4), order)}
+    model[1].register_full_backward_hook(lambda *rest: order.append("between"))
+    with masked(model, masks):
+        model(torch.randn(5, 6)).sum().backward()
+    assert order == ["2", "between", "0"]
+
+
+def test_frozen_weights_are_freed_after_an_exception(model: nn.Module) -> None:
+    model[2].weight.requires_grad_(False)
+    with frozen(model):
+        assert not any(p.requires_grad for p in model.parameters())
+    with pytest.raises(KeyError), frozen(model):
+        raise KeyError
+    assert [p.requires_grad for p in model.parameters()] == [True, True, False]

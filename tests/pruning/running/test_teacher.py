@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from nm_permute_plugin.pruning.running import teacher as module
-from nm_permute_plugin.pruning.running.loss import LossWeights, run
+from nm_permute_plugin.pruning.running.loss import run
 from nm_permute_plugin.pruning.running.teacher import Teacher
+from nm_permute_plugin.pruning.settings import LossSettings
+from nm_permute_plugin.specs.fold import fold
 
-LOGITS = LossWeights()
+LOGITS = LossSettings()
 
 
 @pytest.fixture
@@ -100,13 +102,74 @@ def test_a_model_that_changes_its_logits_afterwards_runs_every_time(
 
 @pytest.mark.parametrize(
     ("weights", "keep"),
-    [(LOGITS, False), (LossWeights(hidden=1.0), True)],
+    [(LOGITS, False), (LossSettings(hidden=1.0), True)],
     ids=["told so", "hidden states"],
 )
 def test_nothing_is_kept_where_it_would_not_help(
-    model, batches, runs: list[int], weights: LossWeights, keep: bool
+    model, batches, runs: list[int], weights: LossSettings, keep: bool
 ) -> None:
     teacher = Teacher(model, weights, keep)
     outputs = [teacher(batches[0]) for _ in range(2)]
     assert len(runs) == 2
     assert {len(out.hidden) for out in outputs} == {3 if weights.hidden else 0}
+
+
+def test_a_fold_is_followed_without_a_run(
+    model, batches, runs: list[int], resolve_model, legal_perms
+) -> None:
+    teacher = Teacher(model, LOGITS)
+    for batch in batches:
+        teacher(batch)
+    resolved = resolve_model(model)
+    perms = legal_perms(resolved)
+    fold(model, resolved, perms)
+    with torch.no_grad():
+        folded = [model(**batch).logits for batch in batches]
+    runs.clear()
+    teacher.fold(perms["residual"])
+    for batch, logits in zip(batches, folded, strict=True):
+        torch.testing.assert_close(teacher(batch).logits, logits, rtol=1e-4, atol=1e-5)
+    assert runs == []
+
+
+def test_a_fold_in_an_unknown_order_has_the_model_run_anew(
+    model, batches, runs: list[int]
+) -> None:
+    teacher = Teacher(model, LOGITS)
+    expected = teacher(batches[0]).logits
+    teacher.fold(None)
+    assert torch.equal(teacher(batches[0]).logits, expected)
+    assert torch.equal(teacher(batches[0]).logits, expected)
+    assert len(runs) == 2
+
+
+def test_the_memory_that_will_be_taken_is_known_in_advance(
+    model, batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where other batches, those of the validation, are kept already, too."""
+    teacher = Teacher(model, LOGITS)
+    of_a_batch = 3 * 12 * 32 * 4
+    assert teacher.bytes_to_come(batches) == module.MOST_BYTES
+    teacher({"input_ids": batches[0]["input_ids"].flip(0)})
+    assert teacher.bytes_to_come(batches) == 2 * of_a_batch
+    teacher(batches[0])
+    assert teacher.bytes_to_come(batches) == of_a_batch
+    monkeypatch.setattr(module, "MOST_BYTES", 2 * of_a_batch + 8)
+    assert teacher.bytes_to_come(batches) == 8
+    teacher(batches[1])
+    assert teacher.bytes_to_come(batches[:1]) == 0
+    assert Teacher(model, LossSettings(hidden=1.0)).bytes_to_come(batches) == 0
+
+
+def test_validation_is_the_mean_loss_of_the_masked_model(model, batches) -> None:
+    teacher = Teacher(model, LOGITS)
+    assert teacher.validate({}, batches) == pytest.approx(0, abs=1e-6)
+    name = "model.layers.0.mlp.down_proj"
+    masks = {name: torch.zeros_like(model.get_submodule(name).weight)}
+    each = [teacher.validate(masks, [batch]) for batch in batches]
+    assert min(each) > 0
+    assert teacher.validate(masks, batches) == pytest.approx(sum(each) / 2, rel=1e-6)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="the validation loss is nan"):
+        Teacher(model, LOGITS).validate(masks, batches)
