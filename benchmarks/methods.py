@@ -102,13 +102,15 @@ WAYS = {
     ),
 }
 """Every method that leaves the kept weights as they are, by its name. ``learned-order``
-learns permutations alone, ``multipliers`` those of the scores alone, for the channels as they
-are: what permutations are worth."""
+learns permutations alone, ``multipliers`` those of the scores alone, with the channels as
+they are: what permutations are worth."""
 
 METHODS = [
     *WAYS,
     *(
-        f"{way}+{stages}" for way in ("wanda", "search", "learned") for stages in RECOVERIES
+        f"{way}+{stages}"
+        for way in ("wanda", "search", "learned")
+        for stages in RECOVERIES
     ),
     SPARSEGPT,
     f"search+{SPARSEGPT}",

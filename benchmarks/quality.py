@@ -7,7 +7,8 @@ Perplexity and gap closed of every method, over seeds, from reloaded checkpoints
 
 Each run loads the dense model, permutes and prunes it, saves it, reads it back, measures.
 Methods that end in ``-free`` permute the inputs of every linear alone, as published; what
-they find cannot be folded. ``free-mask`` learns the mask and no permutation: an upper bound.
+they find cannot be folded. ``free-mask`` learns the mask and no permutation, which is an
+upper bound.
 """
 
 import argparse
@@ -39,7 +40,7 @@ from texts import text_rows
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what the command line asks for."""
-    args = _arguments(argv)
+    args = arguments(argv)
     if args.merge:
         record = merged([read(path) for path in args.merge])
         if args.out:
@@ -106,7 +107,7 @@ def _run(
     """One method with one seed: prune, save, read back, measure."""
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
     model = model.to(args.device).eval()
-    settings = settings_of(method, _changes(args, seed))
+    settings = settings_of(method, changes_of(args, seed))
     data = split_text(
         rows, settings.batch_size, settings.validation.share, settings.seed
     )
@@ -129,7 +130,7 @@ def _run(
     }
 
 
-def _changes(args: argparse.Namespace, seed: int) -> list[Change]:
+def changes_of(args: argparse.Namespace, seed: int) -> list[Change]:
     """What the options say of the settings: ``--set`` above the short forms."""
     short = {
         "mask_structure": args.pattern,
@@ -154,7 +155,7 @@ def _hardware(device: str) -> str:
     return f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

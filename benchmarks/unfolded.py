@@ -14,8 +14,8 @@ def own_spaces(model: nn.Module, linears: Iterable[str]) -> ResolvedSpec:
     A spec in which every linear has a space of its own, whose channels may go anywhere.
 
     That is how permutations are published: at run time each of them needs a gather. The
-    spec names no parameter, so that a fold by it moves nothing, and masks that are N:M under
-    the permutations come out with the channels in their old places.
+    spec names no parameter, so that a fold by it moves nothing, and masks that are N:M
+    under the permutations come out with the channels in their old places.
 
     :param linears: module names
     """
