@@ -26,7 +26,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from nm_permute_plugin.checkpoint.codec import WORDS, compress, decompress
+from nm_permute_plugin.checkpoint.codec import compress, decompress
+from nm_permute_plugin.checkpoint.layout24 import WORDS
 from nm_permute_plugin.checkpoint.shards import ShardWriter
 from nm_permute_plugin.checkpoint.writer import convert
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nm_permute_plugin.evaluation.loading import model_class
+from nm_permute_plugin.evaluation.pretrained import model_class
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.scores import ScoreName
 from nm_permute_plugin.pruning.data import Samples

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from compared import arguments, compare
 from nm_permute_plugin.evaluation.classification import mean_cosine
-from nm_permute_plugin.evaluation.loading import model_class
+from nm_permute_plugin.evaluation.pretrained import model_class
 from nm_permute_plugin.pruning.pipeline import Record
 from nm_permute_plugin.pruning.text import rows_of, split_text
 

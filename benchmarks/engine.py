@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from nm_permute_plugin.checkpoint.config import SparsityConfig
-from nm_permute_plugin.cli.bench_serve import bench_serve
+from nm_permute_plugin.cli.bench_serve import time_both_sides
 from nm_permute_plugin.serving.bench import Workload, engine_arguments
 
 SHAPES = {
@@ -58,7 +58,7 @@ def main() -> None:
         made = (checkpoint, args.shape, args.layers, kind, args.device)
         with get_context("spawn").Pool(1) as pool:  # whose GPU memory ends with it
             pool.apply(write_checkpoint, made)
-        table = bench_serve(checkpoint, workload, args.out / f"serve-{kind}")
+        table = time_both_sides(checkpoint, workload, args.out / f"serve-{kind}")
         print(f"{args.shape}, {args.layers} layers, {kind}\n{table}", flush=True)
         shutil.rmtree(checkpoint)
 

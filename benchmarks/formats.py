@@ -24,17 +24,15 @@ from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nm_permute_plugin.checkpoint.pattern import check_pattern, choose_format
-from nm_permute_plugin.checkpoint.plan import TWO_FOUR
+from nm_permute_plugin.checkpoint.directory import open_checkpoint
+from nm_permute_plugin.checkpoint.pattern import check_pattern
+from nm_permute_plugin.checkpoint.plan import TWO_FOUR, choose_format
 from nm_permute_plugin.checkpoint.record import read_promise
 from nm_permute_plugin.checkpoint.verify import verify
 from nm_permute_plugin.checkpoint.writer import convert
 from nm_permute_plugin.cli.prune import prune_checkpoint
-from nm_permute_plugin.evaluation.perplexity import (
-    load_checkpoint,
-    perplexity,
-    tokenize,
-)
+from nm_permute_plugin.evaluation.perplexity import perplexity, tokenize
+from nm_permute_plugin.evaluation.pretrained import load_checkpoint
 
 DENSE, SPARSE = "dense", "sparse-24-bitmask"
 SMOOTH = "W8A8_SMOOTHQUANT"
@@ -125,8 +123,9 @@ def _quantize(
         output_dir=str(target),
     )
     pruned = _pruned(source)
-    check_pattern(target, pruned, TWO_FOUR)
-    form, _ = choose_format(target, "auto", TWO_FOUR, pruned)
+    checkpoint = open_checkpoint(target)
+    check_pattern(checkpoint, pruned, TWO_FOUR)
+    form, _ = choose_format(checkpoint, "auto", TWO_FOUR, pruned)
     if form != DENSE:
         convert(target, target, form, modules=pruned)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nm_permute_plugin.evaluation.perplexity import gap_closed
+from nm_permute_plugin.evaluation.report import gap_closed
 from nm_permute_plugin.evaluation.throughput import require_matplotlib
 
 BASE = "wanda"

@@ -18,19 +18,14 @@ from torch import Tensor
 
 from compared import arguments, compare
 from nm_permute_plugin.evaluation.classification import (
-    Seen,
+    ImageOutputs,
     accuracy,
+    image_outputs,
     labels_of,
-    look,
     mean_cosine,
 )
-from nm_permute_plugin.evaluation.images import (
-    image_files,
-    image_processor,
-    labelled_images,
-    pixels,
-)
-from nm_permute_plugin.evaluation.loading import model_class
+from nm_permute_plugin.evaluation.images import image_files, labelled_images, pixels
+from nm_permute_plugin.evaluation.pretrained import image_processor, model_class
 from nm_permute_plugin.maths.permutation import invert
 from nm_permute_plugin.pruning.data import split_images
 from nm_permute_plugin.pruning.pipeline import Record
@@ -53,7 +48,7 @@ def main() -> None:
 
     def measure(folder: Path, record: Record) -> Mapping[str, float]:
         image_processor(args.model).save_pretrained(folder)
-        seen = look(folder, test.files, args.device, args.batch_size)
+        seen = image_outputs(folder, test.files, args.device, args.batch_size)
         assert seen.logits is not None
         features = seen.features
         if "residual" in record.perms:
@@ -73,12 +68,12 @@ def main() -> None:
     )
 
 
-def _dense(files: Sequence[Path], args: argparse.Namespace) -> Seen:
+def _dense(files: Sequence[Path], args: argparse.Namespace) -> ImageOutputs:
     """What the dense model makes of the test pictures; kept beside the results."""
     kept = args.out.with_suffix(".pt")
     if args.resume and kept.exists():
-        return Seen(**torch.load(kept))
-    seen = look(args.model, files, args.device, args.batch_size)
+        return ImageOutputs(**torch.load(kept))
+    seen = image_outputs(args.model, files, args.device, args.batch_size)
     torch.save({"features": seen.features, "logits": seen.logits}, kept)
     return seen
 

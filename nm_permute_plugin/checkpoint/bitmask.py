@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of any sparsity <-> the general ``sparse-bitmask`` tensors, bit by bit."""
+"""Convert weights of any sparsity to ``sparse-bitmask`` tensors and back, bit by bit."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,13 +8,14 @@ import torch
 from jaxtyping import Bool, UInt8
 from torch import Tensor
 
-from nm_permute_plugin.checkpoint.codec import WORDS, nonzero_bits
+from nm_permute_plugin.checkpoint.codec import nonzero_bits
+from nm_permute_plugin.checkpoint.layout24 import WORDS
 
 
 @dataclass(frozen=True)
 class SparseBitmask:
     """
-    A sparse weight as stored on disk, for 4:8 and other patterns.
+    Holds a sparse weight as it is stored on disk, for 4:8 and other patterns.
 
     :param compressed: the non-zeros, row after row
     :param bitmask: uint8 [out, ceil(in / 8)], a bit for every weight, the lowest first
@@ -30,7 +31,7 @@ class SparseBitmask:
 
 def compress_any(weight: Tensor, name: str = "weight") -> SparseBitmask:
     """
-    The stored form of a weight; ``decompress_any`` gives back the same bits.
+    Compresses a weight; ``decompress_any`` gives back the same bits.
 
     A weight counts as zero when all its bits are.
 
@@ -65,7 +66,7 @@ def decompress_any(
     name: str = "weight",
 ) -> Tensor:
     """
-    The dense weight of stored tensors; weights not stored are +0.0.
+    Makes the dense weight of stored tensors; weights not stored become +0.0.
 
     :param name: what messages call it
     :raises ValueError: if the tensors do not belong together

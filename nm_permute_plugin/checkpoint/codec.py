@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A 2:4 weight <-> the tensors ``compressed``, ``bitmask``, ``shape``, bit by bit."""
+"""Convert 2:4 weights to ``compressed``, ``bitmask``, ``shape`` and back, bit by bit."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,29 +10,16 @@ import torch
 from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
-WORDS = {
-    torch.bfloat16: torch.int16,
-    torch.float16: torch.int16,
-    torch.float32: torch.int32,
-    torch.float8_e4m3fn: torch.int8,
-    torch.int8: torch.int8,
-}
-"""The dtypes that are stored, with the integers of the same width that stand in for
-them: bits are moved, values are never looked at."""
+from nm_permute_plugin.checkpoint.layout24 import STORED, WORDS
 
-STORED = (12, 5, 10, 3, 12, 5, 6, 0, 12, 9, 10, 0, 12, 0, 0, 0)
-"""Which two of four weights are stored, by which are not zero (bit i: weight i). Where
-fewer than two are left the choice is free; it is the one that the format's first
-implementation made on CPUs, so that files agree byte for byte. 0: not 2:4."""
-
-_CPU_OCTETS = 1 << 15  # what fits a core's cache
-_GPU_OCTETS = 1 << 24  # what fits a GPU's memory: about 1 GB of scratch
+_CPU_OCTETS = 1 << 15  # encoded at a time: they fit into a core's cache
+_GPU_OCTETS = 1 << 24  # encoded at a time: they take about 1 GB of scratch
 
 
 @dataclass(frozen=True)
 class Sparse24:
     """
-    A 2:4 weight as stored on disk.
+    Holds a 2:4 weight as it is stored on disk.
 
     :param compressed: [out, in / 2], the stored weights of every row, in order
     :param bitmask: uint8 [out, ceil(in / 8)], a bit for every weight, the lowest first,
@@ -47,7 +34,7 @@ class Sparse24:
 
 def compress(weight: Tensor, name: str = "weight") -> Sparse24:
     """
-    The stored form of a 2:4 weight; ``decompress`` gives back the same bits.
+    Compresses a 2:4 weight; ``decompress`` gives back the same bits.
 
     A weight counts as zero when all its bits are: NaN, denormals and -0.0 are stored.
     A product with a mask leaves -0.0 behind, more than a group can store;
@@ -96,7 +83,7 @@ def decompress(
     name: str = "weight",
 ) -> Tensor:
     """
-    The dense weight of stored tensors, on their device; weights not stored are +0.0.
+    Makes the dense weight of stored tensors on their device; the rest becomes +0.0.
 
     :param name: what messages call it
     :raises ValueError: if the shapes or dtypes do not belong together, or a group of
@@ -126,7 +113,7 @@ def check_stored(
     name: str = "weight",
 ) -> tuple[int, int]:
     """
-    The dense shape, once the stored tensors' shapes and dtypes are seen to agree.
+    Checks that stored tensors agree in shapes and dtypes, and returns the dense shape.
 
     :raises ValueError: if they do not
     """
@@ -157,7 +144,7 @@ def check_stored(
 
 def clear_negative_zeros(weight: Tensor) -> Tensor:
     """
-    The weight with +0.0 for every -0.0, which a product with a mask leaves behind.
+    Replaces every -0.0, which a product with a mask leaves behind, by +0.0.
 
     >>> clear_negative_zeros(torch.tensor([[-0.0, -1.0]]))
     tensor([[ 0., -1.]])
@@ -171,7 +158,7 @@ def clear_negative_zeros(weight: Tensor) -> Tensor:
 
 
 def nonzero_bits(weight: Tensor) -> Bool[Tensor, "*shape"]:
-    """True where any bit of the weight is set: -0.0 is no zero here, NaN neither."""
+    """Is True where any bit of the weight is set, as in -0.0 and NaN."""
     return weight.detach().contiguous().view(WORDS[weight.dtype]) != 0
 
 
@@ -182,7 +169,7 @@ def _in_triton(words: Tensor) -> bool:
 def _compress_in_torch(
     words: Int[Tensor, "rows columns"],
 ) -> tuple[Int[Tensor, "rows half"], UInt8[Tensor, "rows bytes"]] | None:
-    """What is stored of a weight's bits, or None if it is not 2:4."""
+    """Returns what is stored of a weight's bits, or None if it is not 2:4."""
     rows, columns = words.shape
     values = words.new_empty(rows, columns // 2)
     bitmask = words.new_empty(rows, -(-columns // 8), dtype=torch.uint8)
@@ -200,7 +187,7 @@ def _compress_in_torch(
 def _decompress_in_torch(
     values: Int[Tensor, "rows half"], bitmask: UInt8[Tensor, "rows bytes"], columns: int
 ) -> Int[Tensor, "rows columns"] | None:
-    """The bits of a weight, or None if not two of any four bits are set."""
+    """Returns the bits of a weight, or None unless two of any four bits are set."""
     whole = _whole(bitmask, columns)
     if not bool(_tables(str(bitmask.device)).valid[whole].all()):
         return None
@@ -217,7 +204,7 @@ def _decompress_in_torch(
 
 @dataclass(frozen=True)
 class _Tables:
-    """By the eight bits of two groups: what is stored, where, and if it may be so."""
+    """Maps the eight bits of two groups to what is stored, where, and if it may be."""
 
     stored: UInt8[Tensor, "256"]
     places: Int[Tensor, "256 4"]
@@ -226,7 +213,7 @@ class _Tables:
 
 @lru_cache(maxsize=16)
 def _tables(device: str) -> _Tables:
-    """The tables on a device, by the device's name."""
+    """Makes the tables on a device, once for each device name."""
     byte = range(256)
     low, high = [STORED[b & 15] for b in byte], [STORED[b >> 4] for b in byte]
     stored = [a | b << 4 if a and b else 0 for a, b in zip(low, high, strict=True)]
@@ -245,7 +232,7 @@ def _compress_octets(
     values: Int[Tensor, "octets 4"],
     bitmask: UInt8[Tensor, " octets"],
 ) -> None:
-    """Fill in values and bits of every two groups; where one is not 2:4, no bits."""
+    """Fills in values and bits of every two groups; no bits where one is not 2:4."""
     tables = _tables(str(words.device))
     for part in _parts(words):
         # eight bytes of 0 or 1, multiplied so that their bits meet in the top byte; on
@@ -262,7 +249,7 @@ def _decompress_octets(
     bitmask: UInt8[Tensor, " octets"],
     words: Int[Tensor, "octets 8"],
 ) -> None:
-    """Put the values of every two groups at their bits' places among zeros."""
+    """Puts the values of every two groups at their bits' places among zeros."""
     tables = _tables(str(words.device))
     for part in _parts(words):
         places = tables.places.index_select(0, bitmask[part].int())
@@ -275,7 +262,7 @@ def _parts(words: Tensor) -> Iterator[slice]:
 
 
 def _whole(bitmask: Tensor, columns: int) -> Tensor:
-    """The bytes as indices; half a byte at a row's end gets the two bits of padding."""
+    """Returns bytes as indices; half a byte at a row's end gets two bits of padding."""
     whole = bitmask.int()
     if columns % 8:
         high = whole[:, -1] >> 4

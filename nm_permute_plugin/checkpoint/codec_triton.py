@@ -7,16 +7,16 @@ import triton.language as tl
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from nm_permute_plugin.checkpoint.codec import STORED
+from nm_permute_plugin.checkpoint.layout24 import STORED
 
 OCTETS = 512
-"""Of eight weights; so many a program, several in flight for each of its threads."""
+"""A program handles this many octets of weights, several for each of its threads."""
 
 CHOICES = sum(bits << 4 * i for i, bits in enumerate(STORED))
-"""``STORED`` as one number, four bits an entry."""
+"""Holds ``STORED`` as one number, with four bits for each entry."""
 
 PAIRS = sum(1 << bits for bits in range(16) if bits.bit_count() == 2)
-"""A bit for each four bits of which two are set."""
+"""Has bit i set where i, as a bitmask of four weights, has exactly two bits set."""
 
 
 @triton.jit

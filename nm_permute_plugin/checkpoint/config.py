@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``sparsity_config`` block of a checkpoint's ``config.json``."""
+"""Read and write the ``sparsity_config`` block of a checkpoint's ``config.json``."""
 
 import re
 from collections.abc import Mapping
@@ -11,10 +11,12 @@ from nm_permute_plugin.maths.pattern import NMPattern
 
 QUANT_METHOD = "compressed-tensors"
 LAYOUT_VERSION = "0.14.0"
-"""The compressed-tensors version whose layout is written."""
+"""Names the compressed-tensors version whose layout we write; readers compare it."""
 
 SparseFormat = Literal["sparse-24-bitmask", "sparse-bitmask"]
 Format = Literal["dense", "sparse-24-bitmask", "sparse-bitmask"]
+AskedFormat = Literal["auto", "dense", "sparse-24-bitmask", "sparse-bitmask"]
+"""The format that a recipe asks for; "auto" leaves the choice to the checkpoint."""
 Json = dict[str, object]
 
 _HOLDERS = ("quantization_config", "compression_config")
@@ -24,7 +26,7 @@ _NO_QUANTIZATION = {"quant_method", "version", _BLOCK, "transform_config"}
 
 class SparsityConfig(BaseModel):
     """
-    What is sparse in a checkpoint, and how it is stored.
+    Says what is sparse in a checkpoint, and how it is stored.
 
     :param format: how the sparse weights are stored
     :param sparsity_structure: ``"2:4"``, or another N:M of ``sparse-bitmask``
@@ -59,14 +61,14 @@ class SparsityConfig(BaseModel):
 
     @property
     def pattern(self) -> NMPattern | None:
-        """The N:M pattern; None where no pattern is promised."""
+        """Returns the N:M pattern, or None where no pattern is promised."""
         if self.sparsity_structure in ("unstructured", "0:0"):
             return None
         return NMPattern.parse(self.sparsity_structure)
 
     def promises(self, module: str, kind: str = "Linear") -> bool:
         """
-        Whether a module is said to be sparse.
+        Tells whether the block says that a module is sparse.
 
         :param module: its name
         :param kind: its class
@@ -75,20 +77,36 @@ class SparsityConfig(BaseModel):
         >>> config.promises("model.layers.0.mlp.up_proj"), config.promises("lm_head")
         (True, False)
         """
-        if any(_names(entry, module, kind) for entry in self.ignore):
+        if any(matches(entry, module, kind) for entry in self.ignore):
             return False
         return self.targets is None or any(
-            _names(entry, module, kind) for entry in self.targets
+            matches(entry, module, kind) for entry in self.targets
         )
 
     def to_json(self) -> Json:
-        """The block as it stands in ``config.json``."""
+        """Returns the block as it stands in ``config.json``."""
         return self.model_dump(mode="json")
+
+
+def matches(entry: str, module: str, kind: str = "Linear") -> bool:
+    """
+    Tells whether an entry of a list of targets means a module.
+
+    :param entry: a module's name, a class name, or ``re:`` and an expression that
+        matches the beginning of a name
+    :param kind: the class name of the module
+
+    >>> [matches(entry, "mlp.up_proj") for entry in ("Linear", "re:.*up_", "up_proj")]
+    [True, True, False]
+    """
+    if entry.startswith("re:"):
+        return re.match(entry.removeprefix("re:"), module) is not None
+    return entry in (module, kind)
 
 
 def read_sparsity_config(config: Mapping[str, object]) -> SparsityConfig | None:
     """
-    The block of a whole ``config.json``, or of the quantization config in it.
+    Reads the block of a whole ``config.json``, or of the quantization config in it.
 
     :return: None where there is none, or an empty one
     :raises ValueError: if the block is not understood, naming its field
@@ -112,7 +130,7 @@ def read_sparsity_config(config: Mapping[str, object]) -> SparsityConfig | None:
 
 
 def quantization_config(config: Mapping[str, object]) -> Mapping[str, object] | None:
-    """The quantization config of a ``config.json``, by its new or its old name."""
+    """Finds the quantization config of a ``config.json``, by its new or old name."""
     for name in _HOLDERS:
         holder = config.get(name)
         if isinstance(holder, Mapping):
@@ -122,7 +140,7 @@ def quantization_config(config: Mapping[str, object]) -> Mapping[str, object] | 
 
 def quantization_format(config: Mapping[str, object]) -> str | None:
     """
-    How quantized weights are stored, ``"float-quantized"`` say; None without any.
+    Tells how quantized weights are stored, e.g. ``"float-quantized"``; None without any.
 
     >>> quantization_format({"quantization_config": {"sparsity_config": {}}}) is None
     True
@@ -137,7 +155,7 @@ def with_sparsity_config(
     config: Mapping[str, object], sparsity: SparsityConfig | None
 ) -> Json:
     """
-    A ``config.json`` with another block, or without one; quantization is kept.
+    Returns a ``config.json`` with another block, or without; keeps the quantization.
 
     :param sparsity: None takes the block out, and with it a quantization config that
         held nothing else
@@ -157,9 +175,3 @@ def with_sparsity_config(
     else:
         return new
     return {**new, "quantization_config": block}
-
-
-def _names(entry: str, module: str, kind: str) -> bool:
-    if entry.startswith("re:"):
-        return re.match(entry.removeprefix("re:"), module) is not None
-    return entry in (module, kind)

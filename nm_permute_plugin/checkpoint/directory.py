@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint directory as one mapping from tensor names to tensors."""
+"""Read a checkpoint directory as one mapping from tensor names to tensors."""
 
 import json
 from collections.abc import Mapping
@@ -21,15 +21,15 @@ PARTS: dict[Format, tuple[str, ...]] = {
     "sparse-24-bitmask": ("compressed", "bitmask", "shape"),
     "sparse-bitmask": ("compressed", "bitmask", "row_offsets", "shape"),
 }
-"""The tensors that hold the weight of a module, by how it is stored."""
+"""Lists the tensors that hold the weight of a module, for each way of storing it."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """
-    A directory whose index and headers have been read and found consistent.
+    Is a directory whose index and headers have been read and found consistent.
 
-    :param config: ``config.json``
+    :param config: the content of ``config.json``
     :param index: the index file of a sharded checkpoint, None for a single file
     :param shards: the files, by name
     :param where: the file of each tensor
@@ -45,14 +45,14 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """
-        A tensor as it is stored.
+        Reads a tensor as it is stored.
 
         :raises DamagedError: if its bytes are not those that were written
         """
         return self.where[name].read(name)
 
     def matrices(self) -> list[str]:
-        """The modules whose weight has two axes, in the order of the files."""
+        """Lists the modules whose weight has two axes, in the order of the files."""
         return [
             module
             for module, stored in self.formats.items()
@@ -60,11 +60,11 @@ class Checkpoint:
         ]
 
     def file(self, module: str) -> Path:
-        """Where the values of a module's weight are."""
+        """Returns the file that holds the values of a module's weight."""
         return self.where[f"{module}.{PARTS[self.formats[module]][0]}"].path
 
     def dense_layout(self, module: str) -> tuple[torch.dtype, tuple[int, int]]:
-        """The dtype and the dense shape of a matrix, without reading its values."""
+        """Returns dtype and dense shape of a matrix, without reading its values."""
         layout = self._layout(module)
         sizes = list(layout.shape)
         if self.formats[module] != "dense":
@@ -81,7 +81,7 @@ class Checkpoint:
 
     def weight(self, module: str) -> Tensor:
         """
-        The dense weight of a module, however it is stored.
+        Makes the dense weight of a module, however it is stored.
 
         :raises DamagedError: if its tensors do not belong together, naming the file
         """
@@ -99,7 +99,7 @@ class Checkpoint:
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """
-    Read config, index and headers of a checkpoint, and check that they agree.
+    Reads config, index and headers of a checkpoint, and checks that they agree.
 
     :raises DamagedError: if a file is missing or damaged, or they do not agree, naming
         file and tensor
@@ -124,7 +124,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def stored_formats(names: Mapping[str, Shard]) -> dict[str, Format]:
     """
-    How each module's weight is stored, by the names of a checkpoint's tensors.
+    Tells from the names of a checkpoint's tensors how each module's weight is stored.
 
     :raises DamagedError: for a weight that is only partly there, or there twice
     """
@@ -151,7 +151,7 @@ def stored_formats(names: Mapping[str, Shard]) -> dict[str, Format]:
 
 def read_json(path: Path) -> Json:
     """
-    A JSON file that holds an object.
+    Reads a JSON file that holds an object.
 
     :raises DamagedError: if it is missing or does not
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is left to do once a pruned model has been saved: check, store, describe."""
+"""Finish a pruned model's checkpoint once it is saved: check, convert, describe it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -7,27 +7,25 @@ from pathlib import Path
 
 from loguru import logger
 
+from nm_permute_plugin.checkpoint.config import AskedFormat
+from nm_permute_plugin.checkpoint.directory import open_checkpoint
 from nm_permute_plugin.checkpoint.model_card import Card, write_card
-from nm_permute_plugin.checkpoint.pattern import (
-    AskedFormat,
-    check_pattern,
-    choose_format,
-    to_store_sparse,
-)
+from nm_permute_plugin.checkpoint.pattern import check_pattern
+from nm_permute_plugin.checkpoint.plan import choose_format, make_plan, to_store_sparse
 from nm_permute_plugin.checkpoint.record import write_record
-from nm_permute_plugin.checkpoint.writer import convert
+from nm_permute_plugin.checkpoint.writer import rewrite
 from nm_permute_plugin.maths.permutation import Permutation
 
 
 @dataclass(frozen=True)
 class Finish:
     """
-    What a run leaves to be done with each of its checkpoints.
+    Does with each checkpoint of a run what is left to do.
 
-    :param asked: the format of the recipe
+    :param asked: the format that the recipe asks for
     :param card: what the card tells; its format and reason are found out here
     :param perms: by space, ``new[j] = old[perm[j]]``
-    :param report: for the record: what JSON can hold
+    :param report: goes into the record, and must fit into JSON
     """
 
     asked: AskedFormat
@@ -37,25 +35,26 @@ class Finish:
 
     def __call__(self, folder: Path) -> None:
         """
-        Hold a saved checkpoint to its pattern, store it as asked, leave record and card.
+        Checks a checkpoint's pattern, stores it as asked, and adds record and card.
 
         :raises ValueError: if a pruned module does not follow the pattern any more,
             naming module, row and channels
         """
         pattern, pruned = self.card.pattern, self.card.pruned
         transposed = self.card.transposed
-        check_pattern(folder, pruned, pattern, transposed)
-        format, reason = choose_format(folder, self.asked, pattern, pruned, transposed)
-        logger.info(f"stored {format}: {reason}")
+        checkpoint = open_checkpoint(folder)
+        counted = check_pattern(checkpoint, pruned, pattern, transposed)
+        format, reason = choose_format(
+            checkpoint, self.asked, pattern, pruned, transposed
+        )
+        logger.info(f"The checkpoint is stored as {format}: {reason}")
         if format != "dense":
-            # pruning modifiers of the host leave -0.0 behind
-            convert(
-                folder,
-                folder,
-                format,
-                modules=to_store_sparse(self.asked, pruned),
-                pattern=pattern,
-                clear_zeros=True,
+            # pruning modifiers of llm-compressor leave -0.0 behind
+            sparse = to_store_sparse(self.asked, pruned)
+            plan = make_plan(
+                checkpoint, format, sparse, pattern, clear=True, counted=counted
             )
+            rewrite(checkpoint, plan, folder)
+            checkpoint = open_checkpoint(folder)
         write_record(folder, self.perms, self.report)
-        write_card(folder, replace(self.card, format=format, reason=reason))
+        write_card(checkpoint, replace(self.card, format=format, reason=reason))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configs as transformers 4 and vLLM up to 0.18.1 read them."""
+"""Write configs as transformers 4 and vLLM up to 0.18.1 read them."""
 
 from collections.abc import Mapping
 
@@ -10,10 +10,10 @@ _TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 
 def legacy_config(config: Mapping[str, object]) -> Json:
     """
-    A ``config.json`` of transformers 5 in the words of transformers 4.
+    Translates a ``config.json`` of transformers 5 for transformers 4.
 
-    Version 4 passes over ``rope_parameters`` without a word and takes another base for
-    its rotary embedding: the model would load and talk nonsense.
+    Version 4 ignores ``rope_parameters`` and takes another base for its rotary
+    embedding: the model would load and write nonsense.
 
     :raises NotImplementedError: where a model has rotary parameters by layer type
 
@@ -45,7 +45,7 @@ def legacy_config(config: Mapping[str, object]) -> Json:
 
 def legacy_tokenizer_config(config: Mapping[str, object]) -> Json:
     """
-    A ``tokenizer_config.json`` of transformers 5 in the words of transformers 4.
+    Translates a ``tokenizer_config.json`` of transformers 5 for transformers 4.
 
     >>> legacy_tokenizer_config({"tokenizer_class": "TokenizersBackend"})
     {'tokenizer_class': 'PreTrainedTokenizerFast'}

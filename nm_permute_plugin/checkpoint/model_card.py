@@ -1,24 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README.md of a checkpoint: what it is, how it was made, how to load it."""
+"""Write the README.md of a checkpoint: what it is, how it was made, how to load it."""
 
 import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from loguru import logger
 
 from nm_permute_plugin.checkpoint.config import Format, quantization_format
-from nm_permute_plugin.checkpoint.directory import open_checkpoint, read_json
+from nm_permute_plugin.checkpoint.directory import Checkpoint, open_checkpoint
 from nm_permute_plugin.checkpoint.plan import experts_of
 from nm_permute_plugin.checkpoint.record import Promise
-from nm_permute_plugin.checkpoint.task import task_of
 from nm_permute_plugin.maths.pattern import NMPattern
 
 CARD = "README.md"
-OURS = "<!-- written by nm-permute-plugin -->"
+_MARK = "<!-- written by nm-permute-plugin -->"
 _EVALUATION = ("<!-- evaluation -->", "<!-- end of evaluation -->")
 _STORAGE = ("<!-- storage -->", "<!-- end of storage -->")
 _TABLE = [
@@ -30,16 +31,17 @@ _TABLE = [
 @dataclass(frozen=True)
 class Card:
     """
-    What a card tells that the checkpoint's other files do not.
+    Holds what a card tells and the checkpoint's other files do not.
 
     :param base_model: a hub name, or the name of the folder that the model came from
     :param pruned: the modules that follow the pattern; none where nothing was pruned
-    :param fold_error: relative change of the dense outputs by the fold
-    :param retained: share of the total score that the masks keep, before and after
-    :param history: what the validation rows said while the order was learned
-    :param versions: of packages, by name
-    :param format: how they are stored
-    :param reason: why
+    :param fold_error: the relative change of the dense outputs by the fold
+    :param retained: the share of the total score that the best masks keep, before and
+        after the permutation
+    :param history: the validation losses while the masks were learned
+    :param versions: the versions of packages, by name
+    :param format: how the pruned modules are stored
+    :param reason: why they are stored so
     :param transposed: the pruned modules that are stored as [in, out]
     """
 
@@ -58,11 +60,12 @@ class Card:
 @dataclass(frozen=True)
 class Evaluation:
     """
-    One measurement of the checkpoint, read back from disk.
+    Is one measurement of the checkpoint as it was read back from disk.
 
     :param text: the name of the text
-    :param window: tokens of a window
-    :param gap: the gap closed, 0 to 1; None where there is no base to compare with
+    :param window: the number of tokens of a window
+    :param gap: the share of the gap to the dense model that is closed, 0 to 1; None
+        without a model to compare with
     """
 
     text: str
@@ -72,12 +75,12 @@ class Evaluation:
     gap: float | None = None
 
 
-def write_card(checkpoint: Path, card: Card) -> None:
-    """Write ``README.md`` of a checkpoint whose other files are there already."""
+def write_card(checkpoint: Checkpoint, card: Card) -> None:
+    """Writes the ``README.md`` of a checkpoint whose other files are there already."""
     text = "\n\n".join(
         [
             _front_matter(checkpoint, card),
-            OURS,
+            _MARK,
             f"# {card.base_model.rpartition('/')[2]}, {_title(card)}",
             _what(card),
             "\n".join(_STORAGE),
@@ -87,37 +90,41 @@ def write_card(checkpoint: Path, card: Card) -> None:
             _making(checkpoint, card),
         ]
     )
-    (checkpoint / CARD).write_text(text + "\n", encoding="utf-8")
+    (checkpoint.path / CARD).write_text(text + "\n", encoding="utf-8")
     promise = Promise(list(card.pruned), card.pattern, list(card.transposed))
-    write_storage(checkpoint, promise, card.format, card.reason)
+    _write_storage(checkpoint, promise, card.format, card.reason)
 
 
-def write_storage(
-    checkpoint: Path, promise: Promise, format: Format, reason: str
-) -> None:
+def write_storage(folder: Path, promise: Promise, format: Format, reason: str) -> None:
     """
-    Say in a checkpoint's card how it is stored and loaded, in place of what stood there.
+    Says anew in a checkpoint's card how it is stored and loaded.
 
     :param reason: why it is stored so
     :raises ValueError: if the folder has no card of ours
     """
+    _write_storage(open_checkpoint(folder), promise, format, reason)
+
+
+def _write_storage(
+    checkpoint: Checkpoint, promise: Promise, format: Format, reason: str
+) -> None:
     parts = [
         "## What is sparse, and what is not",
         _sparse(checkpoint, promise, format, reason),
         "## How to load it",
         _loading(checkpoint, format),
     ]
-    _, text = _block(checkpoint, _STORAGE)
-    _replace(checkpoint, text, _STORAGE, "\n\n" + "\n\n".join(parts) + "\n\n")
+    _, text = _block(checkpoint.path, _STORAGE)
+    _replace(checkpoint.path, text, _STORAGE, "\n\n" + "\n\n".join(parts) + "\n\n")
 
 
-def add_evaluation(checkpoint: Path, row: Evaluation) -> None:
+def add_evaluation(folder: Path, row: Evaluation) -> None:
     """
-    Put a row into the table of a checkpoint's card, in place of one like it.
+    Puts a row into the table of a checkpoint's card, in place of one like it.
 
     :raises ValueError: if the folder has no card of ours
     """
-    block, text = _block(checkpoint, _EVALUATION)
+    block, text = _block(folder, _EVALUATION)
     name = row.text.replace("|", "/")
     begin = f"| {name} | {row.window} |"
     gap = "" if row.gap is None else f"{row.gap:.1%}"
@@ -128,71 +135,130 @@ def add_evaluation(checkpoint: Path, row: Evaluation) -> None:
     ]
     line = f"{begin} {row.tokens} | {row.perplexity:.2f} | {gap} |"
     table = "\n".join(["", *_TABLE, *kept, line, ""])
-    _replace(checkpoint, text, _EVALUATION, table)
+    _replace(folder, text, _EVALUATION, table)
 
 
-def is_ours(checkpoint: Path) -> bool:
-    """Whether the folder has a README.md that was written here."""
-    path = checkpoint / CARD
-    return path.exists() and OURS in path.read_text(encoding="utf-8", errors="replace")
-
-
-def keep_foreign_card(folder: Path) -> None:
-    """Move a README.md that we did not write out of the way, and say so."""
+def is_ours(folder: Path) -> bool:
+    """Tells whether a folder has a README.md that was written here."""
     path = folder / CARD
-    if not path.exists() or is_ours(folder):
+    return path.exists() and _MARK in path.read_text(encoding="utf-8", errors="replace")
+
+
+def keep_foreign_card(folder: Path, fresh: Path) -> None:
+    """
+    Copies a README.md that we did not write out of a folder, under a name that is free.
+
+    :param fresh: the directory that takes the folder's place, with a card of its own
+    """
+    path = folder / CARD
+    if not path.exists() or is_ours(folder) or not (fresh / CARD).exists():
         return
-    number, kept = 2, folder / "README.old.md"
-    while kept.exists():
-        number, kept = number + 1, folder / f"README.old{number}.md"
-    path.rename(kept)
-    logger.warning(f"{path} was there before; it is {kept.name} now")
+    number, kept = 2, "README.old.md"
+    while (folder / kept).exists():
+        number, kept = number + 1, f"README.old{number}.md"
+    shutil.copy2(path, fresh / kept)
+    logger.warning(f"{path} was not written by nm-permute-plugin; it is {kept} now")
 
 
-def _front_matter(checkpoint: Path, card: Card) -> str:
+@dataclass(frozen=True)
+class _Task:
+    """
+    Says what a model does.
+
+    :param tag: the hub's word for it
+    :param auto_class: the class of transformers that loads it
+    :param images: whether it takes images alone: no text measures it, and vLLM does not
+        serve it
+    """
+
+    tag: str
+    auto_class: str
+    images: bool = False
+
+
+_LANGUAGE = _Task("text-generation", "AutoModelForCausalLM")
+_TASKS = {
+    "ForCausalLM": _LANGUAGE,
+    "LMHeadModel": _LANGUAGE,
+    "ForConditionalGeneration": _Task(
+        "image-text-to-text", "AutoModelForImageTextToText"
+    ),
+    "ForImageClassification": _Task(
+        "image-classification", "AutoModelForImageClassification", images=True
+    ),
+    "ForSequenceClassification": _Task(
+        "text-classification", "AutoModelForSequenceClassification"
+    ),
+    "ForTokenClassification": _Task(
+        "token-classification", "AutoModelForTokenClassification"
+    ),
+}
+"""Maps a part of a model class's name to what such models do."""
+
+
+def _task_of(config: Mapping[str, Any]) -> _Task:
+    """
+    Finds out from its ``config.json`` what a model does.
+
+    >>> _task_of({"architectures": ["Dinov2Model"], "patch_size": 14}).tag
+    'image-feature-extraction'
+    """
+    name = (config.get("architectures") or [""])[0]
+    for part, task in _TASKS.items():
+        if part in name:
+            return task
+    if "patch_size" in config:
+        return _Task("image-feature-extraction", "AutoModel", images=True)
+    return _Task("feature-extraction", "AutoModel") if name else _LANGUAGE
+
+
+def _front_matter(checkpoint: Checkpoint, card: Card) -> str:
     tags = ["nm-permute-plugin", "llm-compressor", "compressed-tensors"]
     if card.pruned:
         tags += ["sparsity", str(card.pattern).replace(":", "of")]
-    task = task_of(read_json(checkpoint / "config.json"))
+    task = _task_of(checkpoint.config)
     lines = ["library_name: transformers", f"pipeline_tag: {task.tag}"]
-    if "/" in card.base_model:  # a hub would link the name of a folder to a stranger
+    if (
+        "/" in card.base_model
+    ):  # the hub would take a folder's name for a model of its own
         lines.append(f"base_model: {json.dumps(card.base_model)}")
     lines += ["tags:", *(f"- {tag}" for tag in tags)]
     return "\n".join(["---", *lines, "---"])
 
 
 def _title(card: Card) -> str:
-    return f"{card.pattern} sparse" if card.pruned else "channels reordered"
+    return f"{card.pattern} sparse" if card.pruned else "channels permuted"
 
 
 def _what(card: Card) -> str:
     made = (
-        f"`{card.base_model}`, its channels reordered and the order written into the "
-        "weights: nothing is permuted when the model runs. On calibration data the "
+        f"`{card.base_model}`, its channels permuted within the weights: "
+        "nothing is permuted when the model runs. On calibration data the "
         f"dense model's outputs moved by {card.fold_error:.1e} (relative), which is "
-        "rounding: the order alone changes nothing."
+        "rounding: the permutation alone changes nothing."
     )
     if not card.pruned:
         return made + " Nothing is pruned."
     before, after = card.retained
     return made + (
         f" Then the recipe below kept {card.pattern.n} of every {card.pattern.m} "
-        f"neighbouring weights. The best masks hold {after:.4f} of the total score that "
-        f"the order was made for, {before:.4f} in the order as it was."
+        f"neighbouring weights. The best masks keep {after:.4f} of the total score that "
+        f"the permutation was made for, and would have kept {before:.4f} without it."
     )
 
 
-def _sparse(checkpoint: Path, promise: Promise, format: Format, reason: str) -> str:
+def _sparse(
+    checkpoint: Checkpoint, promise: Promise, format: Format, reason: str
+) -> str:
     pruned = promise.modules
-    opened = open_checkpoint(checkpoint)
-    size = sum(shard.path.stat().st_size for shard in opened.shards) / 1e6
-    quantized = quantization_format(opened.config)
+    size = sum(shard.path.stat().st_size for shard in checkpoint.shards) / 1e6
+    quantized = quantization_format(checkpoint.config)
     stored = {
         "dense": "dense, zeros included",
         "sparse-24-bitmask": "`sparse-24-bitmask` (values and a bitmask)",
         "sparse-bitmask": "`sparse-bitmask` (values and a bitmask)",
     }[format]
-    others = [name for name in opened.matrices() if name not in set(pruned)]
+    others = [name for name in checkpoint.matrices() if name not in set(pruned)]
     lines = [
         f"- {promise.pattern}: {len(pruned)} modules: {_families(pruned)}",
         f"- stored {stored}: {reason}",
@@ -211,7 +277,7 @@ def _sparse(checkpoint: Path, promise: Promise, format: Format, reason: str) -> 
 
 
 def _families(modules: Sequence[str]) -> str:
-    """Names with their layer's number left out, each with how often it is there."""
+    """Lists names without their layers' numbers, each with how often it is there."""
     counts = Counter(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in modules)
     return ", ".join(
         f"`{name}`" + (f" ({count})" if count > 1 else "")
@@ -219,11 +285,11 @@ def _families(modules: Sequence[str]) -> str:
     )
 
 
-def _evaluation(checkpoint: Path, card: Card) -> list[str]:
-    """The table of perplexities, for a model of text, and what is known already."""
-    if task_of(read_json(checkpoint / "config.json")).pictures:
+def _evaluation(checkpoint: Checkpoint, card: Card) -> list[str]:
+    """Writes the table of perplexities of a text model, and what is known already."""
+    if _task_of(checkpoint.config).images:
         said = (
-            "`nm-permute evaluate FOLDER --images PICTURES --dense DENSE` measures its "
+            "`nm-permute evaluate FOLDER --images IMAGES --dense DENSE` measures its "
             "accuracy, and how near its features are to the dense model's."
         )
         return [said + _validation(card)]
@@ -242,41 +308,39 @@ def _validation(card: Card) -> str:
     first = card.history[0]["validation"]
     best = min(entry["validation"] for entry in card.history)
     return (
-        " While the order was learned, the loss on validation rows of the calibration "
+        " While it was learned, the loss on the validation rows of the calibration "
         f"data went from {first:.4f} to {best:.4f} (before any quantization). That is "
-        "the loss of the recipe on data that chose the order: no test result."
+        "the recipe's loss on data that chose the best step: no test result."
     )
 
 
-def _loading(checkpoint: Path, format: Format) -> str:
-    config = read_json(checkpoint / "config.json")
-    task = task_of(config)
+def _loading(checkpoint: Checkpoint, format: Format) -> str:
+    task = _task_of(checkpoint.config)
     python = (
         f"```python\n{{first}}from transformers import {task.auto_class}\n\n"
         f'model = {task.auto_class}.from_pretrained("FOLDER", dtype="auto")\n```'
     )
     if format == "dense":
-        needs = (
-            " with compressed-tensors installed" if quantization_format(config) else ""
-        )
-        loads = " loads" if task.pictures else " and vLLM load"
+        quantized = quantization_format(checkpoint.config) is not None
+        needs = " with compressed-tensors installed" * quantized
+        loads = " loads" if task.images else " and vLLM load"
         return (
             f"An ordinary checkpoint: transformers{needs}{loads} it with no "
             "plugin, and run it as a dense model.\n\n" + python.format(first="")
         )
-    if task.pictures:
-        return (
-            "- transformers 5: `pip install nm-permute-plugin[compress]`, then\n\n"
-            + python.format(first="import nm_permute_plugin\n")
-            + "\n\n- anywhere else: `nm-permute convert FOLDER OUT --format dense` first; "
-            "no weight changes a bit. vLLM serves no models of pictures alone."
-        )
     text = (
         "- transformers 5: `pip install nm-permute-plugin[compress]`, then\n\n"
         + python.format(first="import nm_permute_plugin\n")
-        + "\n\n- vLLM: "
+        + "\n\n- "
     )
-    formats = open_checkpoint(checkpoint).formats
+    elsewhere = (
+        "anywhere else: `nm-permute convert FOLDER OUT --format dense` first; no weight "
+        "changes a bit"
+    )
+    if task.images:
+        return f"{text}{elsewhere}. vLLM serves no models of images alone."
+    text += "vLLM: "
+    formats = checkpoint.formats
     experts = any(formats[name] != "dense" for name in experts_of(formats))
     if experts:
         text += (
@@ -291,8 +355,7 @@ def _loading(checkpoint: Path, format: Format) -> str:
             "`nm-permute convert FOLDER OUT --legacy` first"
         )
     return text + (
-        "\n- anywhere else: `nm-permute convert FOLDER OUT --format dense` first; no "
-        "weight changes a bit\n\n"
+        f"\n- {elsewhere}\n\n"
         "**Without the plugin** this folder is not readable: compressed-tensors 0.15 "
         "and later have no codec for it. transformers 5 raises an AttributeError, or, "
         "where the weights are quantized too, starts from random ones with a warning; "
@@ -300,21 +363,21 @@ def _loading(checkpoint: Path, format: Format) -> str:
     )
 
 
-def _making(checkpoint: Path, card: Card) -> str:
+def _making(checkpoint: Checkpoint, card: Card) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in card.versions.items())
-    recipe = checkpoint / "recipe.yaml"
+    recipe = checkpoint.path / "recipe.yaml"
     text = f"Versions: {versions}."
     if recipe.exists():
         text += f"\n\n```yaml\n{recipe.read_text(encoding='utf-8').strip()}\n```"
     return text + (
-        "\n\nThe orders, all settings and the figures of the run are in the folder "
+        "\n\nThe permutations, all settings and the figures of the run are in the folder "
         "`nm_permute`; `nm-permute verify FOLDER` checks the files."
     )
 
 
-def _block(checkpoint: Path, marks: tuple[str, str]) -> tuple[str, str]:
-    """What stands between two marks of the card, and the whole card."""
-    path = checkpoint / CARD
+def _block(folder: Path, marks: tuple[str, str]) -> tuple[str, str]:
+    """Reads what stands between two marks of the card, and the whole card."""
+    path = folder / CARD
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     begin, end = text.find(marks[0]), text.find(marks[1])
     if not 0 <= begin < end:
@@ -325,7 +388,7 @@ def _block(checkpoint: Path, marks: tuple[str, str]) -> tuple[str, str]:
     return text[begin + len(marks[0]) : end], text
 
 
-def _replace(checkpoint: Path, text: str, marks: tuple[str, str], new: str) -> None:
+def _replace(folder: Path, text: str, marks: tuple[str, str], new: str) -> None:
     before, after = text.split(marks[0], 1)[0], text.split(marks[1], 1)[1]
     card = f"{before}{marks[0]}{new}{marks[1]}{after}"
-    (checkpoint / CARD).write_text(card, encoding="utf-8")
+    (folder / CARD).write_text(card, encoding="utf-8")

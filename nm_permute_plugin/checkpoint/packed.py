@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which weights are zero in what packed quantizations store: fewer bits than a byte."""
+"""Unpack quantized levels of less than 8 bits, to see which weights are zero."""
 
 import torch
 from jaxtyping import Int, Int8
@@ -10,11 +10,11 @@ from nm_permute_plugin.checkpoint.directory import Checkpoint
 from nm_permute_plugin.checkpoint.shards import DamagedError
 
 PACKED = ".weight_packed"
-_ROWS = 256  # at a time: elements are 64 bits wide while they are unpacked
+_ROWS = 256  # unpacked at a time: their elements are 64 bits wide meanwhile
 
 
 def packed_modules(checkpoint: Checkpoint) -> list[str]:
-    """The modules whose weight is packed, in the order of the files."""
+    """Lists the modules whose weight is packed, in the order of the files."""
     return [
         name.removesuffix(PACKED) for name in checkpoint.where if name.endswith(PACKED)
     ]
@@ -22,7 +22,7 @@ def packed_modules(checkpoint: Checkpoint) -> list[str]:
 
 def packed_levels(checkpoint: Checkpoint, module: str) -> Int8[Tensor, "out in"]:
     """
-    The stored levels of a packed weight, less their zero point: 0 where it is zero.
+    Reads the levels of a packed weight, and returns 0 exactly where the weight is zero.
 
     :raises DamagedError: if its tensors do not belong together
     :raises NotImplementedError: for a packing that is not known
@@ -47,16 +47,25 @@ def packed_levels(checkpoint: Checkpoint, module: str) -> Int8[Tensor, "out in"]
     zeros = unpack(points.t().contiguous(), bits, rows).t()
     if f"{module}.weight_g_idx" in checkpoint.where:
         group = checkpoint.read(f"{module}.weight_g_idx").long()
-    else:
-        group = torch.arange(columns) * zeros.shape[1] // columns
-    return (levels != zeros[:, group]).to(torch.int8)
+        return (levels != zeros[:, group]).to(torch.int8)
+    return (levels != of_groups(zeros, columns)).to(torch.int8)
+
+
+def of_groups(zeros: Tensor, columns: int) -> Tensor:
+    """
+    Spreads the zero points of equal groups of channels over all channels.
+
+    >>> of_groups(torch.tensor([[1, 2]]), columns=4)
+    tensor([[1, 1, 2, 2]])
+    """
+    return zeros[:, torch.arange(columns) * zeros.shape[1] // columns]
 
 
 def unpack(
     packed: Int[Tensor, "rows words"], bits: int, columns: int
 ) -> Int8[Tensor, "rows columns"]:
     """
-    The levels of rows that are packed without gaps, the lowest bits first.
+    Unpacks the levels of rows that are packed without gaps, the lowest bits first.
 
     >>> unpack(torch.tensor([[0x9A8]], dtype=torch.int32), bits=4, columns=3)
     tensor([[0, 2, 1]], dtype=torch.int8)
@@ -88,7 +97,7 @@ def _shape(checkpoint: Checkpoint, module: str, packed: Tensor) -> tuple[int, in
 
 
 def _bits(checkpoint: Checkpoint, name: str, words: int, columns: int) -> int:
-    """The width of a level: the one that config.json names and that fits the words."""
+    """Finds the width of a level: config.json names it, and it fits the words."""
     holder = quantization_config(checkpoint.config) or {}
     groups = holder.get("config_groups")
     widths = set()

@@ -1,124 +1,173 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hold a finished checkpoint to the pattern, and choose how to store it."""
+"""Check that stored matrices follow an N:M pattern, however they are stored."""
 
 from collections.abc import Collection
-from pathlib import Path
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nm_permute_plugin.checkpoint.codec import WORDS, clear_negative_zeros
-from nm_permute_plugin.checkpoint.config import Format, quantization_format
-from nm_permute_plugin.checkpoint.directory import Checkpoint, open_checkpoint
-from nm_permute_plugin.checkpoint.packed import packed_levels, packed_modules
-from nm_permute_plugin.checkpoint.plan import (
-    EIGHT_BIT,
-    PACKED_EXPERTS,
-    TRANSPOSED,
-    TWO_FOUR,
-    experts_of,
-    find_excess,
-)
+from nm_permute_plugin.checkpoint.codec import clear_negative_zeros, nonzero_bits
+from nm_permute_plugin.checkpoint.directory import Checkpoint
+from nm_permute_plugin.checkpoint.layout24 import WORDS
+from nm_permute_plugin.checkpoint.packed import PACKED, of_groups, packed_levels
+from nm_permute_plugin.checkpoint.shards import DamagedError
 from nm_permute_plugin.maths.pattern import NMPattern
 
-AskedFormat = Literal["auto", "dense", "sparse-24-bitmask", "sparse-bitmask"]
+_WORDS_OF_FLAGS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PART = 1024  # channels that are transposed at a time
+
+
+@dataclass(frozen=True)
+class Violation:
+    """
+    Tells where a matrix breaks its pattern first, and what explains it.
+
+    :param shape: the shape of the matrix
+    :param row: the first row that breaks the pattern; None where the rows cannot be cut
+        into groups of M at all
+    :param channel: the first input channel of the first such group of that row
+    :param count: how many non-zeros that group holds
+    :param negative_zeros: whether the group holds too many only because of -0.0
+    :param transposed: whether the matrix follows the pattern along its other axis
+    """
+
+    pattern: NMPattern
+    shape: tuple[int, ...]
+    row: int | None = None
+    channel: int = 0
+    count: int = 0
+    negative_zeros: bool = False
+    transposed: bool = False
+
+    def __str__(self) -> str:
+        if self.row is None:
+            return f"its shape {list(self.shape)} holds no groups of {self.pattern.m}"
+        last = self.channel + self.pattern.m - 1
+        text = f"row {self.row}, channels {self.channel}..{last} hold {self.count} "
+        text += "non-zeros" + ", some of them -0.0" * self.negative_zeros
+        if self.transposed:
+            text += ". It is along the other axis: it was pruned over outputs"
+        return text
 
 
 def check_pattern(
-    path: Path,
+    checkpoint: Checkpoint,
     modules: Collection[str],
     pattern: NMPattern,
     transposed: Collection[str] = (),
-) -> None:
+) -> dict[str, int]:
     """
-    Read every module back, one at a time, and see that it follows the pattern.
+    Reads every module back, one at a time, and checks that it follows the pattern.
 
-    Zero is what is zero once it is loaded: -0.0 too, and the zero of a packed level.
+    A weight counts as zero if it is zero once it is loaded: this includes -0.0 and
+    quantized levels equal to their zero point.
 
     :param transposed: the modules that are stored as [in, out]
-    :raises ValueError: if one does not, naming module, row and channels, or has no
-        weight in the checkpoint
+    :return: the number of non-zeros of each module
+    :raises ValueError: if a module does not follow the pattern, naming module, row and
+        channels, or if the checkpoint has no weight for it
     """
-    checkpoint = open_checkpoint(path)
-    packed = set(packed_modules(checkpoint))
+    nonzeros = {}
     for module in modules:
-        if module not in packed and module not in checkpoint.formats:
+        if f"{module}{PACKED}" not in checkpoint.where and (
+            module not in checkpoint.formats
+        ):
             raise ValueError(
                 f"{module} was pruned, and the checkpoint has no weight of that name"
             )
-        levels = stored_levels(checkpoint, module, module in packed)
-        if module in transposed:
-            levels = levels.t().contiguous()
-        found = find_excess(levels, pattern)
-        if found is not None:
-            row, channel, count = found
+        levels = levels_of(checkpoint, module, read_stored(checkpoint, module))
+        found = examine(levels.t() if module in transposed else levels, pattern)
+        if isinstance(found, Violation):
             raise ValueError(
-                f"{module} is not {pattern} any more: row {row}, channels {channel}.."
-                f"{channel + pattern.m - 1} hold {count} non-zeros. A modifier after the "
+                f"{module} is not {pattern} any more: {found}. A modifier after the "
                 "pruning does not keep its zeros (GPTQModifier does not, "
                 "QuantizationModifier does), or leaves this module out; the checkpoint "
                 "is not written."
             )
+        nonzeros[module] = found
+    return nonzeros
 
 
-def to_store_sparse(asked: AskedFormat, pruned: Collection[str]) -> list[str]:
-    """
-    The pruned modules that a sparse format stores sparse; experts only if asked for.
-
-    >>> to_store_sparse("auto", ["mlp.experts.0.up_proj", "self_attn.q_proj"])
-    ['self_attn.q_proj']
-    """
-    experts = set(experts_of(pruned)) if asked == "auto" else ()
-    return [name for name in pruned if name not in experts]
-
-
-def stored_levels(checkpoint: Checkpoint, module: str, packed: bool) -> Tensor:
-    """A module's weight as it is stored, in a dtype in which only a zero is all 0."""
-    if packed:
+def read_stored(checkpoint: Checkpoint, module: str) -> Tensor:
+    """Reads a module's weight as it is stored, or the levels of a packed one."""
+    if f"{module}{PACKED}" in checkpoint.where:
         return packed_levels(checkpoint, module)
-    weight = checkpoint.weight(module)
+    return checkpoint.weight(module)
+
+
+def levels_of(
+    checkpoint: Checkpoint, module: str, stored: Tensor, clear: bool = True
+) -> Tensor:
+    """
+    Returns a matrix whose bits are all 0 exactly where the module's weight is zero.
+
+    :param stored: what ``read_stored`` gave
+    :param clear: whether -0.0 counts as zero
+    :raises DamagedError: if a zero point does not belong to the weight
+    """
     point = f"{module}.weight_zero_point"
-    if point in checkpoint.where:
+    if point in checkpoint.where and f"{module}{PACKED}" not in checkpoint.where:
         zeros = checkpoint.read(point)
-        return (weight != zeros).to(torch.int8)
-    if weight.dtype in WORDS:
-        return clear_negative_zeros(weight)
-    return (weight != 0).to(torch.int8)
+        if zeros.numel() > 1 and (zeros.dim() != 2 or len(zeros) != len(stored)):
+            raise DamagedError(
+                checkpoint.where[point].path,
+                f"{point} is {list(zeros.shape)}, and its weight {list(stored.shape)}",
+                point,
+            )
+        if zeros.numel() > 1:
+            zeros = of_groups(zeros, stored.shape[1])
+        return (comparable(stored) != comparable(zeros)).to(torch.int8)
+    if stored.dtype not in WORDS:
+        return (comparable(stored) != 0).to(torch.int8)
+    return clear_negative_zeros(stored) if clear else stored
 
 
-def choose_format(
-    path: Path,
-    asked: AskedFormat,
-    pattern: NMPattern,
-    pruned: Collection[str],
-    transposed: Collection[str] = (),
-) -> tuple[Format, str]:
+def examine(levels: Tensor, pattern: NMPattern) -> int | Violation:
     """
-    How a checkpoint is stored, and why.
+    Counts the non-zeros of a matrix, or finds where it breaks the pattern.
 
-    :param asked: auto is sparse-24-bitmask where the pattern is 2:4 and the weights have
-        8 bits and more, and dense elsewhere
-    :param transposed: the modules that are stored as [in, out]
+    :param levels: [out, in] in a dtype of ``WORDS``; only +0.0 is a zero
+
+    >>> examine(torch.tensor([[0.0, 1.0, 2.0, 0.0]]), NMPattern(2, 4))
+    2
+    >>> print(examine(torch.tensor([[-0.0, 1.0, 2.0, 0.0]]), NMPattern(2, 4)))
+    row 0, channels 0..3 hold 3 non-zeros, some of them -0.0
     """
-    if not pruned:
-        return "dense", "nothing is pruned"
-    if asked == "dense":
-        return "dense", "asked for"
-    if transposed:
-        return "dense", TRANSPOSED
-    checkpoint = open_checkpoint(path)
-    quantized = quantization_format(checkpoint.config)
-    if experts_of(pruned) and quantized is not None:
-        return "dense", PACKED_EXPERTS
-    if quantized is not None and quantized not in EIGHT_BIT:
-        return "dense", f"sparse formats cannot hold {quantized}; its zeros are kept"
-    if any(name.endswith(".weight_zero_point") for name in checkpoint.where):
-        return "dense", "quantized around a zero point, zeros are not stored as zeros"
-    if asked != "auto":
-        return asked, "asked for"
-    if pattern == TWO_FOUR and to_store_sparse(asked, pruned):
-        experts = "; experts are stored dense, as vLLM serves them"
-        said = "the default for 2:4" + experts * bool(experts_of(pruned))
-        return "sparse-24-bitmask", said
-    return "dense", f"the default for {pattern}"
+    shape, m = tuple(levels.shape), pattern.m
+    if len(shape) != 2 or shape[1] % m:
+        return Violation(pattern, shape)
+    counts = _group_counts(levels, m)
+    if not counts.numel() or int(counts.max()) <= pattern.n:
+        return int(counts.sum())
+    row, group = (counts > pattern.n).nonzero()[0].tolist()
+    values = comparable(levels[row, group * m : group * m + m])
+    return Violation(
+        pattern,
+        shape,
+        row,
+        group * m,
+        int(counts[row, group]),
+        negative_zeros=int((values != 0).sum()) <= pattern.n,
+        transposed=shape[0] % m == 0
+        and all(
+            int(_group_counts(part.t(), m).max()) <= pattern.n
+            for part in levels.split(_PART, 1)
+        ),
+    )
+
+
+def comparable(tensor: Tensor) -> Tensor:
+    """Returns the values in a dtype that torch compares, which float8 is not."""
+    return tensor.float() if tensor.dtype.itemsize == 1 else tensor
+
+
+def _group_counts(levels: Tensor, m: int) -> Tensor:
+    """Counts the non-zeros of every M neighbouring inputs."""
+    flags = nonzero_bits(levels)
+    word = _WORDS_OF_FLAGS.get(m)
+    if word is None:
+        return flags.view(len(levels), -1, m).sum(-1, dtype=torch.int16)
+    # the bytes of a word, 0 or 1 each, are added up in its top byte
+    ones = 0x0101010101010101 & (1 << 8 * m) - 1
+    return flags.view(word).mul(ones) >> 8 * (m - 1)

@@ -1,47 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a conversion will store sparse and what not, before it writes anything."""
+"""Choose how a checkpoint is stored, and which of its matrices are stored sparse."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from nm_permute_plugin.checkpoint.codec import (
-    WORDS,
-    clear_negative_zeros,
-    nonzero_bits,
-)
+from nm_permute_plugin.checkpoint.codec import clear_negative_zeros
 from nm_permute_plugin.checkpoint.config import (
+    AskedFormat,
     Format,
     SparsityConfig,
     quantization_format,
 )
 from nm_permute_plugin.checkpoint.directory import Checkpoint
+from nm_permute_plugin.checkpoint.layout24 import WORDS
+from nm_permute_plugin.checkpoint.pattern import Violation, examine
 from nm_permute_plugin.maths.pattern import NMPattern
 
 HEAD = "lm_head"
 TWO_FOUR = NMPattern(2, 4)
 
-EIGHT_BIT = ("float-quantized", "int-quantized", "naive-quantized")
-TRANSPOSED = "Conv1D stores [in, out], and sparse formats hold [out, in]"
-PACKED_EXPERTS = "no reader packs experts that are quantized and sparse"
+_EIGHT_BIT = ("float-quantized", "int-quantized", "naive-quantized")
+_TRANSPOSED = "Conv1D stores [in, out], and sparse formats hold [out, in]"
+_PACKED_EXPERTS = "no reader packs experts that are quantized and sparse"
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D = ("c_attn", "q_attn", "c_fc", "c_proj")
 _EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings", "embed_positions")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
-_WORDS_OF_FLAGS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
 class Plan:
     """
-    The parts of a conversion.
+    Says what a conversion stores how.
 
-    :param nonzeros: the modules to store sparse, with their non-zeros
-    :param dense: the other matrices, and why
-    :param clear: whether -0.0 becomes +0.0
+    :param nonzeros: the modules to store sparse, with their number of non-zeros
+    :param dense: the other matrices, each with the reason
+    :param clear: whether -0.0 is stored as +0.0
     """
 
     format: Format
@@ -51,6 +46,53 @@ class Plan:
     clear: bool
 
 
+def choose_format(
+    checkpoint: Checkpoint,
+    asked: AskedFormat,
+    pattern: NMPattern,
+    pruned: Collection[str],
+    transposed: Collection[str] = (),
+) -> tuple[Format, str]:
+    """
+    Chooses how a checkpoint is stored, and says why.
+
+    :param asked: auto means sparse-24-bitmask where the pattern is 2:4 and the weights
+        have 8 bits and more, and dense elsewhere
+    :param transposed: the modules that are stored as [in, out]
+    """
+    if not pruned:
+        return "dense", "nothing is pruned"
+    if asked == "dense":
+        return "dense", "asked for"
+    if transposed:
+        return "dense", _TRANSPOSED
+    quantized = quantization_format(checkpoint.config)
+    if experts_of(pruned) and quantized is not None:
+        return "dense", _PACKED_EXPERTS
+    if quantized is not None and quantized not in _EIGHT_BIT:
+        return "dense", f"sparse formats cannot hold {quantized}; its zeros are kept"
+    if any(name.endswith(".weight_zero_point") for name in checkpoint.where):
+        return "dense", "quantized around a zero point, zeros are not stored as zeros"
+    if asked != "auto":
+        return asked, "asked for"
+    if pattern == TWO_FOUR and to_store_sparse(asked, pruned):
+        experts = "; experts are stored dense, as vLLM serves them"
+        said = "the default for 2:4" + experts * bool(experts_of(pruned))
+        return "sparse-24-bitmask", said
+    return "dense", f"the default for {pattern}"
+
+
+def to_store_sparse(asked: AskedFormat, pruned: Collection[str]) -> list[str]:
+    """
+    Lists the pruned modules that a sparse format stores sparse; experts only if asked.
+
+    >>> to_store_sparse("auto", ["mlp.experts.0.up_proj", "self_attn.q_proj"])
+    ['self_attn.q_proj']
+    """
+    experts = set(experts_of(pruned)) if asked == "auto" else ()
+    return [name for name in pruned if name not in experts]
+
+
 def make_plan(
     checkpoint: Checkpoint,
     format: Format,
@@ -58,13 +100,17 @@ def make_plan(
     pattern: NMPattern = TWO_FOUR,
     clear: bool = False,
     dense_experts: bool = False,
+    counted: Mapping[str, int] | None = None,
 ) -> Plan:
     """
-    Look at every matrix that may be stored sparse.
+    Looks at every matrix that may be stored sparse, and decides how each is stored.
 
-    :param modules: those that must be; None for all that follow the pattern, embeddings
-        aside. Experts of a layer are stored sparse all together or not at all
-    :param dense_experts: leave routed experts out of all that follow the pattern
+    :param modules: those that must be stored sparse; None for all that follow the
+        pattern, embeddings aside. Experts of a layer are stored sparse all together or
+        not at all
+    :param dense_experts: leave routed experts dense where ``modules`` is None
+    :param counted: the non-zeros of modules that are known to follow the pattern, which
+        are not read again
     :raises ValueError: if one of ``modules`` is missing or does not follow the pattern,
         or the format does not store the pattern
     """
@@ -73,47 +119,35 @@ def make_plan(
             f"{format} stores 2:4 and not {pattern}; use sparse-bitmask, or dense"
         )
     names = checkpoint.matrices()
-    unknown = sorted(set(modules or ()) - set(names))
     quantized = quantization_format(checkpoint.config)
-    reason = None
-    if format == "dense":
-        reason = "asked for"
-    elif quantized is not None and quantized not in EIGHT_BIT:
+    if format != "dense" and quantized not in (None, *_EIGHT_BIT):
         reason = f"{quantized} stays as it is: sparse formats store 8 bits and more"
-        names, unknown = sorted({*names, *(modules or ())}), []
+        names = sorted({*names, *(modules or ())})
+        return Plan(format, pattern, {}, dict.fromkeys(names, reason), clear)
+    unknown = sorted(set(modules or ()) - set(names))
     if unknown:
         raise ValueError(
             f"{checkpoint.path} has no weight matrix for {', '.join(unknown)}"
         )
-    if reason is not None:
-        return Plan(format, pattern, {}, dict.fromkeys(names, reason), clear)
+    if format == "dense":
+        return Plan(format, pattern, {}, dict.fromkeys(names, "asked for"), clear)
+    known = counted or {}
     nonzeros: dict[str, int] = {}
     dense: dict[str, str] = {}
-    experts = set(experts_of(names))
     for module in names:
-        if modules is not None and module not in modules:
-            dense[module] = "not asked for"
-        elif modules is None and is_embedding(module):
-            dense[module] = "an embedding"
-        elif modules is None and dense_experts and module in experts:
-            dense[module] = "a routed expert, dense as asked for"
+        skipped = _skipped(module, modules, dense_experts)
+        found: int | str = skipped or _storable(
+            checkpoint, module, pattern, clear, known.get(module)
+        )
+        if isinstance(found, int):
+            nonzeros[module] = found
+        elif modules is None or skipped:
+            dense[module] = found
         else:
-            found: int | str
-            if _is_conv1d(checkpoint, module):
-                found = TRANSPOSED
-            elif quantized is not None and module in experts:
-                found = PACKED_EXPERTS
-            else:
-                found = _count(checkpoint.weight(module), pattern, clear)
-            if isinstance(found, int):
-                nonzeros[module] = found
-            elif modules is None:
-                dense[module] = found
-            else:
-                raise ValueError(
-                    f"{checkpoint.file(module)}: {module}.weight cannot be stored as "
-                    f"{format}: {found}. Prune it first, or leave it out."
-                )
+            raise ValueError(
+                f"{checkpoint.file(module)}: {module}.weight cannot be stored as "
+                f"{format}: {found}. Prune it first, or leave it out."
+            )
     for name, shard in checkpoint.where.items():
         if ".experts." in name and len(shard.tensors[name].shape) == 3:
             dense[name] = "the weights of all experts in one tensor: only matrices fit"
@@ -126,30 +160,18 @@ def make_plan(
 
 
 def is_embedding(module: str) -> bool:
-    """Whether a module is a table of embeddings, by its name."""
+    """Tells by its name whether a module is a table of embeddings."""
     return module.rpartition(".")[2] in _EMBEDDINGS
 
 
 def experts_of(names: Iterable[str]) -> list[str]:
-    """Those that are linears of experts, by their names; transformers packs them."""
+    """Lists those that are linears of experts, by name; transformers packs them."""
     return [name for name in names if _EXPERT.search(name)]
-
-
-def _is_conv1d(checkpoint: Checkpoint, module: str) -> bool:
-    """Whether transformers reads a module as Conv1D: no weight tells, but its model."""
-    model = checkpoint.config.get("model_type")
-    return model in _CONV1D_MODELS and module.rpartition(".")[2] in _CONV1D
-
-
-def _apart(names: Collection[str], sparse: Collection[str]) -> list[str]:
-    """Sparse experts of layers with dense ones: nothing packs the two together."""
-    mixed = {_EXPERT.split(name)[0] for name in experts_of(names) if name not in sparse}
-    return [name for name in experts_of(sparse) if _EXPERT.split(name)[0] in mixed]
 
 
 def sparsity_config(plan: Plan, zeros: float) -> SparsityConfig | None:
     """
-    The block that says what the plan does; None where nothing is stored sparse.
+    Makes the block that says what the plan does; None where nothing is stored sparse.
 
     :param zeros: the share of zeros in the whole model
     """
@@ -171,7 +193,7 @@ def sparsity_config(plan: Plan, zeros: float) -> SparsityConfig | None:
 
 
 def global_sparsity(checkpoint: Checkpoint, plan: Plan) -> float:
-    """The zeros of the sparse modules as a share of all weights of the model."""
+    """Returns the zeros of the sparse modules as a share of all weights of the model."""
     total = zeros = 0
     for name, shard in checkpoint.where.items():
         module, _, part = name.rpartition(".")
@@ -187,47 +209,40 @@ def global_sparsity(checkpoint: Checkpoint, plan: Plan) -> float:
     return round(zeros / total, 6) if total else 0.0
 
 
-def find_excess(weight: Tensor, pattern: NMPattern) -> tuple[int, int, int] | None:
-    """
-    The first group with more than N weights that are not +0.0: row, channel, weights.
-
-    >>> find_excess(torch.tensor([[-0.0, 1.0, 2.0, 0.0]]), NMPattern(2, 4))
-    (0, 0, 3)
-    """
-    return _first_excess(_group_counts(weight, pattern.m), pattern)
-
-
-def _first_excess(counts: Tensor, pattern: NMPattern) -> tuple[int, int, int] | None:
-    if not counts.numel() or int(counts.max()) <= pattern.n:
-        return None
-    row, group = (counts > pattern.n).nonzero()[0].tolist()
-    return row, group * pattern.m, int(counts[row, group])
+def _skipped(module: str, modules: Collection[str] | None, dense_experts: bool) -> str:
+    """Says why a module is not looked at; empty where it is."""
+    if modules is not None:
+        return "" if module in modules else "not asked for"
+    if is_embedding(module):
+        return "an embedding"
+    expert = dense_experts and experts_of([module])
+    return "a routed expert, dense as asked for" if expert else ""
 
 
-def _group_counts(weight: Tensor, m: int) -> Tensor:
-    flags = nonzero_bits(weight)
-    word = _WORDS_OF_FLAGS.get(m)
-    if word is None:
-        return flags.view(len(weight), -1, m).sum(-1, dtype=torch.int16)
-    # the bytes of a word, 0 or 1 each, are added up in its top byte
-    ones = 0x0101010101010101 & (1 << 8 * m) - 1
-    return flags.view(word).mul(ones) >> 8 * (m - 1)
+def _storable(
+    checkpoint: Checkpoint,
+    module: str,
+    pattern: NMPattern,
+    clear: bool,
+    counted: int | None,
+) -> int | str:
+    """Counts the non-zeros of a matrix that can be stored sparse, or says why not."""
+    # no weight tells that transformers reads a module as Conv1D; the kind of model does
+    conv1d = checkpoint.config.get("model_type") in _CONV1D_MODELS
+    if conv1d and module.rpartition(".")[2] in _CONV1D:
+        return _TRANSPOSED
+    if quantization_format(checkpoint.config) is not None and experts_of([module]):
+        return _PACKED_EXPERTS
+    if counted is not None:
+        return counted
+    weight = checkpoint.weight(module)
+    if weight.dtype not in WORDS:
+        return f"sparse formats do not store {weight.dtype}"
+    found = examine(clear_negative_zeros(weight) if clear else weight, pattern)
+    return f"not {pattern}: {found}" if isinstance(found, Violation) else found
 
 
-def _count(weight: Tensor, pattern: NMPattern, clear: bool) -> int | str:
-    """The non-zeros of a weight that follows the pattern, or why it does not."""
-    if weight.dtype not in WORDS or weight.shape[1] % pattern.m:
-        return f"{weight.dtype} {list(weight.shape)}"
-    if clear:
-        weight = clear_negative_zeros(weight)
-    counts = _group_counts(weight, pattern.m)
-    found = _first_excess(counts, pattern)
-    if found is None:
-        return int(counts.sum())
-    row, channel, count = found
-    group = weight[row, channel : channel + pattern.m].float()
-    negative = int((group != 0).sum()) <= pattern.n
-    return (
-        f"not {pattern}: row {row}, channels {channel}..{channel + pattern.m - 1} hold "
-        f"{count} non-zeros" + (", some of them -0.0" if negative else "")
-    )
+def _apart(names: Collection[str], sparse: Collection[str]) -> list[str]:
+    """Lists sparse experts of layers with dense ones: nothing packs the two together."""
+    mixed = {_EXPERT.split(name)[0] for name in experts_of(names) if name not in sparse}
+    return [name for name in experts_of(sparse) if _EXPERT.split(name)[0] in mixed]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The record of a run, kept with the checkpoint: its orders and its figures."""
+"""Keep the record of a run with its checkpoint: its permutations and its figures."""
 
 import json
 from collections.abc import Mapping
@@ -11,18 +11,19 @@ from safetensors.torch import load_file, save_file
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import Permutation
 
-# In a folder of its own: vLLM takes every *.safetensors beside the weights for weights.
 FOLDER = "nm_permute"
+"""Names the folder of the record inside the checkpoint: vLLM takes every *.safetensors
+beside the weights for weights."""
 
 
 def write_record(
     checkpoint: Path, perms: Mapping[str, Permutation], report: Mapping[str, object]
 ) -> None:
     """
-    Write ``nm_permute/permutations.safetensors`` and ``nm_permute/report.json``.
+    Writes ``nm_permute/permutations.safetensors`` and ``nm_permute/report.json``.
 
     :param perms: by space, ``new[j] = old[perm[j]]``
-    :param report: what JSON can hold
+    :param report: must fit into JSON
     """
     folder = checkpoint / FOLDER
     folder.mkdir(exist_ok=True)
@@ -33,7 +34,7 @@ def write_record(
 
 def read_record(checkpoint: Path) -> tuple[dict[str, Permutation], dict[str, object]]:
     """
-    The orders and the report of ``write_record``.
+    Reads the permutations and the report that ``write_record`` wrote.
 
     :raises FileNotFoundError: if the checkpoint has no record
     """
@@ -45,7 +46,7 @@ def read_record(checkpoint: Path) -> tuple[dict[str, Permutation], dict[str, obj
 @dataclass(frozen=True)
 class Promise:
     """
-    What a run pruned.
+    Says what a run pruned.
 
     :param transposed: those of the modules that are stored as [in, out]
     """
@@ -57,7 +58,7 @@ class Promise:
 
 def read_promise(checkpoint: Path) -> Promise | None:
     """
-    What a run pruned in a checkpoint; None without a record of it.
+    Reads what a run pruned in a checkpoint; returns None without a record of it.
 
     :raises ValueError: if there is a record and it cannot be read
     """

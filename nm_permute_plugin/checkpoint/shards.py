@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 CHECKSUMS = "nm_permute.crc32"
-"""The key of a file's metadata that holds the checksums."""
+"""Names the entry of a file's metadata that holds the checksums."""
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -40,13 +40,13 @@ DTYPES = {
     "F64": torch.float64,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_LARGEST_HEADER = 100_000_000  # what the safetensors package accepts
-_PIECE = 1 << 24
+_LARGEST_HEADER = 100_000_000  # bytes that the safetensors package accepts
+_PIECE = 1 << 24  # bytes that are read at a time to compare a checksum
 
 
 class DamagedError(ValueError):
     """
-    A checkpoint that is not whole.
+    Is raised for a checkpoint that is not whole.
 
     :param path: the file
     :param reason: what is wrong with it, naming the tensor where there is one
@@ -62,7 +62,7 @@ class DamagedError(ValueError):
 
 @dataclass(frozen=True)
 class Layout:
-    """What a header says of a tensor: dtype, shape and its bytes in the data."""
+    """Holds what a header says of a tensor: dtype, shape and its bytes in the data."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -77,7 +77,7 @@ class Layout:
 @dataclass(frozen=True)
 class Shard:
     """
-    A safetensors file whose header has been read and found whole.
+    Is a safetensors file whose header has been read and found whole.
 
     :param data: where the tensors' bytes begin
     :param tensors: by name
@@ -93,7 +93,7 @@ class Shard:
 
     def read(self, name: str) -> Tensor:
         """
-        A tensor of the file, with its checksum compared where there is one.
+        Reads a tensor of the file, and compares its checksum where there is one.
 
         :raises DamagedError: if its bytes are not those that were written
         """
@@ -113,7 +113,7 @@ class Shard:
 
     def check(self) -> None:
         """
-        Compare every checksum, without holding more than a piece of a tensor.
+        Compares every checksum, without holding more than a piece of a tensor.
 
         :raises DamagedError: at the first that does not agree
         """
@@ -139,7 +139,7 @@ class Shard:
 
 def open_shard(path: Path) -> Shard:
     """
-    Read a file's header and check that header and file belong together.
+    Reads a file's header and checks that header and file belong together.
 
     :raises DamagedError: for a file that is missing, cut off, or whose header is not
         one, naming the tensor where there is one
@@ -214,7 +214,7 @@ class ShardWriter:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """
-        Put a tensor at its place in the file.
+        Puts a tensor at its place in the file.
 
         :raises ValueError: if its dtype or shape is not the one that was announced
         """
@@ -256,7 +256,7 @@ class ShardWriter:
             ) from error
 
     def _header(self) -> bytes:
-        """The header; as long before the checksums are known as after."""
+        """Makes the header, which is as long before the checksums are known as after."""
         sums = {name: f"{self._sums.get(name, 0):08x}" for name in self._layouts}
         metadata = {**self._metadata, CHECKSUMS: json.dumps(sums)}
         entries = {
@@ -289,7 +289,7 @@ def _checksums(sums: Mapping[str, str]) -> dict[str, int]:
 
 
 def _check_layout(path: Path, tensors: Mapping[str, Layout], size: int) -> None:
-    """The tensors fill the data one after the other, without gap or overlap."""
+    """Checks that the tensors fill the data one after another, without gap or overlap."""
     at = 0
     for name, layout in sorted(
         tensors.items(), key=lambda item: (item[1].start, item[1].end)
@@ -315,5 +315,5 @@ def _check_layout(path: Path, tensors: Mapping[str, Layout], size: int) -> None:
 
 
 def _seed(name: str, layout: Layout) -> int:
-    """A checksum also covers what the header says of the tensor."""
+    """Starts a checksum, so that it covers what the header says of the tensor too."""
     return zlib.crc32(f"{name} {_NAMES[layout.dtype]} {layout.shape}".encode())

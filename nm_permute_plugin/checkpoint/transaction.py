@@ -1,75 +1,140 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Put a whole directory in another's place, or leave the other as it is."""
+"""Let a directory appear whole or not at all: whatever writes a checkpoint does it here."""
 
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+_UNFINISHED = ".unfinished"
 
 
 @contextmanager
 def directory(
-    source: Path, target: Path, without: Collection[str], overwrite: bool = False
+    target: Path, keep: Callable[[str], bool] | None = None, mark: str | None = None
 ) -> Iterator[Path]:
     """
-    A new directory to fill, which takes the target's place once it is complete.
+    Yields a new, empty directory, which takes the target's place when the block ends.
 
-    It begins with the source's files. When the block ends with an error it is removed,
-    and the target is what it was.
+    What was written is on disk before that. If the block raises, the new directory is
+    removed and the target stays what it was.
 
-    :param source: may be the target itself
-    :param without: file names of the source that are not taken along
-    :param overwrite: replace a target that is not the source and not empty
-    :raises FileExistsError: if the target holds something and may not be replaced
+    :param target: a resolved path
+    :param keep: says which entries of an existing target stay, by name, where the new
+        directory has none of that name; by default none does
+    :param mark: names the new directory, for processes that write to it together; by
+        default the name is unique
+    :raises OSError: if the directory cannot be made, naming its parent
     """
-    in_place = source == target
-    if target in source.parents:
-        raise ValueError(f"{target} holds {source}; write somewhere else")
-    if target.is_file():
-        raise FileExistsError(f"{target} is a file; name a directory")
-    occupied = target.exists() and any(target.iterdir())
-    if occupied and not (in_place or overwrite):
-        raise FileExistsError(f"{target} is not empty; name another, or overwrite it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.new"
+    fresh = unfinished(target, mark or uuid.uuid4().hex[:8])
+    shutil.rmtree(fresh, ignore_errors=True)  # of a run that was killed
     try:
-        fresh.mkdir()
-        for entry in source.iterdir():
-            if entry.name not in without:
-                _take(entry, fresh / entry.name, link=in_place)
+        try:
+            fresh.mkdir(parents=True)
+        except OSError as error:
+            raise OSError(
+                f"cannot write to {fresh.parent}: {error.strerror}"
+            ) from error
         yield fresh
-        _sync(fresh)
-        _swap(fresh, target)
+        for folder, _, files in os.walk(fresh):
+            for name in (*files, "."):
+                _sync(Path(folder, name))
+        _put(fresh, target, keep or (lambda name: False))
+        _sync(target.parent)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
+def unfinished(target: Path, mark: str) -> Path:
+    """
+    Returns where a target is written until it is finished: beside it.
+
+    A target that cannot be renamed, a mounted volume say, is written inside of itself.
+    """
+    fixed = os.path.ismount(target) or not os.access(target.parent, os.W_OK)
+    parent = target if target.is_dir() and fixed else target.parent
+    return parent / f".{target.name}.{mark}{_UNFINISHED}"
+
+
+def is_unfinished(path: Path) -> bool:
+    """Tells whether a path is the new directory of a transaction that goes on."""
+    return path.name.startswith(".") and path.suffix == _UNFINISHED
+
+
+def refuse_occupied(target: Path, overwrite: bool = False) -> None:
+    """
+    Checks that a directory may be put at a path, and that it can.
+
+    :param overwrite: allow a directory that holds something
+    :raises OSError: if it may not or can not
+    """
+    free = not target.exists() or (
+        target.is_dir() and (overwrite or not any(target.iterdir()))
+    )
+    if not free:
+        raise FileExistsError(
+            f"{target} exists and is not an empty folder; name another"
+        )
+    if os.path.ismount(target):
+        raise OSError(f"{target} is a mount point; name a folder inside of it")
+
+
+def take(
+    source: Path, fresh: Path, keep: Callable[[str], bool], link: bool = False
+) -> None:
+    """
+    Takes along entries of a directory, except names that are there already.
+
+    :param keep: says which are taken along, by name
+    :param link: link files instead of copying them, where the file system can; for a
+        source that will be replaced
+    """
+    copy = _link if link else shutil.copy2
+    for entry in source.iterdir():
+        to = fresh / entry.name
+        if os.path.lexists(to) or not keep(entry.name):
+            continue
+        if entry.is_dir() and not (link and entry.is_symlink()):
+            shutil.copytree(entry, to, symlinks=link, copy_function=copy)
+        else:
+            copy(entry, to)
+
+
 def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Write a JSON file anew; one of that name that is linked elsewhere stays."""
+    """Writes a JSON file anew; a file that is linked to the old one stays as it is."""
     path.unlink(missing_ok=True)
-    with path.open("x", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")
 
 
-def _take(entry: Path, to: Path, link: bool) -> None:
-    if entry.is_dir():
-        shutil.copytree(entry, to, copy_function=os.link if link else shutil.copy2)
-    elif link and not entry.is_symlink():
-        os.link(entry, to)
-    else:
-        shutil.copy2(entry, to)
+def _link(source: str | Path, to: str | Path) -> None:
+    try:
+        if not os.path.islink(source):
+            os.link(source, to)
+            return
+    except OSError:
+        pass  # not every file system has hard links
+    shutil.copy2(source, to, follow_symlinks=False)
+    _sync(Path(to))
 
 
-def _swap(fresh: Path, target: Path) -> None:
-    """The target is missing only between the two renames; an error undoes the first."""
+def _put(fresh: Path, target: Path, keep: Callable[[str], bool]) -> None:
+    """
+    Puts the new directory in the target's place.
+
+    The target is missing only between two renames, and an error undoes the first.
+    """
     if not target.exists():
         fresh.rename(target)
         return
+    if fresh.parent == target:
+        _refill(fresh, target, keep)
+        return
+    shutil.copymode(target, fresh)
+    take(target, fresh, keep, link=True)
     old = fresh.with_suffix(".old")
     target.rename(old)
     try:
@@ -80,8 +145,24 @@ def _swap(fresh: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _refill(fresh: Path, target: Path, keep: Callable[[str], bool]) -> None:
+    """Fills a target that cannot be renamed; config.json leaves first and comes last."""
+    new = {entry.name for entry in fresh.iterdir()}
+    for entry in sorted(target.iterdir(), key=lambda e: e.name != "config.json"):
+        if entry == fresh or (entry.name not in new and keep(entry.name)):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    for name in sorted(new, key="config.json".__eq__):
+        (fresh / name).rename(target / name)
+
+
 def _sync(path: Path) -> None:
-    """Have the directory's entries on disk before it takes another's place."""
+    """Writes a file, or a directory's entries, to disk before anything is renamed."""
+    if path.is_symlink() or not (path.is_file() or path.is_dir()):
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

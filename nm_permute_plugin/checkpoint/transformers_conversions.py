@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What transformers does while loading, so that stored sparse weights become dense ones."""
+"""Have transformers turn stored sparse weights into dense ones while it loads them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _WEIGHT = ".weight"
 
 def sparse_conversions(stock: Iterable[WeightTransform]) -> list[WeightConverter]:
     """
-    What reads sparse weights; to stand before transformers' own conversions.
+    Makes the conversions that read sparse weights; they go before transformers' own.
 
     Where those merge weights into one (the experts of a layer, say), the same is done
     with sparse ones, once they are dense.
 
-    :param stock: transformers' own
+    :param stock: transformers' own conversions
     """
     merging = [
         conversion
@@ -46,7 +46,7 @@ def sparse_conversions(stock: Iterable[WeightTransform]) -> list[WeightConverter
 
 
 def without_sparse(used: Iterable[WeightTransform]) -> list[WeightTransform]:
-    """The conversions of a model as if its checkpoint had been dense, for saving it."""
+    """Returns the conversions that a dense checkpoint would have used, for saving."""
     kept: dict[int, WeightTransform] = {}
     for conversion in used:
         first = next(iter(getattr(conversion, "operations", ())), None)
@@ -58,7 +58,7 @@ def without_sparse(used: Iterable[WeightTransform]) -> list[WeightTransform]:
 
 class Decompress(ConversionOps):
     """
-    The stored tensors of modules -> their dense weights.
+    Turns the stored tensors of modules into their dense weights.
 
     :param instead_of: the conversion that does the same for dense checkpoints
     """
@@ -73,7 +73,7 @@ class Decompress(ConversionOps):
         full_layer_name: str,
         **kwargs: object,
     ) -> dict[str, list[Tensor]]:
-        """By the pattern of their values: what comes after keeps the patterns' order."""
+        """Returns weights by the pattern of their values, whose order is kept."""
         stored: dict[str, dict[str, Sequence[Tensor]]] = defaultdict(dict)
         for pattern in list(input_dict):
             source, _, part = pattern.removesuffix("$").rpartition("\\.")
@@ -85,7 +85,7 @@ class Decompress(ConversionOps):
 
 
 class Fit(ConversionOps):
-    """A dense tensor -> itself in the model's dtype, once its shape is the model's."""
+    """Casts a dense tensor to the model's dtype, once its shape is the model's."""
 
     def convert(
         self,
@@ -118,12 +118,12 @@ def _after_decompressing(conversion: WeightConverter) -> WeightConverter:
 
 
 def _stored(source: str) -> list[str]:
-    """The patterns of the tensors that store a module's weight."""
+    """Makes the patterns of the tensors that store a module's weight."""
     return [f"{source}\\.{part}$" for part in _PARTS]
 
 
 def _decompress(parts: Mapping[str, Sequence[Tensor]], name: str) -> list[Tensor]:
-    """The dense weights of modules whose parts stand in the same order."""
+    """Makes the dense weights of modules whose parts stand in the same order."""
     missing = {"compressed", "bitmask", "shape"} - set(parts)
     if missing:
         raise ValueError(f"{name}: the checkpoint has no {', '.join(sorted(missing))}")

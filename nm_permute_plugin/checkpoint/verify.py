@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nm_permute_plugin.checkpoint.codec import WORDS, clear_negative_zeros
 from nm_permute_plugin.checkpoint.config import (
     SparsityConfig,
     quantization_format,
@@ -21,12 +20,15 @@ from nm_permute_plugin.checkpoint.directory import (
     open_checkpoint,
     read_json,
 )
-from nm_permute_plugin.checkpoint.packed import (
-    PACKED,
-    packed_levels,
-    packed_modules,
+from nm_permute_plugin.checkpoint.packed import PACKED, packed_modules
+from nm_permute_plugin.checkpoint.pattern import (
+    Violation,
+    comparable,
+    examine,
+    levels_of,
+    read_stored,
 )
-from nm_permute_plugin.checkpoint.plan import find_excess, is_embedding
+from nm_permute_plugin.checkpoint.plan import is_embedding
 from nm_permute_plugin.checkpoint.record import read_promise
 from nm_permute_plugin.checkpoint.shards import DamagedError, open_shard
 from nm_permute_plugin.maths.pattern import NMPattern
@@ -35,10 +37,10 @@ from nm_permute_plugin.maths.pattern import NMPattern
 @dataclass(frozen=True)
 class Row:
     """
-    A weight matrix of the checkpoint.
+    Describes a weight matrix of the checkpoint.
 
-    :param format: dense, one of the sparse ones, or packed: less than 8 bits a weight
-    :param dtype: of what is stored; of the levels where it is packed
+    :param format: dense, a sparse format, or packed: less than 8 bits a weight
+    :param dtype: the dtype of what is stored, or of the levels where it is packed
     :param zeros: the share of its weights that are zero
     :param sparse: whether it follows the pattern
     :param promised: whether it should
@@ -55,7 +57,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong, and where; the tensor is empty where a whole file is meant."""
+    """Says what is wrong, and where; ``tensor`` is empty if a whole file is meant."""
 
     file: str
     tensor: str
@@ -65,7 +67,7 @@ class Fault:
 @dataclass(frozen=True)
 class Report:
     """
-    What was found in a checkpoint.
+    Says what was found in a checkpoint.
 
     :param rows: its matrices, as far as they could be read
     :param faults: all that is wrong with it; empty for a good one
@@ -76,7 +78,7 @@ class Report:
 
     @property
     def good(self) -> bool:
-        """Whether nothing is wrong."""
+        """Tells whether nothing is wrong."""
         return not self.faults
 
 
@@ -86,15 +88,15 @@ def verify(
     pattern: NMPattern | None = None,
 ) -> Report:
     """
-    Read a whole checkpoint, and compare it with what it says of itself.
+    Reads a whole checkpoint, and compares it with what it says of itself.
 
-    Checked are: the index against the files, headers, lengths and checksums of the
+    It checks the index against the files, headers, lengths and checksums of the
     files; dtypes, shapes and bitmasks of what is stored sparse; the N:M pattern of
     every promised module; that weights and scales are finite, and scales positive.
 
     :param modules: what must be sparse; None for what ``config.json`` promises, and the
         record of the run that pruned
-    :param pattern: None for the one promised, or 2:4
+    :param pattern: None for the one that is promised, or else 2:4
     """
     path = Path(path)
     try:
@@ -112,48 +114,83 @@ def verify(
         except ValueError as error:
             return Report((), (Fault("nm_permute/report.json", "", str(error)),))
     said = sparsity.pattern if sparsity else recorded and recorded.pattern
-    pattern = pattern or said or NMPattern(2, 4)
     declared = _declared(checkpoint, sparsity, modules)
-    promised = declared | set(recorded.modules if recorded else ())
-    packed = packed_modules(checkpoint)
+    asked = _Asked(
+        sparsity,
+        pattern or said or NMPattern(2, 4),
+        declared,
+        declared | set(recorded.modules if recorded else ()),
+        set(recorded.transposed if recorded else ()),
+    )
+    matrices = dict.fromkeys(packed_modules(checkpoint), "packed")
+    matrices |= {name: checkpoint.formats[name] for name in checkpoint.matrices()}
     faults = [
         Fault("config.json", name, "is said to be sparse, and has no weight")
-        for name in sorted(promised - set(checkpoint.formats) - set(packed))
+        for name in sorted(asked.promised - set(checkpoint.formats) - set(matrices))
     ]
     rows = []
-    for module in packed:
-        file = checkpoint.where[f"{module}{PACKED}"].path.name
-        try:
-            levels = packed_levels(checkpoint, module)
-        except (DamagedError, NotImplementedError) as error:
-            faults.append(Fault(file, module, getattr(error, "reason", str(error))))
-            continue
-        row = _row("packed", module, levels, pattern, module in promised)
-        rows.append(row)
-        if row.promised and not row.sparse:
-            faults.append(Fault(file, module, _pattern_fault(levels, pattern)))
-    for module in checkpoint.matrices():
-        try:
-            weight = checkpoint.weight(module)
-        except DamagedError as error:
-            faults.append(_fault(error))
-            continue
-        stored = checkpoint.formats[module]
-        if stored == "dense" and module not in declared and weight.dtype in WORDS:
-            weight = clear_negative_zeros(weight)  # harmless where zeros are stored
-        if recorded and module in recorded.transposed:
-            weight = weight.t().contiguous()
-        row = _row(stored, module, weight, pattern, module in promised)
-        rows.append(row)
-        faults += [
-            Fault(checkpoint.file(module).name, module, message)
-            for message in [
-                *_storage_faults(stored, sparsity, module in declared),
-                *_weight_faults(checkpoint, row, weight, pattern),
-            ]
-        ]
+    for module, stored in matrices.items():
+        row, found = _examine(checkpoint, module, stored, asked)
+        rows += [row] if row else []
+        faults += found
     faults += _other_faults(checkpoint)
     return Report(tuple(rows), tuple(faults))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """
+    Says what a checkpoint is held to.
+
+    :param declared: the modules that config.json, or the caller, says are sparse
+    :param promised: those, and the ones that the record of the run names
+    :param transposed: those of them that are stored as [in, out]
+    """
+
+    sparsity: SparsityConfig | None
+    pattern: NMPattern
+    declared: set[str]
+    promised: set[str]
+    transposed: set[str]
+
+
+def _examine(
+    checkpoint: Checkpoint, module: str, stored: str, asked: _Asked
+) -> tuple[Row | None, list[Fault]]:
+    """Reads a matrix; returns what it is, if it could be read, and its faults."""
+    packed, declared = stored == "packed", module in asked.declared
+    if packed:
+        file = checkpoint.where[f"{module}{PACKED}"].path.name
+    else:
+        file = checkpoint.file(module).name
+    try:
+        weight = read_stored(checkpoint, module)
+        # -0.0 does no harm where all zeros are stored
+        clear = stored == "dense" and not declared
+        levels = levels_of(checkpoint, module, weight, clear)
+    except (DamagedError, NotImplementedError) as error:
+        if isinstance(error, DamagedError) and not packed:
+            return None, [_fault(error)]
+        return None, [Fault(file, module, getattr(error, "reason", str(error)))]
+    if module in asked.transposed:
+        weight, levels = weight.t(), levels.t()
+    found = examine(levels, asked.pattern)
+    row = Row(
+        module=module,
+        format=stored,
+        dtype=weight.dtype,
+        shape=tuple(weight.shape),
+        zeros=1 - int((comparable(levels) != 0).sum()) / max(1, levels.numel()),
+        sparse=not isinstance(found, Violation),
+        promised=module in asked.promised,
+    )
+    messages = []
+    if row.promised and isinstance(found, Violation):
+        messages.append(f"is not {asked.pattern}: {found}")
+    if not packed:
+        messages += _storage_faults(stored, asked.sparsity, declared)
+        messages += _weight_faults(checkpoint, row, weight)
+    return row, [Fault(file, module, message) for message in messages]
 
 
 def _declared(
@@ -161,7 +198,7 @@ def _declared(
     sparsity: SparsityConfig | None,
     modules: Collection[str] | None,
 ) -> set[str]:
-    """What config.json, or the caller, says is sparse; classes: all but embeddings."""
+    """Lists what config.json or the caller says is sparse; no class means embeddings."""
     if modules is not None:
         return set(modules)
     if sparsity is None:
@@ -179,27 +216,6 @@ def _declared(
     }
 
 
-def _row(
-    stored: str,
-    module: str,
-    weight: Tensor,
-    pattern: NMPattern,
-    promised: bool,
-) -> Row:
-    known = weight.dtype in WORDS
-    fits = known and weight.shape[1] % pattern.m == 0
-    values = _values(weight)
-    return Row(
-        module=module,
-        format=stored,
-        dtype=weight.dtype,
-        shape=tuple(weight.shape),
-        zeros=1 - int((values != 0).sum()) / max(1, weight.numel()),
-        sparse=fits and find_excess(weight, pattern) is None,
-        promised=promised,
-    )
-
-
 def _storage_faults(
     stored: str, sparsity: SparsityConfig | None, declared: bool
 ) -> Iterator[str]:
@@ -212,12 +228,8 @@ def _storage_faults(
         yield f"is stored {stored}, config.json says {sparsity.format}"
 
 
-def _weight_faults(
-    checkpoint: Checkpoint, row: Row, weight: Tensor, pattern: NMPattern
-) -> Iterator[str]:
-    if row.promised and not row.sparse:
-        yield _pattern_fault(weight, pattern)
-    if not bool(torch.isfinite(_values(weight)).all()):
+def _weight_faults(checkpoint: Checkpoint, row: Row, weight: Tensor) -> Iterator[str]:
+    if not bool(torch.isfinite(comparable(weight)).all()):
         yield "holds NaN or infinity"
     scale = f"{row.module}.weight_scale"
     if weight.dtype.itemsize == 1 and scale not in checkpoint.where:
@@ -230,27 +242,8 @@ def _weight_faults(
         yield f"is {weight.dtype}, and config.json says nothing of quantization"
 
 
-def _pattern_fault(weight: Tensor, pattern: NMPattern) -> str:
-    if weight.dtype not in WORDS or weight.shape[1] % pattern.m:
-        return f"cannot be {pattern}: it is {weight.dtype} {list(weight.shape)}"
-    found = find_excess(weight, pattern)
-    if found is None:
-        return f"is not {pattern}"
-    row, channel, count = found
-    text = (
-        f"is not {pattern}: row {row}, channels {channel}..{channel + pattern.m - 1} "
-        f"hold {count} non-zeros"
-    )
-    group = _values(weight[row, channel : channel + pattern.m])
-    if int((group != 0).sum()) <= pattern.n:
-        text += ", some of them -0.0"
-    if len(weight) % pattern.m == 0 and find_excess(weight.t(), pattern) is None:
-        text += ". It is along the other axis: it was pruned over outputs"
-    return text
-
-
 def _other_faults(checkpoint: Checkpoint) -> Iterator[Fault]:
-    """Faults of the tensors that are no matrices: scales, norms, biases."""
+    """Finds the faults of tensors that are no matrices: scales, norms, biases."""
     matrices = set(checkpoint.matrices())
     for name, shard in checkpoint.where.items():
         module, _, part = name.rpartition(".")
@@ -263,7 +256,7 @@ def _other_faults(checkpoint: Checkpoint) -> Iterator[Fault]:
             continue
         if not tensor.is_floating_point():
             continue
-        values = _values(tensor)
+        values = comparable(tensor)
         if not bool(torch.isfinite(values).all()):
             yield Fault(shard.path.name, name, "holds NaN or infinity")
         elif part.endswith("_scale") and not bool((values > 0).all()):
@@ -271,7 +264,7 @@ def _other_faults(checkpoint: Checkpoint) -> Iterator[Fault]:
 
 
 def _file_faults(path: Path) -> tuple[Fault, ...]:
-    """Every file that cannot be read on its own, where the whole could not be."""
+    """Lists every file that cannot be read, where the checkpoint could not be."""
     if (path / SINGLE).exists():
         files = {SINGLE}
     else:
@@ -291,8 +284,3 @@ def _file_faults(path: Path) -> tuple[Fault, ...]:
 
 def _fault(error: DamagedError) -> Fault:
     return Fault(error.path.name, error.tensor, error.reason)
-
-
-def _values(tensor: Tensor) -> Tensor:
-    """The values, in a dtype that can be compared: float8 cannot."""
-    return tensor.float() if tensor.dtype.itemsize == 1 else tensor

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turn a finished checkpoint from one format into another, shard by shard."""
+"""Convert a finished checkpoint from one format to another, shard by shard."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -37,13 +37,13 @@ Announced = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 @dataclass(frozen=True)
 class Conversion:
     """
-    What a conversion did.
+    Says what a conversion did.
 
     :param format: the format that was asked for
     :param compressed: the modules that are stored sparse now
     :param dense: the matrices that are not, and why
-    :param bytes_before: what the weight files of the source take on disk
-    :param bytes_after: those of the target
+    :param bytes_before: how many bytes the weight files of the source take on disk
+    :param bytes_after: how many those of the target take
     :param global_sparsity: the zeros of the sparse modules, as a share of all weights
     """
 
@@ -68,7 +68,7 @@ def convert(
     overwrite: bool = False,
 ) -> Conversion:
     """
-    Write a checkpoint again in another format; no stored weight changes a bit.
+    Writes a checkpoint again in another format; no stored weight changes a bit.
 
     Shards stay shards, and one matrix at a time is in memory. The target appears when
     it is complete; whatever goes wrong before, the old one stays as it is. Source and
@@ -88,35 +88,55 @@ def convert(
     :raises FileExistsError: if the target holds something and ``overwrite`` is not set
     :raises OSError: if the target cannot be written, the disk being full for example
     """
-    source, target = Path(source).resolve(), Path(target).resolve()
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(Path(source).resolve())
     plan = make_plan(checkpoint, format, modules, pattern, clear_zeros, dense_experts)
+    return rewrite(checkpoint, plan, Path(target).resolve(), legacy, overwrite)
+
+
+def rewrite(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    target: Path,
+    legacy: bool = False,
+    overwrite: bool = False,
+) -> Conversion:
+    """Does what a plan says, as ``convert`` describes; ``target`` is a resolved path."""
+    source = checkpoint.path
     zeros = global_sparsity(checkpoint, plan)
     config = with_sparsity_config(checkpoint.config, sparsity_config(plan, zeros))
     if legacy:
         config = legacy_config(config)
     before = sum(shard.path.stat().st_size for shard in checkpoint.shards)
     names = [shard.path.name for shard in checkpoint.shards]
-    with transaction.directory(source, target, [*names, INDEX], overwrite) as fresh:
+
+    def keep(name: str) -> bool:
+        return name not in (*names, INDEX)
+
+    if target in source.parents:
+        raise ValueError(f"{target} holds {source}; write somewhere else")
+    if target != source:
+        transaction.refuse_occupied(target, overwrite)
+    with transaction.directory(target, keep if target == source else None) as fresh:
         for shard in checkpoint.shards:
             _write_shard(checkpoint, plan, shard, fresh / shard.path.name)
         after = sum((fresh / name).stat().st_size for name in names)
         if checkpoint.index is not None:
-            transaction.write_json(
-                fresh / INDEX, _index(checkpoint.index, fresh, names)
-            )
+            index = _index(checkpoint.index, fresh, names)
+            transaction.write_json(fresh / INDEX, index)
         transaction.write_json(fresh / "config.json", config)
-        tokenizer = fresh / "tokenizer_config.json"
+        tokenizer = source / "tokenizer_config.json"
         if legacy and tokenizer.exists():
-            transaction.write_json(
-                tokenizer, legacy_tokenizer_config(read_json(tokenizer))
-            )
+            words = legacy_tokenizer_config(read_json(tokenizer))
+            transaction.write_json(fresh / tokenizer.name, words)
+        if target != source:
+            transaction.take(source, fresh, keep)
     logger.info(
-        f"{target}: {len(plan.nonzeros)} matrices as {format}, {len(plan.dense)} as "
-        f"they were; {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB"
+        f"{target} stores {len(plan.nonzeros)} matrices as {plan.format} and leaves "
+        f"{len(plan.dense)} dense; its weights take {after / 1e6:.1f} MB after "
+        f"{before / 1e6:.1f} MB"
     )
     return Conversion(
-        format=format,
+        format=plan.format,
         compressed=tuple(plan.nonzeros),
         dense=plan.dense,
         bytes_before=before,
@@ -150,7 +170,7 @@ def _write_shard(checkpoint: Checkpoint, plan: Plan, shard: Shard, path: Path) -
 
 
 def _announce(checkpoint: Checkpoint, plan: Plan, module: str) -> Announced:
-    """The tensors of a module as the target stores it, before they are made."""
+    """Lists the tensors of a module as the target stores it, before they are made."""
     dtype, (rows, columns) = checkpoint.dense_layout(module)
     if module not in plan.nonzeros:
         return {f"{module}.weight": (dtype, (rows, columns))}
@@ -170,7 +190,7 @@ def _announce(checkpoint: Checkpoint, plan: Plan, module: str) -> Announced:
 
 
 def _encode(plan: Plan, module: str, weight: Tensor) -> dict[str, Tensor]:
-    """The tensors of a module as the target stores it."""
+    """Makes the tensors of a module as the target stores it."""
     if module not in plan.nonzeros:
         return {f"{module}.weight": weight}
     if plan.clear:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serve a 2:4 checkpoint twice, on sparse kernels and without them, and time both."""
+"""``nm-permute bench-serve``: time vLLM on sparse kernels and without them."""
 
 import json
 import os
@@ -9,31 +9,81 @@ import tempfile
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Annotated
 
-from nm_permute_plugin.checkpoint.config import quantization_config
-from nm_permute_plugin.checkpoint.directory import read_json
+import typer
+from typer import Argument, Option
+
+from nm_permute_plugin.cli.common import find_device, print_table
 from nm_permute_plugin.evaluation.throughput import (
     Measurement,
     plot_throughput,
     require_matplotlib,
     throughput_table,
 )
-from nm_permute_plugin.serving.bench import Workload
-from nm_permute_plugin.serving.detect import MODE_VARIABLE, is_ours, mode
+from nm_permute_plugin.serving.bench import Workload, engine_arguments
 
 MODULE = "nm_permute_plugin.serving.bench"
 
 
-def bench_serve(checkpoint: Path, workload: Workload, out: Path | None) -> str:
+def bench_serve(
+    checkpoint: Annotated[Path, Argument(help="Folder of a 2:4 checkpoint.")],
+    batch: Annotated[
+        list[int] | None,
+        Option(min=1, help="Sequences at a time; repeatable (1, 8 and 32)."),
+    ] = None,
+    prompt_tokens: Annotated[
+        int, Option(min=1, help="Tokens of each prompt.")
+    ] = Workload.prompt_tokens,
+    output_tokens: Annotated[
+        int, Option(min=2, help="Tokens to generate for each.")
+    ] = Workload.output_tokens,
+    repeats: Annotated[
+        int, Option(min=1, help="Runs; the median counts.")
+    ] = Workload.repeats,
+    tensor_parallel_size: Annotated[
+        int, Option(min=1, help="GPUs that share the model.")
+    ] = Workload.tensor_parallel,
+    enforce_eager: Annotated[
+        bool, Option("--enforce-eager", help="Run without compiled graphs.")
+    ] = False,
+    engine: Annotated[
+        str, Option(help="Further arguments of vllm.LLM, as a JSON object.")
+    ] = "{}",
+    out: Annotated[
+        Path | None, Option(help="Folder for serve.json and serve.png.")
+    ] = None,
+) -> None:
+    """Time vLLM with a checkpoint, on sparse kernels and without them; needs vLLM."""
+    workload = Workload(
+        batches=tuple(batch or Workload.batches),
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        repeats=repeats,
+        tensor_parallel=tensor_parallel_size,
+        eager=enforce_eager,
+        engine=engine_arguments(engine),
+    )
+    print_table(time_both_sides(checkpoint, workload, out))
+    typer.echo("dense: the same checkpoint, with NM_PERMUTE_SERVE=dense")
+    if find_device(None) == "cpu":
+        typer.echo("There is no CUDA device: both sides were served dense.")
+
+
+def time_both_sides(checkpoint: Path, workload: Workload, out: Path | None) -> str:
     """
-    The table of both sides, measured one after the other.
+    Measure both sides, one after the other, and return the table.
 
     :param checkpoint: a 2:4 one; the dense side is the same with the mode ``dense``
-    :param out: a folder that takes ``serve.json`` and ``serve.png``
+    :param out: the folder that takes ``serve.json`` and ``serve.png``
     :raises ValueError: if the plugin would leave the checkpoint alone
     :raises ModuleNotFoundError: without vLLM, or without matplotlib where ``out`` is given
     :raises RuntimeError: if an engine fails; what it said is on the terminal
     """
+    from nm_permute_plugin.checkpoint.config import quantization_config
+    from nm_permute_plugin.checkpoint.directory import read_json
+    from nm_permute_plugin.serving.detect import MODE_VARIABLE, is_ours, mode
+
     config = quantization_config(read_json(checkpoint / "config.json"))
     if config is None or not is_ours(config):
         raise ValueError(
@@ -65,7 +115,9 @@ def bench_serve(checkpoint: Path, workload: Workload, out: Path | None) -> str:
 
 
 def _measure(checkpoint: Path, workload: Workload, mode: str) -> list[Measurement]:
-    """One side, in a process of its own."""
+    """Measure one side, in a process of its own."""
+    from nm_permute_plugin.serving.detect import MODE_VARIABLE
+
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder, "found.json")
         words = [str(checkpoint), str(found), json.dumps(asdict(workload))]

@@ -1,66 +1,71 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write a checkpoint in another format, and say what is stored how, and why."""
+"""``nm-permute convert``: write a checkpoint in another format, and say what changed."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast, get_args
+from typing import Annotated, cast, get_args
 
-from nm_permute_plugin.checkpoint.config import Format
-from nm_permute_plugin.checkpoint.model_card import is_ours, write_storage
-from nm_permute_plugin.checkpoint.plan import experts_of
-from nm_permute_plugin.checkpoint.record import read_promise
-from nm_permute_plugin.checkpoint.writer import Conversion, convert
-from nm_permute_plugin.maths.pattern import NMPattern
+import typer
+from typer import Argument, Option
 
 
-def convert_checkpoint(
-    source: Path,
-    target: Path,
-    format: str,
-    pattern: str,
-    dense_experts: bool,
-    legacy: bool,
-) -> str:
-    """
-    Convert as ``writer.convert`` does; a model card of ours says so too.
+def convert(
+    source: Annotated[Path, Argument(help="Folder of the checkpoint.")],
+    target: Annotated[Path, Argument(help="Folder to write, new or empty.")],
+    format: Annotated[
+        str, Option(help="dense, sparse-24-bitmask or sparse-bitmask.")
+    ] = "sparse-24-bitmask",
+    pattern: Annotated[str, Option(help="Pattern that sparse-bitmask stores.")] = "2:4",
+    dense_experts: Annotated[
+        bool, Option("--dense-experts", help="Leave routed experts dense, for vLLM.")
+    ] = False,
+    legacy: Annotated[
+        bool, Option(help="Write a config for transformers 4 and vLLM <= 0.18.1.")
+    ] = False,
+) -> None:
+    """Write a checkpoint in another format, without changing a value."""
+    from nm_permute_plugin.checkpoint import config, model_card, writer
+    from nm_permute_plugin.checkpoint.record import read_promise
+    from nm_permute_plugin.maths.pattern import NMPattern
 
-    :return: what was done, a line for every matrix that is not stored sparse
-    :raises ValueError: for an unknown format, and as ``writer.convert``
-    """
-    if format not in get_args(Format):
-        raise ValueError(
-            f"format {format!r} is unknown; use {', '.join(get_args(Format))}"
-        )
-    done = convert(
+    formats = get_args(config.Format)
+    if format not in formats:
+        raise ValueError(f"format {format!r} is unknown; use {', '.join(formats)}")
+    done = writer.convert(
         source,
         target,
-        cast(Format, format),
+        cast("config.Format", format),
         pattern=NMPattern.parse(pattern),
         dense_experts=dense_experts,
         legacy=legacy,
     )
     promise = read_promise(target)
-    if promise is not None and is_ours(target):
+    if promise is not None and model_card.is_ours(target):
         stored = done.format if done.compressed else "dense"
-        write_storage(target, promise, stored, "converted")
-    return "\n".join([f"{target}: {_sizes(done)}", *_lines(done, pattern)])
+        model_card.write_storage(target, promise, stored, "converted")
+    before, after = done.bytes_before / 1e6, done.bytes_after / 1e6
+    typer.echo(f"{target}: {before:.1f} -> {after:.1f} MB")
+    for line in _storage(format, pattern, done.compressed, done.dense):
+        typer.echo(line)
 
 
-def _sizes(done: Conversion) -> str:
-    return f"{done.bytes_before / 1e6:.1f} -> {done.bytes_after / 1e6:.1f} MB"
+def _storage(
+    format: str, pattern: str, sparse: Sequence[str], dense: Mapping[str, str]
+) -> list[str]:
+    """Say what is stored how, with a reason for every matrix that stays dense."""
+    from nm_permute_plugin.checkpoint.plan import experts_of
 
-
-def _lines(done: Conversion, pattern: str) -> list[str]:
-    if done.format == "dense":
+    if format == "dense":
         return ["every matrix is stored dense"]
-    lines = [f"dense: {module}: {reason}" for module, reason in done.dense.items()]
-    if not done.compressed:
+    lines = [f"dense: {module}: {reason}" for module, reason in dense.items()]
+    if not sparse:
         return [
             *lines,
-            f"no matrix is stored as {done.format}, for the reasons above: it takes a "
-            f"Linear that is {pattern} along its inputs, as `nm-permute prune` leaves it",
+            f"no matrix is stored as {format}, for the reasons above: it takes a Linear "
+            f"that is {pattern} along its inputs, as `nm-permute prune` leaves it",
         ]
-    lines.append(f"{len(done.compressed)} modules are stored as {done.format}")
-    experts = experts_of(done.compressed)
+    lines.append(f"{len(sparse)} modules are stored as {format}")
+    experts = experts_of(sparse)
     if experts:
         lines.append(
             f"{len(experts)} of them are routed experts: transformers reads them, vLLM "

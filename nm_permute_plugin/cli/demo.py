@@ -1,20 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole way on the embedded real model: every method once, one table."""
+"""``nm-permute demo``: prune a real model by every method, and print one table."""
 
 import json
 import resource
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
-import yaml
-from loguru import logger
+import typer
+from typer import Option
 
-from nm_permute_plugin.cli.embedded import Parts, write_embedded_model
+from nm_permute_plugin.cli.common import Device, find_device, print_table, read_text
+from nm_permute_plugin.cli.embedded import (
+    Parts,
+    embedded_text,
+    split_parts,
+    write_embedded_model,
+)
 from nm_permute_plugin.cli.prune import calibration_rows, prune_checkpoint
-from nm_permute_plugin.evaluation.perplexity import evaluate_checkpoint, tokenize
-from nm_permute_plugin.evaluation.report import Row, gap_of
+from nm_permute_plugin.evaluation.report import Result, gap_of, markdown
+
+
+def demo(
+    out: Annotated[
+        Path | None, Option(help="Folder of the results; a new one if left out.")
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        Option(
+            "--text",
+            help="Text of which nine tenths train and one tests; "
+            "repeatable (Python's language reference).",
+        ),
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Prune a real model that comes with a package, by every method; print the table."""
+    parts = split_parts(read_text(text)) if text else embedded_text()
+    where = find_device(device)
+    folder = out or Path(tempfile.mkdtemp(prefix="nm-permute-demo-"))
+    print_table(markdown(run_demo(folder, parts, Budget(), where)))
+    typer.echo(f"All files are in {folder}")
 
 
 @dataclass(frozen=True)
@@ -22,12 +51,12 @@ class Budget:
     """
     How much text the demo uses: sized for two CPU cores.
 
-    :param rows: of calibration and training text, the validation ones included
-    :param sequence_length: tokens of a row, and of a window of the test
-    :param windows: of the test
-    :param search_rounds: of assignment, for search and as the start of learned
-    :param steps: of learning
-    :param batch_size: rows a step
+    :param rows: how many rows of text calibrate and train, validation included
+    :param sequence_length: the tokens of a row, and of a window of the test
+    :param windows: how many windows test
+    :param search_rounds: the rounds of assignment, for search and as learned's start
+    :param steps: how many steps learn
+    :param batch_size: the rows of a step
     """
 
     rows: int = 44
@@ -55,25 +84,29 @@ METHODS: dict[str, dict[str, object]] = {
 """The demo's rows; search and learned reorder what wanda prunes."""
 
 
-def run_demo(out: Path, text: Parts, budget: Budget, device: str) -> list[Row]:
+def run_demo(out: Path, text: Parts, budget: Budget, device: str) -> list[Result]:
     """
     Prune the embedded model by every method and measure each checkpoint from disk.
 
-    :param out: a folder; takes the dense model, the checkpoints and ``results.json``
+    :param out: the folder that takes the dense model, the checkpoints, ``results.json``
     """
+    from loguru import logger
+
+    from nm_permute_plugin.evaluation.perplexity import evaluate_checkpoint, tokenize
+
     logger.info(f"demo: {budget}, seed 0, on {device}")
     started = time.perf_counter()
     dense = write_embedded_model(out / "dense")
     rows = calibration_rows(dense, [text.train], budget.rows, budget.sequence_length)
     test = tokenize(dense, text.test)[: budget.windows * budget.sequence_length]
 
-    results: list[Row] = []
+    results: list[Result] = []
     for method, folder, minutes in _checkpoints(out, dense, rows, budget, device):
         value = evaluate_checkpoint(folder, test, budget.sequence_length, device)
         base = None if method == "dense" else method
         if method in ("search", "learned"):
             base = "wanda"
-        results.append(Row(method, value, minutes, str(folder), base))
+        results.append(Result(method, value, minutes, str(folder), base))
         gap = gap_of(results[-1], results)
         closed = "" if gap is None else f", gap closed {gap:.1%}"
         logger.info(f"{method}: perplexity {value:.2f}{closed}")
@@ -89,7 +122,7 @@ def run_demo(out: Path, text: Parts, budget: Budget, device: str) -> list[Row]:
 def _checkpoints(
     out: Path, dense: Path, rows: list[list[int]], budget: Budget, device: str
 ) -> Iterator[tuple[str, Path, float]]:
-    """Each method's folder as it is finished, with the minutes it took."""
+    """Yield each method's folder as it is finished, with the minutes it took."""
     yield "dense", dense, 0.0
     for method, fields in METHODS.items():
         recipe = out / f"{method}.yaml"
@@ -99,15 +132,16 @@ def _checkpoints(
 
 
 def _recipe(fields: dict[str, object], budget: Budget) -> str:
+    import yaml
+
     body = {"mask_structure": "2:4", **fields}
     if fields["method"] != "identity":
-        body["search_rounds"] = budget.search_rounds
+        body["search"] = {"rounds": budget.search_rounds}
     if fields["method"] == "learned":
         body |= {
-            "steps": budget.steps,
             "batch_size": budget.batch_size,
-            "multiplier_rate": 0.03,
-            "evaluate_every": 10,
+            "learn": {"steps": budget.steps, "multipliers": {"rate": 0.03}},
+            "validation": {"every": 10},
         }
     modifiers = {"LearnablePermutationModifier": body}
     return yaml.safe_dump({"prune_stage": {"permutation_modifiers": modifiers}})

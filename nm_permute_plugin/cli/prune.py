@@ -1,26 +1,72 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a recipe on a model folder and leave a finished checkpoint, or nothing."""
+"""``nm-permute prune``: run a recipe, and leave a finished checkpoint or nothing."""
 
-import os
-import shutil
-import tempfile
+import shlex
+import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, TypeVar, cast
 
-import torch
-from datasets import Dataset
-from llmcompressor import oneshot, reset_session
-from safetensors import SafetensorError
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
-from transformers import AutoTokenizer
+import typer
+from typer import Argument, Option
 
-from nm_permute_plugin.evaluation.images import image_processor, pixels
-from nm_permute_plugin.evaluation.loading import model_class
-from nm_permute_plugin.evaluation.perplexity import tokenize
-from nm_permute_plugin.modifiers.recipe import read_recipe
+from nm_permute_plugin.cli.common import Model, find_device, one_kind, read_text
+
+T = TypeVar("T")
+
+
+def prune(
+    model: Model,
+    recipe: Annotated[Path, Argument(help="YAML recipe.")],
+    out: Annotated[Path, Argument(help="Folder of the checkpoint, new or empty.")],
+    text: Annotated[
+        list[Path] | None,
+        Option("--text", help="Text to calibrate and train on; repeatable."),
+    ] = None,
+    images: Annotated[
+        Path | None, Option("--images", help="Folder of images, instead of text.")
+    ] = None,
+    samples: Annotated[
+        int, Option(min=2, help="Rows of calibration text, or images, at most.")
+    ] = 512,
+    sequence_length: Annotated[int, Option(min=2, help="Tokens of a row.")] = 1024,
+    device: Annotated[
+        str | None,
+        Option(
+            help="Where the whole model runs: cpu or cuda; a GPU if there is one. Prune "
+            "a model that is larger than the device by llmcompressor.oneshot, which "
+            "offloads it, with objective: layer_wise in the recipe."
+        ),
+    ] = None,
+) -> None:
+    """Run a recipe with LearnablePermutationModifier on a model."""
+    one_kind(text, images, "give calibration text")
+    content = read_text(text or [])
+    if not recipe.exists():
+        raise FileNotFoundError(f"{recipe} does not exist")
+    where = find_device(device)
+    from nm_permute_plugin.evaluation import pretrained
+    from nm_permute_plugin.evaluation.images import image_files
+
+    pretrained.must_be_model(model)
+    if images is not None:
+        pretrained.refuse_images_for(model)
+        files = spread(image_files(images), samples)
+        minutes = prune_with_images(model, recipe, out, files, where)
+        amount, test = f"{len(files)} images", ["--images", "CLASS_FOLDERS"]
+    else:
+        pretrained.refuse_text_for(model)
+        rows = calibration_rows(model, [content], samples, sequence_length)
+        minutes = prune_checkpoint(model, recipe, out, rows, where)
+        amount, test = f"{len(rows) * sequence_length} tokens", ["--text", "TEST.txt"]
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6
+    following = ["nm-permute", "evaluate", str(out), *test, "--dense", model]
+    typer.echo(
+        f"{out}: {amount}, {minutes:.1f} minutes, {size:,.1f} MB; next: "
+        f"{shlex.join(following)}"
+    )
 
 
 def prune_checkpoint(
@@ -31,7 +77,7 @@ def prune_checkpoint(
     device: str | None = None,
 ) -> float:
     """
-    ``oneshot`` with a recipe, into a folder that appears only when all went well.
+    Run ``oneshot`` with a recipe, into a folder that appears only when all went well.
 
     :param rows: calibration text, one list of token ids a row
     :param device: where the model runs; the first CUDA device if there is one
@@ -40,6 +86,8 @@ def prune_checkpoint(
     :raises FileExistsError: if ``out`` holds files already
     :raises OSError: if ``out`` cannot be written
     """
+    from datasets import Dataset
+    from transformers import AutoTokenizer
 
     def data() -> dict[str, Any]:
         return {
@@ -61,27 +109,33 @@ def prune_with_images(
     device: str | None = None,
 ) -> float:
     """
-    ``prune_checkpoint`` for a model of images.
+    Do as ``prune_checkpoint`` does, for a model of images.
 
-    :param files: pictures to calibrate and train on
-    :raises ValueError: as well, for a picture that cannot be read
+    :param files: the images to calibrate and train on
+    :raises ValueError: as well, for an image that cannot be read
     """
+    from torch.utils.data import DataLoader, Dataset
+
+    from nm_permute_plugin.evaluation.images import pixels
+    from nm_permute_plugin.evaluation.pretrained import image_processor
 
     def data() -> dict[str, Any]:
         processor = image_processor(model)
         batches = [{"pixel_values": p} for p in pixels(processor, files, batch_size=32)]
-        loader = DataLoader(cast("TorchDataset[Any]", batches), batch_size=None)
+        loader = DataLoader(cast("Dataset[Any]", batches), batch_size=None)
         return {"processor": processor, "dataset": loader}
 
     return _prune(model, recipe, out, data, device)
 
 
-def spread(files: Sequence[Path], samples: int) -> list[Path]:
-    """``samples`` of the files at most, spread evenly."""
-    if len(files) <= samples:
-        return list(files)
-    chosen = torch.linspace(0, len(files) - 1, samples).long().tolist()
-    return [files[i] for i in chosen]
+def spread(items: Sequence[T], samples: int) -> list[T]:
+    """Choose ``samples`` of the items at most, spread evenly."""
+    import torch
+
+    if len(items) <= samples:
+        return list(items)
+    chosen = torch.linspace(0, len(items) - 1, samples).long().tolist()
+    return [items[i] for i in chosen]
 
 
 def _prune(
@@ -92,28 +146,35 @@ def _prune(
     device: str | None,
 ) -> float:
     """``oneshot`` into a folder that appears only when all went well; minutes."""
+    import torch
+    from safetensors import SafetensorError
+
+    # From its import on, llm-compressor logs to what is stdout then.
+    with redirect_stdout(cast("Any", _Stderr())):
+        from llmcompressor import oneshot, reset_session
+    from nm_permute_plugin.checkpoint.transaction import directory, refuse_occupied
+    from nm_permute_plugin.evaluation.pretrained import model_class
+    from nm_permute_plugin.modifiers.recipe import read_recipe
+
     read_recipe(recipe)
     out = out.resolve()
-    reserved = _reserve(out)
-    unfinished = reserved / out.name
+    refuse_occupied(out)
     started = time.perf_counter()
     try:
-        calibration = data()
-        loaded = model_class(model).from_pretrained(model, dtype="auto")
-        loaded = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        reset_session()
-        oneshot(
-            model=loaded,
-            recipe=str(recipe),
-            output_dir=str(unfinished),
-            **calibration,
-        )
-        os.replace(unfinished, out)
+        with directory(out) as unfinished:
+            calibration = data()
+            loaded = model_class(model).from_pretrained(model, dtype="auto")
+            default = "cuda" if torch.cuda.is_available() else "cpu"
+            reset_session()
+            oneshot(
+                model=loaded.to(device or default),
+                recipe=str(recipe),
+                output_dir=str(unfinished),
+                **calibration,
+            )
     except SafetensorError as error:
         # Weights that cannot be written, to a full disk say, are no OSError there.
         raise OSError(f"cannot write the checkpoint {out}: {error}") from error
-    finally:
-        shutil.rmtree(reserved, ignore_errors=True)
     return (time.perf_counter() - started) / 60
 
 
@@ -121,11 +182,13 @@ def calibration_rows(
     model: str | Path, texts: Sequence[str], samples: int, sequence_length: int
 ) -> list[list[int]]:
     """
-    Rows of ``sequence_length`` tokens, spread evenly over the texts.
+    Cut texts into rows of ``sequence_length`` tokens, and spread those taken evenly.
 
-    :param samples: rows at most
+    :param samples: the most rows that are taken
     :raises ValueError: if the texts are empty or fill not even two rows
     """
+    from nm_permute_plugin.evaluation.perplexity import tokenize
+
     if not any(text.strip() for text in texts):
         raise ValueError("the calibration text is empty")
     tokens = tokenize(model, "\n\n".join(texts))
@@ -136,20 +199,11 @@ def calibration_rows(
             f"{sequence_length}: give more text or a smaller --sequence-length"
         )
     rows = tokens[: count * sequence_length].view(count, sequence_length)
-    if count > samples:
-        rows = rows[torch.linspace(0, count - 1, samples).long()]
-    chosen: list[list[int]] = rows.tolist()
-    return chosen
+    return spread(cast("list[list[int]]", rows.tolist()), samples)
 
 
-def _reserve(out: Path) -> Path:
-    """An empty folder beside ``out``, made before the long work starts; ours alone."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not an empty folder; name another")
-    if os.path.ismount(out):
-        raise OSError(f"{out} is a mount point; name a folder inside of it")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    except OSError as error:
-        raise OSError(f"cannot write to {out.parent}: {error.strerror}") from error
+class _Stderr:
+    """Write to the stderr of the moment: a log outlives the stream it was set up with."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)

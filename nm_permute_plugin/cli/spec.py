@@ -1,34 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check a spec: resolve it, fold random orders in float64, compare the outputs."""
+"""``nm-permute spec``: fold random orders in float64, and compare the outputs."""
 
 import math
-import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
-import torch
-import transformers
-import yaml
-from torch import nn
+import typer
+from typer import Argument, Option
 
-from nm_permute_plugin.evaluation.loading import model_class
-from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
-from nm_permute_plugin.specs.conv1d import is_linear
-from nm_permute_plugin.specs.exactness import TOLERANCE as TOLERANCE
-from nm_permute_plugin.specs.exactness import (
-    fold_checked,
-    outputs_of,
-    random_batch,
-    random_model,
-    random_perms,
-    to_float64,
-    vary_constants,
-)
-from nm_permute_plugin.specs.layer_names import counted
-from nm_permute_plugin.specs.spec import ResolvedSpec, Spec, resolve
+from nm_permute_plugin.cli.common import print_table
+
+
+def spec(
+    model: Annotated[
+        Path, Argument(help="Folder of the model; a config.json is enough.")
+    ],
+    file: Annotated[
+        Path | None, Option("--spec", help="YAML file; the known spec if left out.")
+    ] = None,
+    pattern: Annotated[
+        str, Option(help="N:M pattern that the widths must fit.")
+    ] = "2:4",
+    ignore: Annotated[
+        list[str] | None,
+        Option(
+            help="Linear not to prune, or 're:' and a pattern; repeatable (lm_head)."
+        ),
+    ] = None,
+    layers: Annotated[
+        int | None,
+        Option(min=1, help="Check this many layers of random weights instead."),
+    ] = None,
+    seed: Annotated[int, Option(help="Seed of permutations, inputs, weights.")] = 0,
+) -> None:
+    """Check a permutation spec: which channels move together, and that it is exact."""
+    ignored = ["lm_head"] if ignore is None else ignore
+    report = check_spec(model, file, pattern, ignored, layers, seed)
+    print_table(report.table())
+    for line in report.unordered():
+        typer.echo(f"no space orders the inputs of {line}")
+    if report.varied:
+        typer.echo(f"{len(report.varied)} constant parameters had random values")
+    found = f"random orders change the outputs by {report.change:.1e} (float64)"
+    if not report.exact:
+        raise ValueError(f"{found}: more than rounding explains, the spec is wrong")
+    tensors = len(report.resolved.parameters)
+    typer.echo(f"{report.architecture}: {tensors} tensors, {found}: exact")
 
 
 @dataclass(frozen=True)
@@ -37,22 +57,27 @@ class SpecReport:
     What the check found.
 
     :param architecture: the name of the model's class
+    :param resolved: the ``ResolvedSpec`` of the model
     :param change: how far the outputs moved, relative to their norm
     :param varied: the parameters that were constant, and got random values for the check
     """
 
     architecture: str
-    resolved: ResolvedSpec
+    resolved: Any
     change: float
     varied: list[str]
 
     @property
     def exact(self) -> bool:
         """Whether rounding explains the change."""
+        from nm_permute_plugin.specs.exactness import TOLERANCE
+
         return self.change <= TOLERANCE
 
     def table(self) -> str:
         """Write spaces, their sizes and consumers in Markdown; layers share a row."""
+        from nm_permute_plugin.specs.layer_names import counted
+
         rows: Counter[tuple[str, ...]] = Counter()
         for space in self.resolved.spaces.values():
             (kind,) = counted([space.name])
@@ -75,6 +100,8 @@ class SpecReport:
 
     def unordered(self) -> list[str]:
         """List the linears whose inputs no space orders, and why; layers share a line."""
+        from nm_permute_plugin.specs.layer_names import counted
+
         return list(
             counted(
                 f"{name} ({reason})" if reason else name
@@ -101,12 +128,25 @@ def check_spec(
     :raises ValueError: if the spec does not fit; the error names the parameter
     :raises FileNotFoundError: if the folder holds no model, or the file does not exist
     """
+    from nm_permute_plugin.checkpoint.config import matches
+    from nm_permute_plugin.maths.pattern import NMPattern
+    from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
+    from nm_permute_plugin.specs.conv1d import is_linear
+    from nm_permute_plugin.specs.exactness import (
+        fold_checked,
+        outputs_of,
+        random_batch,
+        random_perms,
+        vary_constants,
+    )
+    from nm_permute_plugin.specs.spec import resolve
+
     loaded = _load(model, layers, seed)
     varied = vary_constants(loaded, seed)
     linears = [
         name
         for name, module in loaded.named_modules()
-        if is_linear(module) and not _matches(name, ignore)
+        if is_linear(module) and not any(matches(entry, name) for entry in ignore)
     ]
     resolved = resolve(
         loaded,
@@ -122,13 +162,15 @@ def check_spec(
     return SpecReport(type(loaded).__name__, resolved, change, varied)
 
 
-def read_spec(file: Path) -> Spec:
+def read_spec(file: Path) -> Mapping[str, str]:
     """
     Read a spec from a YAML file.
 
     :raises ValueError: if it is no mapping of lines to words
     :raises FileNotFoundError: if it does not exist
     """
+    import yaml
+
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist")
     try:
@@ -146,7 +188,13 @@ def read_spec(file: Path) -> Spec:
     return content
 
 
-def _load(folder: Path, layers: int | None, seed: int) -> nn.Module:
+def _load(folder: Path, layers: int | None, seed: int) -> Any:
+    import torch
+    import transformers
+
+    from nm_permute_plugin.evaluation.pretrained import model_class
+    from nm_permute_plugin.specs.exactness import random_model, to_float64
+
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no model (no config.json)")
     kind = model_class(folder)
@@ -154,10 +202,3 @@ def _load(folder: Path, layers: int | None, seed: int) -> nn.Module:
         return to_float64(kind.from_pretrained(folder, dtype=torch.float64))
     config = transformers.AutoConfig.from_pretrained(folder)
     return random_model(kind, config, seed, layers)
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(
-        re.match(pattern[3:], name) if pattern.startswith("re:") else name == pattern
-        for pattern in patterns
-    )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well a model of images tells classes apart, and how near its features stay."""
+"""Measure how well a model classifies images, and how near its features stay."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,30 +13,30 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from nm_permute_plugin.checkpoint.record import FOLDER, read_record
-from nm_permute_plugin.evaluation.images import (
-    LabelledImages,
+from nm_permute_plugin.evaluation.images import LabelledImages, labelled_images, pixels
+from nm_permute_plugin.evaluation.pretrained import (
     image_processor,
-    labelled_images,
-    pixels,
+    load_checkpoint,
+    model_class,
+    refuse_images_for,
 )
-from nm_permute_plugin.evaluation.loading import model_class, refuse_images_for
 from nm_permute_plugin.maths.permutation import Permutation, invert
 
 NEIGHBOURS = 20
-"""Pictures that vote where there is no classifier."""
+"""Where there is no classifier, this many of the nearest other images vote."""
 
 TEMPERATURE = 0.07
 """A neighbour's vote weighs ``exp(cosine / TEMPERATURE)`` (arXiv 2104.14294, app. F.1)."""
 
 
 @dataclass(frozen=True)
-class Seen:
+class ImageOutputs:
     """
-    What a model makes of pictures.
+    A model's outputs for images.
 
-    :param features: the class token of the last hidden states, or their mean, channels
-        in the order that they had before any fold
-    :param logits: of the model's labels; None without a classifier
+    :param features: the class token of the last hidden states, or their mean; channels
+        stand in the order that they had before any fold
+    :param logits: one for each of the model's labels; None without a classifier
     """
 
     features: Float[Tensor, "images width"]
@@ -46,12 +46,12 @@ class Seen:
 @dataclass(frozen=True)
 class ImageResult:
     """
-    What pictures of known classes say about a model.
+    What images of known classes say about a model.
 
-    :param top1: share of pictures whose class comes first
-    :param top5: share of pictures whose class is among the first five
-    :param neighbours: how many other pictures voted; 0 where the model has a classifier
-    :param fidelity: mean cosine of its features to the dense model's; None without one
+    :param top1: the share of images whose class comes first
+    :param top5: the share of images whose class is among the first five
+    :param neighbours: how many other images voted; 0 where the model has a classifier
+    :param fidelity: the mean cosine of its features to the dense model's; None without one
     """
 
     top1: float
@@ -77,54 +77,54 @@ def evaluate_images(
     batch_size: int = 32,
 ) -> ImageResult:
     """
-    Accuracy of a checkpoint, read back from disk, on a folder of class folders.
+    Measure a checkpoint, read back from disk, on a folder of class folders.
 
-    A classifier is asked for the class. Without one, every picture is given the class
-    that its nearest neighbours among the others have, by the cosine of their features.
+    A classifier predicts the class. Without one, the nearest other images vote, by the
+    cosine of their features.
 
-    :param dense: folder of the model before pruning, for the fidelity of the features
-    :raises ValueError: for a model that takes text, for pictures that cannot be read, and
+    :param dense: the model before pruning, for the fidelity of the features
+    :raises ValueError: for a model that takes text, for images that cannot be read, and
         for classes that the model does not know
     """
     for model in (checkpoint, dense or checkpoint):
         refuse_images_for(model)
-    pictures = labelled_images(folder)
-    seen = look(checkpoint, pictures.files, device, batch_size)
+    images = labelled_images(folder)
+    ours = image_outputs(checkpoint, images.files, device, batch_size)
     fidelity = None
     if dense is not None:
-        theirs = look(dense, pictures.files, device, batch_size).features
-        fidelity = mean_cosine(seen.features, theirs)
-    if seen.logits is None:
-        neighbours = min(NEIGHBOURS, len(pictures.files) - 1)
-        scores = votes(seen.features, pictures, neighbours)
-        labels = pictures.labels
+        theirs = image_outputs(dense, images.files, device, batch_size)
+        fidelity = mean_cosine(ours.features, theirs.features)
+    if ours.logits is None:
+        neighbours = min(NEIGHBOURS, len(images.files) - 1)
+        scores = votes(ours.features, images, neighbours)
+        labels = images.labels
     else:
-        neighbours, scores = 0, seen.logits
+        neighbours, scores = 0, ours.logits
         names = (
             model_class(checkpoint).config_class.from_pretrained(checkpoint).id2label
         )
-        labels = labels_of(pictures, [names[i] for i in range(scores.shape[1])])
+        labels = labels_of(images, [names[i] for i in range(scores.shape[1])])
     return ImageResult(
         top1=accuracy(scores, labels, 1),
         top5=accuracy(scores, labels, 5),
-        images=len(pictures.files),
-        classes=len(pictures.classes),
+        images=len(images.files),
+        classes=len(images.classes),
         neighbours=neighbours,
         fidelity=fidelity,
     )
 
 
-def look(
+def image_outputs(
     checkpoint: str | Path, files: Sequence[Path], device: str, batch_size: int
-) -> Seen:
+) -> ImageOutputs:
     """
-    What a checkpoint makes of pictures, in their order.
+    Run a checkpoint on images, in their order.
 
-    :raises ValueError: for pictures that cannot be read, or outputs that are not finite
+    :raises ValueError: for images that cannot be read, or outputs that are not finite
     """
     processor = image_processor(checkpoint)
-    model = model_class(checkpoint).from_pretrained(checkpoint, dtype="auto")
-    model = model.to(device).eval()
+    # Loosely typed: the class is known by its name alone.
+    model: Any = load_checkpoint(checkpoint, device)
     features: list[Tensor] = []
     logits: list[Tensor] = []
     hook = model.base_model.register_forward_hook(
@@ -142,21 +142,20 @@ def look(
     order = _order_of(Path(checkpoint))
     if order is not None:
         found = found[:, invert(order)]
-    seen = Seen(found, torch.cat(logits) if logits else None)
-    if not bool(seen.features.isfinite().all()):
+    if not bool(found.isfinite().all()):
         raise ValueError(f"{checkpoint}: the features are not finite: broken weights")
-    return seen
+    return ImageOutputs(found, torch.cat(logits) if logits else None)
 
 
 def _order_of(checkpoint: Path) -> Permutation | None:
-    """How a fold has ordered the hidden states, by the run's record; None if it did not."""
+    """Read from the run's record how a fold has ordered the hidden states, if one has."""
     if not (checkpoint / FOLDER).exists():
         return None
     return read_record(checkpoint)[0].get("residual")
 
 
 def feature_of(encoder: nn.Module, out: Any) -> Float[Tensor, "images width"]:
-    """One vector a picture: the class token where there is one, else the mean."""
+    """Take one vector an image: the class token where there is one, else the mean."""
     hidden: Tensor = out.last_hidden_state.float().cpu()
     names = {name.rpartition(".")[2] for name, _ in encoder.named_parameters()}
     if names & {"cls_token", "class_embedding"}:
@@ -168,7 +167,7 @@ def mean_cosine(
     ours: Float[Tensor, "images width"], theirs: Float[Tensor, "images width"]
 ) -> float:
     """
-    The mean over pictures of the cosine of two models' features.
+    Average the cosine of two models' features over the images.
 
     >>> mean_cosine(torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.eye(2))
     0.5
@@ -180,7 +179,7 @@ def accuracy(
     scores: Float[Tensor, "images labels"], labels: Int[Tensor, " images"], top: int
 ) -> float:
     """
-    The share of pictures whose label is among the ``top`` largest scores.
+    Return the share of images whose label is among the ``top`` largest scores.
 
     >>> accuracy(torch.eye(3), torch.tensor([0, 1, 0]), top=1)
     0.6666666666666666
@@ -190,16 +189,16 @@ def accuracy(
 
 
 def votes(
-    features: Float[Tensor, "images width"], pictures: LabelledImages, neighbours: int
+    features: Float[Tensor, "images width"], images: LabelledImages, neighbours: int
 ) -> Float[Tensor, "images classes"]:
     """
-    What the nearest other pictures say about the class of each.
+    Have the nearest other images vote on the class of each.
 
     :raises ValueError: if there are fewer than two classes: any vote would be right
     """
-    if len(pictures.classes) < 2:
+    if len(images.classes) < 2:
         raise ValueError(
-            f"all pictures are of the class {pictures.classes[0]}; without a classifier, "
+            f"all images are of the class {images.classes[0]}; without a classifier, "
             "at least two class folders are needed"
         )
     unit = F.normalize(features, dim=-1)
@@ -207,30 +206,30 @@ def votes(
     cosines.fill_diagonal_(-torch.inf)
     near = cosines.topk(neighbours, dim=1)
     weights = (near.values / TEMPERATURE).exp()
-    scores = torch.zeros(len(features), len(pictures.classes))
-    return scores.scatter_add(1, pictures.labels[near.indices], weights)
+    scores = torch.zeros(len(features), len(images.classes))
+    return scores.scatter_add(1, images.labels[near.indices], weights)
 
 
-def labels_of(pictures: LabelledImages, names: Sequence[str]) -> Int[Tensor, " images"]:
+def labels_of(images: LabelledImages, names: Sequence[str]) -> Int[Tensor, " images"]:
     """
-    The classifier's number of each picture's class.
+    Return the classifier's number of each image's class.
 
     Class folders have the names of the model's labels, or there are as many as labels and
     stand in the same order when sorted, as in copies of ImageNet.
 
-    :param names: of the model's labels
+    :param names: the names of the model's labels
     :raises ValueError: if neither is so
     """
-    unknown = [name for name in pictures.classes if name not in names]
+    unknown = [name for name in images.classes if name not in names]
     if not unknown:
-        return torch.tensor([names.index(name) for name in pictures.classes])[
-            pictures.labels
+        return torch.tensor([names.index(name) for name in images.classes])[
+            images.labels
         ]
-    if len(unknown) == len(pictures.classes) == len(names):
-        return pictures.labels
+    if len(unknown) == len(images.classes) == len(names):
+        return images.labels
     shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     raise ValueError(
         f"class folder {unknown[0]} is none of the model's {len(names)} labels ({shown}), "
-        f"and {len(pictures.classes)} folders are not one a label; name the folders after "
+        f"and {len(images.classes)} folders are not one a label; name the folders after "
         "the labels"
     )

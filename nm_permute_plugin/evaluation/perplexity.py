@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token perplexity of a checkpoint, read back from disk."""
+"""Measure the token perplexity of a checkpoint, read back from disk."""
 
 import math
 from pathlib import Path
@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from nm_permute_plugin.evaluation.loading import model_class
+from nm_permute_plugin.evaluation.pretrained import load_checkpoint
 
 MOST_NATS = 700.0
-"""Above this, a mean negative log-likelihood is no float's exponent."""
+"""A larger mean negative log-likelihood, in nats, overflows the exponential."""
 
 
 def perplexity(
@@ -24,7 +24,7 @@ def perplexity(
     batch_size: int = 1,
 ) -> float:
     """
-    ``exp`` of the mean negative log-likelihood of one token stream.
+    Return ``exp`` of the mean negative log-likelihood of one token stream.
 
     The stream is cut into windows of ``sequence_length`` that do not overlap; every token
     of a window but the first is predicted from those before it. The rest that fills no
@@ -56,35 +56,11 @@ def perplexity(
     return math.exp(mean)
 
 
-def gap_closed(ours: float, base: float, dense: float) -> float:
-    """
-    The share of the log-perplexity that pruning costs ``base`` and not ``ours``.
-
-    :param ours: perplexity of the method to judge
-    :param base: perplexity of the same score and pattern, in the order as it is
-    :param dense: perplexity of the model before pruning
-    :raises ValueError: if ``base`` lost nothing, so that there is no gap
-
-    >>> round(gap_closed(ours=20.0, base=40.0, dense=10.0), 3)
-    0.5
-    """
-    if base <= dense:
-        raise ValueError(f"no gap to close: base perplexity {base} <= dense {dense}")
-    return (math.log(base) - math.log(ours)) / (math.log(base) - math.log(dense))
-
-
 def tokenize(checkpoint: str | Path, text: str) -> Int[Tensor, " tokens"]:
-    """The text as one stream of the checkpoint's tokens, without special tokens."""
+    """Turn text into one stream of the checkpoint's tokens, without special tokens."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     return torch.tensor(ids, dtype=torch.int64)
-
-
-def load_checkpoint(checkpoint: str | Path, device: str) -> nn.Module:
-    """A language model as it is on disk, sparse formats included."""
-    model = model_class(checkpoint).from_pretrained(checkpoint, dtype="auto")
-    loaded: nn.Module = model.to(device).eval()
-    return loaded
 
 
 def evaluate_checkpoint(
@@ -94,6 +70,6 @@ def evaluate_checkpoint(
     device: str,
     batch_size: int = 1,
 ) -> float:
-    """Perplexity of the checkpoint as it is read back from disk."""
+    """Measure the perplexity of a checkpoint as it is read back from disk."""
     model = load_checkpoint(checkpoint, device)
     return perplexity(model, tokens, sequence_length, batch_size)

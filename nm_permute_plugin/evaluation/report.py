@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results as rows and as a table."""
+"""Compare the results of methods, and show them as a table."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nm_permute_plugin.evaluation.perplexity import gap_closed
-
 
 @dataclass(frozen=True)
-class Row:
+class Result:
     """
     One method's result.
 
-    :param base: the row whose gap this one closes; None for the dense model
-    :param minutes: of pruning, evaluation left out
+    :param minutes: the time of pruning, without evaluation
     :param where: the checkpoint's folder
+    :param base: the method whose gap this one closes; None for the dense model
     """
 
     method: str
@@ -24,8 +23,27 @@ class Row:
     base: str | None = None
 
 
-def gap_of(row: Row, rows: Sequence[Row]) -> float | None:
-    """The gap that a row closes, relative to its base; None for a base and for dense."""
+def gap_closed(ours: float, base: float, dense: float) -> float:
+    """
+    Return the share of what pruning costs ``base`` that it does not cost ``ours``.
+
+    The cost is counted in log-perplexity.
+
+    :param ours: the perplexity of the method to judge
+    :param base: the perplexity of the same score and pattern, in the order as it is
+    :param dense: the perplexity of the model before pruning
+    :raises ValueError: if ``base`` lost nothing, so that there is no gap
+
+    >>> round(gap_closed(ours=20.0, base=40.0, dense=10.0), 3)
+    0.5
+    """
+    if base <= dense:
+        raise ValueError(f"no gap to close: base perplexity {base} <= dense {dense}")
+    return (math.log(base) - math.log(ours)) / (math.log(base) - math.log(dense))
+
+
+def gap_of(row: Result, rows: Sequence[Result]) -> float | None:
+    """Return the gap that a row closes; None for a base and for the dense model."""
     if row.base is None or row.base == row.method:
         return None
     by_name = {other.method: other for other in rows}
@@ -33,11 +51,11 @@ def gap_of(row: Row, rows: Sequence[Row]) -> float | None:
     return gap_closed(row.perplexity, by_name[row.base].perplexity, dense.perplexity)
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[Result]) -> str:
     """
-    The rows as a Markdown table.
+    Write the rows as a Markdown table.
 
-    >>> print(markdown([Row("dense", 10.0, 0.0, "dense")]))
+    >>> print(markdown([Result("dense", 10.0, 0.0, "dense")]))
     | method | perplexity | gap closed | minutes | checkpoint |
     |---|---|---|---|---|
     | dense | 10.00 |  | 0.0 | dense |

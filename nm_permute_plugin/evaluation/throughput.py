@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast a model is served, sparse beside dense: as a table and as a plot."""
+"""Show how fast a model is served, sparse beside dense, as a table and as a plot."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ class Measurement:
     The time of one phase at one batch size.
 
     :param phase: ``prefill`` or ``decode``
-    :param batch: sequences at a time
-    :param tokens: in all steps, of all sequences
-    :param steps: of the engine
-    :param seconds: that all steps took
+    :param batch: how many sequences are served at a time
+    :param tokens: the tokens of all sequences in all steps
+    :param steps: how many steps the engine took
+    :param seconds: how long all steps took
     """
 
     phase: str
@@ -26,12 +26,12 @@ class Measurement:
 
     @property
     def throughput(self) -> float:
-        """Tokens a second."""
+        """Return the tokens a second."""
         return self.tokens / self.seconds
 
     @property
     def latency(self) -> float:
-        """Milliseconds a step: to the first token, or from one token to the next."""
+        """Return the milliseconds a step: to the first token, or from one to the next."""
         return 1e3 * self.seconds / self.steps
 
 
@@ -39,7 +39,7 @@ def throughput_table(
     sparse: Sequence[Measurement], dense: Sequence[Measurement]
 ) -> str:
     """
-    Both sides as a Markdown table.
+    Write both sides as a Markdown table.
 
     :param dense: the same phases and batches in the same order
 
@@ -80,9 +80,9 @@ def plot_throughput(
     sparse: Sequence[Measurement], dense: Sequence[Measurement], path: Path
 ) -> None:
     """
-    Tokens a second by batch size, one panel a phase, as a picture.
+    Plot the tokens a second by batch size, one panel a phase.
 
-    :param path: its ending says which kind of picture
+    :param path: the image to write; its ending says which kind
     :raises ModuleNotFoundError: without matplotlib
     """
     require_matplotlib()

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Put channels into groups of M: RIA's channel allocation, and the gain of every assignment."""
+"""
+Put channels into groups of M: RIA's channel allocation, and the gain of every
+assignment.
+"""
 
 import torch
 from einops import rearrange
@@ -11,8 +14,8 @@ def allocate(
     score: Float[Tensor, "*segments rows channels"], m: int
 ) -> Int[Tensor, "*segments channels"]:
     """
-    RIA's channel allocation (Zhang et al., ICLR 2024, section 4): channels sorted by the sum
-    of their scores are dealt to the groups in turn.
+    RIA's channel allocation (Zhang et al., ICLR 2024, section 4): channels sorted by
+    the sum of their scores are dealt to the groups in turn.
 
     Every second deal runs backwards, so that strong channels do not meet.
 

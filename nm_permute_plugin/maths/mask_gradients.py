@@ -9,8 +9,8 @@ So both functions here are first-order changes of the loss:
 
 - a score grows: the weight enters with the probability that a soft choice gives it, and its
   runner-up leaves, ``(G - G_runner_up) dp`` (``score_gradient``)
-- channel c joins group g: in the rows where it would be kept, it enters and the loser leaves,
-  ``sum_r [s_rc > t_rg] (G_rc - G_r,loser(g))`` (``move_costs``)
+- channel c joins group g: in the rows where it would be kept, it enters and the loser
+  leaves, ``sum_r [s_rc > t_rg] (G_rc - G_r,loser(g))`` (``move_costs``)
 """
 
 import torch
@@ -23,8 +23,8 @@ from nm_permute_plugin.maths.masks import at_rank, group_ranks
 from nm_permute_plugin.maths.pattern import NMPattern
 
 SOFTNESS = 0.3
-"""Temperature of the soft choice in units of the log-score: how far ahead of its runner-up a
-weight still has a gradient."""
+"""Temperature of the soft choice in units of the log-score: how far ahead of its
+runner-up a weight still has a gradient."""
 
 
 def score_gradient(
@@ -36,9 +36,10 @@ def score_gradient(
     """
     The change of the loss when a log-score grows, as if the hard choice were a little soft.
 
-    The runner-up of a kept weight is the best that was dropped, that of a dropped weight the
-    worst that was kept. The weight is kept with probability ``sigmoid(lead / softness)``, the
-    lead being the difference of the two log-scores; otherwise its runner-up is kept.
+    The runner-up of a kept weight is the best that was dropped, that of a dropped
+    weight the worst that was kept. The weight is kept with probability ``sigmoid(lead /
+    softness)``, the lead being the difference of the two log-scores; otherwise its
+    runner-up is kept.
 
     :param score: of the weights, group by group
     :param grad: of the loss with respect to the mask
@@ -83,10 +84,10 @@ def move_costs(
     """
     The first-order change of the loss when channel ``c`` joins group ``g``.
 
-    It is relative to c being in no group. The threshold ``t`` is the N-th best score among
-    the M-1 channels that would be c's companions: for c's own group those that are there; for
-    another group any M-1 of its M with equal chance, which makes ``t`` the (N+1)-th best with
-    chance N/M, else the N-th.
+    It is relative to c being in no group. The threshold ``t`` is the N-th best score
+    among the M-1 channels that would be c's companions: for c's own group those that
+    are there; for another group any M-1 of its M with equal chance, which makes ``t``
+    the (N+1)-th best with chance N/M, else the N-th.
 
     :param grad: of the loss with respect to the mask
     :param group_of: the group of each channel in its block

@@ -29,7 +29,9 @@ PAIRS = 128
 
 @triton.jit
 def ranks_of(score, member):
-    """The place of each score in its group, 0 for the largest; of equals the first leads."""
+    """
+    The place of each score in its group, 0 for the largest; of equals the first leads.
+    """
     others, own = score[:, :, None], score[:, None, :]
     earlier = member[:, None] < member[None, :]
     leads = (others > own) | ((others == own) & earlier[None, :, :])
@@ -107,11 +109,11 @@ def score_gradient_kernel(
     start = part // shares * groups_per_part
     for row_group in range(start, tl.minimum(start + groups_per_part, row_groups)):
         total = tl.zeros((GROUPS, MEMBERS), dtype=tl.float32)
-        from_factor = row_group.to(tl.int64) * width
+        from_factor = tl.cast(row_group, tl.int64) * width
         first = row_group * rows_per_group + share * rows_per_share
         last = tl.minimum(first + rows_per_share, (row_group + 1) * rows_per_group)
         for row in range(first, last):
-            from_row = row.to(tl.int64) * width
+            from_row = tl.cast(row, tl.int64) * width
             s = load_scores(score, factor, from_row, from_factor, channel, is_member)
             g = tl.load(grad + from_row + channel, mask=is_member, other=0.0)
             g = g.to(tl.float32)
@@ -153,7 +155,9 @@ def move_costs_kernel(
     GROUPS: tl.constexpr,
     MEMBERS: tl.constexpr,
 ):
-    """The costs of all moves in one block, and of staying, summed over the rows of a part."""
+    """
+    The costs of all moves in one block, and of staying, summed over the rows of a part.
+    """
     block, part = tl.program_id(0), tl.program_id(1)
     inside, group = tl.arange(0, SIZE), tl.arange(0, GROUPS)
     member = tl.arange(0, MEMBERS)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fields of a recipe: those of ``Settings``, and where the flat fields of before went."""
+"""
+The fields of a recipe: those of ``Settings``, and where the flat fields of before went.
+"""
 
 from typing import Any
 

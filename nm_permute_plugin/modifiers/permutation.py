@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The modifier that a recipe names: order, fold and prune in one step."""
+"""The modifier that a recipe names: permute, fold and prune in one step."""
 
 from contextlib import nullcontext
-from dataclasses import asdict
-from importlib.metadata import version
 
 from compressed_tensors.offload import (
     disable_offloading,
@@ -16,45 +14,23 @@ from llmcompressor.utils.helpers import DisableQuantization
 from loguru import logger
 from pydantic import PrivateAttr
 
-from nm_permute_plugin.checkpoint.finish import Finish
-from nm_permute_plugin.checkpoint.model_card import Card
 from nm_permute_plugin.checkpoint.plan import experts_of
-from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.modifiers.fields import PermutationFields
-from nm_permute_plugin.modifiers.names import name_experts_for_saving, saved_names
-from nm_permute_plugin.modifiers.neighbours import is_pruned_later, refuse_shared_pass
+from nm_permute_plugin.modifiers.names import name_experts_for_saving
+from nm_permute_plugin.modifiers.recipe import is_pruned_later, refuse_shared_pass
 from nm_permute_plugin.modifiers.save import after_save
-from nm_permute_plugin.modifiers.targets import (
-    base_model_of,
-    match_linears,
-    refuse_packed,
-    refuse_tied,
-    transposed_of,
-)
 from nm_permute_plugin.pruning.data import read_samples
-from nm_permute_plugin.pruning.pipeline import (
-    Record,
-    permute_and_prune,
-    refuse_inexact,
-)
-from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
-from nm_permute_plugin.specs.spec import ResolvedSpec, resolve
-
-VERSIONED = (
-    "nm-permute-plugin",
-    "llmcompressor",
-    "compressed-tensors",
-    "transformers",
-    "torch",
-)
+from nm_permute_plugin.pruning.pipeline import Record, permute_and_prune
+from nm_permute_plugin.pruning.run import Plan, Pruned
+from nm_permute_plugin.pruning.targets import refuse_packed
 
 
 class LearnablePermutationModifier(PermutationFields, Modifier):
     """
-    Finds an order of the model's channels in which N:M pruning loses little, writes the
-    order into the weights (the model computes the same function, nothing is permuted at
-    run time), and prunes. After https://arxiv.org/abs/2601.22980, restricted to orders
-    that fold exactly.
+    Finds a permutation of the model's channels with which N:M pruning loses little,
+    folds it into the weights (the model computes the same function, nothing is permuted
+    at run time), learns the mask, and prunes. After https://arxiv.org/abs/2601.22980,
+    restricted to permutations that fold exactly.
 
     Sample recipe:
 
@@ -71,22 +47,19 @@ class LearnablePermutationModifier(PermutationFields, Modifier):
     Lifecycle:
 
     - on_initialize: match targets, resolve the permutation spec, refuse what cannot be
-    - on_calibration_start: measure the dense model, find the order, fold it, prune, and
+    - on_calibration_start: measure the dense model, search and learn, fold, prune, and
       change the kept weights if `recover` says so
-    - on_finalize: report; every save from then on is held to the pattern, whatever
-      modifiers came after, ends in the chosen format, and has a model card and the
+    - on_finalize: report; every save from then on is checked against the pattern, whatever
+      modifiers came after, is stored in the chosen format, and gets a model card and the
       run's record in the folder `nm_permute`
 
     The fields are those of ``pruning.settings.Settings``.
     """
 
-    _prunable: list[str] = PrivateAttr(default_factory=list)
-    _resolved: ResolvedSpec | None = PrivateAttr(default=None)
+    _plan: Plan | None = PrivateAttr(default=None)
     _started: bool = PrivateAttr(default=False)
     _record: Record | None = PrivateAttr(default=None)
-    _promised: list[str] = PrivateAttr(default_factory=list)
-    _base_model: str = PrivateAttr(default="")
-    _transposed: list[str] = PrivateAttr(default_factory=list)
+    _is_pruned: bool = PrivateAttr(default=True)
 
     @property
     def record(self) -> Record | None:
@@ -94,30 +67,15 @@ class LearnablePermutationModifier(PermutationFields, Modifier):
         return self._record
 
     def on_initialize(self, state: State, **kwargs: object) -> bool:
-        model = state.model
-        self._prunable = match_linears(model, self.targets, self.ignore)
-        spec = self.spec if self.spec is not None else spec_of(model)
-        # Offloaded tensors are handed out as fresh copies; ties show only without.
-        with disable_onloading():
-            refuse_tied(model, self._prunable)
-            self._resolved = resolve(
-                model,
-                spec,
-                NMPattern.parse(self.mask_structure),
-                self._prunable,
-                head_dim_of(model.config),
-            )
-        self._base_model = base_model_of(model)
+        model, settings = state.model, self.settings()
         if experts_of(name for name, _ in model.named_modules()):
             name_experts_for_saving(model)
-        names = saved_names(model, self._prunable)
-        transposed = transposed_of(model, self._prunable, self.format)
-        self._transposed = saved_names(model, transposed)
-        if self.prune or is_pruned_later(self, self.mask_structure):
-            self._promised = names
-        refuse_packed(self._resolved)
-        for line in self._resolved.listing(self.spaces):
-            logger.info(line)
+        # Offloaded tensors are handed out as fresh copies; ties show only without.
+        with disable_onloading():
+            self._plan = Plan.of(model, settings)
+        self._is_pruned = self.prune or is_pruned_later(self, self.mask_structure)
+        refuse_packed(self._plan.resolved)
+        self._plan.log(settings)
         return True
 
     def on_calibration_start(
@@ -125,29 +83,29 @@ class LearnablePermutationModifier(PermutationFields, Modifier):
     ) -> None:
         self._started = True
         refuse_shared_pass(self)
-        if self._resolved is None:
+        if self._plan is None:
             raise RuntimeError("on_calibration_start ran before on_initialize")
-        model = state.model
-        samples = read_samples(
-            model, state.data.calib, self.batch_size, self.validation, self.seed
+        model, plan, settings = state.model, self._plan, self.settings()
+        data = read_samples(
+            model,
+            state.data.calib,
+            settings.batch_size,
+            settings.validation.share,
+            settings.seed,
         )
         logger.info(
-            f"{self.method} order for {self.mask_structure} {self.score}: "
-            f"{len(self._prunable)} linears, {samples} to train on"
+            f"{self.method} for {self.mask_structure} {self.score}: "
+            f"{len(plan.prunable)} linears, {data} to train on"
         )
-        settings = self.settings()
         # Weights stay on the device that they are fetched to: each is read many times.
         held = nullcontext() if settings.layer_wise else disable_offloading()
         with DisableQuantization(model), held:
-            if self.spec is not None:
-                refuse_inexact(
-                    model, self._resolved, samples.train[0], update_offload_parameter
-                )
+            plan.try_spec(model, settings, data, update_offload_parameter)
             self._record = permute_and_prune(
                 model,
-                self._resolved,
-                self._prunable,
-                samples,
+                plan.resolved,
+                plan.prunable,
+                data,
                 settings,
                 write=update_offload_parameter,
                 hold=disable_offloading,
@@ -156,40 +114,17 @@ class LearnablePermutationModifier(PermutationFields, Modifier):
     def on_finalize(self, state: State, **kwargs: object) -> bool:
         if self._record is None and self._started:
             return False  # the run was refused; its own error says why
-        if self._record is None:
+        if self._record is None or self._plan is None:
             raise RuntimeError(
                 "LearnablePermutationModifier never ran: the pipeline sent no "
                 "calibration start. Use oneshot's pipeline='independent'."
             )
-        after_save(state.model, self._finish(self._record))
+        promised = self._plan.saved if self._is_pruned else []
+        pruned = Pruned(self.settings(), self._plan, self._record, promised)
+        after_save(state.model, pruned.finish())
         before, after = self._record.retained
         logger.info(
-            f"retained score {before:.4f} -> {after:.4f}, outputs moved by the fold "
+            f"Retained score {before:.4f} -> {after:.4f}, outputs moved by the fold "
             f"{self._record.fold_error:.1e}"
         )
         return True
-
-    def _finish(self, record: Record) -> Finish:
-        versions = {name: version(name) for name in VERSIONED}
-        card = Card(
-            base_model=self._base_model,
-            pattern=NMPattern.parse(self.mask_structure),
-            pruned=self._promised,
-            fold_error=record.fold_error,
-            retained=record.retained,
-            history=record.history,
-            versions=versions,
-            transposed=self._transposed,
-        )
-        report = {
-            "modifier": self.model_dump(),
-            "versions": versions,
-            "pruned": self._promised,
-            "transposed": self._transposed,
-            "fold_error": record.fold_error,
-            "retained": record.retained,
-            "seconds": record.seconds,
-            "history": record.history,
-            "recovered": [asdict(stage) for stage in record.recovered],
-        }
-        return Finish(self.format, card, record.perms, report)

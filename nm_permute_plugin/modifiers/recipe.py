@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read a recipe strictly: llm-compressor drops what it does not recognise in silence."""
+"""
+Recipes and the modifiers in them: what llm-compressor would drop in silence, and what other
+modifiers may not do.
+"""
 
 import re
 from collections import Counter
 from pathlib import Path
 
 import yaml
+from llmcompressor.core import active_session
+from llmcompressor.modifiers import Modifier
 from llmcompressor.recipe import Recipe
 
 OURS = "LearnablePermutationModifier"
@@ -40,6 +45,45 @@ def read_recipe(path: Path) -> str:
             "use `llmcompressor.oneshot` for other recipes"
         )
     return text
+
+
+def refuse_shared_pass(modifier: Modifier) -> None:
+    """
+    Refuse to share a calibration pass: statistics would be from before the fold.
+
+    :raises ValueError: if the running pipeline calibrates other modifiers too
+    """
+    sharing = [
+        type(other).__name__
+        for other in active_session().lifecycle.recipe.modifiers
+        if other is not modifier
+    ]
+    if sharing:
+        raise ValueError(
+            f"{', '.join(sharing)} would share one calibration pass with "
+            f"{type(modifier).__name__} and use input norms from before the channels "
+            "moved. Call oneshot with pipeline='independent' (its default)."
+        )
+
+
+def is_pruned_later(modifier: Modifier, mask_structure: str) -> bool:
+    """
+    Whether a modifier further down the recipe prunes.
+
+    :raises ValueError: if it prunes another pattern than the permutation is made for
+    """
+    modifiers = active_session().lifecycle.recipe.modifiers
+    places = [i for i, other in enumerate(modifiers) if other is modifier]
+    later = modifiers[places[0] + 1 :] if places else []
+    pruners = [other for other in later if hasattr(other, "mask_structure")]
+    for other in pruners:
+        if other.mask_structure != mask_structure:
+            raise ValueError(
+                f"the permutation is made for mask_structure {mask_structure!r}, and "
+                f"{type(other).__name__} prunes {other.mask_structure!r}; give both the "
+                "same"
+            )
+    return bool(pruners)
 
 
 def _named_modifiers(node: object) -> list[str]:

@@ -269,7 +269,9 @@ def without_padding(batch: Batch) -> Iterator[Batch]:
 
 
 def _split(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """The numbers of the samples that train, and of those that validate, in random order."""
+    """
+    The numbers of the samples that train, and of those that validate, in random order.
+    """
     if count < 2:
         raise ValueError(
             f"the calibration data has {count} row; at least 2 are needed, one to "

@@ -6,8 +6,8 @@ The whole method: statistics, scores, search, learning, fold, masks, recovery.
 """
 
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -73,15 +73,16 @@ def permute_and_prune(
     hold: Hold = nullcontext,
 ) -> Record:
     """
-    Permute the channels, fold the permutation exactly, zero what the N:M mask drops, recover.
+    Permute the channels, fold the permutation exactly, zero what the N:M mask drops,
+    recover.
 
     Statistics come from the dense model. After the fold its outputs are compared with those
     before; if they differ by more than rounding explains, the fold is undone and refused.
 
     :param prunable: names of the linears to prune
     :param write: how a parameter's new value is stored
-    :param hold: a context in which offloaded weights stay where they were fetched to; entered
-        for each layer of ``objective: layer_wise``, and for all recovery
+    :param hold: a context in which offloaded weights stay where they were fetched to;
+        entered for each layer of ``objective: layer_wise``, and for all recovery
     :raises ValueError: for a model that is sparse already, for bad statistics, for outputs
         that are not finite, and for a recovery that cannot run
     :raises RuntimeError: if the fold changes the function of the model
@@ -90,6 +91,55 @@ def permute_and_prune(
     learns_layers = settings.method == "learned" and settings.layer_wise
     if learns_layers or "blocks" in settings.recover.stages:
         decoder_layers(model, prunable)  # refuses before the work, not after
+    with _evaluating(model):
+        return _run(model, resolved, prunable, data, settings, write, hold)
+
+
+def refuse_inexact(
+    model: nn.Module,
+    resolved: ResolvedSpec,
+    sample: Batch,
+    write: Write = write_in_place,
+) -> None:
+    """
+    Try a spec with random permutations, before any work; the weights stay as they are.
+
+    :raises RuntimeError: if a fold changes the function of the model
+    """
+    perms = random_perms(resolved)
+    with _evaluating(model):
+        _fold(model, resolved, perms, None, sample, write)
+    fold(model, resolved, invert_all(perms), write)
+
+
+def refuse_sparse(
+    model: nn.Module, prunable: Sequence[str], settings: Settings
+) -> None:
+    """
+    Refuse a model whose weights are zero already where a mask would put zeros.
+
+    :raises ValueError: naming the first linear with as many zeros as the pattern asks for
+    """
+    for name in prunable:
+        weight = weight_of(linear(model, name))
+        zeros = float((weight == 0).float().mean())
+        if zeros >= 1 - settings.pattern.density:
+            raise ValueError(
+                f"{name} is sparse already: {zeros:.0%} of its weights are zero. Start "
+                "from the dense model, or add the layer to `ignore`."
+            )
+
+
+def _run(
+    model: nn.Module,
+    resolved: ResolvedSpec,
+    prunable: Sequence[str],
+    data: Data,
+    settings: Settings,
+    write: Write,
+    hold: Hold,
+) -> Record:
+    """The stages, one after the other."""
     clock = _Clock()
     problem = Problem.prepare(model, resolved, prunable, data, settings)
     clock.lap("statistics")
@@ -116,40 +166,6 @@ def permute_and_prune(
         clock.lap("prune")
     retained = (before, after)
     return Record(found.perms, fold_error, retained, clock.seconds, history, recovered)
-
-
-def refuse_inexact(
-    model: nn.Module,
-    resolved: ResolvedSpec,
-    sample: Batch,
-    write: Write = write_in_place,
-) -> None:
-    """
-    Try a spec with random permutations, before any work; the weights stay as they are.
-
-    :raises RuntimeError: if a fold changes the function of the model
-    """
-    perms = random_perms(resolved)
-    _fold(model, resolved, perms, None, sample, write)
-    fold(model, resolved, invert_all(perms), write)
-
-
-def refuse_sparse(
-    model: nn.Module, prunable: Sequence[str], settings: Settings
-) -> None:
-    """
-    Refuse a model whose weights are zero already where a mask would put zeros.
-
-    :raises ValueError: naming the first linear with as many zeros as the pattern asks for
-    """
-    for name in prunable:
-        weight = weight_of(linear(model, name))
-        zeros = float((weight == 0).float().mean())
-        if zeros >= 1 - settings.pattern.density:
-            raise ValueError(
-                f"{name} is sparse already: {zeros:.0%} of its weights are zero. Start "
-                "from the dense model, or add the layer to `ignore`."
-            )
 
 
 def _find(
@@ -209,7 +225,10 @@ def _fold(
 def _entering(
     model: nn.Module, resolved: ResolvedSpec, perms: Mapping[str, Permutation]
 ) -> Permutation | None:
-    """The permutation of the channels that enter the output layer, if one space orders them."""
+    """
+    The permutation of the channels that enter the output layer, if one space orders
+    them.
+    """
     find = getattr(model, "get_output_embeddings", lambda: None)
     head = find()
     names = {
@@ -231,6 +250,18 @@ def _student(
 ) -> Student:
     device = next(model.parameters()).device
     return Student(model, {name: masks[name].to(device) for name in linears})
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Run the model without dropout, and give every module its own mode back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 class _Clock:

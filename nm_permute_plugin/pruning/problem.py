@@ -2,8 +2,8 @@
 """
 What a permutation and masks are found for: a dense model, scores of its weights, and data.
 
-``Problem.prepare`` measures them, a ``Solution`` says which permutations and multipliers were
-found, and ``Problem.validate`` tells how good a solution is.
+``Problem.prepare`` measures them, a ``Solution`` says which permutations and
+multipliers were found, and ``Problem.validate`` tells how good a solution is.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -36,8 +36,9 @@ class Solution:
     What was found for a problem.
 
     :param perms: by space, ``new[j] = old[perm[j]]``; spaces without one stay as they are
-    :param multipliers: of the scores, by linear, for every input channel as it was before the
-        fold; one row for each group of rows of the weight. Without any they are 1
+    :param multipliers: of the scores, by linear, for every input channel as it was
+        before the fold; one row for each group of rows of the weight. Without any they
+        are 1
     """
 
     perms: dict[str, Permutation] = field(default_factory=dict)
@@ -49,12 +50,13 @@ class Solution:
 @dataclass(frozen=True)
 class SpaceScores:
     """
-    The scores of every weight that consumes a space: one column a channel, the consumers one
-    below the other.
+    The scores of every weight that consumes a space: one column a channel, the
+    consumers one below the other.
 
     :param rows: how many rows each consumer has, in the order of ``space.consumers``
     :param sensitivity: what the scores of each row weigh where rows disagree about a
-        permutation; None weighs all alike. Masks are made row by row and do not depend on it
+        permutation; None weighs all alike. Masks are made row by row and do not depend
+        on it
     """
 
     space: Space
@@ -96,7 +98,10 @@ class SpaceScores:
     def masks(
         self, perm: Permutation, pattern: NMPattern, solution: Solution
     ) -> dict[str, Bool[Tensor, "_out _in"]]:
-        """The N:M masks of all consumers under a permutation, channels in their old places."""
+        """
+        The N:M masks of all consumers under a permutation, channels in their old
+        places.
+        """
         return {
             consumer.name: consumer.unview(
                 permuted_mask(
@@ -129,7 +134,8 @@ class Problem:
     """
     A dense model that is to be pruned, with what is known of it.
 
-    :param spaces: the scores of all consumers, by the name of the space that may be permuted
+    :param spaces: the scores of all consumers, by the name of the space that may be
+        permuted
     :param fixed: scores of the pruned linears whose inputs keep their places
     :param teacher: the dense model as the one to be followed
     """
@@ -151,7 +157,8 @@ class Problem:
         settings: Settings,
     ) -> "Problem":
         """
-        Measure a dense model: the statistics of its activations and the scores of its weights.
+        Measure a dense model: the statistics of its activations and the scores of its
+        weights.
 
         :param prunable: names of the linears to prune
         :raises ValueError: for bad statistics, and for outputs that are not finite

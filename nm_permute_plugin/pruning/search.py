@@ -48,15 +48,15 @@ def search(
     """
     Search a permutation of every space that retains more score, and validate the whole.
 
-    Channel allocation and assignment after RIA (Zhang et al., ICLR 2024, section 4), for all
-    consumers of a space at once: their scores stand one below the other. Each round takes one
-    channel out of every group and puts all of them back by the best assignment, so that the
-    retained score never falls.
+    Channel allocation and assignment after RIA (Zhang et al., ICLR 2024, section 4),
+    for all consumers of a space at once: their scores stand one below the other. Each
+    round takes one channel out of every group and puts all of them back by the best
+    assignment, so that the retained score never falls.
 
     Every round retains more score, and the pruned model may still be worse for it: the
     permutations with the least validation loss are kept, the channels as they are among
-    them. At every validation all permutations may take the place of the best, or those of one
-    family of spaces alone.
+    them. At every validation all permutations may take the place of the best, or those
+    of one family of spaces alone.
 
     :param rounds: of assignment, rounded up to the next validation
     :param seed: of the choice which channels leave their groups
@@ -99,7 +99,10 @@ def _rounds_of_all(
     seed: int,
     device: torch.device | None,
 ) -> Iterator[Perms]:
-    """The permutations of all spaces, a round at a time; segments of one shape go together."""
+    """
+    The permutations of all spaces, a round at a time; segments of one shape go
+    together.
+    """
     segments = {name: _segments(of, pattern) for name, of in spaces.items()}
     batches = []
     for names in _alike({name: of.shape[1:] for name, of in segments.items()}):
@@ -126,7 +129,9 @@ def _rounds_of_all(
 
 
 def _segments(of: SpaceScores, pattern: NMPattern) -> Segments:
-    """The scores of a space, of a subset of the rows where they are many, cut at borders."""
+    """
+    The scores of a space, of a subset of the rows where they are many, cut at borders.
+    """
     size = of.space.segment
     if size % pattern.m:
         raise ValueError(
@@ -138,7 +143,9 @@ def _segments(of: SpaceScores, pattern: NMPattern) -> Segments:
 
 
 def _stride(of: SpaceScores) -> int:
-    """1 takes all rows of a space's scores; a larger number takes one row out of as many."""
+    """
+    1 takes all rows of a space's scores; a larger number takes one row out of as many.
+    """
     return -(-of.score.numel() // MOST_SCORES_OF_A_SPACE)
 
 

@@ -2,8 +2,8 @@
 """
 Everything that can be said of a run: the fields of a recipe, with their defaults.
 
-``Settings`` is what the modifier of a recipe, a notebook and a benchmark all take. A setting
-that nothing would read is refused, so none is ignored in silence.
+``Settings`` is what the modifier of a recipe, a notebook and a benchmark all take. A
+setting that nothing would read is refused, so none is ignored in silence.
 """
 
 from typing import Annotated, Any, Literal
@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from nm_permute_plugin.checkpoint.pattern import AskedFormat
+from nm_permute_plugin.checkpoint.config import AskedFormat
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.scores import ScoreName
 
@@ -155,7 +155,8 @@ class PublishedSettings(_BlockSettings):
     A learned permutation by a Sinkhorn matching, for the stages ``soft`` and
     ``straight_through``.
 
-    :param rate: learning rate of AdamW on the logits of the matching; it falls linearly to 0
+    :param rate: learning rate of AdamW on the logits of the matching; it falls linearly
+        to 0
     :param weight_decay: of AdamW on the logits
     :param temperature: of the matching, at the first and at the last step
     :param start_logit: how firmly a channel starts in its place

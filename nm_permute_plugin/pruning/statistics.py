@@ -2,8 +2,8 @@
 """
 Statistics of the DENSE model: norms of inputs, and how much each output matters.
 
-No layer is pruned while they are taken: the same score on statistics of pruned layers is far
-worse.
+No layer is pruned while they are taken: the same score on statistics of pruned layers
+is far worse.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

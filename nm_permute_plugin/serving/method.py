@@ -14,7 +14,8 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.parameter import BasevLLMParameter, ModelWeightParameter
 from vllm.platforms import current_platform
 
-from nm_permute_plugin.checkpoint.codec import WORDS, decompress
+from nm_permute_plugin.checkpoint.codec import decompress
+from nm_permute_plugin.checkpoint.layout24 import WORDS
 from nm_permute_plugin.serving.detect import MODE_VARIABLE, RollCall
 from nm_permute_plugin.serving.linear import Mode, SparseLinear
 from nm_permute_plugin.serving.plugin import NAME

@@ -3,7 +3,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -107,8 +107,8 @@ def check_on_few_layers(
         resolved = resolve(small, lines, pattern, [], head_dim_of(small.config))
     except Exception as error:  # whatever a class that we do not know may raise
         logger.warning(
-            f"the spec is not checked in float64, for {type(model).__name__} with {layers} "
-            f"layers cannot be made from its config and run: {error}"
+            f"the spec is not checked in float64: a {type(model).__name__} with {layers} "
+            f"layers cannot be made from its config and run ({error})"
         )
         return None
     perms = random_perms(resolved, seed)
@@ -152,16 +152,12 @@ def _suspects(resolved: ResolvedSpec, wrong: list[str]) -> str:
 
 
 def _refuse_unfit(name: str, output: Tensor) -> None:
-    finite, zero = True, True
-    for chunk in _chunks(output):
-        finite = finite and bool(chunk.isfinite().all())
-        zero = zero and not bool(chunk.any())
-    if not finite:
+    if not all(bool(chunk.isfinite().all()) for chunk in _chunks(output)):
         raise ValueError(
             f"the dense model's outputs are not finite ({name}); check its weights, and "
             "load it in bfloat16 or float32"
         )
-    if zero:
+    if not any(bool(chunk.any()) for chunk in _chunks(output)):
         raise ValueError(
             f"the dense model's output {name} is zero everywhere, so that nothing would "
             "show a wrong fold; check the model's weights"
@@ -178,8 +174,9 @@ def _change(before: Tensor, after: Tensor) -> float:
     return math.inf if math.isnan(change) else change
 
 
-def _chunks(tensor: Tensor) -> Iterator[Tensor]:
-    return iter(tensor.flatten().split(CHUNK))
+def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
+    chunks: tuple[Tensor, ...] = tensor.flatten().split(CHUNK)
+    return chunks
 
 
 def random_perms(resolved: ResolvedSpec, seed: int = 0) -> dict[str, Permutation]:

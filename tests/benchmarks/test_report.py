@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nm_permute_plugin.evaluation.perplexity import gap_closed
+from nm_permute_plugin.evaluation.report import gap_closed
 from report import PROTOCOL, check_protocol, gaps, merged, plot, read, table, write
 
 ARGUMENTS = dict.fromkeys(PROTOCOL, "1")

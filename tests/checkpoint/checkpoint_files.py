@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nm_permute_plugin.checkpoint.codec import WORDS
+from nm_permute_plugin.checkpoint.layout24 import WORDS
 
 KINDS = ["bf16", "fp16", "fp8", "int8"]
 Tensors = dict[str, Tensor]

@@ -15,7 +15,8 @@ if __name__ == "__main__":
 
 from checkpoint_files import random_bits  # noqa: E402
 
-from nm_permute_plugin.checkpoint.codec import WORDS, compress  # noqa: E402
+from nm_permute_plugin.checkpoint.codec import compress  # noqa: E402
+from nm_permute_plugin.checkpoint.layout24 import WORDS  # noqa: E402
 
 SHAPES = [(1, 4), (3, 8), (5, 12), (64, 64), (70, 516), (9, 4096), (2, 4100)]
 """Rows of whole octets and not, less than a program's and more."""

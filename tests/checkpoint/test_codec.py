@@ -10,12 +10,12 @@ from torch import Tensor
 
 from nm_permute_plugin.checkpoint.bitmask import compress_any, decompress_any
 from nm_permute_plugin.checkpoint.codec import (
-    WORDS,
     clear_negative_zeros,
     compress,
     decompress,
     nonzero_bits,
 )
+from nm_permute_plugin.checkpoint.layout24 import WORDS
 
 DTYPES = list(WORDS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from checkpoint_files import MakeDense
 
+from nm_permute_plugin.checkpoint.directory import open_checkpoint
 from nm_permute_plugin.checkpoint.model_card import (
     Card,
     Evaluation,
@@ -35,7 +36,7 @@ def make_card(path: Path, format: str, modules: tuple[str, ...], **more) -> str:
         "format": format,
         "reason": "asked for",
     }
-    write_card(path, Card(**fields | more))
+    write_card(open_checkpoint(path), Card(**fields | more))
     return (path / "README.md").read_text()
 
 
@@ -139,9 +140,16 @@ def test_another_way_of_storing_is_said_and_the_rest_stays(sparse) -> None:
 
 
 def test_foreign_cards_are_kept_each_under_its_own_name(tmp_path: Path) -> None:
-    for text in ("one", "two"):
-        (tmp_path / "README.md").write_text(text)
-        keep_foreign_card(tmp_path)
-    keep_foreign_card(tmp_path)
-    found = {file.name: file.read_text() for file in tmp_path.iterdir()}
-    assert found == {"README.old.md": "one", "README.old2.md": "two"}
+    folder, fresh = tmp_path / "folder", tmp_path / "fresh"
+    folder.mkdir()
+    fresh.mkdir()
+    (folder / "README.md").write_text("one")
+    keep_foreign_card(folder, fresh)
+    assert list(fresh.iterdir()) == []
+    (fresh / "README.md").write_text("new")
+    keep_foreign_card(folder, fresh)
+    (folder / "README.old.md").write_text("zero")
+    keep_foreign_card(folder, fresh)
+    found = {file.name: file.read_text() for file in fresh.iterdir()}
+    expected = {"README.md": "new", "README.old.md": "one", "README.old2.md": "one"}
+    assert found == expected

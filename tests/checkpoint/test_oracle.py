@@ -17,7 +17,8 @@ from checkpoint_files import (
 from safetensors.torch import load_file, save_file
 
 from nm_permute_plugin.checkpoint.bitmask import compress_any, decompress_any
-from nm_permute_plugin.checkpoint.codec import WORDS, compress, decompress
+from nm_permute_plugin.checkpoint.codec import compress, decompress
+from nm_permute_plugin.checkpoint.layout24 import WORDS
 from nm_permute_plugin.checkpoint.writer import convert
 from nm_permute_plugin.maths.masks import nm_mask
 from nm_permute_plugin.maths.pattern import NMPattern

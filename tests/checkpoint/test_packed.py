@@ -81,7 +81,7 @@ def test_zeros_of_symmetric_levels(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(path)
     assert packed_modules(checkpoint) == [MODULE]
     assert torch.equal(packed_levels(checkpoint, MODULE), sparse_levels())
-    check_pattern(path, [MODULE], TWO_FOUR)
+    check_pattern(open_checkpoint(path), [MODULE], TWO_FOUR)
     assert verify(path).good
 
 
@@ -89,11 +89,13 @@ def test_zeros_of_levels_around_a_zero_point(tmp_path: Path) -> None:
     levels = torch.cat([sparse_levels(-3)[:, :8], sparse_levels(2)[:, 8:]], 1)
     points = torch.tensor([[-3, 2]], dtype=torch.int8).repeat(16, 1)
     path = make_packed(tmp_path / "x", levels, points)
-    check_pattern(path, [MODULE], TWO_FOUR)
+    check_pattern(open_checkpoint(path), [MODULE], TWO_FOUR)
     assert verify(path).good
     with pytest.raises(ValueError, match="is not 2:4 any more: row 0, channels"):
         check_pattern(
-            make_packed(tmp_path / "y", levels, points + 1), [MODULE], TWO_FOUR
+            open_checkpoint(make_packed(tmp_path / "y", levels, points + 1)),
+            [MODULE],
+            TWO_FOUR,
         )
 
 
@@ -102,7 +104,7 @@ def test_a_filled_zero_is_named(tmp_path: Path) -> None:
     levels[5, 8:11] = 1
     path = make_packed(tmp_path / "x", levels, None)
     with pytest.raises(ValueError, match=rf"{MODULE} .* row 5, channels 8\.\.11 hold"):
-        check_pattern(path, [MODULE], TWO_FOUR)
+        check_pattern(open_checkpoint(path), [MODULE], TWO_FOUR)
     (fault,) = verify(path).faults
     assert (fault.tensor, fault.file) == (MODULE, SINGLE)
     assert "is not 2:4: row 5, channels 8..11" in fault.message

@@ -1,35 +1,71 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The first group that breaks a pattern is found and named."""
+"""The format fits the checkpoint, and what is known of its matrices is not read again."""
 
 import pytest
-import torch
+from checkpoint_files import MakeDense
 
-from nm_permute_plugin.checkpoint.plan import find_excess
-from nm_permute_plugin.maths.masks import nm_mask
+from nm_permute_plugin.checkpoint.directory import open_checkpoint
+from nm_permute_plugin.checkpoint.pattern import check_pattern
+from nm_permute_plugin.checkpoint.plan import TWO_FOUR, choose_format, make_plan
 from nm_permute_plugin.maths.pattern import NMPattern
 
-PATTERNS = ["1:2", "2:4", "1:4", "3:4", "4:8", "2:8", "5:16"]
+DOWN, UP = "model.layers.0.mlp.down_proj", "model.layers.1.mlp.up_proj"
+FOUR_EIGHT = NMPattern(4, 8)
 
 
-@pytest.mark.parametrize("text", PATTERNS)
-def test_a_masked_weight_holds_no_violation(
-    text: str, generator: torch.Generator
+@pytest.mark.parametrize(
+    ("asked", "pattern", "kind", "expected"),
+    [
+        ("auto", TWO_FOUR, "bf16", "sparse-24-bitmask"),
+        ("auto", TWO_FOUR, "fp8", "sparse-24-bitmask"),
+        ("auto", TWO_FOUR, "int8", "sparse-24-bitmask"),
+        ("auto", FOUR_EIGHT, "bf16", "dense"),
+        ("dense", TWO_FOUR, "bf16", "dense"),
+        ("sparse-bitmask", FOUR_EIGHT, "fp8", "sparse-bitmask"),
+    ],
+)
+def test_the_format_fits(
+    make_dense: MakeDense, asked: str, pattern: NMPattern, kind: str, expected: str
 ) -> None:
-    pattern = NMPattern.parse(text)
-    weight = torch.randn(5, 4 * pattern.m, generator=generator)
-    masked = weight.masked_fill(~nm_mask(weight.abs(), pattern), 0)
-    assert find_excess(masked, pattern) is None
-    assert find_excess(weight, pattern) == (0, 0, pattern.m)
+    checkpoint = open_checkpoint(make_dense(kind))
+    assert choose_format(checkpoint, asked, pattern, [DOWN])[0] == expected
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=["bf16", "int8"])
-def test_the_first_violation_is_named(dtype: torch.dtype) -> None:
-    weight = torch.zeros(4, 12, dtype=dtype)
-    weight[2, 8:11] = 1
-    weight[3, 0:4] = 1
-    assert find_excess(weight, NMPattern(2, 4)) == (2, 8, 3)
+def test_nothing_pruned_is_stored_dense(make_dense: MakeDense) -> None:
+    assert choose_format(open_checkpoint(make_dense()), "auto", TWO_FOUR, []) == (
+        "dense",
+        "nothing is pruned",
+    )
 
 
-def test_fewer_than_n_non_zeros_are_no_violation() -> None:
-    weight = torch.tensor([[0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
-    assert find_excess(weight, NMPattern(2, 4)) is None
+EXPERT = "model.layers.0.mlp.experts.0.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "pruned", "expected"),
+    [
+        ("auto", "bf16", [DOWN, EXPERT], ("sparse-24-bitmask", "experts are stored")),
+        ("auto", "bf16", [EXPERT], ("dense", "the default for")),
+        ("sparse-24-bitmask", "bf16", [EXPERT], ("sparse-24-bitmask", "asked for")),
+        ("auto", "fp8", [DOWN, EXPERT], ("dense", "quantized and sparse")),
+    ],
+)
+def test_experts_are_sparse_where_asked_for(
+    make_dense: MakeDense, asked: str, kind: str, pruned: list[str], expected: tuple
+) -> None:
+    checkpoint = open_checkpoint(make_dense(kind))
+    format, reason = choose_format(checkpoint, asked, TWO_FOUR, pruned)
+    assert format == expected[0]
+    assert expected[1] in reason
+
+
+def test_modules_that_were_counted_are_planned_as_those_that_are_read(
+    make_dense: MakeDense,
+) -> None:
+    checkpoint = open_checkpoint(make_dense())
+    counted = check_pattern(checkpoint, [DOWN, UP], TWO_FOUR)
+    asked = checkpoint, "sparse-24-bitmask", [UP]
+    plan = make_plan(*asked, counted=counted)
+    assert plan == make_plan(*asked)
+    assert plan.nonzeros == {UP: counted[UP]}
+    assert plan.dense[DOWN] == "not asked for"

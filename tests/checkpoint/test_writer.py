@@ -232,7 +232,7 @@ def test_a_swap_that_fails_puts_the_old_output_back(
     rename = Path.rename
 
     def fail(self: Path, target: Path) -> Path:
-        if self.suffix == ".new":
+        if self.suffix == ".unfinished":
             raise OSError(errno.EIO, "broken")
         return rename(self, target)
 
@@ -249,7 +249,7 @@ def test_a_target_that_holds_something_is_not_overwritten(
     dense, target = make_dense(), tmp_path / "target"
     target.mkdir()
     convert(dense, target, "dense")
-    with pytest.raises(FileExistsError, match="not empty"):
+    with pytest.raises(FileExistsError, match="is not an empty folder"):
         convert(dense, target, "dense")
     convert(dense, target, "sparse-24-bitmask", overwrite=True)
     assert f"{DOWN}.compressed" in tensors_of(target)

@@ -14,7 +14,7 @@ def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(
         "prune_stage:\n  permutation_modifiers:\n    LearnablePermutationModifier:\n"
-        "      method: search\n      search_rounds: 2\n"
+        "      method: search\n      search: {rounds: 2}\n"
     )
     return path
 

@@ -4,16 +4,20 @@
 import json
 import math
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from click.testing import Result
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from nm_permute_plugin.cli.app import app
 from nm_permute_plugin.cli.demo import METHODS, Budget, run_demo
 from nm_permute_plugin.cli.embedded import Parts
+from nm_permute_plugin.evaluation import perplexity
+from nm_permute_plugin.evaluation.perplexity import tokenize
 
 
 def command(*words: object) -> Result:
@@ -56,7 +60,18 @@ def test_prune_writes_a_checkpoint_and_nothing_beside_it(
     assert result.exit_code == 0, result.output
     out = tmp_path / "out"
     # 2 x 1280 tokens fill 80 rows
-    assert f"{out}: 2560 tokens, " in result.stdout
+    bytes_written = sum(
+        path.stat().st_size for path in out.rglob("*") if path.is_file()
+    )
+    (line,) = result.stdout.splitlines()
+    following = (
+        f"nm-permute evaluate {out} --text TEST.txt --dense {tmp_path / 'dense'}"
+    )
+    assert re.fullmatch(
+        rf"{out}: 2560 tokens, \d+\.\d minutes, {bytes_written / 1e6:.1f} MB; "
+        rf"next: {following}",
+        line,
+    )
     assert [x for x in listing(tmp_path) if not x.startswith("out")] == ready
     assert_exactly(AutoModelForCausalLM.from_pretrained(out))
 
@@ -70,6 +85,15 @@ def test_prune_takes_no_more_samples_than_asked_for(
 
 def test_prune_needs_text(ready: list[str], tmp_path: Path) -> None:
     assert_one_error(prune(tmp_path), "give calibration text: --text FILE")
+    assert listing(tmp_path) == ready
+
+
+def test_a_device_that_is_not_there_is_told_before_any_work(
+    ready: list[str], tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    result = prune(tmp_path, "--text", text_file, "--device", "cuda")
+    assert_one_error(result, "--device cuda: torch finds 0 CUDA devices here")
     assert listing(tmp_path) == ready
 
 
@@ -272,14 +296,47 @@ def test_evaluate_says_when_there_is_no_gap(
     assert len(figures(result)) == 3
 
 
-@pytest.mark.parametrize("option", ["--base", "--dense"])
-def test_evaluate_needs_both_for_the_gap(
-    trained_checkpoint: Path, test_text: Path, option: str
+def test_evaluate_needs_the_dense_model_for_the_gap(
+    trained_checkpoint: Path, test_text: Path
+) -> None:
+    base = ["--base", trained_checkpoint]
+    result = evaluate(trained_checkpoint, "--text", test_text, *base)
+    assert_one_error(result, "--base needs --dense")
+
+
+def test_evaluate_compares_with_the_dense_model_alone(
+    trained_checkpoint: Path, tiny_checkpoint, test_text: Path
 ) -> None:
     result = evaluate(
-        trained_checkpoint, "--text", test_text, option, trained_checkpoint
+        tiny_checkpoint(), "--text", test_text, "--dense", trained_checkpoint
     )
-    assert_one_error(result, "needs both --base and --dense")
+    assert result.exit_code == 0, result.output
+    ours, dense = figures(result)
+    last = result.stdout.splitlines()[-1]
+    ratio = re.fullmatch(r"(\d+\.\d{3}) times the dense model's perplexity", last)
+    assert ratio
+    assert float(ratio[1]) == pytest.approx(ours / dense, rel=0.01)
+
+
+def test_evaluate_tokenises_a_text_once(
+    ready: list[str],
+    text_file: Path,
+    test_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert prune(tmp_path, "--text", text_file).exit_code == 0
+    read: list[Path] = []
+
+    def counted(folder: str, text: str) -> Tensor:
+        read.append(Path(folder))
+        return tokenize(folder, text)
+
+    monkeypatch.setattr(perplexity, "tokenize", counted)
+    out, dense = tmp_path / "out", tmp_path / "dense"
+    result = evaluate(out, "--text", test_text, "--dense", dense, "--card")
+    assert result.exit_code == 0, result.output
+    assert read == [out, dense]
 
 
 @pytest.mark.parametrize("which", ["checkpoint", "base", "dense"])
@@ -346,7 +403,16 @@ def test_the_demo_measures_every_method_from_disk(
     assert leftovers == []
 
 
+COMMANDS = ["demo", "prune", "sample", "evaluate", "verify", "spec", "convert"]
+
+
 def test_help_names_the_commands() -> None:
     result = command("--help")
     assert result.exit_code == 0
-    assert [x for x in ("demo", "prune", "evaluate") if x not in result.stdout] == []
+    assert [x for x in [*COMMANDS, "bench-serve"] if x not in result.stdout] == []
+
+
+def test_the_version_is_printed() -> None:
+    result = command("--version")
+    assert result.exit_code == 0
+    assert result.stdout == f"nm-permute-plugin {version('nm-permute-plugin')}\n"

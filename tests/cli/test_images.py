@@ -25,9 +25,8 @@ prune_stage:
   permutation_modifiers:
     LearnablePermutationModifier:
       method: learned
-      steps: 2
-      block_size: 8
-      search_rounds: 2
+      learn: {steps: 2}
+      search: {rounds: 2}
       ignore: [{ignore}]
 """
 
@@ -145,7 +144,7 @@ def is_identity(perm: torch.Tensor) -> bool:
     return torch.equal(perm, torch.arange(len(perm)))
 
 
-def test_pictures_are_spread_evenly() -> None:
+def test_images_are_spread_evenly() -> None:
     files = [Path(str(i)) for i in range(10)]
     assert [file.name for file in spread(files, 4)] == ["0", "3", "6", "9"]
     assert spread(files, 10) == files
@@ -197,11 +196,11 @@ def test_folders_that_are_no_use_are_refused(
     assert_one_error(result, "nowhere does not exist")
     (tmp_path / "empty").mkdir()
     result = run(command, dense, *rest, "--images", tmp_path / "empty")
-    assert_one_error(result, "empty holds no pictures")
+    assert_one_error(result, "empty holds no images")
     (tmp_path / "empty" / "cat").mkdir()
     (tmp_path / "empty" / "cat" / "bad.jpg").write_bytes(b"no picture")
     result = run(command, dense, *rest, "--images", tmp_path / "empty")
-    assert_one_error(result, r"bad\.jpg is no picture that can be read")
+    assert_one_error(result, r"bad\.jpg is no image that can be read")
     assert not (tmp_path / "out").exists()
 
 
@@ -216,7 +215,7 @@ def test_classes_that_do_not_fit_are_refused(
     one = tmp_path / "one"
     shutil.copytree(image_folder / "red", one / "red")
     result = run("evaluate", image_checkpoint("vit-bare", "bare"), "--images", one)
-    assert_one_error(result, "all pictures are of the class red")
+    assert_one_error(result, "all images are of the class red")
 
 
 @pytest.mark.parametrize("option", [["--base", "x", "--dense", "x"], ["--card"]])

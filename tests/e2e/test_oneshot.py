@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 pytestmark = pytest.mark.slow
 
-SHORT = {"format": "dense", "steps": 3, "evaluate_every": 1, "block_size": 16}
+SHORT = {"format": "dense", "learn": {"steps": 3}, "validation": {"every": 1}}
 
 
 def recipe(method: str = "search", pattern: str = "2:4", prune: bool = True) -> str:

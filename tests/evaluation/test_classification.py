@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from nm_permute_plugin.evaluation.classification import (
     accuracy,
     evaluate_images,
+    image_outputs,
     labels_of,
-    look,
     votes,
 )
 from nm_permute_plugin.evaluation.images import LabelledImages, labelled_images
@@ -28,11 +28,11 @@ NAMED = {"id2label": COLOURS, "label2id": {name: i for i, name in COLOURS.items(
 def values_of(folder: Path, images: Path) -> Tensor:
     processor = transformers.BitImageProcessorPil.from_pretrained(folder)
     files = labelled_images(images).files
-    pictures = [Image.open(file).convert("RGB") for file in files]
-    return processor(pictures, return_tensors="pt")["pixel_values"]
+    images = [Image.open(file).convert("RGB") for file in files]
+    return processor(images, return_tensors="pt")["pixel_values"]
 
 
-def pictures(classes: list[str], labels: list[int]) -> LabelledImages:
+def images_of(classes: list[str], labels: list[int]) -> LabelledImages:
     return LabelledImages([Path()] * len(labels), torch.tensor(labels), classes)
 
 
@@ -64,7 +64,7 @@ def test_neighbours_vote_where_there_is_no_classifier(
 def test_votes_are_those_of_the_nearest_others() -> None:
     # two at the right, two at the top, and one of the second class among the first two
     features = torch.tensor([[1, 0], [1, 0.1], [0, 1], [0.1, 1], [1, 0.05]])
-    scores = votes(features, pictures(["a", "b"], [0, 0, 1, 1, 1]), neighbours=2)
+    scores = votes(features, images_of(["a", "b"], [0, 0, 1, 1, 1]), neighbours=2)
     assert scores.argmax(1)[2:4].tolist() == [1, 1]
     weight = (F.cosine_similarity(features[:1], features[[1, 4]]) / 0.07).exp()
     torch.testing.assert_close(scores[0], weight)  # one vote each, none for itself
@@ -109,7 +109,7 @@ def architecture(folder: Path) -> str:
 def test_batches_do_not_change_what_is_seen(image_checkpoint, image_folder) -> None:
     folder = image_checkpoint()
     files = labelled_images(image_folder).files
-    whole, parts = (look(folder, files, "cpu", size) for size in (18, 4))
+    whole, parts = (image_outputs(folder, files, "cpu", size) for size in (18, 4))
     torch.testing.assert_close(whole.features, parts.features)
     torch.testing.assert_close(whole.logits, parts.logits)
 
@@ -121,7 +121,7 @@ def test_accuracy_counts_the_first_ones() -> None:
 
 
 def test_labels_go_by_name_or_where_there_are_as_many_by_order() -> None:
-    found = pictures(["cat", "dog"], [0, 1, 1])
+    found = images_of(["cat", "dog"], [0, 1, 1])
     assert labels_of(found, ["dog", "cow", "cat"]).tolist() == [2, 0, 0]
     assert labels_of(found, ["LABEL_0", "LABEL_1"]).tolist() == [0, 1, 1]
 
@@ -131,12 +131,12 @@ def test_a_class_that_the_model_does_not_know_is_named(names: list[str]) -> None
     with pytest.raises(
         ValueError, match=r"class folder (cat|dog) is none of the model"
     ):
-        labels_of(pictures(["cat", "dog"], [0, 1]), names)
+        labels_of(images_of(["cat", "dog"], [0, 1]), names)
 
 
 def test_one_class_alone_is_refused_without_a_classifier() -> None:
-    with pytest.raises(ValueError, match="all pictures are of the class cat"):
-        votes(torch.eye(3), pictures(["cat"], [0, 0, 0]), 2)
+    with pytest.raises(ValueError, match="all images are of the class cat"):
+        votes(torch.eye(3), images_of(["cat"], [0, 0, 0]), 2)
 
 
 def test_weights_that_are_broken_are_named(image_checkpoint, image_folder) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures become pixels in order; what is no picture is named."""
+"""Images become pixels in order; what is no image is named."""
 
 from pathlib import Path
 
@@ -9,13 +9,13 @@ from PIL import Image
 
 from nm_permute_plugin.evaluation.images import (
     image_files,
-    image_processor,
     labelled_images,
     pixels,
 )
+from nm_permute_plugin.evaluation.pretrained import image_processor
 
 
-def test_pictures_are_found_in_class_folders(image_folder: Path) -> None:
+def test_images_are_found_in_class_folders(image_folder: Path) -> None:
     found = labelled_images(image_folder)
     assert found.classes == ["blue", "green", "red"]
     assert found.labels.tolist() == [0] * 6 + [1] * 6 + [2] * 6
@@ -43,10 +43,10 @@ def test_pixels_are_those_of_the_checkpoints_processor(
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
-def test_pictures_of_other_modes_become_colours(
+def test_images_of_other_modes_become_colours(
     image_checkpoint, tmp_path: Path, mode: str
 ) -> None:
-    file = tmp_path / "picture.tiff"
+    file = tmp_path / "image.tiff"
     Image.new("RGB", (9, 9), (200, 200, 200)).convert(mode).save(file)
     (values,) = pixels(image_processor(image_checkpoint()), [file], 4)
     assert values.shape == (1, 3, 16, 16)
@@ -58,13 +58,13 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
         image_files(tmp_path / "nowhere")
 
 
-def test_a_folder_without_pictures_is_named(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("no picture")
-    with pytest.raises(ValueError, match="holds no pictures"):
+def test_a_folder_without_images_is_named(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(ValueError, match="holds no images"):
         image_files(tmp_path)
 
 
-def test_a_picture_outside_of_class_folders_is_named(
+def test_a_image_outside_of_class_folders_is_named(
     image_folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "lost.png").write_bytes(next(image_folder.rglob("*.png")).read_bytes())
@@ -73,19 +73,12 @@ def test_a_picture_outside_of_class_folders_is_named(
 
 
 @pytest.mark.parametrize("damage", ["text", "cut"])
-def test_a_file_that_is_no_picture_is_named(
+def test_a_file_that_is_no_image_is_named(
     image_checkpoint, image_folder: Path, tmp_path: Path, damage: str
 ) -> None:
     whole = next(image_folder.rglob("*.png")).read_bytes()
     bad = tmp_path / "bad.png"
-    bad.write_bytes(b"no picture" if damage == "text" else whole[: len(whole) // 2])
+    bad.write_bytes(b"no image" if damage == "text" else whole[: len(whole) // 2])
     processor = image_processor(image_checkpoint())
-    with pytest.raises(ValueError, match=r"bad\.png is no picture that can be read"):
+    with pytest.raises(ValueError, match=r"bad\.png is no image that can be read"):
         list(pixels(processor, [bad], 4))
-
-
-def test_a_checkpoint_without_a_processor_is_named(image_checkpoint) -> None:
-    folder = image_checkpoint()
-    (folder / "preprocessor_config.json").unlink()
-    with pytest.raises(ValueError, match="dense has no image processor"):
-        image_processor(folder)

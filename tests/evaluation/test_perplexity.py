@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from nm_permute_plugin.evaluation.perplexity import (
     evaluate_checkpoint,
-    gap_closed,
-    load_checkpoint,
     perplexity,
     tokenize,
 )
+from nm_permute_plugin.evaluation.pretrained import load_checkpoint
 
 PROBABILITIES = torch.tensor([0.5, 0.25, 0.125, 0.125])
 
@@ -116,33 +115,11 @@ def test_a_likelihood_too_small_for_a_float_is_refused() -> None:
         perplexity(model, torch.tensor([3, 3, 3]), 3)
 
 
-@pytest.mark.parametrize(
-    ("ours", "gap"), [(40.0, 0.0), (10.0, 1.0), (20.0, 0.5), (80.0, -0.5), (5.0, 1.5)]
-)
-def test_the_gap_closed_is_a_share_of_log_perplexity(ours: float, gap: float) -> None:
-    assert gap_closed(ours, base=40.0, dense=10.0) == pytest.approx(gap)
-
-
-@pytest.mark.parametrize("base", [10.0, 9.0])
-def test_there_is_no_gap_where_the_base_lost_nothing(base: float) -> None:
-    with pytest.raises(ValueError, match="no gap to close"):
-        gap_closed(12.0, base=base, dense=10.0)
-
-
 def test_text_becomes_one_stream_without_special_tokens(tiny_checkpoint) -> None:
     tokens = tokenize(tiny_checkpoint(), "w03 w05\n\nw47 unknown")
     assert tokens.tolist() == [3, 5, 47, 0]
     assert tokens.dtype == torch.int64
     assert tokenize(tiny_checkpoint(), "").tolist() == []
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_a_checkpoint_is_read_in_its_own_dtype(
-    tiny_checkpoint, dtype: torch.dtype
-) -> None:
-    model = load_checkpoint(tiny_checkpoint(dtype=dtype), "cpu")
-    assert model.dtype == dtype
-    assert not model.training
 
 
 def test_a_checkpoint_from_disk_is_as_good_as_its_model(

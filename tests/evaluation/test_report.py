@@ -3,13 +3,26 @@
 
 import pytest
 
-from nm_permute_plugin.evaluation.report import Row, gap_of, markdown
+from nm_permute_plugin.evaluation.report import Result, gap_closed, gap_of, markdown
 
-DENSE = Row("dense", 10.0, 0.0, "out/dense")
-WANDA = Row("wanda", 40.0, 1.26, "out/wanda", base="wanda")
-SEARCH = Row("search", 20.0, 2.0, "out/search", base="wanda")
-WORSE = Row("worse", 80.0, 2.0, "out/worse", base="wanda")
+DENSE = Result("dense", 10.0, 0.0, "out/dense")
+WANDA = Result("wanda", 40.0, 1.26, "out/wanda", base="wanda")
+SEARCH = Result("search", 20.0, 2.0, "out/search", base="wanda")
+WORSE = Result("worse", 80.0, 2.0, "out/worse", base="wanda")
 ROWS = [DENSE, WANDA, SEARCH, WORSE]
+
+
+@pytest.mark.parametrize(
+    ("ours", "gap"), [(40.0, 0.0), (10.0, 1.0), (20.0, 0.5), (80.0, -0.5), (5.0, 1.5)]
+)
+def test_the_gap_closed_is_a_share_of_log_perplexity(ours: float, gap: float) -> None:
+    assert gap_closed(ours, base=40.0, dense=10.0) == pytest.approx(gap)
+
+
+@pytest.mark.parametrize("base", [10.0, 9.0])
+def test_there_is_no_gap_where_the_base_lost_nothing(base: float) -> None:
+    with pytest.raises(ValueError, match="no gap to close"):
+        gap_closed(12.0, base=base, dense=10.0)
 
 
 def test_a_row_closes_a_share_of_the_gap_of_its_base() -> None:
@@ -18,13 +31,13 @@ def test_a_row_closes_a_share_of_the_gap_of_its_base() -> None:
 
 
 @pytest.mark.parametrize("row", [DENSE, WANDA], ids=["dense", "base"])
-def test_bases_close_nothing(row: Row) -> None:
+def test_bases_close_nothing(row: Result) -> None:
     assert gap_of(row, ROWS) is None
 
 
 def test_a_base_that_lost_nothing_has_no_gap() -> None:
     with pytest.raises(ValueError, match="no gap to close"):
-        gap_of(SEARCH, [DENSE, Row("wanda", 9.0, 0.0, "w", base="wanda"), SEARCH])
+        gap_of(SEARCH, [DENSE, Result("wanda", 9.0, 0.0, "w", base="wanda"), SEARCH])
 
 
 def test_the_table_has_a_line_a_row() -> None:

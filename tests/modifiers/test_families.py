@@ -124,7 +124,7 @@ FAMILIES = [
 def test_a_family_is_ordered_pruned_and_reloaded(
     run: Run, tmp_path: Path, case: str, ignore: list[str], method: str
 ) -> None:
-    options = {"steps": 2, "evaluate_every": 1, "block_size": 8, "search_rounds": 2}
+    options = {"learn": {"steps": 2}, "validation": {"every": 1}, "search": {"rounds": 2}}
     modifier = Modifier(method=method, ignore=ignore, **options)
     pruned = run(case, modifier)
     perms = modifier.record.perms
@@ -146,9 +146,17 @@ def test_a_family_is_ordered_pruned_and_reloaded(
 def test_conv1d_is_pruned_along_its_inputs_and_stored_dense(
     run: Run, tmp_path: Path
 ) -> None:
-    recover = ["rescale", "blocks", "end_to_end"]
-    steps = {"recover_epochs": 1, "recover_steps": 2, "evaluate_every": 1}
-    modifier = Modifier(method="search", search_rounds=2, recover=recover, **steps)
+    recover = {
+        "stages": ["rescale", "blocks", "end_to_end"],
+        "blocks": {"epochs": 1},
+        "end_to_end": {"steps": 2},
+    }
+    modifier = Modifier(
+        method="search",
+        search={"rounds": 2},
+        recover=recover,
+        validation={"every": 1},
+    )
     pruned = run("gpt2-tied", modifier)
     layer = pruned.transformer.h[1]
     conv1d = [layer.attn.c_attn, layer.attn.c_proj, layer.mlp.c_fc, layer.mlp.c_proj]
@@ -232,7 +240,7 @@ def test_experts_are_stored_sparse_where_asked_for(
 def test_4of8_goes_the_whole_way(
     run: Run, tmp_path: Path, assert_exactly, format: str
 ) -> None:
-    steps = {"steps": 2, "evaluate_every": 1, "block_size": 8, "search_rounds": 2}
+    steps = {"learn": {"steps": 2}, "validation": {"every": 1}, "search": {"rounds": 2}}
     recover = {"recover": ["rescale"], "mask_structure": "4:8"}
     modifier = Modifier(format=format, **steps, **recover)
     pruned = run("llama-mha-tied", modifier)
@@ -245,7 +253,7 @@ def test_4of8_goes_the_whole_way(
 
 
 def test_experts_have_orders_of_their_own(run: Run) -> None:
-    modifier = Modifier(method="search", search_rounds=2)
+    modifier = Modifier(method="search", search={"rounds": 2})
     run("qwen3moe-gqa", modifier)
     experts = {f"hidden.{i}.{e}" for i in range(2) for e in range(4)}
     assert set(modifier.record.perms) == experts | {"residual", "value.0", "value.1"}
@@ -274,7 +282,7 @@ def test_the_log_lists_what_orders_every_linear(run: Run) -> None:
     lines: list[str] = []
     sink = logger.add(lambda message: lines.append(str(message)), format="{message}")
     try:
-        fields = {"method": "search", "search_rounds": 2, "spaces": ["hidden"]}
+        fields = {"method": "search", "search": {"rounds": 2}, "spaces": ["hidden"]}
         run(
             "opt-350m",
             Modifier(ignore=[], **fields, targets=["re:.*(fc2|project_.*)$"]),

@@ -42,7 +42,7 @@ def test_a_model_on_disk_is_pruned_as_in_memory(
         return weight
 
     monkeypatch.setattr(DiskCache, "onload", onload)
-    fields = {"steps": 4, "block_size": 16, "search_rounds": 3}
+    fields = {"learn": {"steps": 4}, "search": {"rounds": 3}}
     fields["multiplier_rows"] = None  # finer ones need more text than this
     here, away = (Modifier(objective=objective, **fields) for _ in range(2))
     model = run_oneshot(trained_checkpoint, [here], tmp_path / "here")

@@ -29,7 +29,8 @@ def assert_untouched(model: torch.nn.Module, before: dict[str, torch.Tensor]) ->
 
 @pytest.mark.parametrize("method", ["identity", "search", "learned"])
 def test_the_record_tells_what_was_done(tiny_checkpoint, run_oneshot, method) -> None:
-    modifier = Modifier(method=method, steps=2, evaluate_every=1, block_size=16)
+    learn = {"learn": {"steps": 2}} if method == "learned" else {}
+    modifier = Modifier(method=method, validation={"every": 1}, **learn)
     assert modifier.record is None
     run_oneshot(tiny_checkpoint(), [modifier])
     record = modifier.record
@@ -56,8 +57,8 @@ def test_a_recovery_is_on_record(
     tiny_checkpoint, run_oneshot, assert_exactly, tmp_path: Path
 ) -> None:
     stages = ["rescale", "blocks", "end_to_end"]
-    fields = {"recover": stages, "recover_window": 2, "recover_steps": 5}
-    modifier = Modifier(method="search", **fields)
+    recover = {"stages": stages, "blocks": {"window": 2}, "end_to_end": {"steps": 5}}
+    modifier = Modifier(method="search", recover=recover)
     assert_exactly(run_oneshot(tiny_checkpoint(), [modifier], tmp_path / "out"))
     record = modifier.record
     assert [stage.stage for stage in record.recovered] == stages
@@ -100,7 +101,7 @@ def test_the_order_of_the_whole_pass_is_repeated_by_its_seed(
     tiny_checkpoint, run_oneshot
 ) -> None:
     folder = tiny_checkpoint()
-    fields = {"steps": 4, "evaluate_every": 1, "block_size": 16}
+    fields = {"learn": {"steps": 4}, "validation": {"every": 1}}
     modifiers = [Modifier(seed=seed, **fields) for seed in (3, 3, 4)]
     first, again, _ = (weights_of(run_oneshot(folder, [of])) for of in modifiers)
     assert [name for name in first if not torch.equal(first[name], again[name])] == []
@@ -132,7 +133,7 @@ def test_a_run_that_never_calibrates_is_refused_at_its_end() -> None:
 
 
 def test_nothing_hangs_on_the_model_afterwards(tiny_checkpoint, run_oneshot) -> None:
-    model = run_oneshot(tiny_checkpoint(), [Modifier(steps=1, block_size=16)])
+    model = run_oneshot(tiny_checkpoint(), [Modifier(learn={"steps": 1})])
     hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
     assert sum(hooks) == 0
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -184,7 +185,7 @@ MATCHES = {
     "a second ignore": ({"ignore": ["lm_head", "re:x$"]}, "ignore pattern 're:x\\$'"),
     "no linear": ({"targets": ["re:.*embed.*"]}, "embed_tokens is a Embedding; only"),
     "all ignored": ({"ignore": ["Linear"]}, "takes away all that `targets`"),
-    "a pattern too wide": ({"mask_structure": "2:16", "block_size": 16}, "M=16"),
+    "a pattern too wide": ({"mask_structure": "2:16"}, "M=16"),
     "a spec without a line": (
         {"spec": {"model.norm.weight": "residual"}},
         "is claimed by no line of the permutation spec",

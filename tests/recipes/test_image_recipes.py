@@ -28,7 +28,7 @@ CASES = {case.id: case.values for case in ZOO}
 def quick(name: str) -> str:
     """A shipped recipe, with two steps."""
     recipe = (RECIPES / name).read_text()
-    return recipe.replace("method: learned", "method: learned\n      steps: 2")
+    return recipe.replace("method: learned", "method: learned\n      learn: {steps: 2}")
 
 
 @pytest.mark.parametrize("case", ["vit-labels", "deit-labels", "dinov2-labels"])
@@ -90,9 +90,7 @@ def run_multimodal(recipe: str, out: Path) -> tuple[PreTrainedModel, PreTrainedM
 def test_qwen_prunes_its_language_tower_and_by_option_that_of_images(
     tmp_path: Path, tower: str
 ) -> None:
-    recipe = quick("2of4_learned_qwen25vl.yaml").replace(
-        "steps: 2", "steps: 2\n      block_size: 8"
-    )
+    recipe = quick("2of4_learned_qwen25vl.yaml")
     ignored = {"both": "", "merger dense": ', "re:.*visual.merger.*"'}
     if tower in ignored:
         recipe = recipe.replace(', "re:.*visual.*"]', ignored[tower] + "]")

@@ -3,7 +3,7 @@
 
 import pytest
 
-from nm_permute_plugin.specs.layer_names import merged
+from nm_permute_plugin.specs.layer_names import counted, merged
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,14 @@ def test_texts_that_differ_in_one_number_are_one(
 def test_every_number_of_a_run_with_gaps_is_told() -> None:
     texts = [f"hidden.{n} reads layers.{n}.down" for n in (0, 1, 2, 4, 6, 7)]
     assert merged(texts) == ["hidden.{0-2,4,6-7} reads layers.{0-2,4,6-7}.down"]
+
+
+def test_names_alike_but_for_their_numbers_are_counted_in_order() -> None:
+    names = ["b.w", "a.0.experts.1.w", "a.10.experts.0.w", "a.0", "a.1 (output)", "a.2"]
+    assert list(counted(names).items()) == [
+        ("b.w", 1),
+        ("a.{i}.experts.{i}.w", 2),
+        ("a.{i}", 2),
+        ("a.{i} (output)", 1),
+    ]
+    assert list(counted(names[1:2], "*")) == ["a.*.experts.*.w"]

@@ -226,6 +226,23 @@ def test_a_tied_parameter_that_one_line_misses_is_refused(tiny_model) -> None:
         resolve(model, spec, TWO_OF_FOUR, [], head_dim=8)
 
 
+def test_empty_parameters_are_not_tied() -> None:
+    """They have no storage, so that none is shared."""
+    model = Mlp()
+    model.none = nn.Parameter(torch.empty(0, 8))
+    model.nothing = nn.Parameter(torch.empty(0))
+    spec = MLP | {"none": "_ hidden", "nothing": "_"}
+    resolved = resolve_mlp(spec, model)
+    assert {p.names for p in resolved.parameters} >= {("none",), ("nothing",)}
+
+
+def test_an_empty_parameter_with_two_names_is_tied() -> None:
+    model = Mlp()
+    model.none = model.nothing = nn.Parameter(torch.empty(0, 8))
+    resolved = resolve_mlp(MLP | {"none": "_ hidden", "nothing": "_ hidden"}, model)
+    assert ("none", "nothing") in {p.names for p in resolved.parameters}
+
+
 @pytest.fixture
 def shared_heads(tiny_model) -> Callable[[int], Consumer]:
     """The consumer of a value space whose heads so many query heads share."""

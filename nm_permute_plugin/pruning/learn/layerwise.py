@@ -27,15 +27,15 @@ def learn_layerwise(
     """
     Learn the stages of the settings inside each decoder layer, layer by layer.
 
-    What enters a layer comes from the pruned layers before it, the target from the dense
-    layers on their own inputs. A layer is learned on the relative error of its output, and the
-    validation data chooses its best solution, the start among them. A permutation that
-    several layers share, as the residual stream's, stays as it is; the multipliers of its
-    consumers are learned. Gradients, activations and scores of one layer at a time are where
-    the model runs, the inputs of the next on the CPU.
+    What enters a layer comes from the pruned layers before it, the target from the
+    dense layers on their own inputs. A layer is learned on the relative error of its
+    output, and the validation data chooses its best solution, the start among them. A
+    permutation that several layers share, as the residual stream's, stays as it is; the
+    multipliers of its consumers are learned. Gradients, activations and scores of one
+    layer at a time are where the model runs, the inputs of the next on the CPU.
 
-    The loss of the whole model validates the end: if it is no better than the start, the start
-    comes back.
+    The loss of the whole model validates the end: if it is no better than the start,
+    the start comes back.
 
     :param hold: entered for each layer
     :raises ValueError: if there are no decoder layers, if they do not run on their own,

@@ -7,7 +7,7 @@ A new learner is a class with the methods of ``Learner`` and a line in ``LEARNER
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from loguru import logger
@@ -23,16 +23,20 @@ from nm_permute_plugin.pruning.search import History
 from nm_permute_plugin.pruning.settings import LearnStage, Settings
 
 
+@runtime_checkable
 class Learner(Protocol):
     """
     What is learned while the weights are frozen.
 
-    On a GPU a step may be replayed as a CUDA graph, so with ``use_graph`` the tensors behind
-    the masks stay where they are in memory, ``masks`` does the same operations at every step,
-    and gradients are zeroed in place.
+    On a GPU a step may be replayed as a CUDA graph, so with ``use_graph`` the tensors
+    behind the masks stay where they are in memory, ``masks`` does the same operations
+    at every step, and gradients are zeroed in place.
     """
 
-    use_graph: bool
+    @property
+    def use_graph(self) -> bool:
+        """Whether a step may be replayed."""
+        ...
 
     def prepare(self, step: int) -> None:
         """Get ready for the masks of a step, counted from 1; runs outside of a graph."""
@@ -57,7 +61,9 @@ LEARNERS: dict[LearnStage, Callable[..., Learner]] = {
     "soft": SoftPlaces,
     "straight_through": StraightThrough,
 }
-"""The learner of every stage, called with a problem, a start, its settings and its steps."""
+"""
+The learner of every stage, called with a problem, a start, its settings and its steps.
+"""
 
 
 class Best:

@@ -149,7 +149,8 @@ class MultipliedMask:
     def _scaled(self) -> Float[Tensor, "rows channels"]:
         factor = self.log_multiplier.detach().exp()
         rows = self.score.unflatten(0, (len(factor), -1))
-        return (rows * factor[:, None]).flatten(0, 1)
+        scaled: Tensor = rows * factor[:, None]
+        return scaled.flatten(0, 1)
 
     def _grouped(
         self, matrix: Float[Tensor, "rows channels"]

@@ -115,7 +115,9 @@ class SoftPlaces:
 
 
 class StraightThrough(SoftPlaces):
-    """The learner of the stage ``straight_through``: hard places, the soft ones' gradient."""
+    """
+    The learner of the stage ``straight_through``: hard places, the soft ones' gradient.
+    """
 
     def _relaxed(self, matching: "_Matching") -> Places:
         soft = super()._relaxed(matching)

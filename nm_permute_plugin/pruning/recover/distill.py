@@ -22,9 +22,9 @@ def distill(
     """
     Train all kept weights against the dense model's predictions; the masks stay.
 
-    :return: the best values by the validation loss, none if none are better, and one entry
-        a validation: its step, the validation loss and, from the first step on, the training
-        loss
+    :return: the best values by the validation loss, none if none are better, and one
+        entry a validation: its step, the validation loss and, from the first step on,
+        the training loss
     :raises ValueError: if a loss is not finite
     """
     steps, every = settings.recover.end_to_end.steps, settings.validation.every

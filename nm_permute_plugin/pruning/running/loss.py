@@ -117,7 +117,8 @@ def loss(
     """The weighted sum of the loss's parts, each a mean over the tokens that count."""
     mask = token_mask(batch)
     total = torch.zeros((), device=pruned.logits.device)
-    # Per-token logits use the token mask; a per-row logit counts if any token of its row does.
+    # Per-token logits use the token mask; a per-row logit counts if any token of its
+    # row does.
     places = mask.any(-1) if mask.dim() == dense.logits.dim() else mask
     if weights.divergence and dense.are_values:
         error = relative_error(pruned.logits, dense.logits, places)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a model with masked weights; backward gives the mask its gradient, not the weights."""
+"""
+Run a model with masked weights; backward gives the mask its gradient, not the weights.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -38,8 +40,8 @@ class LearnedMask(Protocol):
 
 
 Mask = Tensor | LearnedMask | Callable[[Tensor], Tensor]
-"""A tensor, 1 or True where a weight is kept, [out, in]; a learned mask; or a function of the
-input that gives the whole output of the linear."""
+"""A tensor, 1 or True where a weight is kept, [out, in]; a learned mask; or a function
+of the input that gives the whole output of the linear."""
 
 
 @contextmanager
@@ -47,8 +49,8 @@ def masked(model: nn.Module, masks: Mapping[str, Mask]) -> Iterator[None]:
     """
     Let the named linears multiply by their masks while the context lasts.
 
-    :param masks: by module name. A tensor that needs gradients has the weight's dtype; one on
-        another device is moved for each use
+    :param masks: by module name. A tensor that needs gradients has the weight's dtype;
+        one on another device is moved for each use
     :raises ValueError: if a name is no linear's
     """
     linears = {linear(model, name): mask for name, mask in masks.items()}

@@ -109,7 +109,9 @@ def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """The free bytes of a GPU, what PyTorch holds unused included; None on other devices."""
+    """
+    The free bytes of a GPU, what PyTorch holds unused included; None on other devices.
+    """
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)

@@ -21,9 +21,9 @@ class Teacher:
     """
     The dense model, with which the pruned one is compared again and again.
 
-    Logits are large, and what enters the output layer is small: that is kept, and the logits
-    are made from it anew. Where the output layer is not the model's last operation, or the
-    loss needs more than the logits, the model runs every time.
+    Logits are large, and what enters the output layer is small: that is kept, and the
+    logits are made from it anew. Where the output layer is not the model's last
+    operation, or the loss needs more than the logits, the model runs every time.
 
     :param loss: the loss that compares
     :param keep: false runs the model every time, for batches that come once

@@ -19,10 +19,10 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from nm_permute_plugin.checkpoint.codec import (
-    WORDS,
     clear_negative_zeros,
     compress,
 )
+from nm_permute_plugin.checkpoint.layout24 import WORDS
 
 ROWS = 32
 CHANNELS = 128

@@ -26,14 +26,15 @@ SPECS: dict[str, Spec | Callable[[Any], Spec]] = {
     **VISION_CLASSES,
     **QWEN_VL_CLASSES,
 }
-"""By class name; a function of the config where that decides which axes move."""
+"""The spec of each class of transformers, by the class's name: a mapping, or a function of
+the config where the config decides which axes move."""
 
 
 def spec_of(model: nn.Module) -> Spec:
     """
-    The spec of the model's class.
+    Return the spec of the model's class.
 
-    :raises NotImplementedError: for a class that is not known; nothing is guessed
+    :raises NotImplementedError: if the class is not known; nothing is guessed
     """
     name = type(model).__name__
     if name not in SPECS:
@@ -48,9 +49,9 @@ def spec_of(model: nn.Module) -> Spec:
 
 def head_dim_of(config: Any) -> HeadDim:
     """
-    Channels of an attention head, from a transformers config; None if it has none.
+    Return the channels of an attention head, from a transformers config, or None.
 
-    A model of images and text has one for `value` and one for `value.vision`.
+    For a model of images and text they are given by space: `value` and `value.vision`.
     """
     vision = getattr(config, "vision_config", None)
     if vision is None:

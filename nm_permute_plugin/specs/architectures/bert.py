@@ -10,15 +10,13 @@ from nm_permute_plugin.specs.architectures.building import (
 )
 from nm_permute_plugin.specs.spec import Spec
 
-LAYER: Spec = {
-    **under("attention.", attention("self.{query,key}", "self.value", "output.dense")),
-    **mlp("intermediate.dense", "output.dense"),
-    "{attention.output,output}.LayerNorm.{weight,bias}": "residual",
-}
+ATTENTION: Spec = attention("self.{query,key}", "self.value", "output.dense")
 ENCODER: Spec = {
     "embeddings.{word,position,token_type}_embeddings.weight": "_ residual",
     "embeddings.LayerNorm.{weight,bias}": "residual",
-    **under("encoder.layer.{i}.", LAYER),
+    **under("encoder.layer.{i}.attention.", ATTENTION),
+    **under("encoder.layer.{i}.", mlp("intermediate.dense", "output.dense")),
+    "encoder.layer.{i}.{attention.output,output}.LayerNorm.{weight,bias}": "residual",
 }
 WITHOUT_HEAD: Spec = output_fixed({**ENCODER, **linear("pooler.dense?", "_ residual")})
 TOKEN_LABELS: Spec = linear("classifier", "_ residual")

@@ -27,14 +27,7 @@ def linear(name: str, words: str, bias: str = "") -> Spec:
 
 
 def attention(query_key: str, value: str, output: str, bias: str = "") -> Spec:
-    """
-    Give the lines of an attention whose projections are apart.
-
-    The rows of queries and keys never move: rotary embeddings tie them in pairs.
-
-    :param query_key: the names of both, as in ``{q,k}_proj``
-    :param bias: ``?`` where the biases may be absent
-    """
+    """Give the lines of an attention; the rows of queries and keys never move."""
     return {
         **linear(query_key, "_ residual", bias),
         **linear(value, "value.{i} residual", bias),
@@ -43,12 +36,7 @@ def attention(query_key: str, value: str, output: str, bias: str = "") -> Spec:
 
 
 def mlp(up: str, down: str, bias: str = "") -> Spec:
-    """
-    Give the lines of an MLP, gated or not.
-
-    :param up: what writes the hidden channels, as in ``{gate,up}_proj``
-    :param bias: ``?`` where the biases may be absent
-    """
+    """Give the lines of an MLP; ``up`` is all that writes its hidden channels."""
     return {
         **linear(up, "hidden.{i} residual", bias),
         **linear(down, "residual hidden.{i}", bias),
@@ -65,17 +53,6 @@ def under(prefix: str, spec: Spec) -> Spec:
     return {prefix + line: words for line, words in spec.items()}
 
 
-def renamed(spec: Spec, old: str, new: str) -> Spec:
-    """
-    Give the same lines with another space in the place of one and of those below it.
-
-    >>> renamed({"a.weight": "hidden.{i} residual"}, "hidden", "hidden.vision")
-    {'a.weight': 'hidden.vision.{i} residual'}
-    """
-    found = re.compile(rf"(?<![\w.]){re.escape(old)}(?!\w)")
-    return {line: found.sub(new, words) for line, words in spec.items()}
-
-
 def of_tower(name: str, spec: Spec) -> Spec:
     """
     Give the same lines with spaces of a tower's own, in a model of several towers.
@@ -83,9 +60,7 @@ def of_tower(name: str, spec: Spec) -> Spec:
     >>> of_tower("text", {"up.weight": "hidden.{i} residual"})
     {'up.weight': 'hidden.text.{i} residual.text'}
     """
-    for family in FAMILIES:
-        spec = renamed(spec, family, f"{family}.{name}")
-    return spec
+    return _renamed(spec, "|".join(FAMILIES), rf"\g<0>.{name}")
 
 
 def output_fixed(spec: Spec) -> Spec:
@@ -96,4 +71,9 @@ def output_fixed(spec: Spec) -> Spec:
     >>> output_fixed({"up.weight": "hidden.{i} residual"})
     {'up.weight': 'hidden.{i} _output'}
     """
-    return renamed(spec, "residual", "_output")
+    return _renamed(spec, "residual", "_output")
+
+
+def _renamed(spec: Spec, family: str, new: str) -> Spec:
+    found = re.compile(rf"(?<![\w.])({family})(?!\w)")
+    return {line: found.sub(new, words) for line, words in spec.items()}

@@ -13,37 +13,28 @@ from nm_permute_plugin.specs.spec import Spec
 
 
 def conv1d(name: str, words: str) -> Spec:
-    """
-    Give the lines of a linear that stores its weight as [in, out].
-
-    :param words: [out, in] all the same
-    """
+    """Give a linear's lines from its words [out, in]; it stores its weight as [in, out]."""
     out, into = words.split()
     return {f"{name}.weight": f"{into} {out}", f"{name}.bias": out}
 
 
-GPT2_LAYER: Spec = {
-    "{ln_1,ln_2}.{weight,bias}": "residual",
-    **conv1d("attn.c_attn", "_:heads+_+value.{i} residual"),
-    **conv1d("attn.c_proj", "residual value.{i}:heads"),
-    **conv1d("mlp.c_fc", "hidden.{i} residual"),
-    **conv1d("mlp.c_proj", "residual hidden.{i}"),
-}
 GPT2_DECODER: Spec = {
     "{wte,wpe}.weight": "_ residual",
-    **under("h.{i}.", GPT2_LAYER),
+    "h.{i}.{ln_1,ln_2}.{weight,bias}": "residual",
+    **conv1d("h.{i}.attn.c_attn", "_:heads+_+value.{i} residual"),
+    **conv1d("h.{i}.attn.c_proj", "residual value.{i}:heads"),
+    **conv1d("h.{i}.mlp.c_fc", "hidden.{i} residual"),
+    **conv1d("h.{i}.mlp.c_proj", "residual hidden.{i}"),
     "ln_f.{weight,bias}": "residual",
 }
 
-OPT_LAYER: Spec = {
-    "{self_attn,final}_layer_norm.{weight,bias}?": "residual",
-    **under("self_attn.", attention("{q,k}_proj", "v_proj", "out_proj", bias="?")),
-    **mlp("fc1", "fc2", bias="?"),
-}
+ATTENTION: Spec = attention("{q,k}_proj", "v_proj", "out_proj", bias="?")
 OPT_DECODER: Spec = {
     "embed_tokens.weight": "_ residual",
     "embed_positions.weight": "_ residual",
-    **under("layers.{i}.", OPT_LAYER),
+    "layers.{i}.{self_attn,final}_layer_norm.{weight,bias}?": "residual",
+    **under("layers.{i}.self_attn.", ATTENTION),
+    **under("layers.{i}.", mlp("fc1", "fc2", bias="?")),
     # Absent in the 350M model, which norms after the sum.
     "final_layer_norm.{weight,bias}?": "residual",
 }
@@ -64,14 +55,9 @@ def opt(config: Any) -> Spec:
     return {**under("model.decoder.", lines), "lm_head.weight": head}
 
 
+GPT2_TRUNK: Spec = under("transformer.", GPT2_DECODER)
 GPT2_CLASSES: dict[str, Spec] = {
-    "GPT2LMHeadModel": {
-        **under("transformer.", GPT2_DECODER),
-        "lm_head.weight": "_ residual",
-    },
-    "GPT2ForSequenceClassification": {
-        **under("transformer.", GPT2_DECODER),
-        "score.weight": "_ residual",
-    },
+    "GPT2LMHeadModel": {**GPT2_TRUNK, "lm_head.weight": "_ residual"},
+    "GPT2ForSequenceClassification": {**GPT2_TRUNK, "score.weight": "_ residual"},
     "GPT2Model": output_fixed(GPT2_DECODER),
 }

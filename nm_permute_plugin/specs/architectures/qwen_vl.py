@@ -1,12 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Qwen2-VL and Qwen2.5-VL: a tower of images that writes into a language model."""
 
-from nm_permute_plugin.specs.architectures.building import (
-    linear,
-    mlp,
-    of_tower,
-    under,
-)
+from nm_permute_plugin.specs.architectures.building import linear, mlp, of_tower, under
 from nm_permute_plugin.specs.architectures.llama import MLP as GATED_MLP
 from nm_permute_plugin.specs.architectures.llama import decoder
 from nm_permute_plugin.specs.spec import Spec

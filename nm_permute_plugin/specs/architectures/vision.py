@@ -17,15 +17,13 @@ EMBEDDINGS: Spec = {
 }
 LABELS: Spec = linear("classifier?", "_ residual")
 
-VIT_LAYER: Spec = {
-    "layernorm_{before,after}.{weight,bias}": "residual",
-    **under("attention.", attention("{q,k}_proj", "v_proj", "o_proj", bias="?")),
-    **under("mlp.", mlp("fc1", "fc2")),
-}
+VIT_ATTENTION: Spec = attention("{q,k}_proj", "v_proj", "o_proj", bias="?")
 VIT: Spec = {
     **EMBEDDINGS,
     "embeddings.{mask_token,distillation_token}?": "_ _ residual",
-    **under("layers.{i}.", VIT_LAYER),
+    "layers.{i}.layernorm_{before,after}.{weight,bias}": "residual",
+    **under("layers.{i}.attention.", VIT_ATTENTION),
+    **under("layers.{i}.mlp.", mlp("fc1", "fc2")),
     "layernorm.{weight,bias}": "residual",
 }
 VIT_WITHOUT_HEAD: Spec = output_fixed({**VIT, **linear("pooler.dense?", "_ residual")})
@@ -49,12 +47,12 @@ DINOV2: Spec = {
 }
 
 # One layer of both towers of CLIP and of SigLIP.
-CLIP_LAYER: Spec = {
-    "{layer_norm1,layer_norm2}.{weight,bias}": "residual",
-    **under("self_attn.", attention("{q,k}_proj", "v_proj", "out_proj")),
-    **under("mlp.", mlp("fc1", "fc2")),
+CLIP_ATTENTION: Spec = attention("{q,k}_proj", "v_proj", "out_proj")
+LAYERS: Spec = {
+    "encoder.layers.{i}.{layer_norm1,layer_norm2}.{weight,bias}": "residual",
+    **under("encoder.layers.{i}.self_attn.", CLIP_ATTENTION),
+    **under("encoder.layers.{i}.mlp.", mlp("fc1", "fc2")),
 }
-LAYERS: Spec = under("encoder.layers.{i}.", CLIP_LAYER)
 PATCHES: Spec = {
     **LAYERS,
     **linear("embeddings.patch_embedding", "residual _ _ _", bias="?"),

@@ -240,7 +240,7 @@ def said(
 
 
 def _recipe(scheme: Mapping[str, object]) -> str:
-    order = {"method": "search", "search_rounds": 1}
+    order = {"method": "search", "search": {"rounds": 1}}
     stage = {"permutation_modifiers": {"LearnablePermutationModifier": order}}
     if scheme:
         fields = {**scheme, "ignore": ["lm_head"]}

@@ -105,7 +105,7 @@ def sparse(
     oneshot(
         model=model_class.from_pretrained(folder / "source", dtype="auto"),
         tokenizer=tokenizer,
-        recipe=[Modifier(method="search", search_rounds=1, ignore=ignore)],
+        recipe=[Modifier(method="search", search={"rounds": 1}, ignore=ignore)],
         dataset=Dataset.from_dict({"input_ids": rows}),
         max_seq_length=32,
         num_calibration_samples=len(rows),

@@ -1,16 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint's own class of transformers, and what that takes."""
+"""Open a model's folder: its class, what that takes, its weights, its image processor."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import transformers
+from torch import nn
 from transformers import AutoConfig
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+"""A name that transformers may look up on the Hugging Face hub: ``ORGANISATION/NAME``."""
+
+
+def must_be_model(name: str | Path) -> None:
+    """
+    See that a name is the folder of a model, or may be a model of the hub.
+
+    :raises FileNotFoundError: if it is neither
+    """
+    if (Path(name) / "config.json").is_file():
+        return
+    if Path(name).exists():
+        raise FileNotFoundError(f"{name} holds no checkpoint (no config.json)")
+    if not HUB_NAME.fullmatch(str(name)):
+        raise FileNotFoundError(
+            f"{name} does not exist; give a model's folder, or its name on the Hugging "
+            "Face hub as ORGANISATION/NAME"
+        )
 
 
 def model_class(folder: str | Path) -> Any:
     """
-    The class of transformers that a checkpoint's config names.
+    Find the class of transformers that a checkpoint's config names.
 
     :raises ValueError: if it names none
     """
@@ -22,6 +45,28 @@ def model_class(folder: str | Path) -> Any:
             f"{names}"
         )
     return kind
+
+
+def load_checkpoint(checkpoint: str | Path, device: str) -> nn.Module:
+    """Load a model as it is on disk, sparse formats included, ready to be run."""
+    model = model_class(checkpoint).from_pretrained(checkpoint, dtype="auto")
+    loaded: nn.Module = model.to(device).eval()
+    return loaded
+
+
+def image_processor(folder: str | Path) -> Any:
+    """
+    Load what turns images into a checkpoint's pixels; torchvision is not needed.
+
+    :raises ValueError: if the checkpoint has none
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(folder, backend="pil")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} has no image processor (preprocessor_config.json), which says how "
+            "images become pixels; copy it from the model's original folder"
+        ) from error
 
 
 def refuse_images_for(folder: str | Path) -> None:
@@ -36,7 +81,7 @@ def refuse_images_for(folder: str | Path) -> None:
         raise ValueError(f"{kind.__name__} takes no images; give --text FILE instead")
     if "text" in takes:
         raise ValueError(
-            f"{kind.__name__} takes text with its images, and pictures alone say nothing "
+            f"{kind.__name__} takes text with its images, and images alone say nothing "
             "to it: give --text FILE, or call llmcompressor.oneshot with samples of the "
             "model's processor"
         )

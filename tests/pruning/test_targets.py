@@ -4,12 +4,9 @@
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model, PreTrainedModel
 
-from nm_permute_plugin.modifiers.targets import (
-    DEFAULT_IGNORE,
-    match_linears,
-    transposed_of,
-)
+from nm_permute_plugin.pruning.targets import match_linears, transposed_of
 
+DEFAULT_IGNORE = ["lm_head"]
 SIZES = {"vocab_size": 48, "n_embd": 32, "n_layer": 2, "n_head": 4}
 CONV1D = [
     f"h.{i}.{name}"

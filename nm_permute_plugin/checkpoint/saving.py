@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Save a transformers model so that its checkpoint is finished before it can be read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import distributed
+
+from nm_permute_plugin.checkpoint import transaction
+from nm_permute_plugin.checkpoint.model_card import keep_foreign_card
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_MARK = "saved"
+_REPLACED = ("config.json", "model*.safetensors", "model*.safetensors.index.json")
+
+
+def save_checkpoint(
+    model: PreTrainedModel,
+    folder: str | Path,
+    finish: Callable[[Path], None],
+    save: Callable[..., None] | None = None,
+    **save_options: object,
+) -> None:
+    """
+    Saves a model, finishes its checkpoint, and only then puts it into the folder.
+
+    Where saving or ``finish`` fails, the folder holds what it held before. Files of an
+    older save are replaced, other files in the folder stay.
+
+    :param finish: is called with the directory of the saved checkpoint
+    :param save: writes the model to a directory; by default ``model.save_pretrained``
+    :param save_options: go to ``save``
+    :raises ValueError: for ``push_to_hub``, which would upload what is not finished
+    """
+    if save_options.get("push_to_hub"):
+        raise ValueError(
+            "save_pretrained(push_to_hub=True) would upload the checkpoint before "
+            "it is finished and checked; save it, then upload the folder"
+        )
+    save = save or model.save_pretrained
+    target = Path(folder).resolve()
+    if distributed.is_available() and distributed.is_initialized():
+        first = distributed.get_rank() == 0
+    else:
+        first = True
+    inside = transaction.is_unfinished(target)  # whoever made it puts it in its place
+    if inside or not first:
+        fresh = target if inside else transaction.unfinished(target, _MARK)
+        save(fresh, **save_options)
+        if first:
+            finish(fresh)
+        return
+    with transaction.directory(target, _stays, _MARK) as fresh:
+        save(fresh, **save_options)
+        finish(fresh)
+        keep_foreign_card(target, fresh)
+
+
+def _stays(name: str) -> bool:
+    """Tells whether a file of an older checkpoint stays beside the new one's."""
+    return not any(fnmatch(name, pattern) for pattern in _REPLACED)

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several commands share: options, reading text, printing tables, errors."""
+
+import dis
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer import Argument, Option
+from typer.core import TyperGroup
+
+Device = Annotated[
+    str | None, Option(help="Where the model runs: cpu or cuda; a GPU if there is one.")
+]
+Model = Annotated[
+    str,
+    Argument(
+        metavar="MODEL",
+        help="Folder of the dense model, or its name on the Hugging Face hub.",
+    ),
+]
+
+MENDABLE = (ValueError, OSError, ModuleNotFoundError)
+"""Errors of these classes come from what was given, so one line says all."""
+
+OUT_OF_MEMORY = "use a smaller --batch-size, or --device cpu"
+PRUNE_OUT_OF_MEMORY = (
+    "set micro_batch_size: 1, gradient_checkpointing: true or objective: layer_wise in "
+    "the recipe; a model that fills the device by itself is pruned by "
+    "llmcompressor.oneshot, which can offload it"
+)
+
+
+class Commands(TyperGroup):
+    """Commands whose mendable errors are one line, unless ``--debug`` is given."""
+
+    def invoke(self, ctx: Any) -> Any:  # a class that typer keeps to itself
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            line = _one_line(error, ctx.invoked_subcommand)
+            if line is None or ctx.params["debug"]:
+                raise
+            typer.echo(f"error: {line}", err=True)
+            raise typer.Exit(1) from error
+
+
+def _one_line(error: Exception, command: str | None) -> str | None:
+    """Say what a person can mend; None for an internal error, which needs a traceback."""
+    text = str(error)
+    # By its name: torch may not be imported yet.
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator" in text
+    ):
+        remedy = PRUNE_OUT_OF_MEMORY if command == "prune" else OUT_OF_MEMORY
+        said = ". ".join(text.split(". ")[:2]) or "out of memory"
+        return f"{said}: {remedy}"
+    return text if isinstance(error, MENDABLE) or _is_refusal(error) else None
+
+
+def _is_refusal(error: Exception) -> bool:
+    """
+    Whether a ``raise`` in this package refused the work with a RuntimeError.
+
+    Inside of an operator of torch, the last frame is this package's as well, but does not
+    stand at a ``raise``.
+    """
+    trace = error.__traceback__
+    if trace is None or type(error) not in (RuntimeError, NotImplementedError):
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get("__name__", "")
+    instruction = trace.tb_frame.f_code.co_code[trace.tb_lasti]
+    ours = module.partition(".")[0] == __name__.partition(".")[0]
+    return ours and dis.opname[instruction] == "RAISE_VARARGS"
+
+
+def find_device(asked: str | None) -> str:
+    """
+    Return the device that was asked for, or a GPU if there is one, or the CPU.
+
+    :raises ValueError: if there is no such device
+    """
+    import torch
+
+    if asked is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(asked)
+    except RuntimeError as error:
+        raise ValueError(f"--device {asked} is no device; give cpu or cuda") from error
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(
+            f"--device {asked}: torch finds {count} CUDA devices here; leave out "
+            "--device, or give cpu"
+        )
+    return asked
+
+
+def one_kind(text: list[Path] | None, images: Path | None, what: str) -> None:
+    """
+    See that there is text, or images, and not both.
+
+    :raises ValueError: if it is not so
+    """
+    if not text and images is None:
+        raise ValueError(f"{what}: --text FILE, once or more, or --images FOLDER")
+    if text and images is not None:
+        raise ValueError(
+            "--text and --images are for different models; give one of them"
+        )
+
+
+def read_text(files: list[Path]) -> str:
+    """
+    Join the text of files, with an empty line between them.
+
+    :raises FileNotFoundError: if one does not exist
+    :raises ValueError: if one is empty, or is not UTF-8
+    """
+    texts = []
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"text file {file} does not exist")
+        try:
+            content = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"text file {file} is no UTF-8 text: {error}") from error
+        if not content.strip():
+            raise ValueError(f"text file {file} is empty")
+        texts.append(content)
+    return "\n\n".join(texts)
+
+
+def print_table(table: str) -> None:
+    """Draw a Markdown table on a terminal, and print it as it is to a program."""
+    if not sys.stdout.isatty():
+        typer.echo(table)
+        return
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    Console().print(Markdown(table))

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``nm-permute verify``: check that a checkpoint is whole and sparse."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+from nm_permute_plugin.cli.common import print_table
+
+
+def verify(
+    checkpoint: Annotated[Path, Argument(help="Folder of the checkpoint.")],
+    pattern: Annotated[
+        str | None,
+        Option(help="Demand this pattern of every matrix, '2:4' for example."),
+    ] = None,
+) -> None:
+    """Check that a checkpoint is whole, and as sparse as its config promises."""
+    from nm_permute_plugin.checkpoint.verify import verify as verify_checkpoint
+    from nm_permute_plugin.maths.pattern import NMPattern
+
+    demanded = NMPattern.parse(pattern) if pattern else None
+    report = verify_checkpoint(checkpoint, pattern=demanded)
+    lines = [
+        "| module | format | dtype | shape | zeros | sparse |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in report.rows:
+        shape = " x ".join(map(str, row.shape))
+        dtype = str(row.dtype).removeprefix("torch.")
+        sparse = "yes" if row.sparse else "no"
+        cells = [row.module, row.format, dtype, shape, f"{row.zeros:.1%}", sparse]
+        lines.append(f"| {' | '.join(cells)} |")
+    print_table("\n".join(lines))
+    for fault in report.faults:
+        typer.echo(f"fault: {fault.file} {fault.tensor}: {fault.message}", err=True)
+    if not report.good:
+        raise typer.Exit(1)
+    typer.echo(f"{checkpoint}: {len(report.rows)} matrices, no fault")

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run on a model in memory, from its settings to its checkpoint, without a recipe."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from loguru import logger
+from torch import nn
+
+from nm_permute_plugin.checkpoint.finish import Finish
+from nm_permute_plugin.checkpoint.model_card import Card
+from nm_permute_plugin.checkpoint.saved_names import saved_names
+from nm_permute_plugin.checkpoint.saving import save_checkpoint
+from nm_permute_plugin.pruning.data import Data
+from nm_permute_plugin.pruning.pipeline import (
+    Record,
+    permute_and_prune,
+    refuse_inexact,
+)
+from nm_permute_plugin.pruning.settings import Settings
+from nm_permute_plugin.pruning.targets import (
+    base_model_of,
+    match_linears,
+    refuse_packed,
+    refuse_tied,
+    transposed_of,
+)
+from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
+from nm_permute_plugin.specs.exactness import check_on_few_layers
+from nm_permute_plugin.specs.fold import Write, write_in_place
+from nm_permute_plugin.specs.spec import ResolvedSpec, resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+VERSIONED = (
+    "nm-permute-plugin",
+    "llmcompressor",
+    "compressed-tensors",
+    "transformers",
+    "torch",
+)
+"""The packages whose versions the record and the card of a checkpoint tell."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    What a run will do to a model: everything that is known before any data is read.
+
+    :param prunable: the linears to prune
+    :param resolved: which axes move together
+    :param saved: what the pruned linears are called on disk
+    :param transposed: those of ``saved`` that are stored as [in, out]
+    :param base_model: the hub name of the model, or the name of its folder
+    """
+
+    prunable: list[str]
+    resolved: ResolvedSpec
+    saved: list[str]
+    transposed: list[str]
+    base_model: str
+
+    @classmethod
+    def of(cls, model: nn.Module, settings: Settings) -> "Plan":
+        """
+        Match the targets and resolve the spec.
+
+        :param model: a transformers model
+        :raises ValueError: for a target, a spec or a format that does not fit the
+            model, and for an architecture that is not known
+        """
+        prunable = match_linears(model, settings.targets, settings.ignore)
+        refuse_tied(model, prunable)
+        spec = settings.spec if settings.spec is not None else spec_of(model)
+        head_dim = head_dim_of(cast(Any, model).config)
+        resolved = resolve(model, spec, settings.pattern, prunable, head_dim)
+        transposed = transposed_of(model, prunable, settings.format)
+        hosted = cast("PreTrainedModel", model)
+        return cls(
+            prunable,
+            resolved,
+            saved_names(hosted, prunable),
+            saved_names(hosted, transposed),
+            base_model_of(model),
+        )
+
+    def log(self, settings: Settings) -> None:
+        """Say which space orders the inputs of which linears."""
+        for line in self.resolved.listing(settings.spaces):
+            logger.info(line)
+
+    def try_spec(
+        self, model: nn.Module, settings: Settings, data: Data, write: Write
+    ) -> None:
+        """
+        Try a spec of the settings' own with random permutations, before any work.
+
+        A copy of the model's class with few layers is tried in float64, where no rounding
+        hides a small mistake, then the model itself.
+
+        :raises RuntimeError: if a fold changes the function of the model
+        """
+        if settings.spec is not None:
+            check_on_few_layers(model, settings.spec, settings.pattern)
+            refuse_inexact(model, self.resolved, data.train[0], write)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """
+    What ``prune`` did to a model, and all that its checkpoint needs.
+
+    :param promised: the modules that follow the pattern in the checkpoint
+    """
+
+    settings: Settings
+    plan: Plan
+    record: Record
+    promised: Sequence[str]
+
+    def finish(self) -> Finish:
+        """What is left to do with each checkpoint of the model."""
+        versions = {name: v for name in VERSIONED if (v := _version(name))}
+        record, plan = self.record, self.plan
+        card = Card(
+            base_model=plan.base_model,
+            pattern=self.settings.pattern,
+            pruned=list(self.promised),
+            fold_error=record.fold_error,
+            retained=record.retained,
+            history=record.history,
+            versions=versions,
+            transposed=plan.transposed,
+        )
+        report = {
+            "modifier": self.settings.model_dump(),
+            "versions": versions,
+            "pruned": list(self.promised),
+            "transposed": plan.transposed,
+            "fold_error": record.fold_error,
+            "retained": record.retained,
+            "seconds": record.seconds,
+            "history": record.history,
+            "recovered": [asdict(stage) for stage in record.recovered],
+        }
+        return Finish(self.settings.format, card, record.perms, report)
+
+
+def prune(model: nn.Module, data: Data, settings: Settings | None = None) -> Pruned:
+    """
+    Permute and prune a transformers model in memory, in place.
+
+    >>> import torch
+    >>> import nm_permute_plugin as nmp
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> size = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+    >>> heads = dict(num_attention_heads=4, num_key_value_heads=2, vocab_size=64)
+    >>> model = LlamaForCausalLM(LlamaConfig(**size, **heads)).eval()
+    >>> tokens = torch.randint(64, (12, 32))
+    >>> data = nmp.read_samples(model, [{"input_ids": tokens}], batch_size=4)
+    >>> pruned = nmp.prune(model, data, nmp.Settings(method="search"))
+    >>> weight = model.model.layers[0].mlp.down_proj.weight
+    >>> float((weight == 0).float().mean())
+    0.5
+
+    :param data: of ``read_samples``
+    :param settings: the defaults of a recipe if None
+    :raises ValueError: as ``Plan.of`` and ``permute_and_prune``
+    :raises RuntimeError: if the fold changes the function of the model
+    """
+    settings = settings or Settings()
+    plan = Plan.of(model, settings)
+    refuse_packed(plan.resolved)
+    plan.log(settings)
+    plan.try_spec(model, settings, data, write_in_place)
+    record = permute_and_prune(model, plan.resolved, plan.prunable, data, settings)
+    return Pruned(settings, plan, record, plan.saved if settings.prune else [])
+
+
+def save(model: nn.Module, folder: str | Path, pruned: Pruned) -> None:
+    """
+    Save a model that ``prune`` pruned: check it, store it as asked, describe it.
+
+    The folder holds what it held before until everything is written. Save the tokenizer
+    into it as ever.
+
+    :raises ValueError: if a pruned module does not follow the pattern any more
+    """
+    save_checkpoint(cast("PreTrainedModel", model), folder, pruned.finish())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which modules the settings mean, and which cannot be pruned."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from nm_permute_plugin.checkpoint.config import AskedFormat, matches
+from nm_permute_plugin.pruning.settings import Settings
+from nm_permute_plugin.specs.conv1d import CONV1D, is_linear, is_transposed
+from nm_permute_plugin.specs.spec import ResolvedSpec
+
+
+def match_linears(
+    model: nn.Module, targets: Sequence[str], ignore: Sequence[str]
+) -> list[str]:
+    """
+    The names of the linears to prune; the target ``Linear`` means Conv1D as well.
+
+    :param targets: module names, class names, or ``re:`` patterns
+    :param ignore: likewise, the modules that stay dense
+    :raises ValueError: if a target or an ignore matches nothing, if a target is no
+        linear, or if nothing is left
+    """
+    modules = dict(model.named_modules())
+    if "Linear" in targets and any(map(is_transposed, modules.values())):
+        has_linears = any(_means("Linear", n, m) for n, m in modules.items())
+        targets = [t for t in targets if has_linears or t != "Linear"] + [CONV1D]
+    example = max(modules, key=lambda name: name.count("."))
+    default = Settings.model_fields["ignore"].default
+    for entry in ignore if tuple(ignore) != default else ():
+        if not any(_means(entry, n, m) for n, m in modules.items()):
+            raise ValueError(
+                f"ignore pattern {entry!r} matches no module of the model; module "
+                f"names look like {example!r}, patterns start with 're:'"
+            )
+    for entry in targets:
+        if not any(_means(entry, n, m) for n, m in modules.items()):
+            raise ValueError(
+                f"target {entry!r} matches no module of the model; use 'Linear', a "
+                f"name like {example!r}, or a pattern that starts with 're:'"
+            )
+    matched = [
+        name
+        for name, module in modules.items()
+        if any(_means(entry, name, module) for entry in targets)
+        and not any(_means(entry, name, module) for entry in ignore)
+    ]
+    for name in matched:
+        if not is_linear(modules[name]):
+            raise ValueError(
+                f"target {name} is a {type(modules[name]).__name__}; only Linear and "
+                "Conv1D modules can be pruned N:M. Narrow `targets`, or add it to "
+                "`ignore`."
+            )
+    if not matched:
+        raise ValueError(
+            f"`ignore` {list(ignore)} takes away all that `targets` {list(targets)} "
+            "matches"
+        )
+    return matched
+
+
+def refuse_tied(model: nn.Module, names: Sequence[str]) -> None:
+    """
+    Refuse to prune a table of embeddings under another name.
+
+    :raises ValueError: if one of the modules shares its weight with embeddings
+    """
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for name in names:
+        if id(model.get_submodule(name).weight) in tables:
+            raise ValueError(
+                f"{name} shares its weight with the embeddings, which would be pruned "
+                f"with it; add {name!r} to `ignore`, or untie them"
+            )
+
+
+def refuse_packed(resolved: ResolvedSpec) -> None:
+    """
+    Refuse packed stacks of experts, which would stay dense in silence.
+
+    :raises ValueError: naming the first
+    """
+    for parameter in resolved.parameters:
+        if parameter.packed:
+            raise ValueError(
+                f"{parameter.names[0]} packs the weights of experts, and N:M masks are "
+                "for Linear modules. `oneshot` unpacks it; without, call llm-compressor's "
+                "linearize_moe(model) first."
+            )
+
+
+def transposed_of(
+    model: nn.Module, names: Sequence[str], asked: AskedFormat = "auto"
+) -> list[str]:
+    """
+    Those of the linears that are stored as [in, out], which no sparse format holds.
+
+    :param asked: the format of the settings
+    :raises ValueError: if it is a sparse one, and there are such linears
+    """
+    found = [name for name in names if is_transposed(model.get_submodule(name))]
+    if found and asked not in ("auto", "dense"):
+        raise ValueError(
+            f"format {asked} cannot hold {found[0]}: it is a Conv1D, which stores its "
+            "weight as [in, out], and sparse formats hold [out, in]. Use format: dense, "
+            "or leave `format` out."
+        )
+    return found
+
+
+def base_model_of(model: Any) -> str:
+    """The hub name of a model, or the name of its folder; no path of this machine."""
+    name = str(getattr(model, "name_or_path", "") or type(model).__name__)
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
+def _means(entry: str, name: str, module: nn.Module) -> bool:
+    """Whether an entry of a list of targets means a module, by its name or its classes."""
+    return any(matches(entry, name, kind.__name__) for kind in type(module).__mro__)

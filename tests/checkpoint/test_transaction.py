@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A directory appears whole or not at all, on every kind of file system."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from nm_permute_plugin.checkpoint import transaction
+
+
+def everything(name: str) -> bool:
+    return True
+
+
+def content_of(folder: Path) -> dict[str, str]:
+    """The text of every file, by its path in the folder."""
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): file.read_text() for file in files}
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    """A directory with an old config, a file and a folder."""
+    path = tmp_path / "target"
+    (path / "more").mkdir(parents=True)
+    for name in ("config.json", "notes.txt", "more/file"):
+        (path / name).write_text("old")
+    return path
+
+
+def fill(fresh: Path) -> None:
+    for name in ("config.json", "weights"):
+        (fresh / name).write_text("new")
+
+
+KEPT = {"config.json": "new", "weights": "new", "notes.txt": "old", "more/file": "old"}
+
+
+def test_a_new_directory_appears_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "a" / "b"
+    with transaction.directory(target) as fresh:
+        fill(fresh)
+        assert not target.exists()
+        assert transaction.is_unfinished(fresh)
+    assert content_of(tmp_path) == {"a/b/config.json": "new", "a/b/weights": "new"}
+
+
+def test_nothing_of_the_old_stays_unless_it_is_kept(target: Path) -> None:
+    with transaction.directory(target, lambda name: name != "more") as fresh:
+        fill(fresh)
+    expected = {name: text for name, text in KEPT.items() if name != "more/file"}
+    assert content_of(target) == expected
+    with transaction.directory(target) as fresh:
+        fill(fresh)
+    assert content_of(target) == {"config.json": "new", "weights": "new"}
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_an_error_leaves_the_old_as_it_was(target: Path) -> None:
+    before = content_of(target)
+
+    def interrupted() -> None:
+        with transaction.directory(target) as fresh:
+            fill(fresh)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert content_of(target) == before
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_what_a_killed_run_left_is_cleared_away(target: Path) -> None:
+    left = transaction.unfinished(target, "mark")
+    left.mkdir()
+    (left / "half").write_text("x")
+    with transaction.directory(target, everything, "mark") as fresh:
+        assert fresh == left
+        fill(fresh)
+    assert content_of(target) == KEPT
+
+
+def test_files_are_copied_where_they_cannot_be_linked(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: object, to: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    (target / "link").symlink_to("nowhere")
+    monkeypatch.setattr(os, "link", refuse)
+    with transaction.directory(target, everything) as fresh:
+        fill(fresh)
+    assert content_of(target) == KEPT
+    assert os.readlink(target / "link") == "nowhere"
+
+
+def test_a_target_that_cannot_be_renamed_is_filled(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == target)
+    inode = target.stat().st_ino
+    with transaction.directory(target, everything) as fresh:
+        assert fresh.parent == target
+        fill(fresh)
+    assert content_of(target) == KEPT
+    with transaction.directory(target, lambda name: name == "more") as fresh:
+        (fresh / "config.json").write_text("newer")
+    assert content_of(target) == {"config.json": "newer", "more/file": "old"}
+    assert target.stat().st_ino == inode
+
+
+def test_a_link_to_another_file_is_not_written_through(target: Path) -> None:
+    with transaction.directory(target) as fresh:
+        transaction.take(target, fresh, everything, link=True)
+        transaction.write_json(fresh / "config.json", {})
+        assert (target / "config.json").read_text() == "old"
+    assert (target / "config.json").read_text() == "{}\n"
+
+
+def test_what_may_not_be_replaced_is_refused(target: Path, tmp_path: Path) -> None:
+    transaction.refuse_occupied(tmp_path / "new")
+    transaction.refuse_occupied(target, overwrite=True)
+    with pytest.raises(FileExistsError, match="target exists and is not an empty fold"):
+        transaction.refuse_occupied(target)
+    with pytest.raises(FileExistsError, match=r"notes.txt exists and is not an empty"):
+        transaction.refuse_occupied(target / "notes.txt", overwrite=True)

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model's folder opens in its own class and dtype; what is no model is named."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nm_permute_plugin.evaluation.pretrained import (
+    image_processor,
+    load_checkpoint,
+    must_be_model,
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_checkpoint_is_read_in_its_own_dtype(
+    tiny_checkpoint, dtype: torch.dtype
+) -> None:
+    model = load_checkpoint(tiny_checkpoint(dtype=dtype), "cpu")
+    assert model.dtype == dtype
+    assert not model.training
+
+
+def test_a_checkpoint_without_a_processor_is_named(image_checkpoint) -> None:
+    folder = image_checkpoint()
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(ValueError, match="dense has no image processor"):
+        image_processor(folder)
+
+
+def test_a_folder_or_a_name_of_the_hub_may_be_a_model(tiny_checkpoint) -> None:
+    must_be_model(tiny_checkpoint())
+    must_be_model("Qwen/Qwen3-0.6B")
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./no/where", "/no/where", "a/b/c", "~/a"])
+def test_what_cannot_be_a_model_comes_with_both_ways(name: str) -> None:
+    with pytest.raises(FileNotFoundError, match=r"does not exist.* ORGANISATION/NAME"):
+        must_be_model(name)
+
+
+def test_a_folder_without_a_model_is_no_name_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"a/b holds no checkpoint"):
+        must_be_model("a/b")
