@@ -15,6 +15,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 
 from methods import Change, for_all, settings_of
 from nm_permute_plugin.maths.sinkhorn import annealed
-from nm_permute_plugin.pruning.data import split_text
+from nm_permute_plugin.pruning.data import Batch, split_text
 from nm_permute_plugin.pruning.learn.loop import Learner, learn
 from nm_permute_plugin.pruning.learn.multipliers import MultipliedMask
 from nm_permute_plugin.pruning.learn.swaps import GroupedMask
@@ -66,7 +67,7 @@ def noise(subject: Started, args: argparse.Namespace) -> Rows:
         with frozen(problem.model), torch.enable_grad():
             backward = Backward(
                 problem.teacher,
-                lambda masks=masks: masks,
+                partial(dict, masks),
                 problem.data.train,
                 subject.settings.memory,
                 use_graph=False,
@@ -146,11 +147,11 @@ def transfer(subject: Started, args: argparse.Namespace) -> Rows:
     validation = problem.data.validation
     count = sum(len(batch["input_ids"]) for batch in validation)
     rows = text_rows(args.model, [args.other], count, args.sequence_length)
-    other = [
+    other: list[Batch] = [
         {"input_ids": torch.stack(rows[i : i + size])}
         for i in range(0, len(rows), size)
     ]
-    texts = {
+    texts: dict[str, list[Batch]] = {
         "trained on": problem.data.train[: len(validation)],
         "validation": validation,
         args.other.stem: other,

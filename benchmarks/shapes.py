@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             },
         }
     )
-    batches = [{"input_ids": ids}]
+    batches: list[Batch] = [{"input_ids": ids}]
     data = TimedData(batches, batches, new=args.steps + 1)
 
     def prepared() -> Problem:

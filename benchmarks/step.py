@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from methods import prunable
-from nm_permute_plugin.pruning.data import Data
+from nm_permute_plugin.pruning.data import Batch, Data
 from nm_permute_plugin.pruning.learn.loop import LEARNERS
 from nm_permute_plugin.pruning.problem import Problem, Solution
 from nm_permute_plugin.pruning.running.backward import Backward
@@ -132,7 +132,7 @@ def _problem(
     linears = prunable(model)
     head_dim = model.config.hidden_size // model.config.num_attention_heads
     resolved = resolve(model, LLAMA, settings.pattern, linears, head_dim)
-    batches = [{"input_ids": ids}]
+    batches: list[Batch] = [{"input_ids": ids}]
     data = Data(batches, batches)
     return Problem.prepare(model, resolved, linears, data, settings), settings
 
