@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from methods import DEFAULT as METHODS
-from methods import Change, for_all, is_random, settings_of, unread
+from methods import changes_of, is_random, settings_of
 from nm_permute_plugin.evaluation.pretrained import model_class
 from nm_permute_plugin.pruning.data import Data
 from nm_permute_plugin.pruning.pipeline import Record, permute_and_prune
@@ -71,10 +71,6 @@ def compare(
     :param measure: the same figures of a pruned checkpoint
     :raises ValueError: for a change of settings that no method reads
     """
-    for change in unread(args.methods, [Change.parse(text) for text in args.set]):
-        raise ValueError(
-            f"--set {change}: none of the methods {', '.join(args.methods)} reads it"
-        )
     results = _resumed(args)
     done = {(r["pattern"], r["method"], r["seed"]) for r in results}
     for pattern in args.patterns:
@@ -109,8 +105,7 @@ def _settings(
         "validation.share": args.validation_share,
         "learn.steps": args.steps,
     }
-    changes = [*for_all(short), *(Change.parse(text) for text in args.set)]
-    return settings_of(method, changes)
+    return settings_of(method, changes_of(args.methods, short, args.set))
 
 
 def _run(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from methods import Change, for_all, settings_of
+from methods import changes_of, settings_of
 from nm_permute_plugin.maths.sinkhorn import annealed
 from nm_permute_plugin.pruning.data import Batch, split_text
 from nm_permute_plugin.pruning.learn.loop import Learner, learn
@@ -260,8 +260,8 @@ def _settings(args: argparse.Namespace) -> Settings:
         "learn.steps": args.steps,
         "learn.stages": ["swaps", "multipliers"] if args.question == "noise" else None,
     }
-    changes = [*for_all(short), *(Change.parse(text) for text in args.set)]
-    return settings_of("amd" if args.question == "hardening" else "learned", changes)
+    method = "amd" if args.question == "hardening" else "learned"
+    return settings_of(method, changes_of([method], short, args.set))
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -179,6 +179,28 @@ def for_all(values: Mapping[str, object]) -> list[Change]:
     ]
 
 
+def changes_of(
+    names: Sequence[str], short: Mapping[str, object], texts: Iterable[str]
+) -> list[Change]:
+    """
+    The changes that a command line asks for.
+
+    :param names: the methods that will run
+    :param short: what options of their own say, as for ``for_all``
+    :param texts: what ``--set`` says, which replaces the others
+    :raises ValueError: for a text that changes nothing that one of the methods reads
+    """
+    asked = [Change.parse(text) for text in texts]
+    changes = [*for_all(short), *asked]
+    read = [change for name in names for change in _settings_and_read(name, changes)[1]]
+    for change in asked:
+        if change not in read:
+            raise ValueError(
+                f"--set {change}: nothing in {', '.join(names)} reads this setting"
+            )
+    return changes
+
+
 def settings_of(name: str, changes: Sequence[Change] = ()) -> Settings:
     """
     The settings of a method.
@@ -189,12 +211,6 @@ def settings_of(name: str, changes: Sequence[Change] = ()) -> Settings:
     """
     settings, _ = _settings_and_read(name, changes)
     return settings
-
-
-def unread(names: Iterable[str], changes: Sequence[Change]) -> list[Change]:
-    """The changes that none of the methods reads."""
-    read = [change for name in names for change in _settings_and_read(name, changes)[1]]
-    return [change for change in changes if change not in read]
 
 
 def is_random(method: str) -> bool:

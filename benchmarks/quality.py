@@ -25,11 +25,10 @@ from methods import (
     DEFAULT,
     METHODS,
     Change,
-    for_all,
+    changes_of,
     is_random,
     prune,
     settings_of,
-    unread,
 )
 from nm_permute_plugin.evaluation.perplexity import evaluate_checkpoint, tokenize
 from nm_permute_plugin.pruning.data import Row, split_text
@@ -58,10 +57,7 @@ def _measure(args: argparse.Namespace) -> Record:
 
     :raises ValueError: for a change of settings that no method reads
     """
-    for change in unread(args.methods, [Change.parse(text) for text in args.set]):
-        raise ValueError(
-            f"--set {change}: none of the methods {', '.join(args.methods)} reads it"
-        )
+    asked(args, seed=0)  # refuses before the work, not after
     torch.manual_seed(0)
     out = args.out or Path("quality.json")
     arguments = {k: str(v) for k, v in vars(args).items()}
@@ -89,8 +85,8 @@ def _measure(args: argparse.Namespace) -> Record:
                 continue
             result = _run(method, seed, rows, test, args)
             results.append(result)
-            looks = ("history", "recovered", "settings")
-            shown = {k: v for k, v in result.items() if k not in looks}
+            long = ("history", "recovered", "settings")
+            shown = {k: v for k, v in result.items() if k not in long}
             print(json.dumps(shown), flush=True)
             # After every run: what was measured survives an interruption.
             write(record, out)
@@ -107,7 +103,7 @@ def _run(
     """One method with one seed: prune, save, read back, measure."""
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
     model = model.to(args.device).eval()
-    settings = settings_of(method, changes_of(args, seed))
+    settings = settings_of(method, asked(args, seed))
     data = split_text(
         rows, settings.batch_size, settings.validation.share, settings.seed
     )
@@ -130,7 +126,7 @@ def _run(
     }
 
 
-def changes_of(args: argparse.Namespace, seed: int) -> list[Change]:
+def asked(args: argparse.Namespace, seed: int) -> list[Change]:
     """What the options say of the settings: ``--set`` above the short forms."""
     short = {
         "mask_structure": args.pattern,
@@ -140,7 +136,7 @@ def changes_of(args: argparse.Namespace, seed: int) -> list[Change]:
         "learn.steps": args.steps,
         "recover.end_to_end.steps": args.recover_steps,
     }
-    return [*for_all(short), *(Change.parse(text) for text in args.set)]
+    return changes_of(args.methods, short, args.set)
 
 
 def _perplexity(

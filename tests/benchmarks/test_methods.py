@@ -13,12 +13,12 @@ from methods import (
     METHODS,
     WAYS,
     Change,
+    changes_of,
     for_all,
     is_random,
     prunable,
     prune,
     settings_of,
-    unread,
 )
 from nm_permute_plugin.modifiers.fields import PermutationFields
 from nm_permute_plugin.pruning.data import split_text
@@ -137,7 +137,7 @@ def test_every_learned_method_takes_as_many_steps(
 def test_recipe_python_and_benchmark_have_the_same_defaults() -> None:
     recipe = PermutationFields().settings()
     args = quality.arguments(["MODEL", "--train", "a.txt", "--test", "b.txt"])
-    benchmark = settings_of("learned", quality.changes_of(args, seed=0))
+    benchmark = settings_of("learned", quality.asked(args, seed=0))
     # The protocol's text is long: it can spare a smaller share for validation.
     shared = Settings(validation={"share": 0.01})
     assert recipe == Settings() == settings_of("learned")
@@ -196,7 +196,7 @@ EFFECTIVE = {
 def test_readme_command_means_what_it_meant(method: str) -> None:
     args = quality.arguments([*README.split(), "--recover-steps", "600"])
     expected = EFFECTIVE[method] | {"seed": 2, "validation": {"share": 0.02}}
-    found = settings_of(method, quality.changes_of(args, seed=2))
+    found = settings_of(method, quality.asked(args, seed=2))
     assert found == Settings.model_validate(expected)
 
 
@@ -228,7 +228,12 @@ def test_changes_are_for_one_method_or_all_that_read_them() -> None:
     assert (plain.seed, recovered.seed) == (0, 5)
     assert settings_of("wanda", changes) == settings_of("wanda")
     assert settings_of("learned-order", changes).learn.swaps.share == 0.5
-    assert unread(["learned", "learned+end_to_end"], changes) == changes[3:]
+    both = ["learned", "learned+end_to_end"]
+    assert changes_of(both, {"seed": 1}, texts[:3])[1:] == changes[:3]
+    with pytest.raises(
+        ValueError, match="all.learn.swaps.share=0.5: nothing in learned"
+    ):
+        changes_of(both, {}, texts)
 
 
 @pytest.mark.parametrize(

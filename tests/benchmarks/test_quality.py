@@ -85,7 +85,7 @@ def test_model_and_texts_are_asked_for(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_change_that_nothing_reads_is_refused(run) -> None:
     change = "learned.learn.steps=3"
-    with pytest.raises(ValueError, match="none of the methods wanda reads it"):
+    with pytest.raises(ValueError, match="nothing in wanda reads this"):
         run("none.json", "--methods", "wanda", "--set", change)
 
 
