@@ -10,32 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from nm_permute_plugin.pruning.learn.order_shape import OrderShape
 from torch import nn
 
+from methods import DEFAULT as METHODS
+from methods import changes_of, is_random, settings_of
 from nm_permute_plugin.evaluation.pretrained import model_class
-from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.maths.scores import ScoreName
-from nm_permute_plugin.pruning.data import Samples
-from nm_permute_plugin.pruning.learn.loop import LearnSettings
-from nm_permute_plugin.pruning.pipeline import (
-    Method,
-    OrderSettings,
-    Record,
-    permute_and_prune,
-)
-from nm_permute_plugin.pruning.running.loss import LossWeights
+from nm_permute_plugin.pruning.data import Data
+from nm_permute_plugin.pruning.pipeline import Record, permute_and_prune
+from nm_permute_plugin.pruning.settings import Settings
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
 from nm_permute_plugin.specs.spec import resolve
 
-METHODS: dict[str, tuple[ScoreName, Method]] = {
-    "magnitude": ("magnitude", "identity"),
-    "wanda": ("wanda", "identity"),
-    "ria": ("ria", "identity"),
-    "search": ("wanda", "search"),
-    "learned": ("wanda", "learned"),
-}
-SEEDED = ("search", "learned")
 HEADS = ("pooler", "classifier")
 """In the names of linears that stay dense."""
 
@@ -48,29 +33,33 @@ def arguments(description: str | None, name: str) -> argparse.ArgumentParser:
     """The arguments of both; a script adds its own."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("model", type=Path, help="folder of the dense model")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--patterns", nargs="+", default=["2:4", "4:8"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--validation", type=float, default=0.1)
+    default = Settings()
+    share = default.validation.share
+    parser.add_argument("--validation-share", type=float, default=share)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--evaluate-every", type=int, default=20)
-    parser.add_argument("--multiplier-rate", type=float, default=0.01)
-    parser.add_argument("--divergence", type=float, default=1.0)
-    parser.add_argument("--cosine", type=float, default=0.0)
-    parser.add_argument("--hidden", type=float, default=0.0)
+    parser.add_argument("--steps", type=int, default=120, help="of every stage")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="METHOD.PATH=VALUE",
+        help="any other setting of a recipe, as in all.loss.cosine=1; see quality.py",
+    )
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--out", type=Path, default=Path(f"{name}.json"))
     parser.add_argument("--resume", action="store_true", help="add to what --out holds")
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device)
     return parser
 
 
 def compare(
     args: argparse.Namespace,
     dense: Mapping[str, float],
-    samples: Callable[[int], Samples],
+    data: Callable[[Settings], Data],
     measure: Measure,
 ) -> None:
     """
@@ -78,17 +67,19 @@ def compare(
 
     :param dense: the figures of the dense model, by name; the first is the one that
         Wanda loses and other methods regain
-    :param samples: to calibrate and learn with, by seed
+    :param data: to calibrate and learn with, split as the settings say
     :param measure: the same figures of a pruned checkpoint
+    :raises ValueError: for a change of settings that no method reads
     """
     results = _resumed(args)
     done = {(r["pattern"], r["method"], r["seed"]) for r in results}
     for pattern in args.patterns:
         for method in args.methods:
-            for seed in args.seeds if method in SEEDED else args.seeds[:1]:
+            for seed in args.seeds if is_random(method) else args.seeds[:1]:
                 if (pattern, method, seed) in done:
                     continue
-                result = _run(method, pattern, seed, args, samples(seed), measure)
+                settings = _settings(method, pattern, seed, args)
+                result = _run(method, settings, args, data(settings), measure)
                 results.append(result)
                 shown = {k: v for k, v in result.items() if k != "history"}
                 print(json.dumps(shown), flush=True)
@@ -96,7 +87,7 @@ def compare(
                 record = {
                     "torch": torch.__version__,
                     "threads": torch.get_num_threads(),
-                    "settings": _settings(args),
+                    "settings": _arguments(args),
                     "dense": dict(dense),
                     "results": results,
                 }
@@ -104,12 +95,24 @@ def compare(
     print(_table(dense, results))
 
 
+def _settings(
+    method: str, pattern: str, seed: int, args: argparse.Namespace
+) -> Settings:
+    short = {
+        "mask_structure": pattern,
+        "batch_size": args.batch_size,
+        "seed": seed,
+        "validation.share": args.validation_share,
+        "learn.steps": args.steps,
+    }
+    return settings_of(method, changes_of(args.methods, short, args.set))
+
+
 def _run(
     method: str,
-    pattern: str,
-    seed: int,
+    settings: Settings,
     args: argparse.Namespace,
-    samples: Samples,
+    data: Data,
     measure: Measure,
 ) -> Result:
     dtype = getattr(torch, args.dtype)
@@ -120,33 +123,19 @@ def _run(
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and not any(head in name for head in HEADS)
     ]
-    parsed = NMPattern.parse(pattern)
     heads = head_dim_of(model.config)
-    resolved = resolve(model, spec_of(model), parsed, prunable, heads)
-    score, how = METHODS[method]
-    shape = OrderShape(multipliers=args.multiplier_rate > 0)
-    learn = LearnSettings(
-        steps=args.steps,
-        evaluate_every=args.evaluate_every,
-        multiplier_rate=args.multiplier_rate,
-        shape=shape,
-        loss=LossWeights(
-            divergence=args.divergence, cosine=args.cosine, hidden=args.hidden
-        ),
-        seed=seed,
-    )
-    settings = OrderSettings(parsed, score=score, method=how, learn=learn)
+    resolved = resolve(model, spec_of(model), settings.pattern, prunable, heads)
     started = time.perf_counter()
-    record = permute_and_prune(model, resolved, prunable, samples, settings)
+    record = permute_and_prune(model, resolved, prunable, data, settings)
     seconds = time.perf_counter() - started
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         del model
         figures = measure(Path(folder), record)
     return {
-        "pattern": pattern,
+        "pattern": settings.mask_structure,
         "method": method,
-        "seed": seed,
+        "seed": settings.seed,
         "seconds": seconds,
         "retained": record.retained[1],
         "history": record.history,
@@ -154,7 +143,7 @@ def _run(
     }
 
 
-def _settings(args: argparse.Namespace) -> dict[str, str]:
+def _arguments(args: argparse.Namespace) -> dict[str, str]:
     """What one run depends on, beside its method, pattern and seed."""
     chosen = ("methods", "patterns", "seeds", "out", "resume")
     return {k: str(v) for k, v in vars(args).items() if k not in chosen}
@@ -165,7 +154,7 @@ def _resumed(args: argparse.Namespace) -> list[Result]:
     if not args.resume or not args.out.exists():
         return []
     record = json.loads(args.out.read_text())
-    if record["settings"] != _settings(args):
+    if record["settings"] != _arguments(args):
         raise ValueError(f"{args.out} was measured with {record['settings']}")
     results: list[Result] = record["results"]
     return results
@@ -182,15 +171,14 @@ def _table(dense: Mapping[str, float], results: Sequence[Result]) -> str:
         f"| | dense | | {ideal} | | | |",
     ]
     base = {r["pattern"]: _float(r, first) for r in results if r["method"] == "wanda"}
-    order = list(METHODS)
     results = sorted(
-        results, key=lambda r: (str(r["pattern"]), order.index(str(r["method"])))
+        results, key=lambda r: (str(r["pattern"]), METHODS.index(str(r["method"])))
     )
     for pattern, method in dict.fromkeys((r["pattern"], r["method"]) for r in results):
         runs = [r for r in results if (r["pattern"], r["method"]) == (pattern, method)]
         means = [statistics.mean(_float(r, name) for r in runs) for name in dense]
         regained = spread = ""
-        if method in SEEDED and base.get(pattern, best) < best:
+        if is_random(str(method)) and base.get(pattern, best) < best:
             lost = best - base[pattern]
             shares = [(_float(r, first) - base[pattern]) / lost for r in runs]
             regained = f"{statistics.mean(shares):.1%}"

@@ -4,9 +4,9 @@ How near a pruned text encoder's embeddings stay to the dense model's, by method
 
     python benchmarks/encoder.py MODEL --train brown.txt --test wikitext-2/test.txt
 
-MODEL has no head (BertModel, MiniLM for example). Each run loads it, orders and prunes it,
-saves it, reads it back, and measures the mean cosine between its embeddings of test rows
-(the mean of the final hidden states, unit length) and the dense model's.
+MODEL has no head (BertModel, MiniLM for example). Each run loads it, permutes and prunes
+it, saves it, reads it back, and measures the mean cosine between its embeddings of test
+rows (the mean of the final hidden states, unit length) and the dense model's.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoTokenizer
 from compared import arguments, compare
 from nm_permute_plugin.evaluation.classification import mean_cosine
 from nm_permute_plugin.evaluation.pretrained import model_class
+from nm_permute_plugin.pruning.data import rows_of, split_text
 from nm_permute_plugin.pruning.pipeline import Record
 
 
@@ -46,7 +47,9 @@ def main() -> None:
     compare(
         args,
         {"fidelity": 1.0},
-        lambda seed: split_text(rows, args.batch_size, args.validation, seed),
+        lambda settings: split_text(
+            rows, settings.batch_size, settings.validation.share, settings.seed
+        ),
         measure,
     )
 

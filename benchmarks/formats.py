@@ -4,7 +4,7 @@ What does each way of storing the same pruned weights cost, in perplexity and on
 
     python benchmarks/formats.py MODEL --train brown.txt --test wikitext-2/test.txt
 
-Prunes once with a learned order; every row of the table starts from those weights, is
+Prunes once with learned masks; every row of the table starts from those weights, is
 written to files and read back from them by transformers, as it reads them by default:
 compressed-tensors decompresses the weights at the first pass and goes on rounding the
 activations as the scheme says. 8-bit rows are stored as sparse-24-bitmask.
@@ -24,6 +24,7 @@ from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from nm_permute_plugin.checkpoint.config import Format
 from nm_permute_plugin.checkpoint.directory import open_checkpoint
 from nm_permute_plugin.checkpoint.pattern import check_pattern
 from nm_permute_plugin.checkpoint.plan import TWO_FOUR, choose_format
@@ -33,8 +34,11 @@ from nm_permute_plugin.checkpoint.writer import convert
 from nm_permute_plugin.cli.prune import prune_checkpoint
 from nm_permute_plugin.evaluation.perplexity import perplexity, tokenize
 from nm_permute_plugin.evaluation.pretrained import load_checkpoint
+from nm_permute_plugin.pruning.settings import Settings
+from texts import text_rows
 
-DENSE, SPARSE = "dense", "sparse-24-bitmask"
+DENSE: Format = "dense"
+SPARSE: Format = "sparse-24-bitmask"
 SMOOTH = "W8A8_SMOOTHQUANT"
 SCHEMES = ["FP8_DYNAMIC", "FP8", "W8A8", SMOOTH, "W4A16"]
 
@@ -44,7 +48,10 @@ def main() -> None:
     args = _arguments()
     out = args.out or Path(tempfile.mkdtemp(prefix="nm-permute-formats-"))
     out.mkdir(parents=True, exist_ok=True)
-    rows = _rows(args)
+    rows = [
+        row.tolist()
+        for row in text_rows(args.model, args.train, args.rows, args.sequence_length)
+    ]
     test = tokenize(args.model, "\n\n".join(f.read_text() for f in args.test))
     test = test[: args.windows * args.window]
     if not (out / DENSE / "config.json").exists():
@@ -81,15 +88,20 @@ def main() -> None:
 
 
 def _learned(args: argparse.Namespace) -> dict[str, object]:
-    fields = {
-        "method": "learned",
-        "format": "dense",
-        "steps": args.steps,
-        "batch_size": args.batch_size,
-        "multiplier_rate": args.multiplier_rate,
-        "validation": args.validation,
-        "seed": args.seed,
-    }
+    """The stage of the recipe that prunes."""
+    settings = Settings.model_validate(
+        {
+            "format": DENSE,
+            "batch_size": args.batch_size,
+            "seed": args.seed,
+            "learn": {
+                "steps": args.steps,
+                "multipliers": {"rate": args.multiplier_rate},
+            },
+            "validation": {"share": args.validation_share},
+        }
+    )
+    fields = settings.model_dump(mode="json", exclude_unset=True)
     return {"permutation_modifiers": {"LearnablePermutationModifier": fields}}
 
 
@@ -138,16 +150,6 @@ def _pruned(checkpoint: Path) -> list[str]:
     return promise.modules
 
 
-def _rows(args: argparse.Namespace) -> list[list[int]]:
-    """Rows of the training text in a fixed random order, so that all files mix."""
-    tokens = tokenize(args.model, "\n\n".join(f.read_text() for f in args.train))
-    count = len(tokens) // args.sequence_length
-    rows = tokens[: count * args.sequence_length].view(count, -1)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    chosen: list[list[int]] = rows[order[: args.rows]].tolist()
-    return chosen
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
@@ -161,7 +163,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--multiplier-rate", type=float, default=0.03)
-    parser.add_argument("--validation", type=float, default=0.06)
+    parser.add_argument("--validation-share", type=float, default=0.06)
     parser.add_argument("--group-size", type=int, default=64, help="of W4A16")
     parser.add_argument("--seed", type=int, default=0)
     default = "cuda" if torch.cuda.is_available() else "cpu"

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.pruning.statistics import Batch
+from nm_permute_plugin.pruning.data import Batch
 
 
 def sparsegpt(

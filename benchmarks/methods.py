@@ -1,64 +1,68 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the benchmark compares: every method by its name, and how one is run."""
 
+import re
 import time
-from ast import literal_eval
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
 
+import yaml
+from pydantic import ValidationError
 from torch import nn
 
 from host import sparsegpt
-from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.maths.scores import ScoreName, score_weight
-from nm_permute_plugin.pruning.learn.loop import LearnSettings
-from nm_permute_plugin.pruning.learn.order_shape import OrderShape
-from nm_permute_plugin.pruning.pipeline import (
-    Method,
-    Objective,
-    OrderSettings,
-    permute_and_prune,
-)
-from nm_permute_plugin.pruning.recover.stages import RecoverSettings, Stage
-from nm_permute_plugin.pruning.recover.student import KeptWeights
-from nm_permute_plugin.pruning.running.loss import LossWeights
-from nm_permute_plugin.pruning.running.masked import linear
-from nm_permute_plugin.pruning.samples import Samples
-from nm_permute_plugin.pruning.statistics import input_norms
+from nm_permute_plugin.pruning.data import Data
+from nm_permute_plugin.pruning.pipeline import permute_and_prune
+from nm_permute_plugin.pruning.settings import RecoverStage, Settings
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
-from nm_permute_plugin.specs.conv1d import weight_of
-from nm_permute_plugin.specs.fold import write_in_place
 from nm_permute_plugin.specs.spec import resolve
-from unfolded import Unfolded, learn_masks, order_alone
+from unfolded import own_spaces
+
+Fields = Mapping[str, object]
+"""Some of the settings, nested as in a recipe."""
+
+ALL = "all"
+"""In a change of settings: every method that reads the setting."""
 
 SPARSEGPT = "sparsegpt"
-RECOVERIES: dict[str, tuple[Stage, ...]] = {
+RECOVERIES: dict[str, tuple[RecoverStage, ...]] = {
     "rescale": ("rescale",),
     "blocks": ("blocks",),
     "end_to_end": ("end_to_end",),
     "recover": ("blocks", "end_to_end"),
 }
 
-AMD = LearnSettings(
-    learning_rate=0.1,
-    weight_decay=0.01,
-    shape=OrderShape(groups=4, relaxation="soft", start_logit=0.1),
-    loss=LossWeights(divergence=0.0, cross_entropy=1.0, hidden=1e-5),
-)
+AMD: Fields = {
+    "search": {"rounds": 0},
+    "learn": {
+        "stages": "soft",
+        "published": {
+            "blocks_per_space": 4,
+            "rate": 0.1,
+            "weight_decay": 0.01,
+            "start_logit": 0.1,
+        },
+    },
+    "loss": {"divergence": 0.0, "cross_entropy": 1.0, "hidden": 1e-5},
+}
 """https://arxiv.org/abs/2601.22980: soft places, annealed, hard at the end. It gives no
 start and no temperatures, and its rate is for many more steps. Here places start nearly
 uniform and learn fast enough to leave home: at 0.01 from 1.0 none does."""
 
-PERMLLM = LearnSettings(
-    learning_rate=0.01,
-    weight_decay=0.1,
-    shape=OrderShape(
-        block_size=64, relaxation="straight_through", sinkhorn_iterations=5
-    ),
-    loss=LossWeights(divergence=0.0, cosine=1.0),
-)
+PERMLLM: Fields = {
+    "search": {"rounds": 0},
+    "learn": {
+        "stages": "straight_through",
+        "published": {
+            "block_size": 64,
+            "rate": 0.01,
+            "weight_decay": 0.1,
+            "sinkhorn_iterations": 5,
+        },
+    },
+    "loss": {"divergence": 0.0, "cosine": 1.0},
+}
 """https://arxiv.org/abs/2510.10136: hard places with the soft ones' gradient. A published
 step of 1e-3 moves a logit by 8e-3, because its logits are parameters times 8. Its
 temperature falls linearly over the same range, ours geometrically."""
@@ -69,35 +73,149 @@ class Way:
     """
     How a method finds its masks.
 
-    :param method: ``mask`` learns the masks themselves
-    :param folded: False: every linear has an order of its own, and nothing is folded
-    :param rounds: of the search; 0 starts learning in the order as it is
+    :param settings: where they differ from the package's defaults
+    :param folded: false gives every linear a permutation of its own, and folds nothing
     """
 
-    score: ScoreName = "wanda"
-    method: Method | Literal["mask"] = "identity"
+    settings: Fields = field(default_factory=dict)
     folded: bool = True
-    rounds: int = 12
-    learn: LearnSettings = field(default_factory=LearnSettings)
-    objective: Objective = "end_to_end"
+
+
+WAYS = {
+    "magnitude": Way({"method": "identity", "score": "magnitude"}),
+    "wanda": Way({"method": "identity"}),
+    "ria": Way({"method": "identity", "score": "ria"}),
+    "search": Way({"method": "search"}),
+    "search-free": Way({"method": "search"}, folded=False),
+    "learned": Way(),
+    "learned-order": Way({"learn": {"stages": "swaps"}}),
+    "multipliers": Way({"search": {"rounds": 0}}),
+    "layer-wise": Way({"objective": "layer_wise"}),
+    "learned-free": Way(folded=False),
+    "amd": Way(AMD),
+    "amd-free": Way(AMD, folded=False),
+    "permllm": Way(PERMLLM),
+    "permllm-free": Way(PERMLLM, folded=False),
+    # A multiplier for every weight chooses the mask of every group freely.
+    "free-mask": Way(
+        {"search": {"rounds": 0}, "learn": {"multipliers": {"rows": 1}}}, folded=False
+    ),
+}
+"""Every method that leaves the kept weights as they are, by its name. ``learned-order``
+learns permutations alone, ``multipliers`` those of the scores alone, with the channels as
+they are: what permutations are worth."""
+
+METHODS = [
+    *WAYS,
+    *(
+        f"{way}+{stages}"
+        for way in ("wanda", "search", "learned")
+        for stages in RECOVERIES
+    ),
+    SPARSEGPT,
+    f"search+{SPARSEGPT}",
+    f"learned+{SPARSEGPT}",
+]
+DEFAULT = ["magnitude", "wanda", "ria", "search", "learned"]
 
 
 @dataclass(frozen=True)
-class Budget:
+class Change:
     """
-    What all methods share.
+    One setting of some methods that is not the default.
 
-    :param steps: of every method that learns
-    :param ours: settings of our own learned order
-    :param changes: of a method's settings, by the method's name and the field's
+    :param method: a name in ``METHODS``, or one in ``WAYS`` that stands for itself with any
+        recovery after it, or ``ALL``
+    :param path: the names that lead to the setting, from the outermost on
     """
 
-    pattern: NMPattern
-    steps: int
-    seed: int
-    ours: LearnSettings = field(default_factory=LearnSettings)
-    recover: RecoverSettings = field(default_factory=RecoverSettings)
-    changes: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    method: str
+    path: tuple[str, ...]
+    value: object
+
+    @classmethod
+    def parse(cls, text: str) -> "Change":
+        """
+        A change as it is written on the command line, its value as in a recipe.
+
+        :raises ValueError: for a text of another form, or a method that there is not
+
+        >>> Change.parse("amd.learn.published.temperature=[1.0, 0.05]")
+        Change(method='amd', path=('learn', 'published', 'temperature'), value=[1.0, 0.05])
+        """
+        target, sign, value = text.partition("=")
+        method, *path = target.split(".")
+        if not sign or not path or method not in (ALL, *METHODS):
+            raise ValueError(
+                f"{text!r} changes no setting; write METHOD.PATH=VALUE, as in "
+                f"learned.learn.multipliers.rate=0.02, METHOD one of {ALL}, "
+                f"{', '.join(METHODS)}"
+            )
+        return cls(method, tuple(path), yaml.safe_load(value))
+
+    @property
+    def fields(self) -> Fields:
+        """The setting, nested."""
+        fields: object = self.value
+        for name in reversed(self.path):
+            fields = {name: fields}
+        assert isinstance(fields, dict)
+        return fields
+
+    def __str__(self) -> str:
+        return f"{self.method}.{'.'.join(self.path)}={self.value}"
+
+
+def for_all(values: Mapping[str, object]) -> list[Change]:
+    """
+    Changes of all methods that read them, such as ``{"learn.steps": 300}``.
+
+    A value that is None leaves the default.
+    """
+    return [
+        Change(ALL, tuple(path.split(".")), value)
+        for path, value in values.items()
+        if value is not None
+    ]
+
+
+def changes_of(
+    names: Sequence[str], short: Mapping[str, object], texts: Iterable[str]
+) -> list[Change]:
+    """
+    The changes that a command line asks for.
+
+    :param names: the methods that will run
+    :param short: what options of their own say, as for ``for_all``
+    :param texts: what ``--set`` says, which replaces the others
+    :raises ValueError: for a text that changes nothing that one of the methods reads
+    """
+    asked = [Change.parse(text) for text in texts]
+    changes = [*for_all(short), *asked]
+    read = [change for name in names for change in _settings_and_read(name, changes)[1]]
+    for change in asked:
+        if change not in read:
+            raise ValueError(
+                f"--set {change}: nothing in {', '.join(names)} reads this setting"
+            )
+    return changes
+
+
+def settings_of(name: str, changes: Sequence[Change] = ()) -> Settings:
+    """
+    The settings of a method.
+
+    :param changes: later ones replace earlier ones; what the method would not read stays as
+        it is
+    :raises ValueError: for a setting that there is not, or a value that it cannot have
+    """
+    settings, _ = _settings_and_read(name, changes)
+    return settings
+
+
+def is_random(method: str) -> bool:
+    """Whether a method's outcome depends on the seed."""
+    return method not in ("magnitude", "wanda", "ria")
 
 
 @dataclass(frozen=True)
@@ -106,6 +224,7 @@ class Outcome:
     What a method did to a model, with its cost.
 
     :param batches: of text that were trained on
+    :param settings: all that the run was given
     """
 
     seconds: float
@@ -118,163 +237,35 @@ class Outcome:
     history: list[dict[str, int | float]] = field(default_factory=list)
 
 
-def ways(ours: LearnSettings) -> dict[str, Way]:
-    """
-    Every method that leaves the kept weights as they are, by its name.
-
-    ``learned-order`` learns orders alone, ``multipliers`` those of the scores alone, in the
-    order as it is: what orders are worth.
-    """
-    order_only = replace(ours, shape=replace(ours.shape, multipliers=False))
-    scores_only = replace(
-        ours, order_share=0.0, shape=replace(ours.shape, multipliers=True)
-    )
-    amd = Way(method="learned", rounds=0, learn=AMD)
-    permllm = replace(amd, learn=PERMLLM)
-    return {
-        "magnitude": Way(score="magnitude"),
-        "wanda": Way(),
-        "ria": Way(score="ria"),
-        "search": Way(method="search"),
-        "search-free": Way(method="search", folded=False),
-        "learned": Way(method="learned", learn=ours),
-        "learned-order": Way(method="learned", learn=order_only),
-        "multipliers": Way(method="learned", rounds=0, learn=scores_only),
-        "layer-wise": Way(method="learned", learn=ours, objective="layer_wise"),
-        "learned-free": Way(method="learned", folded=False, learn=ours),
-        "amd": amd,
-        "amd-free": replace(amd, folded=False),
-        "permllm": permllm,
-        "permllm-free": replace(permllm, folded=False),
-        "free-mask": Way(method="mask", folded=False, learn=ours),
-    }
-
-
-METHODS = [
-    *ways(LearnSettings()),
-    *(
-        f"{order}+{stages}"
-        for order in ("wanda", "search", "learned")
-        for stages in RECOVERIES
-    ),
-    SPARSEGPT,
-    f"search+{SPARSEGPT}",
-    f"learned+{SPARSEGPT}",
-]
-DEFAULT = ["magnitude", "wanda", "ria", "search", "learned"]
-
-
-def is_random(method: str) -> bool:
-    """Whether a method's outcome depends on the seed."""
-    return method not in ("magnitude", "wanda", "ria")
-
-
-def parse_changes(texts: Iterable[str]) -> dict[str, dict[str, object]]:
-    """
-    Changes of settings, as they are written on the command line.
-
-    :raises ValueError: for a method or a field that there is not
-
-    >>> parse_changes(["amd.learning_rate=0.1", "amd.temperature=(1.0, 0.05)"])
-    {'amd': {'learning_rate': 0.1, 'temperature': (1.0, 0.05)}}
-    """
-    known = ways(LearnSettings())
-    names = {x.name for cls in (LearnSettings, OrderShape, Way) for x in fields(cls)}
-    names -= {
-        "steps",
-        "seed",
-        "shape",
-        "loss",
-        "learn",
-        "method",
-        "folded",
-        "objective",
-    }
-    changes: dict[str, dict[str, object]] = {}
-    for text in texts:
-        target, _, value = text.partition("=")
-        method, _, name = target.partition(".")
-        if method not in known or name not in names:
-            raise ValueError(
-                f"{text!r} changes no setting; write METHOD.FIELD=VALUE, METHOD one of "
-                f"{', '.join(known)} and FIELD one of {', '.join(sorted(names))}"
-            )
-        changes.setdefault(method, {})[name] = _value(value)
-    return changes
-
-
-def _value(text: str) -> object:
-    """A number, a tuple or None as Python writes it; else the word itself."""
-    try:
-        return literal_eval(text)
-    except (SyntaxError, ValueError):
-        return text
-
-
-def changed(way: Way, changes: Mapping[str, object]) -> Way:
-    """The way with some of its settings changed, wherever they stand."""
-
-    def of(cls: type) -> dict[str, object]:
-        return {x.name: changes[x.name] for x in fields(cls) if x.name in changes}
-
-    shape = replace(way.learn.shape, **of(OrderShape))
-    learn = replace(way.learn, shape=shape, **of(LearnSettings))
-    return replace(way, learn=learn, **of(Way))
-
-
 def prune(
-    model: nn.Module, folder: Path, name: str, text: Samples, budget: Budget
+    model: nn.Module, folder: Path, name: str, data: Data, settings: Settings
 ) -> Outcome:
     """
     Run a method: the model is pruned in place.
 
     :param folder: where the model was loaded from
+    :param settings: those of the method, from ``settings_of``
     """
     started = time.perf_counter()
-    order, _, then = name.partition("+")
     if name == SPARSEGPT:
-        sparsegpt(model, folder, text.train, budget.pattern)
+        sparsegpt(model, folder, data.train, settings.pattern)
         return Outcome(time.perf_counter() - started, 0, {})
-    if then == SPARSEGPT and order == "learned":
-        order = "learned-order"  # SparseGPT scores the weights itself
-    way = changed(ways(budget.ours)[order], budget.changes.get(order, {}))
-    learn = replace(way.learn, steps=budget.steps, seed=budget.seed)
-    way = replace(way, learn=learn)
-    learns = way.method in ("learned", "mask")
-    used: dict[str, object] = asdict(way) if learns else {"rounds": way.rounds}
-    batches = budget.steps if learns else 0
-    if not way.folded:
-        found = _unfolded(model, way, text, budget)
-        seconds = time.perf_counter() - started
-        return Outcome(seconds, batches, used, history=found.history)
-    linears = prunable(model)
-    resolved = resolve(
-        model, spec_of(model), budget.pattern, linears, head_dim_of(model.config)
-    )
-    stages = RECOVERIES.get(then, ())
-    settings = OrderSettings(
-        budget.pattern,
-        score=way.score,
-        method=way.method,
-        search_rounds=way.rounds,
-        learn=learn,
-        objective=way.objective,
-        prune=then != SPARSEGPT,
-        recover=replace(budget.recover, stages=stages),
-    )
-    record = permute_and_prune(model, resolved, linears, text, settings)
+    way, then = _parts(name)
+    folded, linears = WAYS[way].folded, prunable(model)
+    resolved = own_spaces(model, linears)
+    if folded:
+        resolved = resolve(
+            model, spec_of(model), settings.pattern, linears, head_dim_of(model.config)
+        )
+    record = permute_and_prune(model, resolved, linears, data, settings)
     if then == SPARSEGPT:
-        sparsegpt(model, folder, text.train, budget.pattern)
-    if "blocks" in stages:
-        batches += budget.recover.blocks.epochs * len(text.train)
-    if "end_to_end" in stages:
-        batches += budget.recover.distill.steps
+        sparsegpt(model, folder, data.train, settings.pattern)
     return Outcome(
         time.perf_counter() - started,
-        batches,
-        used,
+        _batches(settings, data),
+        settings.model_dump(mode="json"),
         record.seconds,
-        record.fold_error,
+        record.fold_error if folded else None,
         record.retained,
         [asdict(stage) for stage in record.recovered],
         record.history,
@@ -290,19 +281,62 @@ def prunable(model: nn.Module) -> list[str]:
     ]
 
 
-def _unfolded(model: nn.Module, way: Way, text: Samples, budget: Budget) -> Unfolded:
-    linears = prunable(model)
-    norms = input_norms(model, linears, text.train)
-    scores = {
-        name: score_weight(way.score, weight_of(linear(model, name)), norms[name])
-        for name in linears
-    }
-    if way.method == "mask":
-        found = learn_masks(model, scores, text, budget.pattern, way.learn)
-    else:
-        search_only = way.method == "search"
-        found = order_alone(
-            model, scores, text, budget.pattern, way.rounds, way.learn, search_only
-        )
-    KeptWeights(model, found.masks).write(write_in_place)
+def _batches(settings: Settings, data: Data) -> int:
+    """The batches that a run trains on."""
+    recover, count = settings.recover, 0
+    if settings.method == "learned":
+        count += sum(steps for _, steps in settings.learn.schedule())
+    if "blocks" in recover.stages:
+        count += recover.blocks.epochs * len(data.train)
+    if "end_to_end" in recover.stages:
+        count += recover.end_to_end.steps
+    return count
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """The way of a method, and what follows it; nothing, perhaps."""
+    way, _, then = name.partition("+")
+    if name == f"learned+{SPARSEGPT}":
+        way = "learned-order"  # SparseGPT scores the weights itself
+    return way, then
+
+
+def _settings_and_read(
+    name: str, changes: Sequence[Change]
+) -> tuple[Settings, list[Change]]:
+    """The settings of a method, and the changes that it reads."""
+    way, then = _parts(name)
+    base: Fields = {"method": "identity"} if name == SPARSEGPT else WAYS[way].settings
+    if then in RECOVERIES:
+        base = _overlaid(base, {"recover": {"stages": RECOVERIES[then]}})
+    elif then == SPARSEGPT:
+        base = _overlaid(base, {"prune": False})
+    read = [change for change in changes if change.method in (ALL, way, name)]
+    while True:
+        fields = base
+        for change in read:
+            fields = _overlaid(fields, change.fields)
+        try:
+            return Settings.model_validate(fields), read
+        except ValidationError as error:
+            group = _unread_group(error)
+            rest = [c for c in read if c.path[: len(group)] != group] if group else read
+            if len(rest) == len(read):
+                raise
+            read = rest
+
+
+def _unread_group(error: ValidationError) -> tuple[str, ...]:
+    """The path of the settings that were refused because nothing reads them."""
+    found = re.search(r"([\w.]+) is set, and nothing reads it", str(error))
+    return tuple(found[1].split(".")) if found else ()
+
+
+def _overlaid(below: Fields, above: Fields) -> Fields:
+    """The fields below, with those above in their place, group by group."""
+    found = dict(below)
+    for name, value in above.items():
+        old = found.get(name)
+        is_group = isinstance(old, Mapping) and isinstance(value, Mapping)
+        found[name] = _overlaid(old, value) if is_group else value
     return found

@@ -23,7 +23,7 @@ PROTOCOL = (
     "window",
     "windows",
     "batch_size",
-    "validation",
+    "validation_share",
     "steps",
 )
 """Arguments that must be the same for two figures to compare."""
@@ -175,7 +175,7 @@ def plot(record: Record, path: Path) -> None:
     pattern, window = arguments.get("pattern"), arguments.get("window")
     axes.set_xlabel(
         f"share of the log-perplexity gap closed, {pattern}, windows of {window}\n"
-        f"0: {BASE} in the order as it is; 1: dense"
+        f"0: {BASE} without a permutation; 1: dense"
     )
     figure.savefig(path)
 

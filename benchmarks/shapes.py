@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Time and memory of learning an order for a model of a true shape, with random weights.
+Time and memory of learning for a model of a true shape, with random weights.
 
     python benchmarks/shapes.py llama-2-7b --rows 8 --sequence-length 2048 --search
 
@@ -13,25 +13,27 @@ import argparse
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.pruning.energy import row_weights
-from nm_permute_plugin.pruning.learn.loop import LearnSettings, learn_orders
-from nm_permute_plugin.pruning.learn.order_shape import OrderShape
-from nm_permute_plugin.pruning.problem import Learned, Subject
+from methods import prunable
+from nm_permute_plugin.pruning.data import Batch, Data
+from nm_permute_plugin.pruning.learn.loop import learn
+from nm_permute_plugin.pruning.problem import Problem, Solution
 from nm_permute_plugin.pruning.running.memory import checkpointed, repeated_layers
-from nm_permute_plugin.pruning.samples import Samples
-from nm_permute_plugin.pruning.search import search_orders
-from nm_permute_plugin.pruning.stacking import StackedScore
+from nm_permute_plugin.pruning.search import search
+from nm_permute_plugin.pruning.settings import Settings
 from nm_permute_plugin.specs.architectures import LLAMA
 from nm_permute_plugin.specs.spec import resolve
 
-PATTERN = NMPattern(2, 4)
+T = TypeVar("T")
+
 SHAPES: dict[str, dict[str, int | bool]] = {
     "smollm2-135m": {
         "vocab_size": 49152,
@@ -66,28 +68,28 @@ SHAPES: dict[str, dict[str, int | bool]] = {
 }
 
 
-class Batches(list[dict[str, Tensor]]):
+@dataclass(frozen=True)
+class TimedData(Data):
     """
     One batch, and the times at which it was asked for: a step begins with its batch.
 
-    The first ``new`` times it comes in new memory, as a batch that was never seen.
+    :param new: how often it comes in new memory first, as a batch that was never seen
     """
 
-    def __init__(self, ids: Tensor, new: int) -> None:
-        super().__init__([{"input_ids": ids}])
-        self.new = new
-        self.times: list[float] = []
+    new: int
+    times: list[float] = field(default_factory=list)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        self.times.append(now())
-        batch = super().__getitem__(index)
-        if len(self.times) > self.new:
-            return batch
-        return {"input_ids": batch["input_ids"].clone()}
+    def batches(self, seed: int) -> Iterator[Batch]:
+        """The batch for ever."""
+        for number in count():
+            self.times.append(now())
+            batch = self.train[0]
+            is_new = number < self.new
+            yield {k: v.clone() for k, v in batch.items()} if is_new else batch
 
     def step(self, first: int, last: int) -> float:
-        """The seconds of a step, the median from the first to before the last."""
-        times = self.times[first : last + 1]
+        """The seconds of a step, the median of those of these numbers, from 1 on."""
+        times = self.times[first - 1 : last + 1]
         return statistics.median(b - a for a, b in zip(times, times[1:], strict=False))
 
 
@@ -106,50 +108,61 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{args.shape}, {len(model.model.layers)} layers, {weights / 1e9:.2f}e9 weights, "
         f"{args.rows} x {args.sequence_length} tokens, {hardware(args)}"
     )
-    linears = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name != "lm_head"
-    ]
+    linears = prunable(model)
     plain = plain_pass(model, ids, linears, args)
-    stacks: dict[str, StackedScore] = {}
+    # A step that warms up, some with new batches, one by which the batch is known from then
+    # on, some with the known batch, and one that ends the last of those.
+    steps = 2 * args.steps + 3
+    settings = Settings.model_validate(
+        {
+            "score": "magnitude",  # values do not matter
+            "learn": {"steps": steps},
+            "validation": {"every": steps},
+            "batch_size": args.rows,
+            "memory": {
+                "micro_batch_size": args.micro_batch_size,
+                "gradient_checkpointing": args.gradient_checkpointing,
+            },
+        }
+    )
+    batches: list[Batch] = [{"input_ids": ids}]
+    data = TimedData(batches, batches, new=args.steps + 1)
 
-    def search() -> None:
-        weights = row_weights(model, linears, [{"input_ids": ids}], seed=0)
-        stacks.update(stacks_of(model, linears, weights))
-        search_orders(stacks, PATTERN, 12, 0, lambda perms: 0.0)
+    def prepared() -> Problem:
+        resolved = resolve(
+            model, LLAMA, settings.pattern, linears, model.config.head_dim
+        )
+        return Problem.prepare(model, resolved, linears, data, settings)
+
+    def prepared_and_searched() -> Problem:
+        problem = prepared()
+        rounds, seed = settings.search.rounds, settings.seed
+        search(problem.spaces, problem.pattern, rounds, seed, lambda perms: 0.0)
+        return problem
 
     if args.search:
-        seconds, peak = measured(search)
+        problem, seconds, peak = measured(prepared_and_searched)
         print(
-            f"search over {len(stacks)} spaces, its scores and the weights of their "
-            f"rows: {seconds:.1f} s{peak}, judge left out",
+            f"search over {len(problem.spaces)} spaces, its scores and the weights of "
+            f"their rows: {seconds:.1f} s{peak}, validation left out",
             flush=True,
         )
     else:
-        stacks.update(stacks_of(model, linears))
-    start = {
-        name: torch.arange(stack.space.size, device=model.device)
-        for name, stack in stacks.items()
-    }
-    # Asked for: once before the first step, which warms up, then `count` times as new;
-    # once more, to be known from then on, then `count` times, and once for the last's end.
-    count = args.steps
-    batches = Batches(ids, new=count + 2)
-    settings = LearnSettings(
-        steps=2 * count + 3,
-        evaluate_every=2 * count + 3,
-        shape=OrderShape(multipliers=True, row_limit=args.row_limit),
-        micro_batch_size=args.micro_batch_size,
-        gradient_checkpointing=args.gradient_checkpointing,
+        problem = prepared()
+    start = Solution(
+        {
+            name: torch.arange(of.space.size, device=model.device)
+            for name, of in problem.spaces.items()
+        }
     )
-    samples = Samples(batches, [{"input_ids": ids}])
-    subject = Subject(model, stacks, {}, samples, PATTERN)
-    _, peak = measured(lambda: learn_orders(subject, start, settings))
-    first = batches.step(2, count + 2)
-    later = batches.step(count + 3, 2 * count + 3)
-    look, _ = measured(lambda: subject.validation_loss(Learned(start), settings.loss))
-    print(f"learning, {count} steps of each kind{peak}; a look at a batch {look:.3f} s")
+    _, _, peak = measured(lambda: learn(problem, start, settings))
+    first = data.step(2, args.steps + 1)
+    later = data.step(args.steps + 3, steps - 1)
+    _, validation, _ = measured(lambda: problem.validate(start))
+    print(
+        f"learning, {args.steps} steps of each kind{peak}; a validation of a batch "
+        f"{validation:.3f} s"
+    )
     for epoch, step in (("first epoch", first), ("later epochs", later)):
         print(
             f"a step of the {epoch}: {step:.3f} s, learning / plain {step / plain:.2f}, "
@@ -177,7 +190,7 @@ def plain_pass(
         model.zero_grad(set_to_none=True)
     with checkpointed(layers):
         seconds = [measured(run) for _ in range(args.steps + 1)][1:]
-    middle, peak = sorted(seconds)[len(seconds) // 2]
+    _, middle, peak = sorted(seconds, key=lambda one: one[1])[len(seconds) // 2]
     how = ", layers run again in backward" if layers else ""
     print(f"plain forward and backward: {middle:.3f} s{peak}{how}")
     return middle
@@ -197,34 +210,17 @@ def model_of(args: argparse.Namespace) -> LlamaForCausalLM:
         torch.set_default_dtype(default)
 
 
-def stacks_of(
-    model: LlamaForCausalLM,
-    linears: list[str],
-    weights: Mapping[str, Tensor] | None = None,
-) -> dict[str, StackedScore]:
-    """Scores by space, their rows weighted; magnitudes, since values do not matter."""
-    resolved = resolve(model, LLAMA, PATTERN, linears, model.config.head_dim)
-    scores = {
-        name: model.get_submodule(name).weight.detach().float().abs()
-        for name in linears
-    }
-    stacks: dict[str, StackedScore] = {}
-    for name, space in resolved.spaces.items():
-        stacks[name] = StackedScore.of(space, scores, weights)
-        scores |= stacks[name].split(stacks[name].score)
-    return stacks
-
-
-def measured(run: Callable[[], object]) -> tuple[float, str]:
-    """Seconds, and on a GPU the most memory that was taken meanwhile, as text."""
+def measured(run: Callable[[], T]) -> tuple[T, float, str]:
+    """What it gives, seconds, and on a GPU the most memory taken meanwhile, as text."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     begin = now()
-    run()
+    found = run()
     seconds = now() - begin
     if not torch.cuda.is_available():
-        return seconds, ""
-    return seconds, f", peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+        return found, seconds, ""
+    peak = torch.cuda.max_memory_allocated() / 1e9
+    return found, seconds, f", peak memory {peak:.1f} GB"
 
 
 def now() -> float:
@@ -248,8 +244,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--steps", type=int, default=5, help="steps that are timed")
     parser.add_argument("--search", action="store_true", help="time the search too")
-    parser.add_argument("--row-limit", type=int, help="see the modifier, as the next")
-    parser.add_argument("--micro-batch-size", type=int)
+    parser.add_argument(
+        "--micro-batch-size", type=int, help="see the recipe's `memory`"
+    )
     parser.add_argument(
         "--gradient-checkpointing", action=argparse.BooleanOptionalAction
     )

@@ -5,10 +5,9 @@ A step of learning against a plain forward and backward pass of the same model a
     python benchmarks/step.py --rows 8 --sequence-length 1024
 
 The model has SmolLM2-135M's shape, or the one given, and random weights: time and memory
-do not depend on their values. Orders learn first, then the multipliers of the
-scores. A step with a batch that was never seen runs the dense model too; one with a batch
-of an earlier epoch only its last layer. All five run in turn; medians are printed with the
-ratios.
+do not depend on their values. A step with a batch that was never seen runs the dense model
+too; one with a batch of an earlier epoch only its last layer. All five run in turn; medians
+are printed with the ratios.
 """
 
 import argparse
@@ -16,83 +15,44 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import get_args
+from itertools import count
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.pruning.learn.order_shape import Learns, OrderShape
-from nm_permute_plugin.pruning.learn.orders import LearnableOrders
-from nm_permute_plugin.pruning.running.backward import BackwardStep
-from nm_permute_plugin.pruning.running.loss import LossWeights
-from nm_permute_plugin.pruning.running.teacher import Teacher
-from nm_permute_plugin.pruning.stacking import StackedScore
+from methods import prunable
+from nm_permute_plugin.pruning.data import Batch, Data
+from nm_permute_plugin.pruning.learn.loop import LEARNERS
+from nm_permute_plugin.pruning.problem import Problem, Solution
+from nm_permute_plugin.pruning.running.backward import Backward
+from nm_permute_plugin.pruning.settings import LearnStage, Settings
 from nm_permute_plugin.specs.architectures import LLAMA
 from nm_permute_plugin.specs.spec import resolve
 
 SMOLLM2 = (576, 1536, 30, 9, 3, 49152)
 WARM_UPS = 3
+STEPS = 10**6
+"""Of the schedules: so many that a rate does not fall while it is timed."""
+
 Run = Callable[[], None]
 
 
 def main() -> None:
+    """Time what the command line asks for."""
     args = _arguments()
     torch.manual_seed(0)
     model = _model(args).to(args.device, torch.bfloat16).eval()
-    orders = _orders(model, args.row_limit)
     shape = (args.rows, args.sequence_length)
     ids = torch.randint(0, args.shape[5], shape, device=args.device)
-    steps = iter(range(10**6))
-
+    problem, settings = _problem(model, ids, args)
     model.requires_grad_(False)
-    weights = LossWeights()
-    teacher = Teacher(model, weights)
-    logs = orders.log_multipliers()
-    optimizer = torch.optim.AdamW(logs, lr=0.01, weight_decay=0.0)
-
-    def swap() -> None:
-        orders.swap(0.5)
-
-    def descend() -> None:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
-
-    def learning(what: Learns, update: Callable[[], None], is_new: bool) -> Run:
-        def step() -> None:
-            orders.learn(what)
-            # In other memory, a batch was never seen.
-            batch = {"input_ids": ids.clone() if is_new else ids}
-            backwards[what](batch, partial(orders.at, 0.5, next(steps)))
-            update()
-
-        return step
-
-    def plain() -> None:
-        # Gradients of the activations and of every linear's weight, as a training step.
-        model.requires_grad_(True)
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        model.zero_grad(set_to_none=True)
-        model.requires_grad_(False)
-
-    backwards: dict[Learns, BackwardStep] = {
-        what: BackwardStep(
-            model,
-            orders.masks,
-            weights,
-            teacher=teacher,
-            replay=not orders.steps_differ,
-        )
-        for what in get_args(Learns)
-    }
-    runs: dict[str, Run] = {
-        "orders, first epoch": learning("order", swap, True),
-        "orders, later epochs": learning("order", swap, False),
-        "multipliers, first epoch": learning("multipliers", descend, True),
-        "multipliers, later epochs": learning("multipliers", descend, False),
-        "plain": plain,
-    }
+    runs: dict[str, Run] = {}
+    for stage in settings.learn.stages:
+        learning = _Learning(problem, settings, stage, ids)
+        runs[f"{stage}, first epoch"] = partial(learning.step, True)
+        runs[f"{stage}, later epochs"] = partial(learning.step, False)
+    runs["plain"] = partial(_plain, model, ids)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(args.repeats + WARM_UPS):
         for name, run in runs.items():
@@ -107,6 +67,43 @@ def main() -> None:
         print(f"a step of {name}: {value:.3f} s, {value / once:.2f} times plain")
     if args.device == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+
+
+class _Learning:
+    """Steps of one stage, from the channels as they are."""
+
+    def __init__(
+        self, problem: Problem, settings: Settings, stage: LearnStage, ids: Tensor
+    ) -> None:
+        start = Solution(
+            {
+                name: torch.arange(of.space.size, device=problem.device)
+                for name, of in problem.spaces.items()
+            }
+        )
+        self._ids, self._numbers = ids, count(1)
+        self._learner = LEARNERS[stage](problem, start, settings.learn, STEPS)
+        self._backward = Backward(
+            problem.teacher,
+            self._learner.masks,
+            problem.data.train,
+            settings.memory,
+            self._learner.use_graph,
+        )
+
+    def step(self, is_new: bool) -> None:
+        """Take one step; in other memory, a batch was never seen."""
+        batch = {"input_ids": self._ids.clone() if is_new else self._ids}
+        self._backward(batch, partial(self._learner.prepare, next(self._numbers)))
+        self._learner.update()
+
+
+def _plain(model: LlamaForCausalLM, ids: Tensor) -> None:
+    """Gradients of the activations and of every linear's weight, as a training step."""
+    model.requires_grad_(True)
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    model.zero_grad(set_to_none=True)
+    model.requires_grad_(False)
 
 
 def _model(args: argparse.Namespace) -> LlamaForCausalLM:
@@ -124,20 +121,20 @@ def _model(args: argparse.Namespace) -> LlamaForCausalLM:
     )
 
 
-def _orders(model: LlamaForCausalLM, row_limit: int | None) -> LearnableOrders:
-    pattern = NMPattern(2, 4)
-    scores: dict[str, Tensor] = {
-        name: module.weight.detach().float().abs()
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name != "lm_head"
-    }
+def _problem(
+    model: LlamaForCausalLM, ids: Tensor, args: argparse.Namespace
+) -> tuple[Problem, Settings]:
+    stages: list[LearnStage] = ["swaps", "multipliers"]
+    swaps = {"share": 0.5, "row_limit": args.row_limit}
+    settings = Settings.model_validate(
+        {"score": "magnitude", "learn": {"stages": stages, "swaps": swaps}}
+    )
+    linears = prunable(model)
     head_dim = model.config.hidden_size // model.config.num_attention_heads
-    resolved = resolve(model, LLAMA, pattern, list(scores), head_dim)
-    stacks = {n: StackedScore.of(s, scores) for n, s in resolved.spaces.items()}
-    device = next(model.parameters()).device
-    start = {n: torch.arange(s.space.size, device=device) for n, s in stacks.items()}
-    shape = OrderShape(row_limit=row_limit, multipliers=True)
-    return LearnableOrders(stacks, start, pattern, shape, torch.bfloat16)
+    resolved = resolve(model, LLAMA, settings.pattern, linears, head_dim)
+    batches: list[Batch] = [{"input_ids": ids}]
+    data = Data(batches, batches)
+    return Problem.prepare(model, resolved, linears, data, settings), settings
 
 
 def _timed(run: Run, device: str) -> float:
@@ -155,9 +152,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--sequence-length", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument(
-        "--row-limit", type=int, help="see LearnablePermutationModifier"
-    )
+    parser.add_argument("--row-limit", type=int, help="learn.swaps.row_limit")
     parser.add_argument(
         "--shape",
         type=int,

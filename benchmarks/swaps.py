@@ -7,19 +7,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nm_permute_plugin.maths.mask_gradients import insertion_costs
+from nm_permute_plugin.maths.mask_gradients import move_costs
 from nm_permute_plugin.maths.permutation import Permutation
-from nm_permute_plugin.pruning.learn.loop import frozen
-from nm_permute_plugin.pruning.problem import Learned
-from nm_permute_plugin.pruning.running.backward import BackwardStep
-from nm_permute_plugin.pruning.running.loss import LossWeights, loss, run
-from nm_permute_plugin.pruning.running.masked import masked
-from nm_permute_plugin.pruning.stacking import StackedScore
-from nm_permute_plugin.pruning.statistics import Batch, on_device
+from nm_permute_plugin.pruning.data import Batch
+from nm_permute_plugin.pruning.problem import Problem, Solution, SpaceScores
+from nm_permute_plugin.pruning.running.backward import Backward
+from nm_permute_plugin.pruning.running.masked import frozen
+from nm_permute_plugin.pruning.settings import MemorySettings
 from subject import Started
 
 Pair = tuple[int, int]
-"""Two places of an order, in different groups."""
+"""Two places of a permutation, in different groups."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Tried:
     """
     Changes of the loss by a few swaps made together.
 
-    :param costs: foretold by the costs that learning works with (``insertion_costs``)
+    :param costs: foretold by the costs that learning works with (``move_costs``)
     :param linear: foretold by the gradient of the masks for the masks that come out
     :param true: measured, on the batch of the gradient
     :param elsewhere: measured, on another batch
@@ -39,21 +37,6 @@ class Tried:
     elsewhere: float
 
 
-class Judge:
-    """The loss of masks on one batch; the dense model runs only once."""
-
-    def __init__(self, subject: Started, batch: Batch, weights: LossWeights) -> None:
-        self._model, self._weights = subject.model, weights
-        self._batch = on_device(batch, subject.model)
-        with torch.no_grad():
-            self._dense = run(self._model, self._batch, weights)
-
-    def __call__(self, masks: dict[str, Tensor]) -> float:
-        with torch.no_grad(), masked(self._model, masks):
-            ours = run(self._model, self._batch, self._weights)
-            return float(loss(ours, self._dense, self._batch, self._weights))
-
-
 class Swaps:
     """
     Swaps in one space, from the start of learning.
@@ -63,35 +46,35 @@ class Swaps:
     """
 
     def __init__(
-        self,
-        subject: Started,
-        name: str,
-        batches: tuple[Batch, Batch],
-        weights: LossWeights,
+        self, subject: Started, name: str, batches: tuple[Batch, Batch]
     ) -> None:
-        self._subject, self._stack = subject, subject.stacks[name]
-        self._start = subject.start[name]
-        self._judges = [Judge(subject, batch, weights) for batch in batches]
-        self._masks = subject.masks(Learned(subject.start))
-        self._before = [judge(self._masks) for judge in self._judges]
-        self._grads = _mask_gradients(subject, self._masks, batches[0], weights)
-        size, m = self._stack.space.size, subject.pattern.m
-        self._column = torch.arange(size, device=self._start.device) // m
+        self._problem, self._space = subject.problem, subject.problem.spaces[name]
+        self._start, self._batches = subject.start.perms[name], batches
+        self._masks = self._problem.masks(subject.start)
+        self._before = self._losses(self._masks)
+        self._grads = _mask_gradients(self._problem, self._masks, batches[0])
+        size, m = self._space.space.size, self._problem.pattern.m
+        self._group_of = torch.arange(size, device=self._start.device) // m
         self.foretold = self._table()
         upper = torch.triu_indices(size, size, offset=1).T
         self._pairs = upper[self.foretold[upper[:, 0], upper[:, 1]].isfinite()]
 
+    def _losses(self, masks: dict[str, Tensor]) -> list[float]:
+        """The loss under masks on each of the batches."""
+        validate = self._problem.teacher.validate
+        return [validate(masks, [batch]) for batch in self._batches]
+
     def _table(self) -> Float[Tensor, "size size"]:
         """The foretold change of every swap of two places; infinite where there is none."""
-        stack, column = self._stack, self._column
-        grads = {r.name: self._grads[r.name].float() for r in stack.space.consumers}
-        grad = StackedScore.of(stack.space, grads).score
-        score, grad = (x[:, self._start][:, None] for x in (stack.score, grad))
-        costs = insertion_costs(score, grad, column[None], self._subject.pattern)[0]
-        moved = costs[:, column] - costs.gather(1, column[:, None])
+        space, group_of = self._space.space, self._group_of
+        grads = {c.name: self._grads[c.name].float() for c in space.consumers}
+        grad = SpaceScores.of(space, grads).score
+        score, grad = (x[:, self._start][:, None] for x in (self._space.score, grad))
+        costs = move_costs(score, grad, group_of[None], self._problem.pattern)[0]
+        moved = costs[:, group_of] - costs.gather(1, group_of[:, None])
         table = moved + moved.T
-        segment = torch.arange(len(column), device=column.device) // stack.space.segment
-        never = (column[:, None] == column) | (segment[:, None] != segment)
+        segment = torch.arange(space.size, device=group_of.device) // space.segment
+        never = (group_of[:, None] == group_of) | (segment[:, None] != segment)
         return table.masked_fill(never, torch.inf).cpu()
 
     def random(
@@ -99,26 +82,26 @@ class Swaps:
     ) -> list[list[Pair]]:
         """Sets of swaps, chosen by chance."""
         order = torch.randperm(len(self._pairs), generator=generator)
-        return _dealt(self._pairs[order], self._column, sets, together)
+        return _in_sets(self._pairs[order], self._group_of, sets, together)
 
     def best(self, sets: int, together: int) -> list[list[Pair]]:
         """Sets of those swaps that are foretold to help the most."""
         first, second = self._pairs.T
         order = self.foretold[first, second].argsort()
-        return _dealt(self._pairs[order], self._column, sets, together)
+        return _in_sets(self._pairs[order], self._group_of, sets, together)
 
     def try_out(self, pairs: list[Pair]) -> Tried:
-        """Make the swaps, all at once, and look."""
+        """Make the swaps, all at once, and see what becomes of the loss."""
         perm: Permutation = self._start.clone()
         for first, second in pairs:
             perm[[first, second]] = perm[[second, first]]
-        masks = self._masks | self._stack.masks(perm, self._subject.pattern)
+        masks = self._masks | self._space.masks(perm, self._problem.pattern, Solution())
         linear = 0.0
-        for consumer in self._stack.space.consumers:
+        for consumer in self._space.space.consumers:
             grad = self._grads[consumer.name].double()
             change = masks[consumer.name].double() - self._masks[consumer.name].double()
             linear += float((grad * change).sum())
-        after = [judge(masks) for judge in self._judges]
+        after = self._losses(masks)
         return Tried(
             sum(float(self.foretold[pair]) for pair in pairs),
             linear,
@@ -128,33 +111,36 @@ class Swaps:
 
 
 def _mask_gradients(
-    subject: Started, masks: dict[str, Tensor], batch: Batch, weights: LossWeights
+    problem: Problem, masks: dict[str, Tensor], batch: Batch
 ) -> dict[str, Tensor]:
     """The gradient of the loss with respect to every mask."""
     leaves = {
-        name: mask.to(subject.dtype).requires_grad_(True)
+        name: mask.to(problem.dtype).requires_grad_(True)
         for name, mask in masks.items()
     }
-    with frozen(subject.model), torch.enable_grad():
-        BackwardStep(subject.model, lambda: leaves, weights)(batch)
+    memory = MemorySettings()
+    with frozen(problem.model), torch.enable_grad():
+        Backward(problem.teacher, lambda: leaves, [batch], memory, use_graph=False)(
+            batch
+        )
     return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
 
-def _dealt(
+def _in_sets(
     pairs: Int[Tensor, "pairs 2"],
-    column: Int[Tensor, " size"],
+    group_of: Int[Tensor, " size"],
     sets: int,
     together: int,
 ) -> list[list[Pair]]:
     """The first pairs in sets, no group twice in a set; a set may stay short."""
-    group = column.tolist()
-    dealt: list[list[Pair]] = [[] for _ in range(sets)]
+    group = group_of.tolist()
+    found: list[list[Pair]] = [[] for _ in range(sets)]
     touched: list[set[int]] = [set() for _ in range(sets)]
     for first, second in pairs[: 20 * sets * together].tolist():
         groups = {group[first], group[second]}
-        for few, seen in zip(dealt, touched, strict=True):
+        for few, seen in zip(found, touched, strict=True):
             if len(few) < together and not groups & seen:
                 few.append((first, second))
                 seen |= groups
                 break
-    return [few for few in dealt if few]
+    return [few for few in found if few]

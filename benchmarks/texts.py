@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from nm_permute_plugin.evaluation.perplexity import tokenize
-from nm_permute_plugin.pruning.text import Row
+from nm_permute_plugin.pruning.data import Row
 
 
 def text_rows(

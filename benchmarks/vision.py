@@ -4,7 +4,7 @@ What 2:4 and 4:8 cost an image classifier, by method, over seeds, from reloaded 
 
     python benchmarks/vision.py MODEL --train CIFAR/train --test CIFAR/test
 
-Each run loads the dense model, orders and prunes it with pictures of ``--train`` (labels
+Each run loads the dense model, permutes and prunes it with pictures of ``--train`` (labels
 are not used), saves it, reads it back, and measures top-1 and the mean cosine of its
 features to the dense model's on ``--test``.
 """
@@ -52,7 +52,7 @@ def main() -> None:
         assert seen.logits is not None
         features = seen.features
         if "residual" in record.perms:
-            # The fold has put the channels of the features into this order.
+            # The fold has permuted the channels of the features.
             old = invert(record.perms["residual"])
             features = features[:, old.to(features.device)]
         return {
@@ -63,7 +63,9 @@ def main() -> None:
     compare(
         args,
         {"top1": accuracy(dense.logits, labels, 1), "fidelity": 1.0},
-        lambda seed: split_images(images, args.batch_size, args.validation, seed),
+        lambda settings: split_images(
+            images, settings.batch_size, settings.validation.share, settings.seed
+        ),
         measure,
     )
 

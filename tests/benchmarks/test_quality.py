@@ -16,7 +16,7 @@ def run(arguments: list[str], text_file, tmp_path: Path, capsys):
     def measure(out: str, *options: str) -> tuple[dict, str]:
         test = ["--test", text_file("test", 1000)]
         sizes = [*test, "--window", "32", "--windows", "6", "--steps", "2"]
-        options += ("--validation", "0.1", "--out", str(tmp_path / out))
+        options += ("--validation-share", "0.1", "--out", str(tmp_path / out))
         quality.main([*arguments, *sizes, *options])
         return json.loads((tmp_path / out).read_text()), capsys.readouterr().out
 
@@ -45,7 +45,7 @@ def test_sparsegpt_survives_the_disk(run) -> None:
     wanda, *updated = (result["perplexity"] for result in record["results"])
     assert record["dense"] < min(updated)
     assert max(updated) < 2 * wanda
-    assert record["results"][-1]["settings"]["learn"]["shape"]["multipliers"] is False
+    assert record["results"][-1]["settings"]["learn"]["stages"] == ["swaps"]
 
 
 def test_stopped_run_is_resumed(run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,6 +81,12 @@ def test_model_and_texts_are_asked_for(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         quality.main(["--methods", "wanda"])
     assert "give a model, --train and --test, or --merge" in capsys.readouterr().err
+
+
+def test_change_that_nothing_reads_is_refused(run) -> None:
+    change = "learned.learn.steps=3"
+    with pytest.raises(ValueError, match="nothing in wanda reads this"):
+        run("none.json", "--methods", "wanda", "--set", change)
 
 
 def test_text_that_fills_no_row_is_refused(run) -> None:

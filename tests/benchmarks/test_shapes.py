@@ -2,6 +2,7 @@
 """The benchmark of true shapes learns on a shape, here a tiny one, and says its cost."""
 
 import re
+from itertools import islice
 
 import pytest
 import torch
@@ -36,11 +37,14 @@ def test_a_shape_is_measured(
 
 
 def test_a_batch_comes_anew_so_often_and_then_stays() -> None:
-    batches = shapes.Batches(torch.zeros(1, 4, dtype=torch.long), new=3)
-    seen = [batches[0]["input_ids"] for _ in range(6)]
+    batch = {"input_ids": torch.zeros(1, 4, dtype=torch.long)}
+    data = shapes.TimedData([batch], [batch], new=3)
+    seen = [step["input_ids"] for step in islice(data.batches(0), 6)]
     assert len({ids.data_ptr() for ids in seen}) == 4
     assert len({ids.data_ptr() for ids in seen[3:]}) == 1
-    assert len(batches.times) == 6
+    assert len(data.times) == 6
+    data.times[:] = [0, 10, 11, 12, 13, 100]
+    assert data.step(2, 4) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Orders of single linears, and masks without an order."""
+"""Permutations of single linears, and masks without a permutation."""
 
 from pathlib import Path
 
@@ -7,22 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from methods import prunable
-from nm_permute_plugin.maths.masks import nm_mask
-from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.maths.scores import magnitude
-from nm_permute_plugin.pruning.learn.loop import LearnSettings
-from nm_permute_plugin.pruning.learn.order_shape import OrderShape
-from nm_permute_plugin.pruning.text import split_text
-from unfolded import FreeMask, learn_masks, order_alone, own_spaces
-
-PATTERN = NMPattern(2, 4)
-SETTINGS = LearnSettings(
-    steps=12,
-    shape=OrderShape(block_size=16),
-    multiplier_rate=0.1,
-    evaluate_every=4,
-)
+from methods import prunable, settings_of
+from nm_permute_plugin.pruning.data import split_text
+from nm_permute_plugin.pruning.pipeline import Record, permute_and_prune
+from nm_permute_plugin.pruning.settings import Settings
+from unfolded import own_spaces
 
 
 @pytest.fixture
@@ -33,58 +22,63 @@ def model(trained_checkpoint: Path):
 
 
 @pytest.fixture
-def text(chain_rows):
-    return split_text(list(chain_rows(24, 32, seed=999)), 4, 0.2, 0)
+def run(model, chain_rows):
+    """A factory: prune the model, every linear by itself."""
+    data = split_text(list(chain_rows(24, 32, seed=999)), 4, 0.2, 0)
+    linears = prunable(model)
+
+    def prune(settings: Settings) -> Record:
+        return permute_and_prune(
+            model, own_spaces(model, linears), linears, data, settings
+        )
+
+    return prune
 
 
-@pytest.fixture
-def scores(model):
-    return {
-        name: magnitude(model.get_submodule(name).weight.detach())
-        for name in prunable(model)
-    }
+def changed(name: str, **fields: object) -> Settings:
+    """The settings of a method, some groups of them with other values."""
+    dumped = settings_of(name).model_dump()
+    for group, values in fields.items():
+        dumped[group] |= values
+    return Settings.model_validate(dumped)
 
 
-def test_every_linear_has_a_space_without_walls(scores) -> None:
-    spaces = own_spaces(scores)
-    assert [stack.space.consumers[0].name for stack in spaces.values()] == list(scores)
-    assert all(s.space.segment == s.score.shape[1] for s in spaces.values())
+def test_every_linear_has_a_space_without_borders(model) -> None:
+    spaces = own_spaces(model, prunable(model)).spaces.values()
+    assert [space.consumers[0].name for space in spaces] == prunable(model)
+    widths = [model.get_submodule(name).in_features for name in prunable(model)]
+    assert [space.segment for space in spaces] == widths
 
 
-@pytest.mark.parametrize("search_only", [True, False], ids=["search", "learned"])
-def test_masks_are_n_of_m_under_their_own_orders(
-    search_only: bool, model, text, scores
-) -> None:
-    found = order_alone(model, scores, text, PATTERN, 3, SETTINGS, search_only)
-    for name, mask in found.masks.items():
-        groups = mask[:, found.perms[f"input.{name}"]].unflatten(1, (-1, 4))
-        assert (groups.sum(-1) == 2).all()
+def test_masks_are_n_of_m_under_their_own_permutations(model, run) -> None:
+    record = run(changed("search-free", search={"rounds": 3}))
+    moved = 0
+    for name in prunable(model):
+        perm = record.perms[f"hidden.{name}"]
+        kept = model.get_submodule(name).weight != 0
+        assert (kept[:, perm].unflatten(1, (-1, 4)).sum(-1) == 2).all()
+        moved += int((perm != torch.arange(len(perm))).any())
+    assert moved > 0
 
 
-@pytest.mark.parametrize("relaxation", ["soft", "straight_through", "insertion"])
-def test_orders_of_single_linears_are_learned(
-    relaxation: str, model, text, scores
-) -> None:
-    shape = OrderShape(block_size=16, relaxation=relaxation)
-    settings = LearnSettings(steps=12, learning_rate=0.1, shape=shape, evaluate_every=4)
-    found = order_alone(model, scores, text, PATTERN, 0, settings)
-    looks = [look["validation"] for look in found.history]
-    assert min(looks) < looks[0]
+@pytest.mark.parametrize("stage", ["soft", "straight_through", "swaps"])
+def test_permutations_of_single_linears_are_learned(stage: str, run) -> None:
+    group = "swaps" if stage == "swaps" else "published"
+    values = {"block_size": 16} | ({} if stage == "swaps" else {"rate": 0.1})
+    learn = {"stages": stage, "steps": 12, group: values}
+    every = {"every": 4}
+    record = run(Settings(learn=learn, search={"rounds": 0}, validation=every))
+    losses = [entry["validation"] for entry in record.history]
+    assert min(losses) < losses[0]
 
 
-def test_free_masks_are_learned_and_keep_n_of_m(model, text, scores) -> None:
-    found = learn_masks(model, scores, text, PATTERN, SETTINGS)
-    looks = [look["validation"] for look in found.history]
-    assert [look["step"] for look in found.history] == [0, 4, 8, 12]
-    assert min(looks) < 0.9 * looks[0]
-    for mask in found.masks.values():
-        assert (mask.unflatten(1, (-1, 4)).sum(-1) == 2).all()
-
-
-def test_gradient_of_a_free_mask_opens_what_the_loss_wants() -> None:
-    score = torch.tensor([[4.0, 3.0, 2.9, 1.0]])
-    log = torch.zeros_like(score, requires_grad=True)
-    mask = FreeMask.apply(score, log, PATTERN, torch.float32)
-    assert torch.equal(mask.bool(), nm_mask(score, PATTERN))
-    (-mask[0, 2]).backward()  # the loss falls when the third weight is kept
-    assert log.grad[0, 2] < 0 < log.grad[0, 1]
+def test_free_masks_are_learned_and_keep_n_of_m(model, run) -> None:
+    multipliers = {"rows": 1, "rate": 0.1}
+    learn = {"steps": 12, "multipliers": multipliers}
+    record = run(changed("free-mask", learn=learn, validation={"every": 4}))
+    losses = [entry["validation"] for entry in record.history]
+    assert [entry["step"] for entry in record.history] == [0, 4, 8, 12]
+    assert min(losses) < 0.9 * losses[0]
+    for name in prunable(model):
+        kept = model.get_submodule(name).weight != 0
+        assert (kept.unflatten(1, (-1, 4)).sum(-1) == 2).all()
