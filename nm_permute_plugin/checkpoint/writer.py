@@ -124,10 +124,10 @@ def rewrite(
             index = _index(checkpoint.index, fresh, names)
             transaction.write_json(fresh / INDEX, index)
         transaction.write_json(fresh / "config.json", config)
-        tokenizer = source / "tokenizer_config.json"
-        if legacy and tokenizer.exists():
-            words = legacy_tokenizer_config(read_json(tokenizer))
-            transaction.write_json(fresh / tokenizer.name, words)
+        words = source / "tokenizer_config.json"
+        if legacy and words.exists():
+            new = legacy_tokenizer_config(read_json(words))
+            transaction.write_json(fresh / words.name, new)
         if target != source:
             transaction.take(source, fresh, keep)
     logger.info(
@@ -135,14 +135,8 @@ def rewrite(
         f"{len(plan.dense)} dense; its weights take {after / 1e6:.1f} MB after "
         f"{before / 1e6:.1f} MB"
     )
-    return Conversion(
-        format=plan.format,
-        compressed=tuple(plan.nonzeros),
-        dense=plan.dense,
-        bytes_before=before,
-        bytes_after=after,
-        global_sparsity=zeros,
-    )
+    compressed = tuple(plan.nonzeros)
+    return Conversion(plan.format, compressed, plan.dense, before, after, zeros)
 
 
 def _write_shard(checkpoint: Checkpoint, plan: Plan, shard: Shard, path: Path) -> None:
