@@ -81,7 +81,7 @@ def convert(
     :param pattern: 2:4, or another for the format ``sparse-bitmask``
     :param clear_zeros: store -0.0 as +0.0, which a product with a mask leaves behind
     :param dense_experts: leave routed experts dense, as vLLM serves them
-    :param legacy: config and tokenizer for transformers 4 and vLLM up to 0.18.1
+    :param legacy: write config and tokenizer for transformers 4 and vLLM up to 0.18.1
     :param overwrite: replace a target that is not the source and not empty
     :raises ValueError: if the source is damaged, a module of ``modules`` is missing or
         does not follow the pattern, or the format cannot store the pattern
@@ -140,7 +140,7 @@ def rewrite(
 
 
 def _write_shard(checkpoint: Checkpoint, plan: Plan, shard: Shard, path: Path) -> None:
-    """Write a shard of the target; a sparse module goes where its values were."""
+    """Writes a shard of the target; a sparse module goes where its values were."""
     copied: Announced = {}
     modules = []
     for name, layout in shard.tensors.items():

@@ -80,7 +80,7 @@ def test_sparse_experts_are_told_and_can_be_left_dense(
 def test_quantized_experts_stay_dense(checkpoint: Checkpoint) -> None:
     quantized = {"quant_method": "compressed-tensors", "format": "float-quantized"}
     lines, written = convert(checkpoint({"quantization_config": quantized}, mixture()))
-    said = "no consumer packs experts that are quantized and sparse"
+    said = "no reader packs experts that are quantized and sparse"
     assert f"dense: {EXPERT.format(0)}: {said}" in lines
     assert lines[-1] == "1 modules are stored as sparse-24-bitmask"
     assert f"{EXPERT.format(0)}.weight" in written
