@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The passes of ``codec`` in Triton, one over the memory each; import it with Triton."""
+"""Do the passes of ``codec`` in Triton, each in one pass over memory; needs Triton."""
 
 import torch
 import triton
@@ -36,7 +36,7 @@ def octets_of(octets, columns, bytes_a_row, HALF: tl.constexpr, OCTETS: tl.const
 
 @triton.jit
 def lanes_of(exists, start, size, HALF: tl.constexpr, LANES: tl.constexpr):
-    """The offsets of so many neighbours from each start, and if they exist."""
+    """Returns the offsets of LANES neighbours from each start, and if they exist."""
     lane = tl.arange(0, LANES)[None, :]
     inside = exists[:, None]
     if HALF:
@@ -57,7 +57,7 @@ def compress_kernel(
     HALF: tl.constexpr,  # the last octet of each row has only four weights
     OCTETS: tl.constexpr,
 ):
-    """Fill in values and bits of ``OCTETS`` octets."""
+    """Fills in values and bits of ``OCTETS`` octets."""
     octet, exists, start, size = octets_of(octets, columns, bytes_a_row, HALF, OCTETS)
     at, inside = lanes_of(exists, start, size, HALF, 8)
     tile = tl.load(words + at, mask=inside, other=0)
@@ -92,7 +92,7 @@ def decompress_kernel(
     HALF: tl.constexpr,  # the last octet of each row has only four weights
     OCTETS: tl.constexpr,
 ):
-    """Fill in the weights of ``OCTETS`` octets."""
+    """Fills in the weights of ``OCTETS`` octets."""
     octet, exists, start, size = octets_of(octets, columns, bytes_a_row, HALF, OCTETS)
     byte = tl.load(bitmask + octet, mask=exists, other=0).to(tl.int32)
     low, high = byte & 15, byte >> 4
@@ -132,14 +132,14 @@ def compress_in_triton(
 def decompress_in_triton(
     values: Int[Tensor, "rows half"], bitmask: UInt8[Tensor, "rows bytes"], columns: int
 ) -> Int[Tensor, "rows columns"] | None:
-    """The bits of a weight, or None if not two of any four bits are set."""
+    """Returns the bits of a weight, or None unless two of any four bits are set."""
     words = values.new_empty(len(values), columns)
     good = _run(decompress_kernel, words, values, bitmask, PAIRS)
     return words if good else None
 
 
 def _run(kernel, words, values, bitmask, table) -> bool:
-    """Over all octets, on the tensors' device; False if the kernel refused one."""
+    """Runs over all octets on the tensors' device; False if the kernel refused one."""
     octets, columns = bitmask.numel(), words.shape[1]
     refused = torch.zeros(1, dtype=torch.int32, device=words.device)
     with torch.cuda.device_of(words):

@@ -16,7 +16,7 @@ LAYOUT_VERSION = "0.14.0"
 SparseFormat = Literal["sparse-24-bitmask", "sparse-bitmask"]
 Format = Literal["dense", "sparse-24-bitmask", "sparse-bitmask"]
 AskedFormat = Literal["auto", "dense", "sparse-24-bitmask", "sparse-bitmask"]
-"""The format that a recipe asks for; "auto" leaves the choice to the checkpoint."""
+"""Lists what a recipe may ask for; "auto" leaves the choice to ``choose_format``."""
 Json = dict[str, object]
 
 _HOLDERS = ("quantization_config", "compression_config")

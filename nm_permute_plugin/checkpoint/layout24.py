@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dtypes that sparse formats store, and which two of every four weights they keep."""
+"""List the dtypes that sparse formats store, and which two of four weights they keep."""
 
 import torch
 
@@ -10,8 +10,8 @@ WORDS = {
     torch.float8_e4m3fn: torch.int8,
     torch.int8: torch.int8,
 }
-"""The dtypes that can be stored, each with the integer dtype of the same width in which
-its bits are moved: the codecs never look at values."""
+"""Lists the dtypes that can be stored, each with the integer dtype of the same width in
+which its bits are moved: the codecs never look at values."""
 
 STORED = (12, 5, 10, 3, 12, 5, 6, 0, 12, 9, 10, 0, 12, 0, 0, 0)
 """Maps the non-zeros of four weights (bit i: weight i) to the two that are stored. Where

@@ -26,6 +26,15 @@ _TABLE = [
     "| text | window | tokens | perplexity | gap closed |",
     "|---|---|---|---|---|",
 ]
+_TASKS = {
+    "ForCausalLM": ("text-generation", "CausalLM"),
+    "LMHeadModel": ("text-generation", "CausalLM"),
+    "ForConditionalGeneration": ("image-text-to-text", "ImageTextToText"),
+    "ForImageClassification": ("image-classification", "ImageClassification"),
+    "ForSequenceClassification": ("text-classification", "SequenceClassification"),
+    "ForTokenClassification": ("token-classification", "TokenClassification"),
+}
+"""Maps a part of a class's name to the hub's word for the task, and to its loader."""
 
 
 @dataclass(frozen=True)
@@ -160,64 +169,28 @@ def keep_foreign_card(folder: Path, fresh: Path) -> None:
     logger.warning(f"{path} was not written by nm-permute-plugin; it is {kept} now")
 
 
-@dataclass(frozen=True)
-class _Task:
+def _task_of(config: Mapping[str, Any]) -> tuple[str, str, bool]:
     """
-    Says what a model does.
+    Finds out what a model does: the hub's word for it, the class that loads it, and
+    whether it takes images alone, which no text measures and vLLM does not serve.
 
-    :param tag: the hub's word for it
-    :param auto_class: the class of transformers that loads it
-    :param images: whether it takes images alone: no text measures it, and vLLM does not
-        serve it
+    >>> _task_of({"architectures": ["Dinov2Model"], "patch_size": 14})
+    ('image-feature-extraction', 'AutoModel', True)
     """
-
-    tag: str
-    auto_class: str
-    images: bool = False
-
-
-_LANGUAGE = _Task("text-generation", "AutoModelForCausalLM")
-_TASKS = {
-    "ForCausalLM": _LANGUAGE,
-    "LMHeadModel": _LANGUAGE,
-    "ForConditionalGeneration": _Task(
-        "image-text-to-text", "AutoModelForImageTextToText"
-    ),
-    "ForImageClassification": _Task(
-        "image-classification", "AutoModelForImageClassification", images=True
-    ),
-    "ForSequenceClassification": _Task(
-        "text-classification", "AutoModelForSequenceClassification"
-    ),
-    "ForTokenClassification": _Task(
-        "token-classification", "AutoModelForTokenClassification"
-    ),
-}
-"""Maps a part of a model class's name to what such models do."""
-
-
-def _task_of(config: Mapping[str, Any]) -> _Task:
-    """
-    Finds out from its ``config.json`` what a model does.
-
-    >>> _task_of({"architectures": ["Dinov2Model"], "patch_size": 14}).tag
-    'image-feature-extraction'
-    """
-    name = (config.get("architectures") or [""])[0]
-    for part, task in _TASKS.items():
+    images = "patch_size" in config
+    name = (config.get("architectures") or ["" if images else "ForCausalLM"])[0]
+    for part, (tag, loader) in _TASKS.items():
         if part in name:
-            return task
-    if "patch_size" in config:
-        return _Task("image-feature-extraction", "AutoModel", images=True)
-    return _Task("feature-extraction", "AutoModel") if name else _LANGUAGE
+            return tag, f"AutoModelFor{loader}", tag == "image-classification"
+    return "image-" * images + "feature-extraction", "AutoModel", images
 
 
 def _front_matter(checkpoint: Checkpoint, card: Card) -> str:
     tags = ["nm-permute-plugin", "llm-compressor", "compressed-tensors"]
     if card.pruned:
         tags += ["sparsity", str(card.pattern).replace(":", "of")]
-    task = _task_of(checkpoint.config)
-    lines = ["library_name: transformers", f"pipeline_tag: {task.tag}"]
+    tag, _, _ = _task_of(checkpoint.config)
+    lines = ["library_name: transformers", f"pipeline_tag: {tag}"]
     if (
         "/" in card.base_model
     ):  # the hub would take a folder's name for a model of its own
@@ -253,11 +226,8 @@ def _sparse(
     pruned = promise.modules
     size = sum(shard.path.stat().st_size for shard in checkpoint.shards) / 1e6
     quantized = quantization_format(checkpoint.config)
-    stored = {
-        "dense": "dense, zeros included",
-        "sparse-24-bitmask": "`sparse-24-bitmask` (values and a bitmask)",
-        "sparse-bitmask": "`sparse-bitmask` (values and a bitmask)",
-    }[format]
+    sparse = f"`{format}` (values and a bitmask)"
+    stored = "dense, zeros included" if format == "dense" else sparse
     others = [name for name in checkpoint.matrices() if name not in set(pruned)]
     lines = [
         f"- {promise.pattern}: {len(pruned)} modules: {_families(pruned)}",
@@ -267,11 +237,10 @@ def _sparse(
         f"- weight files: {size:.1f} MB",
     ]
     if promise.transposed:
-        lines.insert(
-            1,
-            f"- {len(promise.transposed)} of them store their weight as [in, out] "
+        lines[0] += (
+            f"\n- {len(promise.transposed)} of them store their weight as [in, out] "
             "(Conv1D): there the pattern runs down the columns, and no sparse format or "
-            "kernel takes it",
+            "kernel takes it"
         )
     return "\n".join(lines if pruned else lines[3:])
 
@@ -287,11 +256,12 @@ def _families(modules: Sequence[str]) -> str:
 
 def _evaluation(checkpoint: Checkpoint, card: Card) -> list[str]:
     """Writes the table of perplexities of a text model, and what is known already."""
-    if _task_of(checkpoint.config).images:
+    _, _, images = _task_of(checkpoint.config)
+    if images:
         said = (
             "`nm-permute evaluate FOLDER --images IMAGES --dense DENSE` measures its "
-            "accuracy, and how near its features are to the dense model's."
         )
+        said += "accuracy, and how near its features are to the dense model's."
         return [said + _validation(card)]
     said = (
         "Rows are added by `nm-permute evaluate FOLDER --text FILE --card`: perplexity "
@@ -315,15 +285,15 @@ def _validation(card: Card) -> str:
 
 
 def _loading(checkpoint: Checkpoint, format: Format) -> str:
-    task = _task_of(checkpoint.config)
+    _, loader, images = _task_of(checkpoint.config)
     python = (
-        f"```python\n{{first}}from transformers import {task.auto_class}\n\n"
-        f'model = {task.auto_class}.from_pretrained("FOLDER", dtype="auto")\n```'
+        f"```python\n{{first}}from transformers import {loader}\n\n"
+        f'model = {loader}.from_pretrained("FOLDER", dtype="auto")\n```'
     )
     if format == "dense":
         quantized = quantization_format(checkpoint.config) is not None
         needs = " with compressed-tensors installed" * quantized
-        loads = " loads" if task.images else " and vLLM load"
+        loads = " loads" if images else " and vLLM load"
         return (
             f"An ordinary checkpoint: transformers{needs}{loads} it with no "
             "plugin, and run it as a dense model.\n\n" + python.format(first="")
@@ -337,23 +307,19 @@ def _loading(checkpoint: Checkpoint, format: Format) -> str:
         "anywhere else: `nm-permute convert FOLDER OUT --format dense` first; no weight "
         "changes a bit"
     )
-    if task.images:
+    if images:
         return f"{text}{elsewhere}. vLLM serves no models of images alone."
     text += "vLLM: "
     formats = checkpoint.formats
     experts = any(formats[name] != "dense" for name in experts_of(formats))
     if experts:
-        text += (
-            "not before `nm-permute convert FOLDER OUT --dense-experts`: it serves no "
-            "sparse experts"
-        )
+        text += "`nm-permute convert FOLDER OUT --dense-experts` first; it serves no "
+        text += "sparse experts"
     else:
         text += "`pip install nm-permute-plugin[vllm]`, then `vllm serve FOLDER`"
-    if not experts and format == "sparse-24-bitmask":
-        text += (
-            "\n- vLLM up to 0.18.1, on Hopper GPUs, without the plugin: "
-            "`nm-permute convert FOLDER OUT --legacy` first"
-        )
+        if format == "sparse-24-bitmask":
+            text += "\n- vLLM up to 0.18.1, on Hopper GPUs, without the plugin: "
+            text += "`nm-permute convert FOLDER OUT --legacy` first"
     return text + (
         f"\n- {elsewhere}\n\n"
         "**Without the plugin** this folder is not readable: compressed-tensors 0.15 "

@@ -10,7 +10,12 @@ from torch import Tensor
 from nm_permute_plugin.checkpoint.codec import clear_negative_zeros, nonzero_bits
 from nm_permute_plugin.checkpoint.directory import Checkpoint
 from nm_permute_plugin.checkpoint.layout24 import WORDS
-from nm_permute_plugin.checkpoint.packed import PACKED, of_groups, packed_levels
+from nm_permute_plugin.checkpoint.packed import (
+    PACKED,
+    of_groups,
+    packed_levels,
+    packed_modules,
+)
 from nm_permute_plugin.checkpoint.shards import DamagedError
 from nm_permute_plugin.maths.pattern import NMPattern
 
@@ -69,10 +74,9 @@ def check_pattern(
         channels, or if the checkpoint has no weight for it
     """
     nonzeros = {}
+    known = {*checkpoint.formats, *packed_modules(checkpoint)}
     for module in modules:
-        if f"{module}{PACKED}" not in checkpoint.where and (
-            module not in checkpoint.formats
-        ):
+        if module not in known:
             raise ValueError(
                 f"{module} was pruned, and the checkpoint has no weight of that name"
             )
@@ -109,13 +113,11 @@ def levels_of(
     point = f"{module}.weight_zero_point"
     if point in checkpoint.where and f"{module}{PACKED}" not in checkpoint.where:
         zeros = checkpoint.read(point)
-        if zeros.numel() > 1 and (zeros.dim() != 2 or len(zeros) != len(stored)):
-            raise DamagedError(
-                checkpoint.where[point].path,
-                f"{point} is {list(zeros.shape)}, and its weight {list(stored.shape)}",
-                point,
-            )
         if zeros.numel() > 1:
+            if zeros.dim() != 2 or len(zeros) != len(stored):
+                sizes = f"{list(zeros.shape)}, and its weight {list(stored.shape)}"
+                file = checkpoint.where[point].path
+                raise DamagedError(file, f"{point} is {sizes}", point)
             zeros = of_groups(zeros, stored.shape[1])
         return (comparable(stored) != comparable(zeros)).to(torch.int8)
     if stored.dtype not in WORDS:
@@ -142,19 +144,13 @@ def examine(levels: Tensor, pattern: NMPattern) -> int | Violation:
         return int(counts.sum())
     row, group = (counts > pattern.n).nonzero()[0].tolist()
     values = comparable(levels[row, group * m : group * m + m])
-    return Violation(
-        pattern,
-        shape,
-        row,
-        group * m,
-        int(counts[row, group]),
-        negative_zeros=int((values != 0).sum()) <= pattern.n,
-        transposed=shape[0] % m == 0
-        and all(
-            int(_group_counts(part.t(), m).max()) <= pattern.n
-            for part in levels.split(_PART, 1)
-        ),
+    negative = int((values != 0).sum()) <= pattern.n
+    transposed = shape[0] % m == 0 and all(
+        int(_group_counts(part.t(), m).max()) <= pattern.n
+        for part in levels.split(_PART, 1)
     )
+    count = int(counts[row, group])
+    return Violation(pattern, shape, row, group * m, count, negative, transposed)
 
 
 def comparable(tensor: Tensor) -> Tensor:

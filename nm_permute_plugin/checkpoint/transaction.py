@@ -71,10 +71,8 @@ def refuse_occupied(target: Path, overwrite: bool = False) -> None:
     :param overwrite: allow a directory that holds something
     :raises OSError: if it may not or can not
     """
-    free = not target.exists() or (
-        target.is_dir() and (overwrite or not any(target.iterdir()))
-    )
-    if not free:
+    empty = target.is_dir() and (overwrite or not any(target.iterdir()))
+    if target.exists() and not empty:
         raise FileExistsError(
             f"{target} exists and is not an empty folder; name another"
         )

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedModel
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -25,6 +25,9 @@ from nm_permute_plugin.checkpoint.transformers_conversions import (
     without_sparse,
 )
 from nm_permute_plugin.checkpoint.transformers_reader import check_files, check_names
+
+if TYPE_CHECKING:  # this runs while transformers is only partly imported
+    from transformers import PreTrainedModel
 
 _SPARSE = ("sparse-24-bitmask", "sparse-bitmask")
 _STOCK_CONFIG = auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD]

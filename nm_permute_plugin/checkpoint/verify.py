@@ -70,7 +70,7 @@ class Report:
     Says what was found in a checkpoint.
 
     :param rows: its matrices, as far as they could be read
-    :param faults: all that is wrong with it; empty for a good one
+    :param faults: all that is wrong with it
     """
 
     rows: tuple[Row, ...]
@@ -114,7 +114,9 @@ def verify(
         except ValueError as error:
             return Report((), (Fault("nm_permute/report.json", "", str(error)),))
     said = sparsity.pattern if sparsity else recorded and recorded.pattern
-    declared = _declared(checkpoint, sparsity, modules)
+    declared = set(modules or ())
+    if modules is None and sparsity is not None:
+        declared = _declared(checkpoint, sparsity)
     asked = _Asked(
         sparsity,
         pattern or said or NMPattern(2, 4),
@@ -144,7 +146,6 @@ class _Asked:
 
     :param declared: the modules that config.json, or the caller, says are sparse
     :param promised: those, and the ones that the record of the run names
-    :param transposed: those of them that are stored as [in, out]
     """
 
     sparsity: SparsityConfig | None
@@ -159,10 +160,8 @@ def _examine(
 ) -> tuple[Row | None, list[Fault]]:
     """Reads a matrix; returns what it is, if it could be read, and its faults."""
     packed, declared = stored == "packed", module in asked.declared
-    if packed:
-        file = checkpoint.where[f"{module}{PACKED}"].path.name
-    else:
-        file = checkpoint.file(module).name
+    shard = checkpoint.where.get(f"{module}{PACKED}")
+    file = (shard.path if packed and shard else checkpoint.file(module)).name
     try:
         weight = read_stored(checkpoint, module)
         # -0.0 does no harm where all zeros are stored
@@ -193,27 +192,17 @@ def _examine(
     return row, [Fault(file, module, message) for message in messages]
 
 
-def _declared(
-    checkpoint: Checkpoint,
-    sparsity: SparsityConfig | None,
-    modules: Collection[str] | None,
-) -> set[str]:
-    """Lists what config.json or the caller says is sparse; no class means embeddings."""
-    if modules is not None:
-        return set(modules)
-    if sparsity is None:
-        return set()
-    named = {
-        name
-        for name in sparsity.targets or ()
-        if "." in name and not name.startswith("re:")
-    } - set(sparsity.ignore)
-    return named | {
+def _declared(checkpoint: Checkpoint, sparsity: SparsityConfig) -> set[str]:
+    """Lists what config.json says is sparse; no class means embeddings."""
+    targets = sparsity.targets
+    named = {n for n in targets or () if "." in n and not n.startswith("re:")}
+    found = {
         name
         for name in checkpoint.matrices()
         if sparsity.promises(name, "Embedding" if is_embedding(name) else "Linear")
-        and not (sparsity.targets is None and is_embedding(name))
+        and not (targets is None and is_embedding(name))
     }
+    return named - set(sparsity.ignore) | found
 
 
 def _storage_faults(

@@ -81,7 +81,7 @@ def convert(
     :param pattern: 2:4, or another for the format ``sparse-bitmask``
     :param clear_zeros: store -0.0 as +0.0, which a product with a mask leaves behind
     :param dense_experts: leave routed experts dense, as vLLM serves them
-    :param legacy: config and tokenizer for transformers 4 and vLLM up to 0.18.1
+    :param legacy: write config and tokenizer for transformers 4 and vLLM up to 0.18.1
     :param overwrite: replace a target that is not the source and not empty
     :raises ValueError: if the source is damaged, a module of ``modules`` is missing or
         does not follow the pattern, or the format cannot store the pattern
@@ -124,10 +124,10 @@ def rewrite(
             index = _index(checkpoint.index, fresh, names)
             transaction.write_json(fresh / INDEX, index)
         transaction.write_json(fresh / "config.json", config)
-        tokenizer = source / "tokenizer_config.json"
-        if legacy and tokenizer.exists():
-            words = legacy_tokenizer_config(read_json(tokenizer))
-            transaction.write_json(fresh / tokenizer.name, words)
+        words = source / "tokenizer_config.json"
+        if legacy and words.exists():
+            new = legacy_tokenizer_config(read_json(words))
+            transaction.write_json(fresh / words.name, new)
         if target != source:
             transaction.take(source, fresh, keep)
     logger.info(
@@ -135,18 +135,12 @@ def rewrite(
         f"{len(plan.dense)} dense; its weights take {after / 1e6:.1f} MB after "
         f"{before / 1e6:.1f} MB"
     )
-    return Conversion(
-        format=plan.format,
-        compressed=tuple(plan.nonzeros),
-        dense=plan.dense,
-        bytes_before=before,
-        bytes_after=after,
-        global_sparsity=zeros,
-    )
+    compressed = tuple(plan.nonzeros)
+    return Conversion(plan.format, compressed, plan.dense, before, after, zeros)
 
 
 def _write_shard(checkpoint: Checkpoint, plan: Plan, shard: Shard, path: Path) -> None:
-    """Write a shard of the target; a sparse module goes where its values were."""
+    """Writes a shard of the target; a sparse module goes where its values were."""
     copied: Announced = {}
     modules = []
     for name, layout in shard.tensors.items():
