@@ -1,22 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CUDA source compiled, loaded and launched at run time: no compiler to install."""
+"""
+NVIDIA's libraries that torch brings along, and CUDA kernels compiled with them.
+
+NVRTC compiles CUDA source at run time, so that users need no CUDA toolkit.
+"""
 
 import ctypes
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from nm_permute_plugin.serving.kernels.libraries import PACKAGES, nvidia_library
+PACKAGES = Path(torch.__file__).parents[1] / "nvidia"
+"""The folder where torch's CUDA wheels install NVIDIA's libraries."""
+
+
+@cache
+def nvidia_library(name: str) -> ctypes.CDLL | None:
+    """
+    Load the library with this file name; None if there is none.
+
+    A library that torch has already loaded is found by its name alone.
+    """
+    for candidate in (name, *PACKAGES.glob(f"*/lib/{name}")):
+        try:
+            return ctypes.CDLL(str(candidate))
+        except OSError:
+            continue
+    return None
 
 
 @lru_cache(maxsize=1)
 def _nvrtc() -> ctypes.CDLL:
-    """NVIDIA's run-time compiler, the one that torch brings along."""
+    """Load NVIDIA's run-time compiler, the one that torch brings along."""
     name = f"libnvrtc.so.{(torch.version.cuda or '*').partition('.')[0]}"
     for builtins in PACKAGES.glob("*/lib/libnvrtc-builtins.so.*"):
-        ctypes.CDLL(str(builtins))  # the compiler asks for it by name alone
+        ctypes.CDLL(str(builtins))  # the compiler looks for it by name alone
     library = nvidia_library(name)
     if library is None:
         raise RuntimeError(f"{name} not found; it comes with torch's CUDA wheels")
@@ -33,9 +54,10 @@ def _driver() -> ctypes.CDLL:
 
 def compile_source(source: str, architecture: str, macros: dict[str, int]) -> bytes:
     """
-    Machine code of CUDA C++ source.
+    Compile CUDA C++ source to machine code.
 
-    :param architecture: such as ``sm_90``
+    :param architecture: the target, such as ``sm_90``
+    :param macros: preprocessor definitions by name
     :raises RuntimeError: if it does not compile; the message holds the compiler's log
     """
     library = _nvrtc()
@@ -67,9 +89,10 @@ def _read(library: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
 
 class Function:
     """
-    A function of loaded machine code, on the device that was current then.
+    A kernel loaded from machine code, on the device that is current at that time.
 
-    :param shared_bytes: dynamic shared memory of a block
+    :param name: the kernel's name in the source
+    :param shared_bytes: dynamic shared memory of each block, in bytes
     :raises RuntimeError: if the driver cannot load it
     """
 
@@ -98,7 +121,10 @@ class Function:
         arguments: Sequence[Tensor | int],
     ) -> None:
         """
-        Launch on the current stream; tensors pass as pointers, numbers as ``int``.
+        Launch on the current stream; tensors pass as pointers, numbers as C ``int``.
+
+        :param grid: blocks in x and y
+        :param threads: threads of each block
 
         :raises RuntimeError: if the driver refuses the launch
         """
