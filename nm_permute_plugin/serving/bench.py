@@ -105,10 +105,9 @@ def _timings(llm: "LLM", workload: Workload) -> Iterator[tuple[int, float, float
     vocabulary = llm.llm_engine.vllm_config.model_config.get_vocab_size()
 
     def seconds(batch: int, tokens: int) -> float:
-        prompts = [
-            {"prompt_token_ids": source.choices(range(vocabulary), k=length)}
-            for length in [workload.prompt_tokens] * batch
-        ]
+        size = workload.prompt_tokens
+        tokens_of = [source.choices(range(vocabulary), k=size) for _ in range(batch)]
+        prompts = [{"prompt_token_ids": prompt} for prompt in tokens_of]
         sampling = SamplingParams(
             temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False
         )

@@ -72,12 +72,10 @@ class Sparse24Config(CompressedTensorsConfig):
         """Translate the checkpoint's module names into vLLM's."""
         super().apply_vllm_mapper(hf_to_vllm_mapper)
         targets = self.sparsity.targets
-        self.sparsity = self.sparsity.model_copy(
-            update={
-                "targets": targets and tuple(_mapped(targets, hf_to_vllm_mapper)),
-                "ignore": tuple(_mapped(self.sparsity.ignore, hf_to_vllm_mapper)),
-            }
-        )
+        targets = targets and tuple(_mapped(targets, hf_to_vllm_mapper))
+        ignore = tuple(_mapped(self.sparsity.ignore, hf_to_vllm_mapper))
+        update = {"targets": targets, "ignore": ignore}
+        self.sparsity = self.sparsity.model_copy(update=update)
 
     def get_quant_method(
         self, layer: torch.nn.Module, prefix: str

@@ -14,13 +14,9 @@ MODE_VARIABLE = "NM_PERMUTE_SERVE"
 """This environment variable selects the mode; vLLM's worker processes inherit it."""
 
 Mode = Literal["auto", "memory", "dense"]
-"""
-How the 2:4 layers are served.
-
-``auto`` runs the fastest kernel for each number of tokens, which may be the dense one.
-``memory`` keeps one sparse copy of each weight and no dense one, even where that is slower.
-``dense`` runs vLLM's own kernels only.
-"""
+"""How 2:4 layers are served: ``auto`` runs the fastest kernel for each number of tokens,
+dense ones too; ``memory`` keeps one sparse copy of each weight and no dense one, even where
+that is slower; ``dense`` runs vLLM's own kernels only."""
 
 _FORMATS = ("sparse-24-bitmask", "dense")
 

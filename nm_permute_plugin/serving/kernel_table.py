@@ -125,43 +125,21 @@ def _choice(stored: list[Any]) -> Choice:
     return Choice(str(kernel), tuple(map(int, settings)), float(microseconds))
 
 
-class TableKey(NamedTuple):
-    """Everything that a kernel table depends on."""
-
-    card: str
-    torch: str
-    cusparselt: str
-    shape: str
-    dtype: str
-    kernels: str
-    source: str
-
-    @property
-    def path(self) -> Path:
-        """The file that keeps the table."""
-        readable = re.sub(
-            r"[^A-Za-z0-9]+", "-", f"{self.card}-{self.shape}-{self.dtype}"
-        )
-        digest = sha256("\n".join(self).encode()).hexdigest()[:16]
-        return cache_folder() / f"{readable}-{digest}.json"
-
-
-def table_key(weight: Tensor, kernels: list[str]) -> TableKey:
+def path_of(weight: Tensor, kernels: list[str]) -> Path:
     """
-    Return the key of a weight's kernel table.
+    Return the file of a weight's kernel table, which is named by all that it depends on.
 
     :param kernels: the names of the kernels that may be chosen
     """
-    version = torch.backends.cusparselt.version()
-    return TableKey(
-        card=torch.cuda.get_device_name(weight.device),
-        torch=torch.__version__,
-        cusparselt=str(version),
-        shape="x".join(str(size) for size in weight.shape),
-        dtype=str(weight.dtype).removeprefix("torch."),
-        kernels=" ".join(kernels),
-        source=source_digest(files(implementations)),
-    )
+    card = torch.cuda.get_device_name(weight.device)
+    shape = "x".join(str(size) for size in weight.shape)
+    dtype = str(weight.dtype).removeprefix("torch.")
+    versions = (torch.__version__, str(torch.backends.cusparselt.version()))
+    source = source_digest(files(implementations))
+    key = (card, *versions, shape, dtype, " ".join(kernels), source)
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", f"{card}-{shape}-{dtype}")
+    digest = sha256("\n".join(key).encode()).hexdigest()[:16]
+    return cache_folder() / f"{readable}-{digest}.json"
 
 
 def source_digest(folder: Traversable) -> str:

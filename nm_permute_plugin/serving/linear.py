@@ -150,9 +150,10 @@ def _allowed(weight: Tensor, mode: Mode) -> list[str]:
 
 def _table(weight: Tensor, allowed: list[str]) -> KernelTable:
     """Read the kernel table from disk, or measure it now and keep it there."""
-    path = kernel_table.table_key(weight, allowed).path
+    path = kernel_table.path_of(weight, allowed)
     table = kernel_table.load(path)
-    if table is None or not _fits(table, weight, allowed):
+    fits = table is not None and table.out_features == len(weight)
+    if table is None or not fits or not set(table.kernels) <= set(allowed):
         usable = []
         for name in allowed:
             reason = None if name == "dense" else crash_reason(name, weight)
@@ -179,22 +180,12 @@ def _table(weight: Tensor, allowed: list[str]) -> KernelTable:
     return table
 
 
-def _fits(table: KernelTable, weight: Tensor, allowed: list[str]) -> bool:
-    """Whether a kept table is for a weight's rows and for kernels that are allowed."""
-    return table.out_features == len(weight) and set(table.kernels) <= set(allowed)
-
-
 def _memory(weight: Tensor, table: KernelTable) -> str:
     """Say what the packed copies of a weight cost."""
     kept = 9 / 16 if weight.dtype in DTYPES_16 else 5 / 8
-    shares = [1.0 if name == "dense" else kept for name in table.kernels]
-    text = (
-        f"copies kept: {', '.join(table.kernels)}; together they take "
-        f"{sum(shares):.2f} of the dense weight's memory"
+    shares = {name: 1.0 if name == "dense" else kept for name in table.kernels}
+    copies = ", ".join(f"{name} {share:.2f}" for name, share in shares.items())
+    return (
+        f"copies kept of each weight, in shares of its {weight.nbytes / 1e6:.0f} MB: "
+        f"{copies}; memory mode keeps no dense one"
     )
-    if "dense" in table.kernels and len(table.kernels) > 1:
-        text += (
-            f", {weight.nbytes / 1e6:.0f} MB a layer for the dense copy (memory mode "
-            "keeps none)"
-        )
-    return text

@@ -18,11 +18,7 @@ from nm_permute_plugin.checkpoint.codec import WORDS, decompress
 from nm_permute_plugin.serving.detect import MODE_VARIABLE, NAME, Mode
 from nm_permute_plugin.serving.layer_report import LayerReport
 from nm_permute_plugin.serving.linear import SparseLinear
-from nm_permute_plugin.serving.product import (
-    Product,
-    product_of,
-    unsupported_precision,
-)
+from nm_permute_plugin.serving.product import Product, product_of, unsupported_precision
 
 STORED_TENSORS = ("compressed", "bitmask", "shape")
 """These parameters hold a stored weight until all of it has been loaded."""
@@ -81,14 +77,10 @@ class Sparse24LinearMethod(LinearMethodBase):
         """
         loader = extra_weight_attrs["weight_loader"]
         self.axes = {"input_dim": 1, "output_dim": 0, "weight_loader": loader}
+        local = (input_size_per_partition, output_partition_sizes)
+        whole = (input_size, output_size)
         self.stock.create_weights(
-            layer,
-            input_size_per_partition,
-            output_partition_sizes,
-            input_size,
-            output_size,
-            params_dtype,
-            **extra_weight_attrs,
+            layer, *local, *whole, params_dtype, **extra_weight_attrs
         )
         self.widths = list(output_partition_sizes)
         # vLLM keys its compiled graphs by its config: add what our graphs depend on.
@@ -123,12 +115,9 @@ class Sparse24LinearMethod(LinearMethodBase):
         sizes = weight.new_zeros(2, 1, dtype=torch.int64)
         if all(self.sparse):
             del layer.weight
-        for part, data in (("compressed", values), ("bitmask", bits)):
-            parameter = ModelWeightParameter(data=data, **self.axes)
-            layer.register_parameter(part, parameter)
-        layer.register_parameter(
-            "shape", BasevLLMParameter(data=sizes, weight_loader=_no_load)
-        )
+        layer.compressed = ModelWeightParameter(data=values, **self.axes)
+        layer.bitmask = ModelWeightParameter(data=bits, **self.axes)
+        layer.shape = BasevLLMParameter(data=sizes, weight_loader=_no_load)
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
         """
@@ -179,24 +168,22 @@ class Sparse24LinearMethod(LinearMethodBase):
 
     def _prepare(self, layer: LinearBase) -> SparseLinear | str:
         """Return the layer's weight for sparse kernels, or why it is served dense."""
-        reason = None
         if self.mode == "dense":
-            reason = f"{MODE_VARIABLE} is dense"
-        elif not current_platform.is_cuda():
-            reason = "no CUDA device"
-        elif getattr(envs, "VLLM_BATCH_INVARIANT", False):
-            reason = "VLLM_BATCH_INVARIANT asks for one product at every batch size"
-        elif not all(self.sparse):
-            reason = "only a part of the fused layer is 2:4"
-        elif self.name.rpartition(".")[2] in _READ_BY_OTHERS:
-            reason = "the attention reads its weight"
-        else:
-            reason = unsupported_precision(layer, self.stock)
-        if reason is not None:
+            return f"{MODE_VARIABLE} is dense"
+        if not current_platform.is_cuda():
+            return "no CUDA device"
+        if getattr(envs, "VLLM_BATCH_INVARIANT", False):
+            return "VLLM_BATCH_INVARIANT asks for one product at every batch size"
+        if not all(self.sparse):
+            return "only a part of the fused layer is 2:4"
+        if self.name.rpartition(".")[2] in _READ_BY_OTHERS:
+            return "the attention reads its weight"
+        if reason := unsupported_precision(layer, self.stock):
             return reason
         # a stored weight has been found to be 2:4 when it was decompressed
-        weight = layer.weight.data
-        return SparseLinear.prepare(weight, self.mode, is_checked=self.stored)
+        return SparseLinear.prepare(
+            layer.weight.data, self.mode, is_checked=self.stored
+        )
 
 
 def _no_load(parameter: Parameter, loaded: Tensor, shard: object = None) -> None:

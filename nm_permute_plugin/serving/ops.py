@@ -35,10 +35,9 @@ def _sparse24_linear(x: Tensor, packed: list[Tensor], table_name: str) -> Tensor
         return _fake(x, packed, table_name)
     choice = table.choice(tokens)
     weight = packed[table.kernels.index(choice.kernel)]
+    run = KERNELS[choice.kernel].run
     with torch.cuda.device_of(x):
-        return KERNELS[choice.kernel].run(
-            weight, x, table.out_features, choice.settings
-        )
+        return run(weight, x, table.out_features, choice.settings)
 
 
 def _fake(x: Tensor, packed: list[Tensor], table_name: str) -> Tensor:

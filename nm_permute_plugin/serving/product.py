@@ -2,7 +2,6 @@
 """Multiplies a layer's input by its 2:4 weight: in 16 bits, or in 8 bits with scales."""
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,17 +25,14 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
 from nm_permute_plugin.serving.kernels.scaling import narrowest
 from nm_permute_plugin.serving.linear import SparseLinear
 
+Product = Callable[[LinearBase, Tensor, Tensor | None], Tensor]
+"""Computes a layer's output from the layer, its input x [..., in] and its bias."""
+
 Quantize = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""Maps x and its static scale, None for one per token, to x in 8 bits and the scale."""
 
 _SMALLEST = 1e-30
 """Floor of a token's largest value, so that all-zero tokens do not divide by zero."""
-
-
-class Product(Protocol):
-    """Computes a layer's output."""
-
-    def __call__(self, layer: LinearBase, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., in] -> [..., out]."""
 
 
 def unsupported_precision(layer: LinearBase, stock: LinearMethodBase) -> str | None:
@@ -92,12 +88,7 @@ class FloatProduct:
 
 
 class ScaledProduct:
-    """
-    Multiplies in 8 bits; activations are quantized as vLLM's own method does.
-
-    :param quantize: maps x and its static scale, None for one per token, to x in 8 bits
-        and the scale
-    """
+    """Multiplies in 8 bits; activations are quantized as vLLM's own method does."""
 
     def __init__(self, linear: SparseLinear, quantize: Quantize) -> None:
         self.linear = linear

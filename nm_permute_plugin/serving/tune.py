@@ -74,9 +74,8 @@ def choose(fastest: list[Choice]) -> Choice:
     best = min(fastest, key=lambda choice: choice.microseconds)
     if best.kernel != "dense" or not sparse:
         return best
-    fastest_sparse = min(sparse, key=lambda choice: choice.microseconds)
-    is_as_fast = fastest_sparse.microseconds <= NOISE * best.microseconds
-    return fastest_sparse if is_as_fast else best
+    second = min(sparse, key=lambda choice: choice.microseconds)
+    return second if second.microseconds <= NOISE * best.microseconds else best
 
 
 def measure_kernel(
@@ -111,9 +110,7 @@ def measure_kernel(
                 "%s with %s is not used for %s: %s", kernel.name, settings, size, error
             )
             continue
-        choices.append(
-            Choice(kernel=kernel.name, settings=settings, microseconds=taken)
-        )
+        choices.append(Choice(kernel.name, settings, taken))
     return choices
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import copytree, ignore_patterns
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,13 +106,13 @@ def test_a_kept_table_of_another_weight_is_measured_anew(
 ) -> None:
     kept = KernelTable(48, [Bucket(8, DENSE, [DENSE])])
     kernel_table.save(kept, tmp_path / "table.json")
-    key = SimpleNamespace(path=tmp_path / "table.json")
-    monkeypatch.setattr(kernel_table, "table_key", lambda weight, allowed: key)
+    path = tmp_path / "table.json"
+    monkeypatch.setattr(kernel_table, "path_of", lambda weight, allowed: path)
     measured = KernelTable(16, [Bucket(8, DENSE, [DENSE])])
     monkeypatch.setattr(linear, "tune", lambda weight, kernels: measured)
     weight = sparse_weight(16, 64, torch.bfloat16)
     assert linear._table(weight, ["dense"]) == measured
-    assert kernel_table.load(key.path) == measured
+    assert kernel_table.load(path) == measured
 
 
 def test_an_unknown_kernel_in_the_environment_is_refused(

@@ -21,8 +21,8 @@ from nm_permute_plugin.serving.kernels.nvidia import nvidia_library
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is under its name
 
 _VERSIONS = range(800, 900)
-"""The constants below are those of cuSPARSELt 0.8 (0.8.0 and 0.8.1 were tested). With any
-other version torch makes the plans, since larger structures would overflow ours."""
+"""The constants below hold for cuSPARSELt 0.8 (``version()`` is 800 for 0.8.0). With any
+other version torch makes the plans: larger structures would overflow ours."""
 
 _STRUCTURE_BYTES = 512
 """The library's structures have this size each."""
@@ -32,12 +32,7 @@ _ALIGNMENT = 16
 
 _COLUMN_MAJOR, _ROW_MAJOR = 1, 2
 _AS_IT_IS, _TRANSPOSED = 0, 1
-_DTYPES = {
-    torch.float16: 2,
-    torch.int8: 3,
-    torch.bfloat16: 14,
-    torch.float8_e4m3fn: 28,
-}
+_DTYPES = {torch.float16: 2, torch.int8: 3, torch.bfloat16: 14, torch.float8_e4m3fn: 28}
 _INTEGER_SUMS, _FLOAT_SUMS = 0, 2
 _ALGORITHM, _SPLIT_K, _SPLIT_K_MODE = 0, 3, 4
 
@@ -85,9 +80,9 @@ def _is_tested(version: int) -> bool:
     if version in _VERSIONS:
         return True
     logger.warning(
-        "cuSPARSELt %d is not one of the tested versions, %d to %d: torch makes its plans "
-        "at every call, which takes longer without CUDA graphs",
-        *(version, _VERSIONS[0], _VERSIONS[-1]),
+        "cuSPARSELt %d is not one of the tested versions (0.8): torch makes its plans at "
+        "every call, which takes longer without CUDA graphs",
+        version,
     )
     return False
 
@@ -136,29 +131,17 @@ class Plan:
         self._kept = [_Structure() for _ in range(6)]
         weight, tokens, out, product, algorithm, plan = (s.address for s in self._kept)
         dtype, out_dtype = _DTYPES[size.dtype], _DTYPES[size.out_dtype]
-        shape = (size.rows, size.channels, size.channels)
-        _call(
-            "StructuredDescriptorInit",
-            *(handle, weight, *map(ctypes.c_int64, shape)),
-            *(_ALIGNMENT, dtype, _ROW_MAJOR, 0),
-        )
-        shape = (size.tokens, size.channels, size.channels)
-        _call(
-            "DenseDescriptorInit",
-            *(handle, tokens, *map(ctypes.c_int64, shape)),
-            *(_ALIGNMENT, dtype, _ROW_MAJOR),
-        )
-        shape = (size.rows, size.tokens, size.rows)
-        _call(
-            "DenseDescriptorInit",
-            *(handle, out, *map(ctypes.c_int64, shape)),
-            *(_ALIGNMENT, out_dtype, _COLUMN_MAJOR),
-        )
-        _call(
-            "MatmulDescriptorInit",
-            *(handle, product, _AS_IT_IS, _TRANSPOSED, weight, tokens, out, out),
-            _INTEGER_SUMS if size.dtype == torch.int8 else _FLOAT_SUMS,
-        )
+        shape = map(ctypes.c_int64, (size.rows, size.channels, size.channels))
+        layout = (_ALIGNMENT, dtype, _ROW_MAJOR)
+        _call("StructuredDescriptorInit", handle, weight, *shape, *layout, 0)
+        shape = map(ctypes.c_int64, (size.tokens, size.channels, size.channels))
+        _call("DenseDescriptorInit", handle, tokens, *shape, *layout)
+        shape = map(ctypes.c_int64, (size.rows, size.tokens, size.rows))
+        layout = (_ALIGNMENT, out_dtype, _COLUMN_MAJOR)
+        _call("DenseDescriptorInit", handle, out, *shape, *layout)
+        operands = (_AS_IT_IS, _TRANSPOSED, weight, tokens, out, out)
+        sums = _INTEGER_SUMS if size.dtype == torch.int8 else _FLOAT_SUMS
+        _call("MatmulDescriptorInit", handle, product, *operands, sums)
         _call("MatmulAlgSelectionInit", handle, algorithm, product, 0)
         _set(handle, algorithm, _ALGORITHM, size.algorithm)
         if size.split_k != 1:

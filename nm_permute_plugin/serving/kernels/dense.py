@@ -41,13 +41,9 @@ class Dense:
         if packed.dtype == torch.int8:
             sums = torch._int_mm(padded(x, 32), packed.t())[: len(x)]
             return sums.to(output_dtype(x.dtype))
-        one = _one(x.device)
+        one, out_dtype = _one(x.device), output_dtype(x.dtype)
         return torch._scaled_mm(
-            x,
-            packed.t(),
-            *(one, one),
-            out_dtype=output_dtype(x.dtype),
-            use_fast_accum=True,
+            x, packed.t(), one, one, out_dtype=out_dtype, use_fast_accum=True
         )
 
 

@@ -27,33 +27,14 @@ _PITCH = 36
 
 # Block shapes without their tiles, of at most 16 warps: with more tokens each warp needs
 # more registers, so that fewer warps fit.
-_FEW = [
-    (1, 16, 1, 1),
-    (1, 8, 1, 1),
-    (2, 8, 1, 1),
-    (1, 16, 1, 2),
-    (1, 8, 1, 4),
-    (2, 4, 1, 4),
-    (1, 8, 2, 2),
-]
-_MANY = [
-    (1, 8, 1, 0),
-    (1, 8, 1, 1),
-    (2, 4, 1, 0),
-    (2, 4, 1, 1),
-    (1, 8, 1, 4),
-    (2, 4, 1, 4),
-]
+_FEW = [(1, 16, 1, 1), (1, 8, 1, 1), (2, 8, 1, 1), (1, 16, 1, 2),
+        (1, 8, 1, 4), (2, 4, 1, 4), (1, 8, 2, 2)]  # fmt: skip
+_MANY = [(1, 8, 1, 0), (1, 8, 1, 1), (2, 4, 1, 0), (2, 4, 1, 1),
+         (1, 8, 1, 4), (2, 4, 1, 4)]  # fmt: skip
 _BLOCK_SHAPES = {1: _FEW, 2: _FEW, 4: _MANY, 8: _MANY}
-_STAGED = [  # block shapes for wgmma
-    (8, 1, 1, 1, 3),
-    (8, 1, 2, 1, 3),
-    (8, 1, 4, 1, 3),
-    (8, 1, 8, 1, 3),
-    (12, 1, 8, 1, 3),
-    (4, 1, 8, 1, 3),
-    (4, 2, 1, 1, 3),
-]
+# Block shapes for wgmma.
+_STAGED = [(8, 1, 1, 1, 3), (8, 1, 2, 1, 3), (8, 1, 4, 1, 3), (8, 1, 8, 1, 3),
+           (12, 1, 8, 1, 3), (4, 1, 8, 1, 3), (4, 2, 1, 1, 3)]  # fmt: skip
 _STAGED_TILES = 4
 """wgmma is tried from this many tiles of 8 tokens on."""
 

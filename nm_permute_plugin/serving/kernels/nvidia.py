@@ -101,24 +101,14 @@ class Function:
         torch.cuda.current_stream()  # makes sure that there is a context
         self._module = ctypes.c_void_p()
         self._function = ctypes.c_void_p()
-        _check(_driver().cuModuleLoadData(ctypes.byref(self._module), code))
-        _check(
-            _driver().cuModuleGetFunction(
-                ctypes.byref(self._function), self._module, name.encode()
-            )
-        )
-        most_dynamic_shared_bytes = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _check(
-            _driver().cuFuncSetAttribute(
-                self._function, most_dynamic_shared_bytes, shared_bytes
-            )
-        )
+        module, function = ctypes.byref(self._module), ctypes.byref(self._function)
+        _call("cuModuleLoadData", module, code)
+        _call("cuModuleGetFunction", function, self._module, name.encode())
+        max_dynamic_shared = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _call("cuFuncSetAttribute", self._function, max_dynamic_shared, shared_bytes)
 
     def __call__(
-        self,
-        grid: tuple[int, int],
-        threads: int,
-        arguments: Sequence[Tensor | int],
+        self, grid: tuple[int, int], threads: int, arguments: Sequence[Tensor | int]
     ) -> None:
         """
         Launch on the current stream; tensors pass as pointers, numbers as C ``int``.
@@ -138,21 +128,12 @@ class Function:
             *(ctypes.addressof(value) for value in values)
         )
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        _check(
-            _driver().cuLaunchKernel(
-                self._function,
-                *(*grid, 1),
-                *(threads, 1, 1),
-                self._shared_bytes,
-                stream,
-                pointers,
-                None,
-            )
-        )
+        sizes = (*grid, 1, threads, 1, 1, self._shared_bytes)
+        _call("cuLaunchKernel", self._function, *sizes, stream, pointers, None)
 
 
-def _check(code: int) -> None:
-    if code:
+def _call(function: str, *arguments: object) -> None:
+    if code := getattr(_driver(), function)(*arguments):
         text = ctypes.c_char_p()
         _driver().cuGetErrorString(code, ctypes.byref(text))
         reason = text.value.decode() if text.value else "unknown"

@@ -18,11 +18,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from nm_permute_plugin.checkpoint.codec import (
-    WORDS,
-    clear_negative_zeros,
-    compress,
-)
+from nm_permute_plugin.checkpoint.codec import WORDS, clear_negative_zeros, compress
 
 ROWS, CHANNELS = 32, 128
 """A chunk has this shape; a weight's shape must be a multiple of it."""
@@ -60,9 +56,8 @@ def pack(weight: Tensor) -> UInt8[Tensor, "tiles chunks bytes"]:
     lane_first = "tile chunk step half row lane high eight group two"
     if weight.dtype == torch.float8_e4m3fn:
         lane_first = "tile chunk step row lane half high eight group two"
-    values = _arrange(
-        values, "tile half eight row chunk step high lane group two", lane_first
-    )
+    given = "tile half eight row chunk step high lane group two"
+    values = _arrange(values, given, lane_first)
     bits = 4 * torch.arange(groups // 2, device=weight.device)
     meta = (places.view(tiles, 2, 2, 8, chunks, steps, 2, -1) << bits).sum(-1)
     given = "tile half eight row chunk step part"
@@ -87,14 +82,8 @@ def group_order(dtype: torch.dtype) -> Int[Tensor, "steps groups"]:
         order = [[16 * s + 4 * lane + word for word in range(4) for lane in range(4)]
                  for s in range(2)]  # fmt: skip
     elif dtype == torch.float8_e4m3fn:
-        order = [
-            [
-                16 * (s // 2) + 8 * pair + 4 * (word // 2) + 2 * (s % 2) + word % 2
-                for word in range(4)
-                for pair in range(2)
-            ]
-            for s in range(4)
-        ]
+        order = [[16 * (s // 2) + 8 * pair + 4 * (word // 2) + 2 * (s % 2) + word % 2
+                  for word in range(4) for pair in range(2)] for s in range(4)]  # fmt: skip
     else:
         order = [[8 * s + 4 * pair + word for word in range(4) for pair in range(2)]
                  for s in range(4)]  # fmt: skip

@@ -39,10 +39,8 @@ class TritonDecode:
     def prepare(self, weight: Tensor) -> Tensor:
         stored = compress(clear_negative_zeros(weight))
         codes = torch.tensor(CODES, dtype=torch.uint8, device=weight.device)
-        low, high = (
-            codes[(stored.bitmask & 15).int()],
-            codes[(stored.bitmask >> 4).int()],
-        )
+        bits = stored.bitmask.int()
+        low, high = codes[bits & 15], codes[bits >> 4]
         values = stored.compressed.view(torch.uint8)
         return torch.cat((values, low | high << 4), -1)
 
