@@ -106,8 +106,8 @@ def _timings(llm: "LLM", workload: Workload) -> Iterator[tuple[int, float, float
 
     def seconds(batch: int, tokens: int) -> float:
         size = workload.prompt_tokens
-        tokens_of = [source.choices(range(vocabulary), k=size) for _ in range(batch)]
-        prompts = [{"prompt_token_ids": prompt} for prompt in tokens_of]
+        drawn = [source.choices(range(vocabulary), k=size) for _ in range(batch)]
+        prompts = [{"prompt_token_ids": prompt} for prompt in drawn]
         sampling = SamplingParams(
             temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False
         )

@@ -18,8 +18,6 @@ Mode = Literal["auto", "memory", "dense"]
 dense ones too; ``memory`` keeps one sparse copy of each weight and no dense one, even where
 that is slower; ``dense`` runs vLLM's own kernels only."""
 
-_FORMATS = ("sparse-24-bitmask", "dense")
-
 
 def is_ours(quantization: Mapping[str, object]) -> bool:
     """
@@ -34,7 +32,7 @@ def is_ours(quantization: Mapping[str, object]) -> bool:
     return (
         quantization.get("quant_method") == QUANT_METHOD
         and isinstance(block, Mapping)
-        and block.get("format") in _FORMATS
+        and block.get("format") in ("sparse-24-bitmask", "dense")
         and block.get("sparsity_structure") == "2:4"
     )
 

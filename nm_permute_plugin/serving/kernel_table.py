@@ -162,10 +162,17 @@ def cache_folder() -> Path:
     return Path(home) / "nm-permute"
 
 
-def load(path: Path) -> KernelTable | None:
-    """Read a kernel table; None if there is none, or it is damaged, which is warned of."""
+def load(path: Path, rows: int, allowed: list[str]) -> KernelTable | None:
+    """
+    Read a kernel table; None if there is none.
+
+    A damaged table, or one of other rows or kernels, is ignored with a warning.
+    """
     try:
-        return KernelTable.from_json(path.read_text())
+        table = KernelTable.from_json(path.read_text())
+        if table.out_features != rows or not set(table.kernels) <= set(allowed):
+            raise ValueError(f"it is for {table.out_features} rows, {table.kernels}")
+        return table
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

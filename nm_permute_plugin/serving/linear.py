@@ -151,19 +151,16 @@ def _allowed(weight: Tensor, mode: Mode) -> list[str]:
 def _table(weight: Tensor, allowed: list[str]) -> KernelTable:
     """Read the kernel table from disk, or measure it now and keep it there."""
     path = kernel_table.path_of(weight, allowed)
-    table = kernel_table.load(path)
-    fits = table is not None and table.out_features == len(weight)
-    if table is None or not fits or not set(table.kernels) <= set(allowed):
+    table = kernel_table.load(path, len(weight), allowed)
+    if table is None:
         usable = []
         for name in allowed:
             reason = None if name == "dense" else crash_reason(name, weight)
             if reason is None:
                 usable.append(name)
             else:
-                logger.warning(
-                    "%s is not used for weights of shape %s, %s: %s",
-                    *(name, tuple(weight.shape), weight.dtype, reason),
-                )
+                size = f"weights of shape {tuple(weight.shape)}, {weight.dtype}"
+                logger.warning("%s is not used for %s: %s", name, size, reason)
         try:
             table = tune(weight, {name: KERNELS[name] for name in usable})
         except RuntimeError as error:
@@ -183,8 +180,7 @@ def _table(weight: Tensor, allowed: list[str]) -> KernelTable:
 def _memory(weight: Tensor, table: KernelTable) -> str:
     """Say what the packed copies of a weight cost."""
     kept = 9 / 16 if weight.dtype in DTYPES_16 else 5 / 8
-    shares = {name: 1.0 if name == "dense" else kept for name in table.kernels}
-    copies = ", ".join(f"{name} {share:.2f}" for name, share in shares.items())
+    copies = ", ".join(f"{n} {1 if n == 'dense' else kept:.2f}" for n in table.kernels)
     return (
         f"copies kept of each weight, in shares of its {weight.nbytes / 1e6:.0f} MB: "
         f"{copies}; memory mode keeps no dense one"

@@ -181,9 +181,8 @@ class Sparse24LinearMethod(LinearMethodBase):
         if reason := unsupported_precision(layer, self.stock):
             return reason
         # a stored weight has been found to be 2:4 when it was decompressed
-        return SparseLinear.prepare(
-            layer.weight.data, self.mode, is_checked=self.stored
-        )
+        weight = layer.weight.data
+        return SparseLinear.prepare(weight, self.mode, is_checked=self.stored)
 
 
 def _no_load(parameter: Parameter, loaded: Tensor, shard: object = None) -> None:

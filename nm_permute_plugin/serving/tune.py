@@ -36,9 +36,7 @@ def tune(weight: Tensor, kernels: Mapping[str, Kernel]) -> KernelTable:
     :param kernels: the kernels by name, all of which support the weight
     :raises RuntimeError: if no kernel is left for some bucket
     """
-    copies = {
-        name: cold_copies(kernel.prepare(weight)) for name, kernel in kernels.items()
-    }
+    copies = {n: cold_copies(kernel.prepare(weight)) for n, kernel in kernels.items()}
     buckets = []
     for tokens in BUCKETS:
         x = random_tokens(weight, tokens)

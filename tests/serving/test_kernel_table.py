@@ -39,10 +39,11 @@ def test_the_text_shows_every_time_and_the_choice() -> None:
 def test_a_table_comes_back_from_disk(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "table.json"
     kernel_table.save(TABLE, path)
-    assert kernel_table.load(path) == TABLE
+    assert kernel_table.load(path, 16, KERNELS) == TABLE
     assert list(path.parent.iterdir()) == [path]
 
 
+KERNELS = ["dense", "cusparselt", "mma_sp"]
 ROW = '["mma_sp", [1, 16], 2.5]'
 DAMAGED = {
     "empty": "",
@@ -68,8 +69,21 @@ def test_a_damaged_table_is_ignored_with_a_warning(
     path = tmp_path / "table.json"
     path.write_text(text)
     with caplog.at_level(logging.WARNING):
-        assert kernel_table.load(path) is None
+        assert kernel_table.load(path, 16, KERNELS) is None
     assert str(path) in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "allowed"), [(32, KERNELS), (16, ["dense", "cusparselt"])]
+)
+def test_a_table_of_another_weight_is_ignored_with_a_warning(
+    rows: int, allowed: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "table.json"
+    kernel_table.save(TABLE, path)
+    with caplog.at_level(logging.WARNING):
+        assert kernel_table.load(path, rows, allowed) is None
+    assert "it is for 16 rows, ['dense', 'mma_sp']" in caplog.text
 
 
 def test_bytes_that_are_no_text_are_ignored_with_a_warning(
@@ -78,14 +92,14 @@ def test_bytes_that_are_no_text_are_ignored_with_a_warning(
     path = tmp_path / "table.json"
     path.write_bytes(b"\xff\xfe\x00")
     with caplog.at_level(logging.WARNING):
-        assert kernel_table.load(path) is None
+        assert kernel_table.load(path, 16, KERNELS) is None
     assert str(path) in caplog.text
 
 
 def test_a_missing_table_is_no_matter(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert kernel_table.load(tmp_path / "none.json") is None
+    assert kernel_table.load(tmp_path / "none.json", 16, KERNELS) is None
     assert not caplog.messages
 
 

@@ -112,7 +112,7 @@ def test_a_kept_table_of_another_weight_is_measured_anew(
     monkeypatch.setattr(linear, "tune", lambda weight, kernels: measured)
     weight = sparse_weight(16, 64, torch.bfloat16)
     assert linear._table(weight, ["dense"]) == measured
-    assert kernel_table.load(path) == measured
+    assert kernel_table.load(path, 16, ["dense"]) == measured
 
 
 def test_an_unknown_kernel_in_the_environment_is_refused(
