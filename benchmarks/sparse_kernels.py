@@ -30,17 +30,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nm_permute_plugin.serving.kernel_table import Way
-from nm_permute_plugin.serving.kernels.kernel import NARROW
+from nm_permute_plugin.serving.kernel_table import Choice
+from nm_permute_plugin.serving.kernels.kernel import DTYPES_8
 from nm_permute_plugin.serving.kernels.scaling import scaled
 from nm_permute_plugin.serving.ops import KERNELS
 from nm_permute_plugin.serving.tune import (
     choose,
     cold_copies,
     error_of,
-    measure,
+    measure_kernel,
     microseconds,
-    sample,
+    random_tokens,
 )
 
 SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
@@ -57,7 +57,7 @@ def sparse_weight(rows: int, channels: int, dtype: torch.dtype) -> torch.Tensor:
     torch.manual_seed(rows + channels)
     places = torch.rand(rows, channels // 4, 4, device="cuda").argsort(-1)
     weight = torch.randn(rows, channels // 4, 4, device="cuda")
-    if dtype in NARROW:
+    if dtype in DTYPES_8:
         weight = (weight * 40).round().clamp(-127, 127)
     return weight.masked_fill(places < 2, 0).view(rows, channels).to(dtype)
 
@@ -96,47 +96,49 @@ def dense_microseconds(copies: list[Tensor], x: Tensor, scales: Scales | None) -
 
 
 def passed_microseconds(
-    way: Way, copies: list[Tensor], x: Tensor, rows: int, scales: Scales
+    choice: Choice, copies: list[Tensor], x: Tensor, rows: int, scales: Scales
 ) -> float:
     """A kernel's product and the pass that scales it."""
 
-    def product(form: Tensor) -> Tensor:
-        sums = KERNELS[way.kernel].run(form, x, rows, way.settings)
+    def product(packed: Tensor) -> Tensor:
+        sums = KERNELS[choice.kernel].run(packed, x, rows, choice.settings)
         return scaled(sums, *scales, None, torch.bfloat16)
 
-    return microseconds([partial(product, form) for form in copies])
+    return microseconds([partial(product, packed) for packed in copies])
 
 
 def bench_shape(rows, channels, kind, copy_rate, fp8_dense, results) -> None:
     """All numbers of tokens by one weight; a printed row each, sent to the parent."""
     weight = sparse_weight(rows, channels, DTYPES[kind])
-    forms = {}
+    packed_copies = {}
     for name, kernel in KERNELS.items():
-        reason = kernel.refusal(weight)
+        reason = kernel.unsupported(weight)
         if reason is None:
-            forms[name] = cold_copies(kernel.prepare(weight))
+            packed_copies[name] = cold_copies(kernel.prepare(weight))
         else:
-            print(f"{name} refuses {kind} {rows} x {channels}: {reason}")
+            print(f"{name} does not support {kind} {rows} x {channels}: {reason}")
     for tokens in TOKENS:
-        x = sample(weight, tokens)
-        scales = Scales.of(tokens, rows) if DTYPES[kind] in NARROW else None
+        x = random_tokens(weight, tokens)
+        scales = Scales.of(tokens, rows) if DTYPES[kind] in DTYPES_8 else None
         truth = x[:64].double() @ weight.double().t()
-        best: dict[str, Way] = {}
+        best: dict[str, Choice] = {}
         every, errors = {}, {}
-        for name, copies in forms.items():
-            ways = measure(KERNELS[name], copies, x, truth.float())
-            every[name] = [(way.settings, round(way.microseconds, 2)) for way in ways]
-            if ways:
-                best[name] = min(ways, key=lambda way: way.microseconds)
+        for name, copies in packed_copies.items():
+            choices = measure_kernel(KERNELS[name], copies, x, truth.float())
+            every[name] = [
+                (choice.settings, round(choice.microseconds, 2)) for choice in choices
+            ]
+            if choices:
+                best[name] = min(choices, key=lambda choice: choice.microseconds)
                 out = KERNELS[name].run(copies[0], x, rows, best[name].settings)
                 errors[name] = error_of(out.double(), truth)
         chosen = choose(list(best.values()))
-        copies = forms[chosen.kernel]
-        times = {name: way.microseconds for name, way in best.items()}
+        copies = packed_copies[chosen.kernel]
+        times = {name: choice.microseconds for name, choice in best.items()}
         if kind == "int8":
             dense = fp8_dense.get((rows, channels, tokens), float("nan"))
         else:
-            dense = dense_microseconds(forms["dense"], x, scales)
+            dense = dense_microseconds(packed_copies["dense"], x, scales)
         passed = chosen.microseconds
         if scales is not None:
             passed = passed_microseconds(chosen, copies, x, rows, scales)

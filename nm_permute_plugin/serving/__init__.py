@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""2:4 checkpoints on sparse kernels: the vLLM plugin and the linear layer under it."""
+"""Serves 2:4 checkpoints on sparse kernels: a vLLM plugin and the linear layer below it."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Time prefill and decode of one engine; run as a process of its own.
+Times prefill and decode of one engine; runs as a process of its own.
 
 ``python -m nm_permute_plugin.serving.bench CHECKPOINT OUT.json '{"batches": [1, 8]}'``.
-The engine's memory, and what it has compiled, end with the process.
+The engine's memory and its compiled graphs end with the process.
 """
 
 import json
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 WARM_UP = 1
+"""So many runs of each size come before those that are timed."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,13 @@ class Workload:
     """
     What is timed.
 
-    :param batches: sequences at a time
-    :param prompt_tokens: of each sequence, random ones
-    :param output_tokens: of each sequence, greedy ones
-    :param repeats: of which the median is taken
-    :param tensor_parallel: devices
-    :param eager: without compiled graphs
-    :param engine: further arguments of ``vllm.LLM``; they go before those above
+    :param batches: the numbers of sequences that are generated at once
+    :param prompt_tokens: random tokens in each sequence's prompt
+    :param output_tokens: tokens that each sequence generates, greedily
+    :param repeats: timed runs, whose median is taken
+    :param tensor_parallel: the number of devices
+    :param eager: run without compiled graphs
+    :param engine: further arguments of ``vllm.LLM``; they override those above
     """
 
     batches: tuple[int, ...] = (1, 8, 32)
@@ -47,9 +48,9 @@ class Workload:
 
 def engine_arguments(text: str) -> dict[str, object]:
     """
-    Arguments of ``vllm.LLM`` from a JSON object.
+    Parse arguments of ``vllm.LLM`` from a JSON object.
 
-    :raises ValueError: if it is none
+    :raises ValueError: if the text is no JSON object
 
     >>> engine_arguments('{"gpu_memory_utilization": 0.8}')
     {'gpu_memory_utilization': 0.8}
@@ -66,12 +67,12 @@ def engine_arguments(text: str) -> dict[str, object]:
     return found
 
 
-def measure(checkpoint: Path, workload: Workload) -> list[dict[str, object]]:
+def measure_engine(checkpoint: Path, workload: Workload) -> list[dict[str, object]]:
     """
-    The timings of an engine, in the fields of ``evaluation.throughput.Measurement``.
+    Time an engine; the keys are the fields of ``evaluation.throughput.Measurement``.
 
-    Prefill ends with the first token. Decode is what all further tokens take: the time of
-    a whole answer less that of a prefill.
+    Prefill ends with the first token. Decode is all further tokens: its time is that of a
+    whole answer minus that of the prefill.
     """
     from vllm import LLM
 
@@ -97,17 +98,16 @@ def measure(checkpoint: Path, workload: Workload) -> list[dict[str, object]]:
 
 
 def _timings(llm: "LLM", workload: Workload) -> Iterator[tuple[int, float, float]]:
-    """For each batch the seconds of a prefill, and those of whole answers."""
+    """Yield each batch size with its seconds of a prefill and of a whole answer."""
     from vllm import SamplingParams
 
     source = random.Random(0)
     vocabulary = llm.llm_engine.vllm_config.model_config.get_vocab_size()
 
     def seconds(batch: int, tokens: int) -> float:
-        prompts = [
-            {"prompt_token_ids": source.choices(range(vocabulary), k=length)}
-            for length in [workload.prompt_tokens] * batch
-        ]
+        size = workload.prompt_tokens
+        drawn = [source.choices(range(vocabulary), k=size) for _ in range(batch)]
+        prompts = [{"prompt_token_ids": prompt} for prompt in drawn]
         sampling = SamplingParams(
             temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False
         )
@@ -126,7 +126,7 @@ def _timings(llm: "LLM", workload: Workload) -> Iterator[tuple[int, float, float
 def _main(checkpoint: str, out: str, fields: str) -> None:
     loaded = json.loads(fields)
     workload = Workload(**{**loaded, "batches": tuple(loaded["batches"])})
-    Path(out).write_text(json.dumps(measure(Path(checkpoint), workload)))
+    Path(out).write_text(json.dumps(measure_engine(Path(checkpoint), workload)))
 
 
 if __name__ == "__main__":

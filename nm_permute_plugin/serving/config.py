@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's config class for 2:4 checkpoints: a method for each of a model's layers."""
+"""vLLM's config class for 2:4 checkpoints: it chooses each layer's method."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -18,38 +18,41 @@ from nm_permute_plugin.checkpoint.config import (
     SparsityConfig,
     read_sparsity_config,
 )
-from nm_permute_plugin.serving.detect import RollCall, is_ours, mode
+from nm_permute_plugin.serving.detect import NAME, is_ours, mode
+from nm_permute_plugin.serving.layer_report import LayerReport
 from nm_permute_plugin.serving.method import Sparse24LinearMethod
-from nm_permute_plugin.serving.plugin import NAME
 
 logger = logging.getLogger(__name__)
 
 _EXPERTS = ("FusedMoE", "RoutedExperts")
+"""vLLM's classes of layers that hold a block of experts."""
+
 _MISNAMED = ".attention.output.qkv_proj"
+"""vLLM's BERT calls the checkpoint's ``attention.self`` by this name."""
 
 
 class Sparse24Config(CompressedTensorsConfig):
-    """vLLM's own config of a compressed-tensors checkpoint, with the sparsity block."""
+    """vLLM's own config of a compressed-tensors checkpoint, plus the sparsity block."""
 
     sparsity: SparsityConfig
-    roll_call: RollCall
+    report: LayerReport
 
     def get_name(self) -> str:
-        """The name of the quantization method."""
+        """Return the name of the quantization method."""
         return NAME
 
     @classmethod
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Claim a 2:4 checkpoint, and no other one."""
+        """Claim 2:4 checkpoints, and no others."""
         wanted = user_quant in (None, NAME, QUANT_METHOD)
         return NAME if wanted and is_ours(hf_quant_cfg) else None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Sparse24Config":
         """
-        The config of a checkpoint.
+        Read the config of a checkpoint.
 
         :param config: the ``quantization_config`` of its ``config.json``
         :raises ValueError: if the sparsity block is not that of a 2:4 checkpoint
@@ -62,36 +65,34 @@ class Sparse24Config(CompressedTensorsConfig):
             )
         made: Sparse24Config = super().from_config({**config, "sparsity_config": {}})
         made.sparsity = sparsity
-        made.roll_call = RollCall(logger.warning, logger.info)
+        made.report = LayerReport(logger.warning, logger.info)
         return made
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
-        """Turn module names of the checkpoint into vLLM's."""
+        """Translate the checkpoint's module names into vLLM's."""
         super().apply_vllm_mapper(hf_to_vllm_mapper)
         targets = self.sparsity.targets
-        self.sparsity = self.sparsity.model_copy(
-            update={
-                "targets": targets and tuple(_mapped(targets, hf_to_vllm_mapper)),
-                "ignore": tuple(_mapped(self.sparsity.ignore, hf_to_vllm_mapper)),
-            }
-        )
+        targets = targets and tuple(_mapped(targets, hf_to_vllm_mapper))
+        ignore = tuple(_mapped(self.sparsity.ignore, hf_to_vllm_mapper))
+        update = {"targets": targets, "ignore": ignore}
+        self.sparsity = self.sparsity.model_copy(update=update)
 
     def get_quant_method(
         self, layer: torch.nn.Module, prefix: str
     ) -> QuantizeMethodBase | None:
         """
-        The stock method of a layer; where the checkpoint has it sparse, wrapped in ours.
+        Return a layer's stock method, wrapped in ours if the layer is 2:4.
 
-        :raises NotImplementedError: for a head or for experts that are stored sparse
+        :raises NotImplementedError: if a head or experts are stored sparse
         """
         stock = super().get_quant_method(layer, prefix)
         stored = self.sparsity.format != "dense"
         if isinstance(layer, LinearBase):
-            sparse = tuple(map(self.sparsity.promises, self._parts(prefix)))
+            sparse = tuple(map(self.sparsity.promises, self._fused(prefix)))
             if not any(sparse):
                 return stock
             return Sparse24LinearMethod(
-                stock, prefix, sparse, stored, mode(), self.roll_call
+                stock, prefix, sparse, stored, mode(), self.report
             )
         kind = type(layer).__name__
         head = kind == "ParallelLMHead" and self.sparsity.promises(prefix)
@@ -107,22 +108,22 @@ class Sparse24Config(CompressedTensorsConfig):
             )
         return stock
 
-    def _parts(self, prefix: str) -> list[str]:
-        """The modules of the checkpoint that are fused into one layer."""
+    def _fused(self, prefix: str) -> list[str]:
+        """List the checkpoint's modules that vLLM fuses into one layer."""
         owner, _, name = prefix.rpartition(".")
-        if prefix.endswith(_MISNAMED):  # vLLM's prefix for BERT's `attention.self`
+        if prefix.endswith(_MISNAMED):
             owner = f"{owner.removesuffix('output')}self"
         leaves = self.packed_modules_mapping.get(name, [name])
         return [f"{owner}.{leaf}" if owner else leaf for leaf in leaves]
 
 
 def _mapped(entries: Iterable[str], mapper: WeightsMapper) -> Iterator[str]:
-    """Module names go through the mapper; class names and patterns stay."""
+    """Translate module names; class names and patterns stay as they are."""
     for entry in entries:
         if entry.startswith("re:") or entry[:1].isupper():
             yield entry
         elif "." in entry:
             yield from mapper.apply_list([entry])
-        else:  # lm_head, say: prefixes of a mapper end in a dot
+        else:  # such as lm_head: a mapper's prefixes end in a dot
             for name in mapper.apply_list([f"{entry}.weight"]):
                 yield name.removesuffix(".weight")

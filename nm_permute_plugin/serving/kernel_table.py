@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which kernel multiplies how many tokens, for one shape of weight; kept on disk."""
+"""The kernel table of a weight's shape, which says what multiplies how many tokens."""
 
 import json
 import logging
@@ -24,16 +24,17 @@ from nm_permute_plugin.serving.kernels.kernel import Settings
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is under its name
 
 BUCKETS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-"""The most tokens of each bucket; the last one also serves any more."""
+"""The most tokens that each bucket serves; the last bucket also serves larger numbers."""
 
 CACHE = "NM_PERMUTE_CACHE"
+"""This environment variable names the folder where kernel tables are kept."""
 
 
-class Way(NamedTuple):
+class Choice(NamedTuple):
     """
-    A kernel as tuned for some number of tokens.
+    A kernel and its tuned settings for some number of tokens.
 
-    :param microseconds: of one call, as measured
+    :param microseconds: the measured time of one product
     """
 
     kernel: str
@@ -43,23 +44,24 @@ class Way(NamedTuple):
 
 class Bucket(NamedTuple):
     """
-    Products of up to ``tokens`` tokens.
+    The choice for products of up to ``tokens`` tokens.
 
-    :param chosen: what runs
-    :param fastest: the best that every kernel reached, for the table
+    :param chosen: the kernel that runs
+    :param fastest: the best choice of every kernel, for the log
     """
 
     tokens: int
-    chosen: Way
-    fastest: list[Way]
+    chosen: Choice
+    fastest: list[Choice]
 
 
 @dataclass(frozen=True)
-class Plan:
+class KernelTable:
     """
     The kernels for one shape and dtype of weight, by number of tokens.
 
     :param out_features: rows of the weight
+    :param buckets: one or more, by ascending number of tokens
     """
 
     out_features: int
@@ -67,11 +69,11 @@ class Plan:
 
     @cached_property
     def kernels(self) -> list[str]:
-        """The kernels that run at some number of tokens: their forms are kept."""
+        """The kernels that some bucket chooses: a layer keeps a packed weight for each."""
         return sorted({bucket.chosen.kernel for bucket in self.buckets})
 
-    def way(self, tokens: int) -> Way:
-        """What multiplies so many tokens."""
+    def choice(self, tokens: int) -> Choice:
+        """Return what multiplies this many tokens."""
         index = bisect_left(self._sizes, tokens)
         return self.buckets[min(index, len(self.buckets) - 1)].chosen
 
@@ -79,120 +81,113 @@ class Plan:
     def _sizes(self) -> list[int]:
         return [bucket.tokens for bucket in self.buckets]
 
-    def table(self) -> str:
-        """A line a bucket: microseconds of every kernel, and the chosen one."""
-        names = sorted({way.kernel for b in self.buckets for way in b.fastest})
+    def as_text(self) -> str:
+        """Write a line for each bucket: microseconds of every kernel, and the choice."""
+        names = sorted({choice.kernel for b in self.buckets for choice in b.fastest})
         lines = ["tokens".rjust(8) + "".join(name.rjust(12) for name in names)]
         for bucket in self.buckets:
-            times = {way.kernel: f"{way.microseconds:.1f}" for way in bucket.fastest}
+            times = {c.kernel: f"{c.microseconds:.1f}" for c in bucket.fastest}
             cells = "".join(times.get(name, "-").rjust(12) for name in names)
             lines.append(f"{bucket.tokens:8d}{cells}  {bucket.chosen.kernel}")
         return "\n".join(lines)
 
     def to_json(self) -> str:
-        """The plan as text; ``from_json`` reads it."""
+        """Write the table as JSON, which ``from_json`` reads."""
         stored = {"out_features": self.out_features, "buckets": self.buckets}
         return json.dumps(stored, indent=1)
 
     @classmethod
-    def from_json(cls, text: str) -> "Plan":
+    def from_json(cls, text: str) -> "KernelTable":
         """
-        The plan that was written.
+        Read what ``to_json`` wrote.
 
-        :raises ValueError: if the text is no plan
+        :raises ValueError: if the text is no kernel table
         """
         try:
             stored = json.loads(text)
             buckets = [
-                Bucket(int(tokens), _way(chosen), [_way(way) for way in fastest])
+                Bucket(
+                    int(tokens), _choice(chosen), [_choice(each) for each in fastest]
+                )
                 for tokens, chosen, fastest in stored["buckets"]
             ]
-            return cls(int(stored["out_features"]), buckets)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"no plan of kernels: {error}") from None
+            table = cls(int(stored["out_features"]), buckets)
+        except (KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise ValueError(f"it is no kernel table: {error!r}") from None
+        sizes = table._sizes
+        if not sizes or sizes != sorted(set(sizes)):
+            raise ValueError(f"it is no kernel table: its buckets are {sizes}")
+        return table
 
 
-def _way(stored: list[Any]) -> Way:
-    kernel, settings, taken = stored
-    return Way(str(kernel), tuple(int(number) for number in settings), float(taken))
+def _choice(stored: list[Any]) -> Choice:
+    kernel, settings, microseconds = stored
+    return Choice(str(kernel), tuple(map(int, settings)), float(microseconds))
 
 
-class Key(NamedTuple):
-    """All that a plan depends on."""
-
-    card: str
-    torch: str
-    cusparselt: str
-    shape: str
-    dtype: str
-    kernels: str
-    source: str
-
-    @property
-    def path(self) -> Path:
-        """The plan's file."""
-        readable = re.sub(
-            r"[^A-Za-z0-9]+", "-", f"{self.card}-{self.shape}-{self.dtype}"
-        )
-        digest = sha256("\n".join(self).encode()).hexdigest()[:16]
-        return cache_folder() / f"{readable}-{digest}.json"
-
-
-def key_of(weight: Tensor, kernels: list[str]) -> Key:
+def path_of(weight: Tensor, kernels: list[str]) -> Path:
     """
-    The key of a weight's plan.
+    Return the file of a weight's kernel table, which is named by all that it depends on.
 
-    :param kernels: the names of those that may be chosen
+    :param kernels: the names of the kernels that may be chosen
     """
-    version = torch.backends.cusparselt.version()
-    return Key(
-        card=torch.cuda.get_device_name(weight.device),
-        torch=torch.__version__,
-        cusparselt=str(version),
-        shape="x".join(str(size) for size in weight.shape),
-        dtype=str(weight.dtype).removeprefix("torch."),
-        kernels=" ".join(kernels),
-        source=digest(files(implementations)),
-    )
+    card = torch.cuda.get_device_name(weight.device)
+    shape = "x".join(str(size) for size in weight.shape)
+    dtype = str(weight.dtype).removeprefix("torch.")
+    versions = (torch.__version__, str(torch.backends.cusparselt.version()))
+    source = source_digest(files(implementations))
+    key = (card, *versions, shape, dtype, " ".join(kernels), source)
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", f"{card}-{shape}-{dtype}")
+    digest = sha256("\n".join(key).encode()).hexdigest()[:16]
+    return cache_folder() / f"{readable}-{digest}.json"
 
 
-def digest(folder: Traversable) -> str:
-    """A hash of the source in a folder: what was changed is measured or compiled anew."""
+def source_digest(folder: Traversable) -> str:
+    """Hash the source in a folder and its subfolders: a change invalidates what is kept."""
     found = sha256()
     for file in sorted(folder.iterdir(), key=lambda file: file.name):
         if file.name.endswith((".py", ".cu")):
             content = file.read_bytes()
             found.update(f"{file.name} {len(content)}\n".encode() + content)
+        elif file.is_dir() and file.name != "__pycache__":
+            found.update(f"{file.name}/ {source_digest(file)}\n".encode())
     return found.hexdigest()
 
 
 def cache_folder() -> Path:
-    """``NM_PERMUTE_CACHE``, or ``nm-permute`` in the user's cache folder."""
+    """Return ``NM_PERMUTE_CACHE``, or ``nm-permute`` in the user's cache folder."""
     if chosen := os.environ.get(CACHE):
         return Path(chosen)
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "nm-permute"
 
 
-def load(path: Path) -> Plan | None:
-    """The plan in a file, or None; a damaged one is ignored with a warning."""
+def load(path: Path, rows: int, allowed: list[str]) -> KernelTable | None:
+    """
+    Read a kernel table; None if there is none.
+
+    A damaged table, or one of other rows or kernels, is ignored with a warning.
+    """
     try:
-        return Plan.from_json(path.read_text())
+        table = KernelTable.from_json(path.read_text())
+        if table.out_features != rows or not set(table.kernels) <= set(allowed):
+            raise ValueError(f"it is for {table.out_features} rows, {table.kernels}")
+        return table
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        logger.warning("ignored the plan of kernels in %s: %s", path, error)
+        logger.warning("ignored the kernel table in %s: %s", path, error)
         return None
 
 
-def save(plan: Plan, path: Path) -> None:
-    """Write a plan as a whole or not at all; a failure is a warning."""
+def save(table: KernelTable, path: Path) -> None:
+    """Write a kernel table as a whole or not at all; a failure is only warned of."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(
             "w", dir=path.parent, suffix=".tmp", delete=False
         ) as file:
-            file.write(plan.to_json())
+            file.write(table.to_json())
         os.replace(file.name, path)
     except OSError as error:
-        logger.warning("the plan of kernels is not kept in %s: %s", path, error)
+        logger.warning("could not keep the kernel table in %s: %s", path, error)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's linear method for a 2:4 weight: the stock one, with our weight in it."""
+"""vLLM's linear method for a 2:4 weight: it wraps vLLM's own method of the layer."""
 
 import torch
 from torch import Tensor
@@ -16,29 +16,31 @@ from vllm.platforms import current_platform
 
 from nm_permute_plugin.checkpoint.codec import decompress
 from nm_permute_plugin.checkpoint.layout24 import WORDS
-from nm_permute_plugin.serving.detect import MODE_VARIABLE, RollCall
-from nm_permute_plugin.serving.linear import Mode, SparseLinear
-from nm_permute_plugin.serving.plugin import NAME
-from nm_permute_plugin.serving.product import Product, product_of, unsupported
+from nm_permute_plugin.serving.detect import MODE_VARIABLE, NAME, Mode
+from nm_permute_plugin.serving.layer_report import LayerReport
+from nm_permute_plugin.serving.linear import SparseLinear
+from nm_permute_plugin.serving.product import Product, product_of, unsupported_precision
 
-PARTS = ("compressed", "bitmask", "shape")
-"""The parameters that hold a stored weight until it has been loaded."""
+STORED_TENSORS = ("compressed", "bitmask", "shape")
+"""These parameters hold a stored weight until all of it has been loaded."""
 
-_READ_BY_OTHERS = ("kv_b_proj",)  # whose weight the attention takes apart
+_READ_BY_OTHERS = ("kv_b_proj",)
+"""vLLM's attention reads the dense weight of these layers, so they stay dense."""
 
 
 @register_weight_loader_v2_supported_method
 class Sparse24LinearMethod(LinearMethodBase):
     """
-    Loads a 2:4 weight, then multiplies with it in the fastest way there is.
+    Loads a 2:4 weight, and multiplies by it with the fastest kernel.
 
-    The stock method makes weight and scales, and does all the work where there is no
-    sparse product.
+    The stock method makes the weight and its scales, and serves the layer if no sparse
+    kernel can.
 
-    :param stock: vLLM's method for the layer were it dense
-    :param name: the layer
+    :param stock: the method that vLLM would use if the layer were dense
+    :param name: the layer's name
     :param sparse: for each part of a fused layer, whether it is 2:4
     :param stored: whether the 2:4 parts are stored as ``sparse-24-bitmask``
+    :param report: is told how the layer is served
     """
 
     def __init__(
@@ -48,14 +50,14 @@ class Sparse24LinearMethod(LinearMethodBase):
         sparse: tuple[bool, ...],
         stored: bool,
         mode: Mode,
-        roll_call: RollCall,
+        report: LayerReport,
     ) -> None:
         self.stock = stock
         self.name = name
         self.sparse = sparse
         self.stored = stored
         self.mode = mode
-        self.roll_call = roll_call
+        self.report = report
         self.product: Product | None = None
 
     def create_weights(
@@ -69,27 +71,23 @@ class Sparse24LinearMethod(LinearMethodBase):
         **extra_weight_attrs: object,
     ) -> None:
         """
-        The stock method's parameters; those of a stored weight in place of the weight.
+        Make the stock method's parameters; a stored weight's tensors replace the weight.
 
         :raises ValueError: if the stock method has no such weight, or tensor parallelism
             cuts it where it cannot be cut
         """
         loader = extra_weight_attrs["weight_loader"]
         self.axes = {"input_dim": 1, "output_dim": 0, "weight_loader": loader}
+        local = (input_size_per_partition, output_partition_sizes)
+        whole = (input_size, output_size)
         self.stock.create_weights(
-            layer,
-            input_size_per_partition,
-            output_partition_sizes,
-            input_size,
-            output_size,
-            params_dtype,
-            **extra_weight_attrs,
+            layer, *local, *whole, params_dtype, **extra_weight_attrs
         )
         self.widths = list(output_partition_sizes)
-        # vLLM finds compiled graphs again by its config: what is sparse belongs there.
+        # vLLM keys its compiled graphs by its config: add what our graphs depend on.
         config = get_current_vllm_config().additional_config
         self.compiled_for = config.setdefault(NAME, []) if type(config) is dict else []
-        self.roll_call.expect(self.name)
+        self.report.expect(self.name)
         if not self.stored:
             return
         weight = getattr(layer, "weight", None)
@@ -113,29 +111,26 @@ class Sparse24LinearMethod(LinearMethodBase):
                 "dense one: nm-permute convert DIR OUT --format dense"
             )
         values = weight.new_empty(rows, columns // 2)
-        # all zero is no valid bitmask: parts that the checkpoint lacks are found out
+        # zeros are no valid bitmask: tensors missing in the checkpoint are noticed
         bits = weight.new_zeros(rows, -(-columns // 8), dtype=torch.uint8)
         sizes = weight.new_zeros(2, 1, dtype=torch.int64)
         if all(self.sparse):
             del layer.weight
-        for part, data in (("compressed", values), ("bitmask", bits)):
-            parameter = ModelWeightParameter(data=data, **self.axes)
-            layer.register_parameter(part, parameter)
-        layer.register_parameter(
-            "shape", BasevLLMParameter(data=sizes, weight_loader=_no_load)
-        )
+        layer.compressed = ModelWeightParameter(data=values, **self.axes)
+        layer.bitmask = ModelWeightParameter(data=bits, **self.axes)
+        layer.shape = BasevLLMParameter(data=sizes, weight_loader=_no_load)
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
         """
-        Turn what was loaded into what is multiplied with.
+        Unpack the loaded weight, and pack it for the kernels that multiply by it.
 
-        :raises ValueError: if a stored weight is damaged, or missing
+        :raises ValueError: if a stored weight is damaged or missing
         """
         if self.stored:
             self._unpack(layer)
-        linear, reason = self._prepare(layer)
-        self.roll_call.note(self.name, reason)
-        if linear is None:
+        linear = self._prepare(layer)
+        self.report.note(self.name, linear if isinstance(linear, str) else None)
+        if isinstance(linear, str):
             self.stock.process_weights_after_loading(layer)
             return
         self.product = product_of(linear, layer)
@@ -145,14 +140,14 @@ class Sparse24LinearMethod(LinearMethodBase):
         self.compiled_for.append(f"{self.name} {linear.signature}, {scales}")
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The layer's output for x [..., in]."""
+        """Compute the layer's output for x [..., in]."""
         if self.product is None:
             out: Tensor = self.stock.apply(layer, x, bias)
             return out
         return self.product(layer, x, bias)
 
     def _unpack(self, layer: LinearBase) -> None:
-        """Put the dense weight in the place of the stored parts."""
+        """Replace the stored tensors by the dense weight."""
         values, bits = layer.compressed.data, layer.bitmask.data
         if all(self.sparse):
             weight = self._decompress(values, bits)
@@ -164,34 +159,32 @@ class Sparse24LinearMethod(LinearMethodBase):
             ):
                 if is_sparse:
                     row.data.copy_(self._decompress(value, bit))
-        for part in PARTS:
+        for part in STORED_TENSORS:
             delattr(layer, part)
 
     def _decompress(self, values: Tensor, bits: Tensor) -> Tensor:
-        """The dense weight; what is damaged, or missing, is found out here."""
+        """Return the dense weight, having checked that the stored one is 2:4 and whole."""
         shape = (len(values), 2 * values.shape[1])
         return decompress(values, bits, shape, self.name)
 
-    def _prepare(self, layer: LinearBase) -> tuple[SparseLinear | None, str | None]:
-        """The weight for sparse products, or why there are none."""
-        reason = None
+    def _prepare(self, layer: LinearBase) -> SparseLinear | str:
+        """Return the layer's weight for sparse kernels, or why it is served dense."""
         if self.mode == "dense":
-            reason = f"{MODE_VARIABLE} is dense"
-        elif not current_platform.is_cuda():
-            reason = "no CUDA device"
-        elif getattr(envs, "VLLM_BATCH_INVARIANT", False):
-            reason = "VLLM_BATCH_INVARIANT asks for one product at every batch size"
-        elif not all(self.sparse):
-            reason = "only a part of the fused layer is 2:4"
-        elif self.name.rpartition(".")[2] in _READ_BY_OTHERS:
-            reason = "the attention reads its weight"
-        else:
-            reason = unsupported(layer, self.stock)
-        if reason is not None:
-            return None, reason
-        linear = SparseLinear.prepare(self.name, layer.weight.data, self.mode)
-        return linear, None if linear else "no kernel takes it, as logged above"
+            return f"{MODE_VARIABLE} is dense"
+        if not current_platform.is_cuda():
+            return "no CUDA device"
+        if getattr(envs, "VLLM_BATCH_INVARIANT", False):
+            return "VLLM_BATCH_INVARIANT asks for one product at every batch size"
+        if not all(self.sparse):
+            return "only a part of the fused layer is 2:4"
+        if self.name.rpartition(".")[2] in _READ_BY_OTHERS:
+            return "the attention reads its weight"
+        if reason := unsupported_precision(layer, self.stock):
+            return reason
+        # a stored weight has been found to be 2:4 when it was decompressed
+        weight = layer.weight.data
+        return SparseLinear.prepare(weight, self.mode, is_checked=self.stored)
 
 
 def _no_load(parameter: Parameter, loaded: Tensor, shard: object = None) -> None:
-    """The shape is the model's: the sizes of the other parts are held against it."""
+    """Ignore the stored shape: the other tensors are checked against the model's own."""

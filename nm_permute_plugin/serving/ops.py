@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one operator that compiled models and captured graphs see."""
+"""The custom operator that compiled models and CUDA graphs call."""
 
 import torch
 from torch import Tensor
 
-from nm_permute_plugin.serving.kernel_table import Plan
+from nm_permute_plugin.serving.kernel_table import KernelTable
 from nm_permute_plugin.serving.kernels.cusparselt import CuSparseLt
 from nm_permute_plugin.serving.kernels.dense import Dense
-from nm_permute_plugin.serving.kernels.kernel import Kernel, sums_dtype
+from nm_permute_plugin.serving.kernels.kernel import Kernel, output_dtype
 from nm_permute_plugin.serving.kernels.mma_sp import MmaSp
 from nm_permute_plugin.serving.kernels.triton_fallback import TritonDecode
 
@@ -15,38 +15,40 @@ KERNELS: dict[str, Kernel] = {
     kernel.name: kernel for kernel in (Dense(), CuSparseLt(), MmaSp(), TritonDecode())
 }
 
-PLANS: dict[str, Plan] = {}
-"""By weight's shape and dtype. An operator takes tensors and plain values: the plan's
-name is all that a compiled graph holds, the same for all layers of a shape."""
+TABLES: dict[str, KernelTable] = {}
+"""The kernel tables of this process by name, which says a weight's shape, dtype and allowed
+kernels. It is global since an operator takes tensors and plain values only: a compiled
+graph holds a table's name, which all layers of the same shape share."""
 
 
-def _sparse24_linear(x: Tensor, forms: list[Tensor], plan: str) -> Tensor:
+def _sparse24_linear(x: Tensor, packed: list[Tensor], table_name: str) -> Tensor:
     """
-    [tokens, out]: ``x @ weight.T`` by the kernel that is fastest for the tokens.
+    Compute ``x @ weight.T`` by the kernel that is fastest for the number of tokens.
 
     :param x: [tokens, in], of the weight's dtype
-    :param forms: the weight as each of the plan's kernels wants it, in their order
-    :param plan: the name of one of ``PLANS``
-    :return: of ``sums_dtype``
+    :param packed: the weight, packed for each of the table's kernels in their order
+    :param table_name: the key of the kernel table in ``TABLES``
+    :return: [tokens, out], of ``output_dtype``
     """
-    chosen, tokens = PLANS[plan], x.shape[0]
+    table, tokens = TABLES[table_name], x.shape[0]
     if not tokens:
-        return _fake(x, forms, plan)
-    way = chosen.way(tokens)
-    form = forms[chosen.kernels.index(way.kernel)]
+        return _fake(x, packed, table_name)
+    choice = table.choice(tokens)
+    weight = packed[table.kernels.index(choice.kernel)]
+    run = KERNELS[choice.kernel].run
     with torch.cuda.device_of(x):
-        return KERNELS[way.kernel].run(form, x, chosen.out_features, way.settings)
+        return run(weight, x, table.out_features, choice.settings)
 
 
-def _fake(x: Tensor, forms: list[Tensor], plan: str) -> Tensor:
-    """What the operator returns, of any values."""
-    # Not len(x): a compiled graph, too, is for any number of tokens.
-    size = (x.shape[0], PLANS[plan].out_features)
-    return x.new_empty(size, dtype=sums_dtype(x.dtype))
+def _fake(x: Tensor, packed: list[Tensor], table_name: str) -> Tensor:
+    """Return a tensor like the operator's output, with arbitrary values."""
+    # Not len(x): a compiled graph is for any number of tokens.
+    size = (x.shape[0], TABLES[table_name].out_features)
+    return x.new_empty(size, dtype=output_dtype(x.dtype))
 
 
-# Not torch.library.custom_op, whose calls cost the CPU more: a prompt that no graph was
-# captured for waits for them in every layer.
+# Not torch.library.custom_op, whose calls take the CPU longer: prompts without a captured
+# graph wait for them in every layer.
 _LIBRARY = torch.library.Library("nm_permute", "DEF")
 _SCHEMA = torch.library.infer_schema(_sparse24_linear, mutates_args=())
 _LIBRARY.define(f"sparse24_linear{_SCHEMA}")

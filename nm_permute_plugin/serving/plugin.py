@@ -1,28 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The door through which vLLM comes in: its entry point ``vllm.general_plugins``."""
+"""The entry point ``vllm.general_plugins``, through which vLLM loads this package."""
 
 import logging
-
-NAME = "nm_sparse24"
-"""The name of our quantization method in vLLM."""
 
 
 def register() -> None:
     """
-    Make the quantization method ``nm_sparse24`` known to vLLM.
+    Register the quantization method ``nm_sparse24`` with vLLM.
 
-    vLLM calls it in each of its processes, in some of them twice. It touches no device.
+    vLLM calls this in each of its processes, in some of them twice. It touches no device.
 
-    :raises ImportError: without vLLM
+    :raises ImportError: if vLLM is not installed
     """
     from vllm.model_executor.layers.quantization import (
         QUANTIZATION_METHODS,
         register_quantization_config,
     )
 
+    from nm_permute_plugin.serving.detect import NAME
+
     if NAME not in QUANTIZATION_METHODS:
         from nm_permute_plugin.serving.config import Sparse24Config
 
         register_quantization_config(NAME)(Sparse24Config)
-        # vLLM shows what is logged below its own name: put our lines there.
+        # vLLM shows what is logged below its own name, so our loggers go there.
         logging.getLogger(__package__).parent = logging.getLogger("vllm")

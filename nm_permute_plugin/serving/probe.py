@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Try a kernel in a process of its own, since one that crashes ends its process.
+Tests in a process of its own whether a kernel crashes, since a crash ends its process.
 
-cuSPARSELt's search does so for some shapes ("illegal instruction", version 0.8).
+cuSPARSELt's search crashes for some shapes ("illegal instruction", version 0.8).
 """
 
 import signal
@@ -14,16 +14,17 @@ from torch import Tensor
 
 from nm_permute_plugin.serving.kernel_table import BUCKETS
 from nm_permute_plugin.serving.ops import KERNELS
-from nm_permute_plugin.serving.tune import sample
+from nm_permute_plugin.serving.tune import random_tokens
 
-TIMEOUT = 180  # seconds
+TIMEOUT = 180
+"""A process that takes longer than this many seconds counts as crashed."""
 
 
-def survives(name: str, weight: Tensor) -> str | None:
+def crash_reason(name: str, weight: Tensor) -> str | None:
     """
-    What ends a process that runs a kernel at every number of tokens; None if nothing.
+    Run a kernel at every number of tokens, in a process; return how that crashed, or None.
 
-    :param weight: whose shape, dtype and device are tried, with other values
+    :param weight: the test takes its shape, dtype and device, not its values
     """
     rows, channels = weight.shape
     dtype = str(weight.dtype).removeprefix("torch.")
@@ -45,18 +46,18 @@ def survives(name: str, weight: Tensor) -> str | None:
 
 
 def main(name: str, rows: str, channels: str, dtype: str, device: str) -> None:
-    """Run every candidate of a kernel; a refused one is no crash."""
+    """Run every candidate of a kernel; settings that are refused are no crash."""
     torch.cuda.set_device(device)
     values = torch.ones(int(rows), int(channels), device=device)
     values[:, 2::4] = values[:, 3::4] = 0
     weight = values.to(getattr(torch, dtype))
     kernel = KERNELS[name]
-    form = kernel.prepare(weight)
+    packed = kernel.prepare(weight)
     for tokens in BUCKETS:
-        x = sample(weight, tokens)
-        for settings in kernel.candidates(form, x, len(weight)):
+        x = random_tokens(weight, tokens)
+        for settings in kernel.candidates(packed, x, len(weight)):
             try:
-                kernel.run(form, x, len(weight), settings)
+                kernel.run(packed, x, len(weight), settings)
             except RuntimeError as error:
                 print(f"{name}{settings}, {tokens} tokens: {error}")
             torch.cuda.synchronize()  # raises if the context is lost

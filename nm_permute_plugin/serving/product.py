@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A layer's product with its 2:4 weight: in 16 bits, or in 8 with scales."""
+"""Multiplies a layer's input by its 2:4 weight: in 16 bits, or in 8 bits with scales."""
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,20 +25,18 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
 from nm_permute_plugin.serving.kernels.scaling import narrowest
 from nm_permute_plugin.serving.linear import SparseLinear
 
+Product = Callable[[LinearBase, Tensor, Tensor | None], Tensor]
+"""Computes a layer's output from the layer, its input x [..., in] and its bias."""
+
 Quantize = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""Maps x and its static scale, None for one per token, to x in 8 bits and the scale."""
 
-_SMALLEST = 1e-30  # of a token's largest value: one without any is not divided by zero
-
-
-class Product(Protocol):
-    """What a layer does with its input."""
-
-    def __call__(self, layer: LinearBase, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., in] -> [..., out]."""
+_SMALLEST = 1e-30
+"""Floor of a token's largest value, so that all-zero tokens do not divide by zero."""
 
 
-def unsupported(layer: LinearBase, stock: LinearMethodBase) -> str | None:
-    """Why a layer's precision has no sparse product; None if it has one."""
+def unsupported_precision(layer: LinearBase, stock: LinearMethodBase) -> str | None:
+    """Return why a layer's precision has no sparse product; None if it has one."""
     if type(stock) is UnquantizedLinearMethod:
         return None
     if type(stock) is not CompressedTensorsLinearMethod:
@@ -58,9 +55,9 @@ def unsupported(layer: LinearBase, stock: LinearMethodBase) -> str | None:
 
 def product_of(linear: SparseLinear, layer: LinearBase) -> Product:
     """
-    The product of a layer, whose scales are made ready for it.
+    Make the product of a layer, and bring the layer's scales into the shape it needs.
 
-    :param layer: loaded, and one that ``unsupported`` has nothing against
+    :param layer: a loaded layer, of a precision that has a sparse product
     """
     scheme = getattr(layer, "scheme", None)
     if scheme is None:
@@ -70,14 +67,14 @@ def product_of(linear: SparseLinear, layer: LinearBase) -> Product:
         widths = torch.tensor(layer.logical_widths, device=scale.device)
         scale = scale.flatten().repeat_interleave(widths)
     layer.weight_scale = _constant(narrowest(scale.reshape(-1, 1)))
-    given = scheme.is_static_input_scheme
-    layer.input_scale = _constant(layer.input_scale.data.max()) if given else None
+    static = scheme.is_static_input_scheme
+    layer.input_scale = _constant(layer.input_scale.data.max()) if static else None
     is_fp8 = isinstance(scheme, CompressedTensorsW8A8Fp8)
-    return ScaledProduct(linear, fp8_quantizer(given) if is_fp8 else quantize_int8)
+    return ScaledProduct(linear, fp8_quantizer(static) if is_fp8 else quantize_int8)
 
 
 class FloatProduct:
-    """The product in 16 bits."""
+    """Multiplies in 16 bits."""
 
     def __init__(self, linear: SparseLinear) -> None:
         self.linear = linear
@@ -91,11 +88,7 @@ class FloatProduct:
 
 
 class ScaledProduct:
-    """
-    The product in 8 bits, of activations quantized as the stock method does it.
-
-    :param quantize: x and its scale, None for one a token -> x in 8 bits and the scale
-    """
+    """Multiplies in 8 bits; activations are quantized as vLLM's own method does."""
 
     def __init__(self, linear: SparseLinear, quantize: Quantize) -> None:
         self.linear = linear
@@ -107,7 +100,7 @@ class ScaledProduct:
             shape, dtype = x.shape, x.dtype
             tokens = x.reshape(-1, shape[-1])
             quantized, scale = self.quantize(tokens, layer.input_scale)
-        else:  # newer vLLMs fuse the quantization with what is before the layer
+        else:  # newer vLLMs fuse the quantization into the operation before the layer
             shape, dtype = x.orig_shape, x.orig_dtype
             quantized, scale = x.data.reshape(-1, shape[-1]), x.scale
         out = self.linear.scaled_mm(
@@ -116,23 +109,23 @@ class ScaledProduct:
         return out.view(*shape[:-1], out.shape[-1])
 
 
-def fp8_quantizer(given: bool) -> Quantize:
+def fp8_quantizer(static: bool) -> Quantize:
     """
-    vLLM's own quantization, which it compiles into what is before the layer.
+    Make vLLM's own quantization, which it fuses into the operation before the layer.
 
-    :param given: whether it is called with a scale, one number; else it finds one a token
+    :param static: True if the scale is given, one number; else each token gets its own
     """
-    shape = GroupShape.PER_TENSOR if given else GroupShape.PER_TOKEN
-    quantize: Quantize = QuantFP8(static=given, group_shape=shape)
+    shape = GroupShape.PER_TENSOR if static else GroupShape.PER_TOKEN
+    quantize: Quantize = QuantFP8(static=static, group_shape=shape)
     return quantize
 
 
 def quantize_int8(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """
-    What vLLM's operator does, in terms that a compiler joins to what is before the layer.
+    Quantize as vLLM's operator does; compiled, it fuses into the operation before it.
 
     :param x: [tokens, in]
-    :param scale: one number; None is the largest value of each token over 127
+    :param scale: one number; None for each token's largest magnitude over 127
     :return: int8 [tokens, in], and the scale
     """
     if not torch.compiler.is_compiling():

@@ -17,13 +17,10 @@ if __name__ == "__main__" and DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
 from nm_permute_plugin.maths.assignment import order_by  # noqa: E402
-from nm_permute_plugin.maths.mask_gradients import (  # noqa: E402
-    grouped_mask,
-    move_costs,
-    score_gradient,
-)
+from nm_permute_plugin.maths.mask_gradients import score_gradient  # noqa: E402
 from nm_permute_plugin.maths.pattern import NMPattern  # noqa: E402
 from nm_permute_plugin.maths.permutation import from_blocks, invert  # noqa: E402
+from nm_permute_plugin.maths.swaps import grouped_mask, move_costs  # noqa: E402
 
 ALL, SOME = slice(None), slice(1, None, 3)
 FEW, MANY = 2, 16

@@ -8,14 +8,11 @@ import torch
 from torch import Tensor
 
 from nm_permute_plugin.maths.assignment import order_by
-from nm_permute_plugin.maths.mask_gradients import (
-    grouped_mask,
-    move_costs,
-    score_gradient,
-)
+from nm_permute_plugin.maths.mask_gradients import score_gradient
 from nm_permute_plugin.maths.masks import nm_mask
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import invert
+from nm_permute_plugin.maths.swaps import grouped_mask, move_costs
 
 PATTERNS = ["2:4", "1:2", "1:4", "3:4", "4:8"]
 ROWS, BLOCKS, GROUPS = 7, 2, 3

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from nm_permute_plugin.checkpoint.plan import experts_of
+from nm_permute_plugin.checkpoint.saved_names import saved_names
 from nm_permute_plugin.checkpoint.verify import verify
 from nm_permute_plugin.checkpoint.writer import convert
 from nm_permute_plugin.modifiers import LearnablePermutationModifier as Modifier
-from nm_permute_plugin.checkpoint.saved_names import saved_names
 from nm_permute_plugin.specs.conv1d import is_linear, weight_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "specs"))  # for the zoo
@@ -124,7 +124,11 @@ FAMILIES = [
 def test_a_family_is_ordered_pruned_and_reloaded(
     run: Run, tmp_path: Path, case: str, ignore: list[str], method: str
 ) -> None:
-    options = {"learn": {"steps": 2}, "validation": {"every": 1}, "search": {"rounds": 2}}
+    options = {
+        "learn": {"steps": 2},
+        "validation": {"every": 1},
+        "search": {"rounds": 2},
+    }
     modifier = Modifier(method=method, ignore=ignore, **options)
     pruned = run(case, modifier)
     perms = modifier.record.perms

@@ -10,17 +10,15 @@ import pytest
 import torch
 import whole_runs
 from torch import Tensor
-from whole_runs import assert_same, linears, settings_of, weights_of
+from whole_runs import assert_same, linears, weights_of
 
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.scores import ScoreName
 from nm_permute_plugin.pruning.data import Data, split_text
-from nm_permute_plugin.pruning.pipeline import (
-    Record,
-    refuse_inexact,
-    refuse_sparse,
-)
+from nm_permute_plugin.pruning.folding import refuse_inexact
+from nm_permute_plugin.pruning.pipeline import Record
 from nm_permute_plugin.pruning.settings import Method
+from nm_permute_plugin.pruning.targets import refuse_sparse
 from nm_permute_plugin.specs.architectures import LLAMA, head_dim_of
 from nm_permute_plugin.specs.spec import resolve
 
@@ -55,9 +53,9 @@ def test_sparse_means_as_many_zeros_as_the_pattern_asks_for(tiny_model) -> None:
     name = "model.layers.0.mlp.down_proj"
     with torch.no_grad():
         model.get_submodule(name).weight[:, ::4] = 0
-    refuse_sparse(model, [name], settings_of("search"))
+    refuse_sparse(model, [name], NMPattern(2, 4))
     with pytest.raises(ValueError, match="25% of its weights"):
-        refuse_sparse(model, [name], settings_of("search", mask_structure="3:4"))
+        refuse_sparse(model, [name], NMPattern(3, 4))
 
 
 def poison(tensor: Tensor, value: float) -> None:

@@ -32,14 +32,14 @@ from weights import (
     sparse_weight,
 )
 
-from nm_permute_plugin.serving import kernel_table as plan
-from nm_permute_plugin.serving import linear
+from nm_permute_plugin.serving import kernel_table, linear
+from nm_permute_plugin.serving.detect import Mode
 from nm_permute_plugin.serving.kernels import cusparselt
 from nm_permute_plugin.serving.kernels.cusparselt_plan import plan_of
-from nm_permute_plugin.serving.kernels.kernel import NARROW
+from nm_permute_plugin.serving.kernels.kernel import DTYPES_8
 from nm_permute_plugin.serving.linear import SparseLinear
-from nm_permute_plugin.serving.ops import KERNELS, PLANS
-from nm_permute_plugin.serving.tune import sample
+from nm_permute_plugin.serving.ops import KERNELS, TABLES
+from nm_permute_plugin.serving.tune import random_tokens
 
 SHAPES = {
     "dense": [(96, 384)],
@@ -60,17 +60,17 @@ def kernel_is_exact(name: str, dtype: torch.dtype, shape: tuple[int, int]) -> No
     """Every setting of a kernel agrees with float64, for odd numbers of tokens too."""
     kernel = KERNELS[name]
     weight = sparse_weight(*shape, dtype, device="cuda")
-    if (reason := kernel.refusal(weight)) is not None:
+    if (reason := kernel.unsupported(weight)) is not None:
         raise Skip(reason)
-    form = kernel.prepare(weight)
+    packed = kernel.prepare(weight)
     for tokens in TOKENS[name]:
-        x = sample(weight, tokens)
+        x = random_tokens(weight, tokens)
         expected = exact(weight, x)
-        settings = kernel.candidates(form, x, len(weight))
+        settings = kernel.candidates(packed, x, len(weight))
         if not settings:
             raise AssertionError(f"no settings for {tokens} tokens")
         for chosen in settings:
-            wrong = error(kernel.run(form, x, len(weight), chosen), expected)
+            wrong = error(kernel.run(packed, x, len(weight), chosen), expected)
             message = f"{name}{chosen} off by {wrong:.3g} for {tokens} tokens"
             if not wrong <= BOUND:
                 raise AssertionError(message)
@@ -80,16 +80,16 @@ def plans_multiply_as_torch_does(dtype: torch.dtype) -> None:
     """A product by a plan that is kept has the bits of the one that torch makes."""
     weight = sparse_weight(4096, 1408, dtype, device="cuda")
     kernel = KERNELS["cusparselt"]
-    form = kernel.prepare(weight)
+    packed = kernel.prepare(weight)
     for tokens in (1, 33, 1000):
-        x = sample(weight, tokens)
-        for chosen in kernel.candidates(form, x, len(weight)):
+        x = random_tokens(weight, tokens)
+        for chosen in kernel.candidates(packed, x, len(weight)):
             with patch.object(cusparselt, "plan_of", wraps=plan_of) as asked:
-                kept = kernel.run(form, x, len(weight), chosen)
+                kept = kernel.run(packed, x, len(weight), chosen)
             if None in [plan_of(*call.args) for call in asked.call_args_list]:
                 raise AssertionError(f"{chosen} has no plan for {tokens} tokens")
             with patch.object(cusparselt, "plan_of", return_value=None):
-                torchs = kernel.run(form, x, len(weight), chosen)
+                torchs = kernel.run(packed, x, len(weight), chosen)
             if not torch.equal(kept, torchs):
                 raise AssertionError(f"{chosen} differs for {tokens} tokens")
     plan_of.cache_clear()  # which frees what the library holds
@@ -110,10 +110,10 @@ def layer_works(dtype: torch.dtype) -> None:
 def layer_is_exact(layer: SparseLinear, weight: torch.Tensor) -> None:
     """It agrees with float64, whatever the scales' sizes and the output."""
     for tokens in (*FEW, *MANY, 8200, 0):
-        x = sample(weight, tokens)
-        for case in range(4 if weight.dtype in NARROW else 1):
+        x = random_tokens(weight, tokens)
+        for case in range(4 if weight.dtype in DTYPES_8 else 1):
             scales = None
-            if weight.dtype in NARROW:
+            if weight.dtype in DTYPES_8:
                 scales = scales_for(
                     *(weight, tokens),
                     torch.float16 if case == 3 else torch.bfloat16,
@@ -141,8 +141,8 @@ def layer_compiles(layer: SparseLinear, weight: torch.Tensor) -> None:
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     for tokens in (3, 16, 70, 300):
-        x = sample(weight, tokens)
-        scales = scales_for(weight, tokens) if weight.dtype in NARROW else None
+        x = random_tokens(weight, tokens)
+        scales = scales_for(weight, tokens) if weight.dtype in DTYPES_8 else None
         wrong = error(compiled(x, scales), exact(weight, x, scales) + 1)
         if not wrong <= BOUND:
             raise AssertionError(f"off by {wrong:.3g} for {tokens} tokens")
@@ -151,8 +151,8 @@ def layer_compiles(layer: SparseLinear, weight: torch.Tensor) -> None:
 def layer_is_captured(layer: SparseLinear, weight: torch.Tensor) -> None:
     """A captured CUDA graph computes with what its inputs hold at each replay."""
     for tokens in (1, 13, 64, 300):
-        x = sample(weight, tokens)
-        scales = scales_for(weight, tokens) if weight.dtype in NARROW else None
+        x = random_tokens(weight, tokens)
+        scales = scales_for(weight, tokens) if weight.dtype in DTYPES_8 else None
         expected = exact(weight, x, scales)
         read = torch.zeros_like(x)
 
@@ -172,32 +172,32 @@ def layer_is_captured(layer: SparseLinear, weight: torch.Tensor) -> None:
             raise AssertionError(f"off by {wrong:.3g} for {tokens} tokens")
 
 
-def plan_is_kept() -> None:
+def kernel_table_is_kept() -> None:
     """A second process measures nothing; a damaged file is measured anew."""
     weight = sparse_weight(*LAYER, torch.bfloat16, device="cuda")
     with tempfile.TemporaryDirectory() as folder:
-        os.environ[plan.CACHE] = folder
+        os.environ[kernel_table.CACHE] = folder
         try:
             first = prepared_or_none(weight, "auto")
             (path,) = Path(folder).glob("*.json")
             kept = path.read_text()
             again = prepared_or_none(weight, "auto")
             if path.read_text() != kept or (first is None) != (again is None):
-                raise AssertionError("the plan was measured again")
+                raise AssertionError("the kernel table was measured again")
             path.write_text("{")
             prepared_or_none(weight, "auto")
-            plan.Plan.from_json(path.read_text())
+            kernel_table.KernelTable.from_json(path.read_text())
         finally:
-            del os.environ[plan.CACHE]
+            del os.environ[kernel_table.CACHE]
 
 
 def memory_mode_keeps_one_sparse_copy() -> None:
-    """No dense weight, one form."""
+    """No dense weight, one packed weight."""
     weight = sparse_weight(*LAYER, torch.bfloat16, device="cuda")
     layer = prepared(weight, "memory")
-    if PLANS[layer.plan_name].kernels != ["cusparselt"]:
-        raise AssertionError(f"kept {PLANS[layer.plan_name].kernels}")
-    if sum(form.nbytes for form in layer.forms) > 0.6 * weight.nbytes:
+    if TABLES[layer.table_name].kernels != ["cusparselt"]:
+        raise AssertionError(f"kept {TABLES[layer.table_name].kernels}")
+    if sum(packed.nbytes for packed in layer.packed) > 0.6 * weight.nbytes:
         raise AssertionError("the copy is larger than the format")
 
 
@@ -208,7 +208,7 @@ def a_dense_weight_stays_dense() -> None:
         raise AssertionError("a dense weight was taken for 2:4")
 
 
-def prepared(weight: torch.Tensor, mode: linear.Mode) -> SparseLinear:
+def prepared(weight: torch.Tensor, mode: Mode) -> SparseLinear:
     """A layer on sparse kernels only, so that small shapes use them too."""
     os.environ[linear.FORCED] = "mma_sp,cusparselt"
     try:
@@ -220,10 +220,11 @@ def prepared(weight: torch.Tensor, mode: linear.Mode) -> SparseLinear:
     return layer
 
 
-def prepared_or_none(weight: torch.Tensor, mode: linear.Mode) -> SparseLinear | None:
+def prepared_or_none(weight: torch.Tensor, mode: Mode) -> SparseLinear | None:
     """A layer with nothing remembered from earlier ones."""
-    PLANS.clear()
-    return SparseLinear.prepare("layer", weight, mode)
+    TABLES.clear()
+    layer = SparseLinear.prepare(weight, mode)
+    return None if isinstance(layer, str) else layer
 
 
 class Skip(Exception):
@@ -250,7 +251,7 @@ CHECKS: dict[str, Callable[[], None]] = (
     | {f"layer {kind}": partial(layer_works, dtype) for kind, dtype in DTYPES.items()}
     | {
         check.__name__: check
-        for check in (memory_mode_keeps_one_sparse_copy, plan_is_kept)
+        for check in (memory_mode_keeps_one_sparse_copy, kernel_table_is_kept)
     }
 )
 """By name, the cheap ones first."""
@@ -321,7 +322,7 @@ def in_children(names: list[str], at_once: int = 8, most: float = 150) -> list[s
 def main() -> int:
     """Run every check; the number of those that failed."""
     logging.basicConfig(level=logging.INFO)
-    os.environ.setdefault(plan.CACHE, tempfile.mkdtemp())
+    os.environ.setdefault(kernel_table.CACHE, tempfile.mkdtemp())
     failed = in_children(list(CHECKS))
     print(f"{len(CHECKS)} checks, {len(failed)} failed: {failed}", flush=True)
     return len(failed)

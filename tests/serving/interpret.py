@@ -19,7 +19,7 @@ if __name__ == "__main__" and DEVICE == "cpu":
 from weights import error, exact, sparse_weight  # noqa: E402
 
 from nm_permute_plugin.serving.kernels.triton_fallback import TritonDecode  # noqa: E402
-from nm_permute_plugin.serving.tune import sample  # noqa: E402
+from nm_permute_plugin.serving.tune import random_tokens  # noqa: E402
 
 DECODES = [
     (tokens, shape, tile)
@@ -33,7 +33,7 @@ SCALINGS = list(product((False, True), repeat=4))
 def decode_error(tokens: int, shape: tuple[int, int], tile: tuple[int, int]) -> float:
     """The interpreter multiplies the bit patterns of bfloat16, so it is float16 here."""
     weight = sparse_weight(*shape, torch.float16, seed=tokens, device=DEVICE)
-    x = sample(weight, tokens)
+    x = random_tokens(weight, tokens)
     kernel = TritonDecode()
     out = kernel.run(kernel.prepare(weight), x, len(weight), (*tile, 4, 2))
     return error(out, exact(weight, x))

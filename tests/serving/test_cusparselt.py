@@ -11,8 +11,8 @@ from weights import BOUND, DTYPES, error, exact, sparse_weight
 
 from nm_permute_plugin.serving.kernels import cusparselt
 from nm_permute_plugin.serving.kernels.cusparselt import CuSparseLt
-from nm_permute_plugin.serving.kernels.kernel import NARROW, sums_dtype
-from nm_permute_plugin.serving.tune import sample
+from nm_permute_plugin.serving.kernels.kernel import DTYPES_8, output_dtype
+from nm_permute_plugin.serving.tune import random_tokens
 
 KERNEL = CuSparseLt()
 FOUND = 7  # the algorithm that the fake finds
@@ -34,20 +34,20 @@ class FakeLibrary:
 
     def multiply(
         self,
-        form: Tensor,
+        packed: Tensor,
         x: Tensor,
         out_dtype: torch.dtype | None = None,
         **how: object,
     ) -> Tensor:
         """[tokens, out] for tokens [in, tokens]."""
-        assert x.shape[1] % (16 if form.dtype in NARROW else 8) == 0
-        if out_dtype is not None and form.dtype not in NARROW:
+        assert x.shape[1] % (16 if packed.dtype in DTYPES_8 else 8) == 0
+        if out_dtype is not None and packed.dtype not in DTYPES_8:
             raise RuntimeError("out_dtype support only available for int8/fp8 inputs")
-        return (x.t().float() @ form.float().t()).to(out_dtype or form.dtype)
+        return (x.t().float() @ packed.float().t()).to(out_dtype or packed.dtype)
 
     def search(
         self,
-        form: Tensor,
+        packed: Tensor,
         x: Tensor,
         bias: Tensor | None,
         alpha: Tensor | None,
@@ -56,9 +56,9 @@ class FakeLibrary:
     ) -> int:
         """The number of an algorithm."""
         self.searched.append(x.shape[1])
-        if form.dtype == torch.float16 or not self.searches:
+        if packed.dtype == torch.float16 or not self.searches:
             raise RuntimeError("cuSPARSELt: internal error")
-        self.multiply(form, x, out_dtype)
+        self.multiply(packed, x, out_dtype)
         return FOUND
 
 
@@ -87,7 +87,7 @@ def test_a_dtype_is_offered_what_the_library_can_do_with_it(
 ) -> None:
     library = fake()
     weight = sparse_weight(128, 256, DTYPES[kind])
-    offered = KERNEL.candidates(weight, sample(weight, 20), 128)
+    offered = KERNEL.candidates(weight, random_tokens(weight, 20), 128)
     assert offered == (DEFAULT_ONLY if kind == "fp16" else SEARCHED)
     assert bool(library.searched) == (kind != "fp16")
 
@@ -99,7 +99,7 @@ def test_the_default_algorithm_is_left_where_a_search_fails(
     fake(searches=False)
     weight = sparse_weight(128, 256, DTYPES[kind])
     with caplog.at_level(logging.INFO):
-        offered = KERNEL.candidates(weight, sample(weight, 20), 128)
+        offered = KERNEL.candidates(weight, random_tokens(weight, 20), 128)
     assert offered == DEFAULT_ONLY
     if kind != "fp16":
         assert "search failed for 20 tokens by 128 x 256" in caplog.text
@@ -110,7 +110,7 @@ def test_small_odd_shapes_are_never_searched(
 ) -> None:
     library = fake()
     weight = sparse_weight(96, 384, torch.bfloat16)
-    assert KERNEL.candidates(weight, sample(weight, 20), 96) == DEFAULT_ONLY
+    assert KERNEL.candidates(weight, random_tokens(weight, 20), 96) == DEFAULT_ONLY
     assert not library.searched
 
 
@@ -121,9 +121,9 @@ def test_whatever_is_offered_is_the_product(
 ) -> None:
     fake()
     weight = sparse_weight(128, 256, DTYPES[kind])
-    x = sample(weight, tokens)
+    x = random_tokens(weight, tokens)
     for chosen in KERNEL.candidates(weight, x, 128):
         out = KERNEL.run(weight, x, 128, chosen)
         assert out.shape == (tokens, 128)
-        assert out.dtype == sums_dtype(weight.dtype)
+        assert out.dtype == output_dtype(weight.dtype)
         assert error(out, exact(weight, x)) < BOUND

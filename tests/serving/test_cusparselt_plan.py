@@ -3,20 +3,19 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from ctypes import c_void_p
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 
 from nm_permute_plugin.serving.kernels import cusparselt_plan
-from nm_permute_plugin.serving.kernels.cusparselt_plan import Size, plan_of
+from nm_permute_plugin.serving.kernels.cusparselt_plan import ProductSize, plan_of
 
-SIZE = Size(
+SIZE = ProductSize(
     *(0, 64, 128, 16, torch.float8_e4m3fn, torch.bfloat16),
     algorithm=7,
-    parts=1,
-    how=-1,
+    split_k=1,
+    split_k_mode=-1,
 )
 
 
@@ -44,8 +43,11 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeLibrary]:
     """A fake of version 0.8 in the library's place; nothing is remembered."""
     fake = FakeLibrary()
     monkeypatch.setattr(cusparselt_plan, "_library", lambda: fake)
-    monkeypatch.setattr(cusparselt_plan, "_handle", lambda device: c_void_p(1))
+    monkeypatch.setattr(
+        cusparselt_plan, "_handle", lambda device: cusparselt_plan._Structure()
+    )
     monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: 800)
+    cusparselt_plan._is_tested.cache_clear()
     plan_of.cache_clear()
     yield fake
     plan_of.cache_clear()
@@ -73,17 +75,17 @@ def test_the_algorithm_is_set_and_nothing_that_was_not_chosen(
     plan_of(SIZE)
     assert library.called.count("MatmulAlgSetAttribute") == 1
     library.called.clear()
-    plan_of(SIZE._replace(parts=-1, how=2, dtype=torch.int8))
+    plan_of(SIZE._replace(split_k=-1, split_k_mode=2, dtype=torch.int8))
     assert library.called.count("MatmulAlgSetAttribute") == 3
 
 
 def test_structures_are_apart_and_aligned(library: FakeLibrary) -> None:
     plan = plan_of(SIZE)
     assert plan is not None
-    addresses = sorted(kept.at.value or 0 for kept in plan._kept)
+    addresses = sorted(kept.address.value or 0 for kept in plan._kept)
     assert all(address % 64 == 0 for address in addresses)
     gaps = [b - a for a, b in zip(addresses, addresses[1:], strict=False)]
-    assert min(gaps) >= cusparselt_plan._STRUCTURE
+    assert min(gaps) >= cusparselt_plan._STRUCTURE_BYTES
 
 
 def test_a_size_that_the_library_refuses_is_left_to_torch(
@@ -97,10 +99,30 @@ def test_a_size_that_the_library_refuses_is_left_to_torch(
     assert "cusparseLtMatmulPlanInit answered 10" in message
 
 
-@pytest.mark.parametrize("version", [None, 702])
-def test_a_library_that_is_not_known_is_left_to_torch(
-    library: FakeLibrary, monkeypatch: pytest.MonkeyPatch, version: int | None
+@pytest.mark.parametrize("version", [None, 702, 799, 900, 1000])
+def test_a_version_that_is_not_tested_is_left_to_torch_and_logged_once(
+    library: FakeLibrary,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    version: int | None,
 ) -> None:
     monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: version)
-    assert plan_of(SIZE) is None
+    with caplog.at_level(logging.WARNING):
+        assert plan_of(SIZE) is None
+        assert plan_of(SIZE._replace(tokens=32)) is None
     assert library.called == []
+    (message,) = caplog.messages
+    assert message.startswith(f"cuSPARSELt {version or 0} is not one of the tested")
+
+
+@pytest.mark.parametrize("version", [800, 801, 899])
+def test_a_tested_version_is_called_directly(
+    library: FakeLibrary,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    version: int,
+) -> None:
+    monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: version)
+    with caplog.at_level(logging.WARNING):
+        assert plan_of(SIZE) is not None
+    assert not caplog.messages

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is claimed and what is left alone; how the mode is read; what is said once."""
+"""What is claimed and what is left alone; how the mode is read."""
 
 import pytest
 
 from nm_permute_plugin.checkpoint.config import SparsityConfig, with_sparsity_config
-from nm_permute_plugin.serving.detect import RollCall, is_ours, mode
+from nm_permute_plugin.serving.detect import is_ours, mode
 
 SPARSE = with_sparsity_config({}, SparsityConfig())["quantization_config"]
 BLOCK = SPARSE["sparsity_config"]
@@ -61,28 +61,3 @@ def test_another_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NM_PERMUTE_SERVE", "fast")
     with pytest.raises(ValueError, match="NM_PERMUTE_SERVE is 'fast'.*auto, memory"):
         mode()
-
-
-def call(reasons: dict[str, str | None]) -> tuple[list[str], list[str]]:
-    """What a roll call of layers warns and informs of."""
-    warned, informed = [], []
-    roll_call = RollCall(warned.append, informed.append)
-    for name in reasons:
-        roll_call.expect(name)
-    for name, reason in reasons.items():
-        assert (warned, informed) == ([], [])
-        roll_call.note(name, reason)
-    return warned, informed
-
-
-def test_layers_that_stay_dense_are_warned_of_once_for_each_reason() -> None:
-    warned, informed = call({"a": "small", "b": None, "c": "odd", "d": "small"})
-    assert warned == [
-        "2 of 4 2:4 layers are served dense, from a to d: small",
-        "1 of 4 2:4 layers are served dense, c: odd",
-    ]
-    assert informed == ["1 of 4 2:4 layers are served sparse"]
-
-
-def test_where_all_are_sparse_nothing_is_warned_of() -> None:
-    assert call({"a": None}) == ([], ["1 of 1 2:4 layers are served sparse"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans choose by tokens, and survive on disk or are measured anew."""
+"""Kernel tables choose by tokens, and survive on disk or are measured anew."""
 
 import logging
 from pathlib import Path
@@ -7,58 +7,99 @@ from shutil import copytree, ignore_patterns
 
 import pytest
 
-from nm_permute_plugin.serving import kernel_table as plans
-from nm_permute_plugin.serving import kernels
-from nm_permute_plugin.serving.kernel_table import Bucket, Plan, Way
+from nm_permute_plugin.serving import kernel_table, kernels
+from nm_permute_plugin.serving.kernel_table import Bucket, Choice, KernelTable
 from nm_permute_plugin.serving.tune import choose
 
-OURS = Way("mma_sp", (1, 16, 1, 1, 1), 50.0)
-DENSE = Way("dense", (), 88.0)
-PLAN = Plan(16, [Bucket(4, OURS, [OURS, DENSE]), Bucket(16, DENSE, [DENSE])])
+OURS = Choice("mma_sp", (1, 16, 1, 1, 1), 50.0)
+DENSE = Choice("dense", (), 88.0)
+TABLE = KernelTable(16, [Bucket(4, OURS, [OURS, DENSE]), Bucket(16, DENSE, [DENSE])])
 
 
 @pytest.mark.parametrize(
-    ("tokens", "way"), [(1, OURS), (4, OURS), (5, DENSE), (16, DENSE), (99, DENSE)]
+    ("tokens", "choice"), [(1, OURS), (4, OURS), (5, DENSE), (16, DENSE), (99, DENSE)]
 )
 def test_a_bucket_serves_up_to_its_tokens_and_the_last_all_others(
-    tokens: int, way: Way
+    tokens: int, choice: Choice
 ) -> None:
-    assert PLAN.way(tokens) == way
+    assert TABLE.choice(tokens) == choice
 
 
-def test_forms_are_kept_of_the_chosen_kernels_alone() -> None:
-    assert PLAN.kernels == ["dense", "mma_sp"]
+def test_weights_are_packed_for_the_chosen_kernels_alone() -> None:
+    assert TABLE.kernels == ["dense", "mma_sp"]
 
 
-def test_the_table_shows_every_time_and_the_choice() -> None:
-    head, first, second = PLAN.table().splitlines()
+def test_the_text_shows_every_time_and_the_choice() -> None:
+    head, first, second = TABLE.as_text().splitlines()
     assert head.split() == ["tokens", "dense", "mma_sp"]
     assert first.split() == ["4", "88.0", "50.0", "mma_sp"]
     assert second.split() == ["16", "88.0", "-", "dense"]
 
 
-def test_a_plan_comes_back_from_disk(tmp_path: Path) -> None:
-    path = tmp_path / "folder" / "plan.json"
-    plans.save(PLAN, path)
-    assert plans.load(path) == PLAN
+def test_a_table_comes_back_from_disk(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "table.json"
+    kernel_table.save(TABLE, path)
+    assert kernel_table.load(path, 16, KERNELS) == TABLE
     assert list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"buckets": [[1]]}', "null"])
-def test_a_damaged_plan_is_ignored_with_a_warning(
+KERNELS = ["dense", "cusparselt", "mma_sp"]
+ROW = '["mma_sp", [1, 16], 2.5]'
+DAMAGED = {
+    "empty": "",
+    "cut": "{",
+    "a list": "[]",
+    "no keys": "{}",
+    "null": "null",
+    "a bucket without a choice": '{"buckets": [[1]]}',
+    "no buckets": '{"out_features": 16, "buckets": []}',
+    "unordered": f'{{"out_features": 1, "buckets": [[8, {ROW}, []], [4, {ROW}, []]]}}',
+    "infinite": f'{{"out_features": Infinity, "buckets": [[8, {ROW}, []]]}}',
+    "settings of another kind": '{"out_features": 1, "buckets": [[8, ["a", 1, 2], []]]}',
+    "a plan of old": '{"out_features": 1, "plan": {"4": ["mma_sp", [1, 16], 2.5]}}',
+    "nested deeply": "[" * 100_000,
+    "nested deeply and whole": "[" * 100_000 + "]" * 100_000,
+}
+
+
+@pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED.keys())
+def test_a_damaged_table_is_ignored_with_a_warning(
     text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = tmp_path / "plan.json"
+    path = tmp_path / "table.json"
     path.write_text(text)
     with caplog.at_level(logging.WARNING):
-        assert plans.load(path) is None
+        assert kernel_table.load(path, 16, KERNELS) is None
     assert str(path) in caplog.text
 
 
-def test_a_missing_plan_is_no_matter(
+@pytest.mark.parametrize(
+    ("rows", "allowed"), [(32, KERNELS), (16, ["dense", "cusparselt"])]
+)
+def test_a_table_of_another_weight_is_ignored_with_a_warning(
+    rows: int, allowed: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "table.json"
+    kernel_table.save(TABLE, path)
+    with caplog.at_level(logging.WARNING):
+        assert kernel_table.load(path, rows, allowed) is None
+    assert "it is for 16 rows, ['dense', 'mma_sp']" in caplog.text
+
+
+def test_bytes_that_are_no_text_are_ignored_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert plans.load(tmp_path / "none.json") is None
+    path = tmp_path / "table.json"
+    path.write_bytes(b"\xff\xfe\x00")
+    with caplog.at_level(logging.WARNING):
+        assert kernel_table.load(path, 16, KERNELS) is None
+    assert str(path) in caplog.text
+
+
+def test_a_missing_table_is_no_matter(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert kernel_table.load(tmp_path / "none.json", 16, KERNELS) is None
     assert not caplog.messages
 
 
@@ -67,29 +108,29 @@ def test_a_folder_that_cannot_be_written_is_a_warning(
 ) -> None:
     (tmp_path / "file").write_text("")
     with caplog.at_level(logging.WARNING):
-        plans.save(PLAN, tmp_path / "file" / "plan.json")
-    assert "is not kept" in caplog.text
+        kernel_table.save(TABLE, tmp_path / "file" / "table.json")
+    assert "could not keep" in caplog.text
 
 
 def test_the_cache_folder_follows_the_environment(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.delenv(plans.CACHE, raising=False)
+    monkeypatch.delenv(kernel_table.CACHE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert plans.cache_folder() == tmp_path / "nm-permute"
-    monkeypatch.setenv(plans.CACHE, str(tmp_path / "own"))
-    assert plans.cache_folder() == tmp_path / "own"
+    assert kernel_table.cache_folder() == tmp_path / "nm-permute"
+    monkeypatch.setenv(kernel_table.CACHE, str(tmp_path / "own"))
+    assert kernel_table.cache_folder() == tmp_path / "own"
 
 
-def test_a_change_of_any_kernels_source_is_a_new_plan(tmp_path: Path) -> None:
+def test_a_change_of_any_kernels_source_is_a_new_table(tmp_path: Path) -> None:
     folder = tmp_path / "kernels"
     source = Path(kernels.__file__).parent
     copytree(source, folder, ignore=ignore_patterns("__pycache__"))
-    digests = [plans.digest(source)]
-    assert plans.digest(folder) == digests[0]
+    digests = [kernel_table.source_digest(source)]
+    assert kernel_table.source_digest(folder) == digests[0]
     for file in sorted(folder.iterdir()):
         file.write_text(file.read_text() + "\n")
-        digests.append(plans.digest(folder))
+        digests.append(kernel_table.source_digest(folder))
     assert len(set(digests)) == len(digests) == 1 + len(list(folder.iterdir()))
 
 

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where nothing of ours can run a layer stays dense, and says why."""
 
-import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import copytree, ignore_patterns
 
 import pytest
 import torch
+from torch import Tensor
 from weights import (
     BOUND,
     DTYPES,
@@ -15,40 +18,101 @@ from weights import (
     sparse_weight,
 )
 
-from nm_permute_plugin.serving import linear
-from nm_permute_plugin.serving.kernel_table import Bucket, Plan, Way
+from nm_permute_plugin.checkpoint import codec
+from nm_permute_plugin.serving import kernel_table, linear
+from nm_permute_plugin.serving.kernel_table import Bucket, Choice, KernelTable
+from nm_permute_plugin.serving.kernels.dense import Dense
 from nm_permute_plugin.serving.linear import SparseLinear
-from nm_permute_plugin.serving.ops import KERNELS, PLANS, sparse24_linear
-from nm_permute_plugin.serving.tune import sample
+from nm_permute_plugin.serving.ops import KERNELS, TABLES, sparse24_linear
+from nm_permute_plugin.serving.tune import random_tokens
 
-DENSE = Way("dense", (), 1.0)
+DENSE = Choice("dense", (), 1.0)
 
 
 @pytest.fixture
-def dense_plan() -> Iterator[str]:
-    """The name of a plan that always takes the dense kernel, which runs anywhere."""
-    PLANS["dense"] = Plan(16, [Bucket(8, DENSE, [DENSE])])
+def dense_table() -> Iterator[str]:
+    """The name of a table that always takes the dense kernel, which runs anywhere."""
+    TABLES["dense"] = KernelTable(16, [Bucket(8, DENSE, [DENSE])])
     yield "dense"
-    del PLANS["dense"]
+    del TABLES["dense"]
 
 
-def test_without_a_gpu_the_first_layer_is_named_with_the_reason_once(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(linear, "_TOLD", set())
+def test_without_a_gpu_the_reason_is_given() -> None:
     weight = sparse_weight(32, 128, torch.bfloat16)
-    with caplog.at_level(logging.WARNING):
-        for name in ("model.layers.0.mlp", "model.layers.1.mlp"):
-            assert SparseLinear.prepare(name, weight, "auto") is None
-    (message,) = caplog.messages
-    assert message.startswith("model.layers.0.mlp stays dense")
-    assert "it is on cpu; the sparse kernels need a CUDA device" in message
+    reason = SparseLinear.prepare(weight, "auto")
+    assert reason == "it is on cpu; the sparse kernels need a CUDA device"
 
 
 def test_dense_mode_leaves_the_layer_alone() -> None:
-    assert (
-        SparseLinear.prepare("a", sparse_weight(32, 128, torch.int8), "dense") is None
-    )
+    weight = sparse_weight(32, 128, torch.int8)
+    assert SparseLinear.prepare(weight, "dense") == "the mode is dense"
+
+
+@dataclass(frozen=True)
+class OnCpu(Dense):
+    """A kernel that passes for a sparse one."""
+
+    name: str = "cusparselt"
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor], Tensor]:
+    """Makes a weight one on a GPU, for which a kernel table is known and runs."""
+    kernels = {"dense": Dense(), "cusparselt": OnCpu()}
+    monkeypatch.setattr(linear, "KERNELS", kernels)
+    monkeypatch.setattr(linear, "TABLES", {})
+    choice = Choice("cusparselt", (), 1.0)
+
+    def pretended(weight: Tensor) -> Tensor:
+        name = f"{tuple(weight.shape)} {weight.dtype} dense cusparselt"
+        linear.TABLES[name] = KernelTable(len(weight), [Bucket(8, choice, [])])
+        return weight.as_subclass(OnGpu)
+
+    return pretended
+
+
+class OnGpu(Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    is_cuda = True
+
+
+def test_a_weight_that_is_not_2of4_stays_dense_and_says_where(
+    pretended_gpu: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codec, "_in_triton", lambda words: False)
+    reason = SparseLinear.prepare(pretended_gpu(torch.ones(16, 64)), "auto")
+    assert "float32 has no kernel" in str(reason)
+    weight = torch.ones(16, 64, dtype=torch.bfloat16)
+    reason = SparseLinear.prepare(pretended_gpu(weight), "auto")
+    assert "is not 2:4 sparse: row 0, channels 0..3 hold 4 non-zeros" in str(reason)
+
+
+def test_a_weight_that_was_checked_is_not_compressed_for_a_check_again(
+    pretended_gpu: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[Tensor] = []
+    monkeypatch.setattr(linear, "compress", checked.append)
+    weight = pretended_gpu(sparse_weight(16, 64, torch.bfloat16))
+    assert isinstance(SparseLinear.prepare(weight, "auto"), SparseLinear)
+    assert len(checked) == 1
+    layer = SparseLinear.prepare(weight, "auto", is_checked=True)
+    assert isinstance(layer, SparseLinear)
+    assert len(checked) == 1
+
+
+def test_a_kept_table_of_another_weight_is_measured_anew(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kept = KernelTable(48, [Bucket(8, DENSE, [DENSE])])
+    kernel_table.save(kept, tmp_path / "table.json")
+    path = tmp_path / "table.json"
+    monkeypatch.setattr(kernel_table, "path_of", lambda weight, allowed: path)
+    measured = KernelTable(16, [Bucket(8, DENSE, [DENSE])])
+    monkeypatch.setattr(linear, "tune", lambda weight, kernels: measured)
+    weight = sparse_weight(16, 64, torch.bfloat16)
+    assert linear._table(weight, ["dense"]) == measured
+    assert kernel_table.load(path, 16, ["dense"]) == measured
 
 
 def test_an_unknown_kernel_in_the_environment_is_refused(
@@ -63,13 +127,13 @@ def test_an_unknown_kernel_in_the_environment_is_refused(
 
 @pytest.mark.parametrize("name", sorted(set(KERNELS) - {"dense"}))
 def test_sparse_kernels_refuse_the_cpu(name: str) -> None:
-    refusal = KERNELS[name].refusal(sparse_weight(32, 128, torch.bfloat16))
+    refusal = KERNELS[name].unsupported(sparse_weight(32, 128, torch.bfloat16))
     assert refusal == "no CUDA device"
 
 
 @pytest.mark.parametrize("name", sorted(KERNELS))
 def test_kernels_refuse_unknown_dtypes(name: str) -> None:
-    refusal = KERNELS[name].refusal(torch.zeros(32, 128, dtype=torch.float32))
+    refusal = KERNELS[name].unsupported(torch.zeros(32, 128, dtype=torch.float32))
     known = "torch.float32 has no kernel; these have: bfloat16, float16"
     assert refusal is not None
     assert refusal.startswith(known)
@@ -77,12 +141,14 @@ def test_kernels_refuse_unknown_dtypes(name: str) -> None:
 
 @pytest.mark.parametrize("tokens", [0, 1, 9])
 @pytest.mark.parametrize("kind", ["bf16", "fp16", "int8"])
-def test_a_layer_runs_compiled_and_not(kind: str, tokens: int, dense_plan: str) -> None:
+def test_a_layer_runs_compiled_and_not(
+    kind: str, tokens: int, dense_table: str
+) -> None:
     """The CPU has no float8 product."""
     weight = sparse_weight(16, 64, DTYPES[kind])
-    x = sample(weight, tokens)
+    x = random_tokens(weight, tokens)
     scales = scales_for(weight, tokens, bias=True) if kind == "int8" else None
-    layer = SparseLinear(weight, PLANS[dense_plan], dense_plan)
+    layer = SparseLinear(weight, dense_table)
     torch.compiler.reset()
 
     def call(x: torch.Tensor) -> torch.Tensor:
@@ -96,34 +162,49 @@ def test_a_layer_runs_compiled_and_not(kind: str, tokens: int, dense_plan: str) 
             assert error(out, exact(weight, x, scales)) < BOUND
 
 
-def test_a_layer_compiles_whole_for_all_numbers_of_tokens(dense_plan: str) -> None:
+def test_a_layer_compiles_whole_for_all_numbers_of_tokens(dense_table: str) -> None:
     weight = sparse_weight(16, 64, torch.bfloat16)
-    layer = SparseLinear(weight, PLANS[dense_plan], dense_plan)
+    layer = SparseLinear(weight, dense_table)
     torch.compiler.reset()
     compiled = torch.compile(
         lambda x: layer(x) + 1, backend="aot_eager", fullgraph=True, dynamic=True
     )
     for tokens in (2, 5, 9):
-        x = sample(weight, tokens)
+        x = random_tokens(weight, tokens)
         torch._dynamo.mark_dynamic(x, 0)  # an error where a graph is for one number
         assert error(compiled(x), exact(weight, x) + 1) < BOUND
 
 
-def test_a_compiled_graph_is_for_a_plan_and_for_our_source(
-    dense_plan: str, monkeypatch: pytest.MonkeyPatch
+def test_a_compiled_graph_is_for_a_table_and_for_our_source_kernels_included(
+    dense_table: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     weight = sparse_weight(16, 64, torch.bfloat16)
-    layer = SparseLinear(weight, PLANS[dense_plan], dense_plan)
+    layer = SparseLinear(weight, dense_table)
     before = layer.signature
     assert before.startswith("dense: dense, ")
-    monkeypatch.setattr(linear.plans, "digest", lambda folder: "of another source")
-    assert layer.signature == "dense: dense, of another source"
-    assert before != layer.signature
+    package = tmp_path / "serving"
+    copytree(
+        Path(linear.__file__).parent, package, ignore=ignore_patterns("__pycache__")
+    )
+    monkeypatch.setattr(linear, "files", lambda name: package)
+    try:
+        linear._source.cache_clear()
+        assert layer.signature == before
+        changed = [before]
+        for name in ("product.py", "kernels/scaling.py", "kernels/kernel.py"):
+            file = package / name
+            file.write_text(file.read_text() + "\n")
+            assert layer.signature == changed[-1]  # the source is read once a process
+            linear._source.cache_clear()
+            changed.append(layer.signature)
+    finally:
+        linear._source.cache_clear()
+    assert len(set(changed)) == 4
 
 
-def test_the_operators_schema_and_fake_hold(dense_plan: str) -> None:
+def test_the_operators_schema_and_fake_hold(dense_table: str) -> None:
     weight = sparse_weight(16, 64, torch.bfloat16)
-    arguments = (sample(weight, 3), [weight], dense_plan)
+    arguments = (random_tokens(weight, 3), [weight], dense_table)
     torch.library.opcheck(
         sparse24_linear, arguments, test_utils=("test_schema", "test_faketensor")
     )

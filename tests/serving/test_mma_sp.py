@@ -7,26 +7,26 @@ import pytest
 import torch
 from weights import DTYPES
 
-from nm_permute_plugin.serving.kernels import mma_sp, nvrtc
+from nm_permute_plugin.serving.kernels import mma_sp, nvidia
 
 
 @pytest.fixture
 def compiler() -> None:
     """NVIDIA's run-time compiler, which needs no GPU."""
     try:
-        nvrtc.compile_source("", "sm_90", {})
+        nvidia.compile_source("", "sm_90", {})
     except RuntimeError as missing:
         pytest.skip(str(missing))
 
 
-@pytest.mark.parametrize("tiles", mma_sp._SHAPES)
+@pytest.mark.parametrize("tiles", mma_sp._BLOCK_SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize("capability", [(8, 9), (9, 0)])
 def test_the_kernel_compiles_to_machine_code(
     capability: tuple[int, int], dtype: torch.dtype, tiles: int, compiler: None
 ) -> None:
     kind = mma_sp._KINDS[dtype]
-    for shape in mma_sp.shapes(tiles, kind, capability):
+    for shape in mma_sp.block_shapes(tiles, kind, capability):
         architecture = shape.architecture(capability)
         code = mma_sp._machine_code(architecture, kind, shape)
         assert code.startswith(b"\x7fELF")
@@ -34,13 +34,13 @@ def test_the_kernel_compiles_to_machine_code(
 
 def test_what_does_not_compile_comes_with_the_log(compiler: None) -> None:
     with pytest.raises(RuntimeError, match="expected an expression"):
-        nvrtc.compile_source("__device__ int x = ;", "sm_90", {})
+        nvidia.compile_source("__device__ int x = ;", "sm_90", {})
 
 
 @pytest.mark.parametrize("tokens", range(1, mma_sp.MOST_TOKENS + 1))
 def test_every_few_tokens_have_settings_that_hold_them(tokens: int) -> None:
     for capability, kind in product([(8, 0), (8, 9), (9, 0), (10, 0)], range(4)):
-        found = mma_sp.shapes(-(-tokens // 8), kind, capability)
+        found = mma_sp.block_shapes(-(-tokens // 8), kind, capability)
         assert found
         for shape in found:
             assert shape.tiles * 8 >= tokens
@@ -50,7 +50,7 @@ def test_every_few_tokens_have_settings_that_hold_them(tokens: int) -> None:
 
 def test_only_hopper_has_tokens_in_stages_and_only_in_16_bits() -> None:
     for capability, kind in product([(8, 9), (9, 0), (10, 0)], range(4)):
-        staged = [s for s in mma_sp.shapes(8, kind, capability) if s.stages]
+        staged = [s for s in mma_sp.block_shapes(8, kind, capability) if s.stages]
         assert bool(staged) == (capability == (9, 0) and kind < 2)
         assert all(s.architecture(capability) == "sm_90a" for s in staged)
         assert all(s.warps_n % 4 == 0 for s in staged)

@@ -8,12 +8,12 @@ import torch
 from weights import sparse_weight
 
 from nm_permute_plugin.serving import probe
-from nm_permute_plugin.serving.probe import survives
+from nm_permute_plugin.serving.probe import crash_reason
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the point is a missing GPU")
 def test_a_process_that_dies_is_told_with_its_last_words() -> None:
-    reason = survives("mma_sp", sparse_weight(32, 128, torch.bfloat16))
+    reason = crash_reason("mma_sp", sparse_weight(32, 128, torch.bfloat16))
     assert reason
     assert reason.startswith("a process that tried it ended with exit status 1: ")
     assert "Error" in reason
@@ -38,5 +38,5 @@ def test_how_a_process_ended_is_told(
 
     monkeypatch.setattr(subprocess, "run", stand_in)
     monkeypatch.setattr(probe, "TIMEOUT", seconds)
-    reason = survives("mma_sp", sparse_weight(32, 128, torch.bfloat16))
+    reason = crash_reason("mma_sp", sparse_weight(32, 128, torch.bfloat16))
     assert reason == (told and f"a process that tried it {told}")

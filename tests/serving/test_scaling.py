@@ -6,10 +6,10 @@ import torch
 from weights import error, exact, scales_for, sparse_weight
 
 from nm_permute_plugin.serving.kernels.scaling import narrowest, scaled
-from nm_permute_plugin.serving.tune import sample
+from nm_permute_plugin.serving.tune import random_tokens
 
 WEIGHT = sparse_weight(48, 64, torch.int8)
-X = sample(WEIGHT, 5)
+X = random_tokens(WEIGHT, 5)
 SUMS = exact(WEIGHT, X).float()
 
 

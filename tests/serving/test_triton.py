@@ -28,6 +28,6 @@ def test_scaling_agrees_with_float64(errors: dict[str, list[float]]) -> None:
     assert max(errors["scaling"]) < 1e-6
 
 
-def test_the_stored_form_is_values_and_places_alone() -> None:
+def test_packed_bytes_are_values_and_places_alone() -> None:
     weight = sparse_weight(64, 256, torch.bfloat16)
     assert TritonDecode().prepare(weight).nbytes == 9 / 16 * weight.nbytes

@@ -11,15 +11,20 @@ from weights import DTYPES, error, exact, sparse_weight
 
 from nm_permute_plugin.serving.kernels.dense import Dense
 from nm_permute_plugin.serving.kernels.kernel import Settings
-from nm_permute_plugin.serving.tune import cold_copies, measure, reference, sample
+from nm_permute_plugin.serving.tune import (
+    cold_copies,
+    measure_kernel,
+    random_tokens,
+    reference,
+)
 
 
 @dataclass(frozen=True)
 class Wrong(Dense):
     """A kernel that is off in one output."""
 
-    def run(self, form: Tensor, x: Tensor, rows: int, settings: Settings) -> Tensor:
-        out = super().run(form, x, rows, settings)
+    def run(self, packed: Tensor, x: Tensor, rows: int, settings: Settings) -> Tensor:
+        out = super().run(packed, x, rows, settings)
         out[0, 0] += out.abs().max() / 2
         return out
 
@@ -28,7 +33,7 @@ class Wrong(Dense):
 class Failing(Dense):
     """A kernel that the driver refuses."""
 
-    def run(self, form: Tensor, x: Tensor, rows: int, settings: Settings) -> Tensor:
+    def run(self, packed: Tensor, x: Tensor, rows: int, settings: Settings) -> Tensor:
         raise RuntimeError("the CUDA driver answered 1: invalid argument")
 
 
@@ -41,9 +46,9 @@ def test_a_bad_kernel_is_left_out_with_the_reason(
     kernel: Dense, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     weight = sparse_weight(32, 128, torch.bfloat16)
-    x = sample(weight, 3)
+    x = random_tokens(weight, 3)
     with caplog.at_level(logging.WARNING):
-        assert measure(kernel, [weight], x, reference(weight, x)) == []
+        assert measure_kernel(kernel, [weight], x, reference(weight, x)) == []
     (message,) = caplog.messages
     assert message.startswith("dense with () is not used for 3 tokens by 32 x 128 in ")
     assert reason in message
@@ -52,7 +57,7 @@ def test_a_bad_kernel_is_left_out_with_the_reason(
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 def test_the_reference_is_the_product_of_the_first_tokens(dtype: torch.dtype) -> None:
     weight = sparse_weight(32, 128, dtype)
-    x = sample(weight, 70)
+    x = random_tokens(weight, 70)
     assert error(reference(weight, x), exact(weight, x)[:64]) < 1e-5
 
 
@@ -60,11 +65,11 @@ def test_the_reference_is_the_product_of_the_first_tokens(dtype: torch.dtype) ->
 def test_a_sample_does_not_depend_on_the_default_dtype(dtype: torch.dtype) -> None:
     """vLLM loads a model while its dtype is torch's default."""
     weight = sparse_weight(32, 128, dtype)
-    expected = sample(weight, 3)
+    expected = random_tokens(weight, 3)
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.bfloat16)
-        found = sample(weight, 3)
+        found = random_tokens(weight, 3)
     finally:
         torch.set_default_dtype(before)
     assert found.dtype == dtype

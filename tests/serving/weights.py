@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nm_permute_plugin.serving.kernels.kernel import NARROW
+from nm_permute_plugin.serving.kernels.kernel import DTYPES_8
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -33,7 +33,7 @@ def sparse_weight(
     weight = weight.view(rows, channels)
     return (
         (weight * 40).round().clamp(-127, 127).to(dtype)
-        if dtype in NARROW
+        if dtype in DTYPES_8
         else (weight.to(dtype))
     )
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ways to multiply by a 2:4 weight, all behind one interface."""
+"""The kernels that multiply by a 2:4 weight, all behind the interface of ``kernel.py``."""

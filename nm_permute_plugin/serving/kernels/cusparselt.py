@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NVIDIA's library for 2:4 products, with the algorithm searched for each size."""
+"""cuSPARSELt, NVIDIA's library for 2:4 products; its algorithm is searched per size."""
 
 import logging
 import warnings
@@ -8,44 +8,48 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nm_permute_plugin.serving.kernels.cusparselt_plan import Size, multiply, plan_of
+from nm_permute_plugin.serving.kernels.cusparselt_plan import (
+    ProductSize,
+    multiply,
+    plan_of,
+)
 from nm_permute_plugin.serving.kernels.kernel import (
-    NARROW,
-    WIDE,
+    DTYPES_8,
+    DTYPES_16,
     Settings,
+    output_dtype,
     padded,
-    sums_dtype,
-    unknown,
+    unsupported_dtype,
 )
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is under its name
 
-# Settings: algorithm, parts of the channels, how these are added up.
 _DEFAULT = (0, 1, -1)
+"""The settings (algorithm id, split-K, split-K mode) that work for every size."""
 
-# The search fails in float16, or crashes (H100, torch 2.11).
-_SEARCHED = (torch.bfloat16, *NARROW)
+_SEARCHED = (torch.bfloat16, *DTYPES_8)
+"""The search runs for these dtypes only: in float16 it fails or crashes (torch 2.11)."""
 
-# The search tries kernels that small odd shapes crash ("illegal instruction" at 96 x 384,
-# version 0.8), and a crash ends the process.
-_SAFE = 128
+_SAFE_MULTIPLE = 128
+"""The search runs for multiples of this many rows and channels only: it crashes, and ends
+the process, for small odd shapes ("illegal instruction" at 96 x 384, version 0.8)."""
 
 
 @dataclass(frozen=True)
 class CuSparseLt:
-    """cuSPARSELt through torch."""
+    """cuSPARSELt: weights are packed by torch, products run through a plan that is kept."""
 
     name: str = "cusparselt"
 
-    def refusal(self, weight: Tensor) -> str | None:
+    def unsupported(self, weight: Tensor) -> str | None:
         rows, channels = weight.shape
-        if reason := unknown(weight.dtype, WIDE + NARROW):
+        if reason := unsupported_dtype(weight.dtype, DTYPES_16 + DTYPES_8):
             return reason
         if not weight.is_cuda:
             return "no CUDA device"
         if not torch.backends.cusparselt.is_available():
             return "this build of torch has no cuSPARSELt"
-        multiple = 16 if weight.dtype in WIDE else 32
+        multiple = 16 if weight.dtype in DTYPES_16 else 32
         if rows % multiple or channels % multiple:
             return f"{rows} x {channels} is no multiple of {multiple}"
         return None
@@ -53,58 +57,63 @@ class CuSparseLt:
     def prepare(self, weight: Tensor) -> Tensor:
         return torch._cslt_compress(weight)
 
-    def candidates(self, form: Tensor, x: Tensor, rows: int) -> list[Settings]:
+    def candidates(self, packed: Tensor, x: Tensor, rows: int) -> list[Settings]:
         tokens, channels = x.shape
-        if x.dtype not in _SEARCHED or rows % _SAFE or channels % _SAFE:
+        if (
+            x.dtype not in _SEARCHED
+            or rows % _SAFE_MULTIPLE
+            or channels % _SAFE_MULTIPLE
+        ):
             return [_DEFAULT]
         try:
-            return list(dict.fromkeys((_search(form, x), _DEFAULT)))
+            return list(dict.fromkeys((_search(packed, x), _DEFAULT)))
         except RuntimeError as error:
             logger.info(
-                "cuSPARSELt's search failed for %d tokens by %d x %d, %s, which leaves "
-                "its default algorithm: %s",
+                "cuSPARSELt's search failed for %d tokens by %d x %d, %s; its default "
+                "algorithm is used: %s",
                 *(tokens, rows, channels, x.dtype, error),
             )
             return [_DEFAULT]
 
-    def run(self, form: Tensor, x: Tensor, rows: int, settings: Settings) -> Tensor:
-        number, parts, how = settings
-        tokens, out_dtype = _aligned(x), sums_dtype(x.dtype)
+    def run(self, packed: Tensor, x: Tensor, rows: int, settings: Settings) -> Tensor:
+        algorithm, split_k, split_k_mode = settings
+        tokens, out_dtype = _aligned(x), output_dtype(x.dtype)
         count, channels = tokens.shape
         shape = (x.get_device(), rows, channels, count)
-        plan = plan_of(Size(*shape, x.dtype, out_dtype, number, parts, how))
+        plan = plan_of(ProductSize(*shape, x.dtype, out_dtype, *settings))
         if plan is not None:
-            out = multiply(plan, form, tokens)
+            out = multiply(plan, packed, tokens)
         else:
             out = torch._cslt_sparse_mm(
-                form,
+                packed,
                 tokens.t(),
-                out_dtype=_named(x.dtype),
+                out_dtype=_torch_out_dtype(x.dtype),
                 transpose_result=True,
-                alg_id=number,
-                split_k=parts,
-                split_k_mode=how,
+                alg_id=algorithm,
+                split_k=split_k,
+                split_k_mode=split_k_mode,
             )
         return out if tokens is x else out[: x.shape[0]]
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """The tokens, contiguous, as many as the library's alignment asks for."""
-    return padded(x, 8 if x.dtype in WIDE else 16).contiguous()
+    """Make the tokens contiguous, and pad them to the library's alignment."""
+    return padded(x, 8 if x.dtype in DTYPES_16 else 16).contiguous()
 
 
-def _named(dtype: torch.dtype) -> torch.dtype | None:
-    """The outputs' dtype as torch takes it, which refuses one where it has no choice."""
-    return None if dtype in WIDE else sums_dtype(dtype)
+def _torch_out_dtype(dtype: torch.dtype) -> torch.dtype | None:
+    """Return torch's ``out_dtype``: it must be None for weights of 16 bits."""
+    return None if dtype in DTYPES_16 else output_dtype(dtype)
 
 
-def _search(form: Tensor, x: Tensor) -> Settings:
-    """The library's own choice after it has tried its algorithms."""
-    arguments = (form, _aligned(x).t(), None, None, _named(x.dtype), True)
+def _search(packed: Tensor, x: Tensor) -> Settings:
+    """Let the library time its algorithms, and return the fastest settings."""
+    out_dtype = _torch_out_dtype(x.dtype)
+    arguments = (packed, _aligned(x).t(), None, None, out_dtype, True)
     bindings = getattr(torch._C, "_cusparselt", None)
     if bindings is not None and hasattr(bindings, "mm_search"):
-        algorithm, parts, how, _ = bindings.mm_search(*arguments)
-        return int(algorithm), int(parts), int(how)
+        algorithm, split_k, split_k_mode, _ = bindings.mm_search(*arguments)
+        return int(algorithm), int(split_k), int(split_k_mode)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return int(torch._cslt_sparse_mm_search(*arguments)), 1, -1

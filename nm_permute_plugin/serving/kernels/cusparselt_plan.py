@@ -2,9 +2,9 @@
 """
 cuSPARSELt's plans, made once for each size and kept.
 
-torch makes the descriptors and the plan of a product anew at every call, most of a
-millisecond of the CPU's time. A captured graph hides it; tokens that no graph was captured
-for, as those of a prompt, would wait for it in every layer.
+torch makes the descriptors and the plan of a product anew at every call, which takes the
+CPU most of a millisecond. CUDA graphs hide that; numbers of tokens without a captured
+graph, such as those of prompts, would wait for it in every layer.
 """
 
 import ctypes
@@ -16,38 +16,39 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nm_permute_plugin.serving.kernels.libraries import nvidia_library
+from nm_permute_plugin.serving.kernels.nvidia import nvidia_library
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is under its name
 
-_FIRST_VERSION = 800
-"""0.8.0. The numbers below, and the sizes of structures, are those since then."""
+_VERSIONS = range(800, 900)
+"""The constants below hold for cuSPARSELt 0.8 (``version()`` is 800 for 0.8.0). With any
+other version torch makes the plans: larger structures would overflow ours."""
 
-_STRUCTURE = 512  # bytes of each of the library's structures
+_STRUCTURE_BYTES = 512
+"""The library's structures have this size each."""
+
 _ALIGNMENT = 16
+"""We promise the library that matrices start at a multiple of this many bytes."""
+
 _COLUMN_MAJOR, _ROW_MAJOR = 1, 2
 _AS_IT_IS, _TRANSPOSED = 0, 1
-_DTYPES = {
-    torch.float16: 2,
-    torch.int8: 3,
-    torch.bfloat16: 14,
-    torch.float8_e4m3fn: 28,
-}
+_DTYPES = {torch.float16: 2, torch.int8: 3, torch.bfloat16: 14, torch.float8_e4m3fn: 28}
 _INTEGER_SUMS, _FLOAT_SUMS = 0, 2
-_ALGORITHM, _PARTS, _HOW = 0, 3, 4
+_ALGORITHM, _SPLIT_K, _SPLIT_K_MODE = 0, 3, 4
 
 _ONE, _ZERO = (ctypes.byref(ctypes.c_float(number)) for number in (1, 0))
 
 PLANS_KEPT = 4096
-"""A server sees prompts of many lengths; a plan is some kilobytes."""
+"""So many plans are kept, of a few kilobytes each: prompts have many lengths."""
 
 
-class Size(NamedTuple):
+class ProductSize(NamedTuple):
     """
-    All that a plan depends on.
+    Everything that a plan depends on.
 
-    :param algorithm: of the library, ``parts`` of the channels, and ``how`` these are added
-        up; -1 leaves that to the library
+    :param algorithm: the library's algorithm id
+    :param split_k: how many slices the channels are split into; 1 for no split
+    :param split_k_mode: how the slices' sums are added up; -1 lets the library choose
     """
 
     device: int
@@ -57,29 +58,41 @@ class Size(NamedTuple):
     dtype: torch.dtype
     out_dtype: torch.dtype
     algorithm: int
-    parts: int
-    how: int
+    split_k: int
+    split_k_mode: int
 
 
 @lru_cache(maxsize=PLANS_KEPT)
-def plan_of(size: Size) -> "Plan | None":
-    """The plan of a size; None where torch's library is not known, or refuses it."""
-    version = torch.backends.cusparselt.version() or 0
-    if version < _FIRST_VERSION or _library() is None:
+def plan_of(size: ProductSize) -> "Plan | None":
+    """Return the plan of a size; None if torch has to make it, at every call."""
+    if not _is_tested(torch.backends.cusparselt.version() or 0) or _library() is None:
         return None
     try:
         return Plan(size)
     except RuntimeError as error:
-        logger.warning("no plan is kept for %s: %s", size, error)
+        logger.warning("no cuSPARSELt plan is kept for %s: %s", size, error)
         return None
 
 
-def multiply(plan: "Plan", form: Tensor, x: Tensor) -> Tensor:
-    """
-    ``x @ weight.T``: [tokens, rows].
+@cache
+def _is_tested(version: int) -> bool:
+    """Whether our constants hold for a version; logs once where they may not."""
+    if version in _VERSIONS:
+        return True
+    logger.warning(
+        "cuSPARSELt %d is not one of the tested versions (0.8): torch makes its plans at "
+        "every call, which takes longer without CUDA graphs",
+        version,
+    )
+    return False
 
-    :param form: the weight [rows, channels] as ``torch._cslt_compress`` stores it
-    :param x: [tokens, channels], contiguous, as many tokens as the alignment asks for
+
+def multiply(plan: "Plan", packed: Tensor, x: Tensor) -> Tensor:
+    """
+    Compute ``x @ weight.T``: [tokens, rows].
+
+    :param packed: the weight [rows, channels] as ``torch._cslt_compress`` stores it
+    :param x: [tokens, channels], contiguous, padded to the library's alignment
     :raises RuntimeError: if the library refuses the product
     """
     size = plan.size
@@ -87,75 +100,63 @@ def multiply(plan: "Plan", form: Tensor, x: Tensor) -> Tensor:
     space = x.new_empty(plan.workspace, dtype=torch.uint8)
     stream = ctypes.c_void_p(torch.cuda.current_stream(size.device).cuda_stream)
     to = _pointer(out)
-    tensors = (_ONE, _pointer(form), _pointer(x), _ZERO, to, to, _pointer(space))
-    _call("Matmul", plan.handle, plan.at, *tensors, ctypes.byref(stream), 1)
+    tensors = (_ONE, _pointer(packed), _pointer(x), _ZERO, to, to, _pointer(space))
+    _call("Matmul", plan.handle, plan.address, *tensors, ctypes.byref(stream), 1)
     return out
 
 
 class _Structure(ctypes.Structure):
-    """One of the library's, at an address that it likes."""
+    """Memory for one of the library's structures, aligned to 64 bytes."""
 
-    _fields_ = [("data", ctypes.c_uint8 * (_STRUCTURE + 64))]
+    _fields_ = [("data", ctypes.c_uint8 * (_STRUCTURE_BYTES + 64))]
 
     @property
-    def at(self) -> ctypes.c_void_p:
+    def address(self) -> ctypes.c_void_p:
         address = ctypes.addressof(self)
         return ctypes.c_void_p(-(-address // 64) * 64)
 
 
 class Plan:
     """
-    A plan with the structures that it points to; the library's part of it ends with it.
+    The library's plan and the structures it points to; freed when this object is.
 
-    :ivar handle: the library's state on its device
-    :ivar at: its address
-    :ivar workspace: bytes that a product needs beside its output
+    :ivar handle: the address of the library's state on the device
+    :ivar address: the address of the plan
+    :ivar workspace: scratch memory that a product needs, in bytes
     """
 
-    def __init__(self, size: Size) -> None:
+    def __init__(self, size: ProductSize) -> None:
         self.size = size
-        self.handle = handle = _handle(size.device)
+        self.handle = handle = _handle(size.device).address
         self._kept = [_Structure() for _ in range(6)]
-        weight, tokens, out, product, algorithm, plan = (s.at for s in self._kept)
+        weight, tokens, out, product, algorithm, plan = (s.address for s in self._kept)
         dtype, out_dtype = _DTYPES[size.dtype], _DTYPES[size.out_dtype]
-        shape = (size.rows, size.channels, size.channels)
-        _call(
-            "StructuredDescriptorInit",
-            *(handle, weight, *map(ctypes.c_int64, shape)),
-            *(_ALIGNMENT, dtype, _ROW_MAJOR, 0),
-        )
-        shape = (size.tokens, size.channels, size.channels)
-        _call(
-            "DenseDescriptorInit",
-            *(handle, tokens, *map(ctypes.c_int64, shape)),
-            *(_ALIGNMENT, dtype, _ROW_MAJOR),
-        )
-        shape = (size.rows, size.tokens, size.rows)
-        _call(
-            "DenseDescriptorInit",
-            *(handle, out, *map(ctypes.c_int64, shape)),
-            *(_ALIGNMENT, out_dtype, _COLUMN_MAJOR),
-        )
-        _call(
-            "MatmulDescriptorInit",
-            *(handle, product, _AS_IT_IS, _TRANSPOSED, weight, tokens, out, out),
-            _INTEGER_SUMS if size.dtype == torch.int8 else _FLOAT_SUMS,
-        )
+        shape = map(ctypes.c_int64, (size.rows, size.channels, size.channels))
+        layout = (_ALIGNMENT, dtype, _ROW_MAJOR)
+        _call("StructuredDescriptorInit", handle, weight, *shape, *layout, 0)
+        shape = map(ctypes.c_int64, (size.tokens, size.channels, size.channels))
+        _call("DenseDescriptorInit", handle, tokens, *shape, *layout)
+        shape = map(ctypes.c_int64, (size.rows, size.tokens, size.rows))
+        layout = (_ALIGNMENT, out_dtype, _COLUMN_MAJOR)
+        _call("DenseDescriptorInit", handle, out, *shape, *layout)
+        operands = (_AS_IT_IS, _TRANSPOSED, weight, tokens, out, out)
+        sums = _INTEGER_SUMS if size.dtype == torch.int8 else _FLOAT_SUMS
+        _call("MatmulDescriptorInit", handle, product, *operands, sums)
         _call("MatmulAlgSelectionInit", handle, algorithm, product, 0)
         _set(handle, algorithm, _ALGORITHM, size.algorithm)
-        if size.parts != 1:
-            _set(handle, algorithm, _PARTS, size.parts)
-        if size.how >= 0:
-            _set(handle, algorithm, _HOW, size.how)
+        if size.split_k != 1:
+            _set(handle, algorithm, _SPLIT_K, size.split_k)
+        if size.split_k_mode >= 0:
+            _set(handle, algorithm, _SPLIT_K_MODE, size.split_k_mode)
         _call("MatmulPlanInit", handle, plan, product, algorithm)
         needed = ctypes.c_size_t()
         _call("MatmulGetWorkspace", handle, plan, ctypes.byref(needed))
-        self.at, self.workspace = plan, needed.value
+        self.address, self.workspace = plan, needed.value
         weakref.finalize(self, _end, self._kept, plan).atexit = False
 
 
 def _end(kept: list[_Structure], plan: ctypes.c_void_p) -> None:
-    """Free what the library holds for a plan, whose structures are kept until then."""
+    """Free what the library holds for a plan; its structures live until then."""
     _call("MatmulPlanDestroy", plan)
 
 
@@ -169,16 +170,12 @@ def _set(
 
 
 @cache
-def _handle(device: int) -> ctypes.c_void_p:
-    """The library's state on a device, kept as long as the process."""
-    _HANDLES.append(_Structure())
-    handle = _HANDLES[-1].at
+def _handle(device: int) -> _Structure:
+    """Return the library's state on a device, which the cache keeps for the process."""
+    handle = _Structure()
     with torch.cuda.device(device):
-        _call("Init", handle)
+        _call("Init", handle.address)
     return handle
-
-
-_HANDLES: list[_Structure] = []
 
 
 def _library() -> ctypes.CDLL | None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dense product: what every sparse one must beat."""
+"""The dense product, which every sparse kernel must beat."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -8,48 +8,46 @@ import torch
 from torch import Tensor
 
 from nm_permute_plugin.serving.kernels.kernel import (
-    NARROW,
-    WIDE,
+    DTYPES_8,
+    DTYPES_16,
     Settings,
+    output_dtype,
     padded,
-    sums_dtype,
-    unknown,
+    unsupported_dtype,
 )
 
 
 @dataclass(frozen=True)
 class Dense:
-    """cuBLAS, with zeros multiplied like any other weight."""
+    """cuBLAS, which multiplies by the zeros too."""
 
     name: str = "dense"
 
-    def refusal(self, weight: Tensor) -> str | None:
-        return unknown(weight.dtype, WIDE + NARROW)
+    def unsupported(self, weight: Tensor) -> str | None:
+        return unsupported_dtype(weight.dtype, DTYPES_16 + DTYPES_8)
 
     def prepare(self, weight: Tensor) -> Tensor:
-        _one(weight.device)  # not while a CUDA graph is captured, which would own it
+        _one(
+            weight.device
+        )  # made now: a CUDA graph would own what its capture allocates
         return weight
 
-    def candidates(self, form: Tensor, x: Tensor, rows: int) -> list[Settings]:
+    def candidates(self, packed: Tensor, x: Tensor, rows: int) -> list[Settings]:
         return [()]
 
-    def run(self, form: Tensor, x: Tensor, rows: int, settings: Settings) -> Tensor:
-        if form.dtype in WIDE:
-            return torch.nn.functional.linear(x, form)
-        if form.dtype == torch.int8:
-            sums = torch._int_mm(padded(x, 32), form.t())[: len(x)]
-            return sums.to(sums_dtype(x.dtype))
-        one = _one(x.device)
+    def run(self, packed: Tensor, x: Tensor, rows: int, settings: Settings) -> Tensor:
+        if packed.dtype in DTYPES_16:
+            return torch.nn.functional.linear(x, packed)
+        if packed.dtype == torch.int8:
+            sums = torch._int_mm(padded(x, 32), packed.t())[: len(x)]
+            return sums.to(output_dtype(x.dtype))
+        one, out_dtype = _one(x.device), output_dtype(x.dtype)
         return torch._scaled_mm(
-            x,
-            form.t(),
-            *(one, one),
-            out_dtype=sums_dtype(x.dtype),
-            use_fast_accum=True,
+            x, packed.t(), one, one, out_dtype=out_dtype, use_fast_accum=True
         )
 
 
 @cache
 def _one(device: torch.device) -> Tensor:
-    """The scale of a product that is not scaled."""
+    """Return the scale 1, for an unscaled product."""
     return torch.ones((), dtype=torch.float32, device=device)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every way to multiply by a 2:4 weight offers."""
+"""The interface of all kernels, and the dtypes that they know."""
 
 from collections.abc import Collection
 from typing import Protocol, runtime_checkable
@@ -8,59 +8,62 @@ import torch
 from torch import Tensor
 
 Settings = tuple[int, ...]
-"""What a kernel was tuned to; what the numbers mean is the kernel's own business."""
+"""A kernel's tuning parameters; each kernel defines what its numbers mean."""
 
-WIDE = (torch.bfloat16, torch.float16)
-NARROW = (torch.float8_e4m3fn, torch.int8)
+DTYPES_16 = (torch.bfloat16, torch.float16)
+"""Weights of 16 bits: their products need no scales."""
+
+DTYPES_8 = (torch.float8_e4m3fn, torch.int8)
+"""Weights of 8 bits: their products are scaled afterwards."""
 
 
-def sums_dtype(dtype: torch.dtype) -> torch.dtype:
+def output_dtype(dtype: torch.dtype) -> torch.dtype:
     """
-    What products of a weight's dtype come in.
+    Return the output dtype of the unscaled product for a weight's dtype.
 
-    bfloat16 holds any sum of 8-bit products; what their scales make of it, float16 may not.
+    bfloat16 holds every unscaled sum of 8-bit products; float16 would overflow.
     """
-    return dtype if dtype in WIDE else torch.bfloat16
+    return dtype if dtype in DTYPES_16 else torch.bfloat16
 
 
 @runtime_checkable
 class Kernel(Protocol):
     """
-    A way to multiply; stateless, so that one object serves all layers.
+    A kernel that computes ``x @ weight.T``; stateless, so one object serves all layers.
 
-    Products are ``x @ weight.T``, of ``sums_dtype``: scales and bias come after
-    (``scaling.py``).
+    The product is of ``output_dtype``; scales and bias are applied later, by
+    ``scaling.py``.
     """
 
     @property
     def name(self) -> str:
-        """What plans, tables and the environment call it."""
+        """Its name in kernel tables and in ``NM_PERMUTE_KERNEL``."""
 
-    def refusal(self, weight: Tensor) -> str | None:
-        """Why this weight cannot be multiplied here, or None."""
+    def unsupported(self, weight: Tensor) -> str | None:
+        """Return why this kernel cannot multiply by the weight; None if it can."""
 
     def prepare(self, weight: Tensor) -> Tensor:
-        """The weight [out, in] in the kernel's own form, one tensor."""
+        """Pack the weight [out, in] into one tensor of the kernel's own layout."""
 
-    def candidates(self, form: Tensor, x: Tensor, rows: int) -> list[Settings]:
+    def candidates(self, packed: Tensor, x: Tensor, rows: int) -> list[Settings]:
         """
-        The settings worth measuring for products of this size.
+        List the settings worth measuring for products of this size.
 
         :param x: [tokens, in], of the weight's dtype
-        :param rows: of the weight
+        :param rows: the number of output channels
         """
 
-    def run(self, form: Tensor, x: Tensor, rows: int, settings: Settings) -> Tensor:
-        """[tokens, rows]: the product, by settings that were offered for its size."""
+    def run(self, packed: Tensor, x: Tensor, rows: int, settings: Settings) -> Tensor:
+        """Multiply: [tokens, rows]. ``candidates`` offered the settings for this size."""
 
 
-def unknown(dtype: torch.dtype, known: Collection[torch.dtype]) -> str | None:
-    """The refusal of a dtype that a kernel does not know, or None."""
+def unsupported_dtype(dtype: torch.dtype, known: Collection[torch.dtype]) -> str | None:
+    """Return why a kernel cannot multiply by a dtype; None if it is a known one."""
     names = ", ".join(str(other).removeprefix("torch.") for other in known)
     return None if dtype in known else f"{dtype} has no kernel; these have: {names}"
 
 
 def padded(x: Tensor, multiple: int) -> Tensor:
-    """The tokens [tokens, in] with rows of zeros up to a multiple of ``multiple``."""
+    """Append rows of zeros until the number of tokens is a multiple of ``multiple``."""
     missing = -x.shape[0] % multiple  # pad copies even where nothing is missing
     return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x

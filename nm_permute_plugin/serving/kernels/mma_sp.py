@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our own kernel for few tokens: compressed weights straight into the tensor cores."""
+"""Our CUDA kernel for few tokens: it feeds packed weights to the sparse tensor cores."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,47 +10,37 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nm_permute_plugin.serving.kernels import nvrtc
-from nm_permute_plugin.serving.kernels.kernel import Settings, sums_dtype, unknown
+from nm_permute_plugin.serving.kernels import nvidia
+from nm_permute_plugin.serving.kernels.kernel import (
+    Settings,
+    output_dtype,
+    unsupported_dtype,
+)
 from nm_permute_plugin.serving.kernels.packing import CHANNELS, ROWS, pack
 
 MOST_TOKENS = 64
+"""The kernel multiplies at most this many tokens."""
+
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float8_e4m3fn: 2, torch.int8: 3}
-_PITCH = 36  # of a token's sums in shared memory: free of bank conflicts
-# Shapes but for their tiles: blocks of up to 16 warps; the more tokens, the more
-# registers, the fewer warps.
-_FEW = [
-    (1, 16, 1, 1),
-    (1, 8, 1, 1),
-    (2, 8, 1, 1),
-    (1, 16, 1, 2),
-    (1, 8, 1, 4),
-    (2, 4, 1, 4),
-    (1, 8, 2, 2),
-]
-_MANY = [
-    (1, 8, 1, 0),
-    (1, 8, 1, 1),
-    (2, 4, 1, 0),
-    (2, 4, 1, 1),
-    (1, 8, 1, 4),
-    (2, 4, 1, 4),
-]
-_SHAPES = {1: _FEW, 2: _FEW, 4: _MANY, 8: _MANY}
-_STAGED = [  # for wgmma
-    (8, 1, 1, 1, 3),
-    (8, 1, 2, 1, 3),
-    (8, 1, 4, 1, 3),
-    (8, 1, 8, 1, 3),
-    (12, 1, 8, 1, 3),
-    (4, 1, 8, 1, 3),
-    (4, 2, 1, 1, 3),
-]
-_STAGED_TILES = 4  # and more
+_PITCH = 36
+"""A token's sums in shared memory are this many floats apart: no bank conflicts."""
+
+# Block shapes without their tiles, of at most 16 warps: with more tokens each warp needs
+# more registers, so that fewer warps fit.
+_FEW = [(1, 16, 1, 1), (1, 8, 1, 1), (2, 8, 1, 1), (1, 16, 1, 2),
+        (1, 8, 1, 4), (2, 4, 1, 4), (1, 8, 2, 2)]  # fmt: skip
+_MANY = [(1, 8, 1, 0), (1, 8, 1, 1), (2, 4, 1, 0), (2, 4, 1, 1),
+         (1, 8, 1, 4), (2, 4, 1, 4)]  # fmt: skip
+_BLOCK_SHAPES = {1: _FEW, 2: _FEW, 4: _MANY, 8: _MANY}
+# Block shapes for wgmma.
+_STAGED = [(8, 1, 1, 1, 3), (8, 1, 2, 1, 3), (8, 1, 4, 1, 3), (8, 1, 8, 1, 3),
+           (12, 1, 8, 1, 3), (4, 1, 8, 1, 3), (4, 2, 1, 1, 3)]  # fmt: skip
+_STAGED_TILES = 4
+"""wgmma is tried from this many tiles of 8 tokens on."""
 
 
-class Shape(NamedTuple):
-    """How a block is made; the words are those of ``sparse24.cu``."""
+class BlockShape(NamedTuple):
+    """How a block of threads works; ``sparse24.cu`` explains the words."""
 
     tiles: int
     warps_n: int
@@ -60,12 +50,12 @@ class Shape(NamedTuple):
     stages: int = 0
 
     def architecture(self, capability: tuple[int, int]) -> str:
-        """What it is compiled for."""
-        own = "a" if self.stages else ""  # with instructions of no other architecture
+        """Return the architecture to compile for, such as ``sm_90``."""
+        own = "a" if self.stages else ""  # wgmma exists on this one architecture only
         return "sm_{}{}".format(*capability) + own
 
     def shared_bytes(self, kind: int) -> int:
-        """The shared memory of a block: chunks loaded ahead and tokens, later the sums."""
+        """Return a block's shared memory in bytes: chunks and tokens, later the sums."""
         width, tokens = 2 if kind < 2 else 1, 8 * self.tiles
         chunk = ROWS * CHANNELS * 9 // 8 if kind < 2 else ROWS * CHANNELS * 5 // 8
         ahead = self.depth if self.depth > 1 else 0
@@ -75,31 +65,33 @@ class Shape(NamedTuple):
         return max(ring + staged, sums)
 
 
-def shapes(tiles: int, kind: int, capability: tuple[int, int]) -> list[Shape]:
+def block_shapes(
+    tiles: int, kind: int, capability: tuple[int, int]
+) -> list[BlockShape]:
     """
-    The blocks worth trying for up to ``8 * tiles`` tokens.
+    List the block shapes worth trying for up to ``8 * tiles`` tokens.
 
-    :param capability: of the card: 9.0 and later have clusters and the copy engine, 9.0
+    :param capability: the card's: 9.0 and later have clusters and the copy engine, 9.0
         alone has wgmma
     """
-    enough = min(known for known in _SHAPES if known >= tiles)
-    found = [Shape(enough, *shape) for shape in _SHAPES[enough]]
+    enough = min(known for known in _BLOCK_SHAPES if known >= tiles)
+    found = [BlockShape(enough, *shape) for shape in _BLOCK_SHAPES[enough]]
     if capability < (9, 0):
         return [shape for shape in found if shape.cluster == 1 and shape.depth < 2]
     if capability == (9, 0) and kind < 2 and enough >= _STAGED_TILES:
-        found += [Shape(enough, *shape) for shape in _STAGED]
+        found += [BlockShape(enough, *shape) for shape in _STAGED]
     return found
 
 
 @dataclass(frozen=True)
 class MmaSp:
-    """The tensor cores' sparse product, for at most 64 tokens."""
+    """Our CUDA kernel on the sparse tensor cores, for at most 64 tokens."""
 
     name: str = "mma_sp"
 
-    def refusal(self, weight: Tensor) -> str | None:
+    def unsupported(self, weight: Tensor) -> str | None:
         rows, channels = weight.shape
-        if reason := unknown(weight.dtype, _KINDS):
+        if reason := unsupported_dtype(weight.dtype, _KINDS):
             return reason
         if not weight.is_cuda:
             return "no CUDA device"
@@ -113,51 +105,51 @@ class MmaSp:
     def prepare(self, weight: Tensor) -> Tensor:
         return pack(weight)
 
-    def candidates(self, form: Tensor, x: Tensor, rows: int) -> list[Settings]:
+    def candidates(self, packed: Tensor, x: Tensor, rows: int) -> list[Settings]:
         tokens = len(x)
         if tokens > MOST_TOKENS:
             return []
-        capability = torch.cuda.get_device_capability(form.device)
-        found = shapes(-(-tokens // 8), _KINDS[x.dtype], capability)
-        with ThreadPoolExecutor() as pool:  # the compiler leaves the interpreter alone
+        capability = torch.cuda.get_device_capability(packed.device)
+        found = block_shapes(-(-tokens // 8), _KINDS[x.dtype], capability)
+        with ThreadPoolExecutor() as pool:  # the compiler releases the GIL
             list(pool.map(lambda shape: _machine_code(*_key(x, shape)), found))
         return [tuple(shape) for shape in found]
 
-    def run(self, form: Tensor, x: Tensor, rows: int, settings: Settings) -> Tensor:
-        shape = Shape(*settings)
+    def run(self, packed: Tensor, x: Tensor, rows: int, settings: Settings) -> Tensor:
+        shape = BlockShape(*settings)
         x = x.contiguous()
-        out = x.new_empty(len(x), rows, dtype=sums_dtype(x.dtype))
+        out = x.new_empty(len(x), rows, dtype=output_dtype(x.dtype))
         blocks = -(-rows // (ROWS * shape.warps_n))
         _function(*_key(x, shape), x.device.index)(
             (blocks, shape.cluster),
             32 * shape.warps_n * shape.warps_k,
-            [form, x, out, len(x), rows, form.shape[1]],
+            [packed, x, out, len(x), rows, packed.shape[1]],
         )
         return out
 
 
-def _key(x: Tensor, shape: Shape) -> tuple[str, int, Shape]:
+def _key(x: Tensor, shape: BlockShape) -> tuple[str, int, BlockShape]:
     capability = torch.cuda.get_device_capability(x.device)
     return shape.architecture(capability), _KINDS[x.dtype], shape
 
 
 @lru_cache(maxsize=256)
-def _machine_code(architecture: str, kind: int, shape: Shape) -> bytes:
+def _machine_code(architecture: str, kind: int, shape: BlockShape) -> bytes:
     macros = {name.upper(): value for name, value in shape._asdict().items()}
     macros |= {"KIND": kind, "PITCH": _PITCH}
-    return nvrtc.compile_source(source(), architecture, macros)
+    return nvidia.compile_source(source(), architecture, macros)
 
 
 @lru_cache(maxsize=256)
 def _function(
-    architecture: str, kind: int, shape: Shape, device: int
-) -> nvrtc.Function:
+    architecture: str, kind: int, shape: BlockShape, device: int
+) -> nvidia.Function:
     with torch.cuda.device(device):
         code = _machine_code(architecture, kind, shape)
-        return nvrtc.Function(code, "sparse24", shape.shared_bytes(kind))
+        return nvidia.Function(code, "sparse24", shape.shared_bytes(kind))
 
 
 @lru_cache(maxsize=1)
 def source() -> str:
-    """The kernel's source, in CUDA C++."""
+    """Read the kernel's source, in CUDA C++."""
     return (files(__package__) / "sparse24.cu").read_text()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-A 2:4 weight as the tensor cores' own sparse operand, in the order that they read it.
+Packs a 2:4 weight as the tensor cores' sparse operand, in the order that they read it.
 
 The unit is a *chunk*: 32 rows x 128 channels, 32 groups of four channels in each row. A
 warp of 32 lanes multiplies a chunk in steps of 32 channels (int8: 64). Each lane holds
@@ -8,8 +8,8 @@ pieces of 16 bytes of the chunk: first kept values, last metadata (4 bits a grou
 places of its two values). Pieces lie in memory as [rows / 32, chunk, piece, lane], so
 that a warp reads one piece from 512 consecutive bytes.
 
-The tensor cores see the groups of a step in an order of ours: the one for which a lane
-needs 16 consecutive bytes of a token. Sums don't mind.
+The tensor cores see the groups of a step in another order than the channels': the one for
+which a lane needs 16 consecutive bytes of a token. The order does not change the sums.
 """
 
 from functools import lru_cache
@@ -24,16 +24,17 @@ from nm_permute_plugin.checkpoint.codec import (
 )
 from nm_permute_plugin.checkpoint.layout24 import WORDS
 
-ROWS = 32
-CHANNELS = 128
+ROWS, CHANNELS = 32, 128
+"""A chunk has this shape; a weight's shape must be a multiple of it."""
 
 CODES = [0, 0, 0, 4, 0, 8, 9, 0, 0, 12, 13, 0, 14, 0, 0, 0]
-"""By the four bits of a group's kept weights: their places, the first's in the low bits."""
+"""Maps a group's four bits of the bitmask to its metadata: the two kept channels, two bits
+each, the first in the low bits."""
 
 
 def pack(weight: Tensor) -> UInt8[Tensor, "tiles chunks bytes"]:
     """
-    The weight in the tensor cores' order.
+    Pack a weight in the tensor cores' order.
 
     :param weight: [out, in], 2:4; ``out`` a multiple of 32, ``in`` of 128
     :raises ValueError: if it is not 2:4, or of another shape or dtype
@@ -59,9 +60,8 @@ def pack(weight: Tensor) -> UInt8[Tensor, "tiles chunks bytes"]:
     lane_first = "tile chunk step half row lane high eight group two"
     if weight.dtype == torch.float8_e4m3fn:
         lane_first = "tile chunk step row lane half high eight group two"
-    values = _arrange(
-        values, "tile half eight row chunk step high lane group two", lane_first
-    )
+    given = "tile half eight row chunk step high lane group two"
+    values = _arrange(values, given, lane_first)
     bits = 4 * torch.arange(groups // 2, device=weight.device)
     meta = (places.view(tiles, 2, 2, 8, chunks, steps, 2, -1) << bits).sum(-1)
     given = "tile half eight row chunk step part"
@@ -78,7 +78,7 @@ def pack(weight: Tensor) -> UInt8[Tensor, "tiles chunks bytes"]:
 @lru_cache(maxsize=8)
 def group_order(dtype: torch.dtype) -> Int[Tensor, "steps groups"]:
     """
-    Which of a chunk's 32 groups the tensor cores see at which place of which step.
+    Return which of a chunk's 32 groups the tensor cores see at each place of each step.
 
     Float8 is multiplied as float16, but read 16 bytes at a time.
     """
@@ -86,14 +86,8 @@ def group_order(dtype: torch.dtype) -> Int[Tensor, "steps groups"]:
         order = [[16 * s + 4 * lane + word for word in range(4) for lane in range(4)]
                  for s in range(2)]  # fmt: skip
     elif dtype == torch.float8_e4m3fn:
-        order = [
-            [
-                16 * (s // 2) + 8 * pair + 4 * (word // 2) + 2 * (s % 2) + word % 2
-                for word in range(4)
-                for pair in range(2)
-            ]
-            for s in range(4)
-        ]
+        order = [[16 * (s // 2) + 8 * pair + 4 * (word // 2) + 2 * (s % 2) + word % 2
+                  for word in range(4) for pair in range(2)] for s in range(4)]  # fmt: skip
     else:
         order = [[8 * s + 4 * pair + word for word in range(4) for pair in range(2)]
                  for s in range(4)]  # fmt: skip
@@ -101,13 +95,13 @@ def group_order(dtype: torch.dtype) -> Int[Tensor, "steps groups"]:
 
 
 def _arrange(tensor: Tensor, given: str, wanted: str) -> Tensor:
-    """The tensor with its axes, named by words, in another order; contiguous."""
+    """Permute the axes, which are named by words; the result is contiguous."""
     names = given.split()
     return tensor.permute([names.index(name) for name in wanted.split()]).contiguous()
 
 
 def _as_bytes(numbers: Tensor, dtype: torch.dtype) -> Tensor:
-    """Unsigned numbers as the bytes of an integer type of their width."""
+    """Store unsigned numbers in the bytes of a signed integer type of their width."""
     width = torch.iinfo(dtype).bits
     signed = torch.where(numbers >= 1 << (width - 1), numbers - (1 << width), numbers)
     return signed.to(dtype).view(torch.uint8)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scales and bias of products of 8 bits, which come in sums."""
+"""Dequantise the accumulators of an 8-bit product: scales, then bias."""
 
 from functools import lru_cache
 from typing import Any
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 _COLUMNS = 1024
+"""Each program of the Triton kernel scales this many outputs of one token."""
 
 
 def scaled(
@@ -18,11 +19,11 @@ def scaled(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """
-    ``sums * scale_x * scale_w + bias``, computed in float32.
+    Compute ``sums * scale_x * scale_w + bias`` in float32.
 
-    A compiler makes it part of whatever reads it, at no cost; otherwise it is one pass.
+    A compiler fuses it into whatever reads the output; otherwise one Triton kernel runs.
 
-    :param sums: [tokens, out], which may be overwritten
+    :param sums: the unscaled product [tokens, out], which may be overwritten
     :param scale_x: float32, one number or [tokens, 1]
     :param scale_w: float32 or bfloat16, one number or [out, 1]
     :param bias: [out]
@@ -57,9 +58,9 @@ def scaled(
 
 def narrowest(scale: Tensor) -> Tensor:
     """
-    A float32 scale in bfloat16 if that changes no value, as where checkpoints store it so.
+    Convert a float32 scale to bfloat16 if that changes no value; else return it as it is.
 
-    What reads few tokens' sums reads about as many bytes of scales.
+    With few tokens, scaling reads about as many bytes of scales as of sums.
     """
     narrow = scale.bfloat16()
     return narrow if torch.equal(narrow.float(), scale) else scale
@@ -67,7 +68,7 @@ def narrowest(scale: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _kernel() -> Any | None:  # Triton has no types
-    """The compiled pass, or None without Triton."""
+    """Return the Triton kernel; None if Triton is not installed."""
     try:
         from nm_permute_plugin.serving.kernels.triton_scaling import scale_kernel
     except ImportError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The few-token product in Triton; import it where Triton is."""
+"""The Triton kernel of ``triton_fallback.py``; importing it needs Triton."""
 
 import torch
 import triton
@@ -23,11 +23,11 @@ def decode_kernel(
     GROUPS: tl.constexpr,
 ):
     """
-    A tile of ``ROWS`` outputs of all tokens.
+    Compute a tile of ``ROWS`` outputs of all tokens.
 
-    Four small products, one for each place in a group of four channels: the slice of
-    the weight that sits at that place by the tokens' channels there. No interleaving,
-    so that the weight's registers stay where they were loaded.
+    It adds up four small products, one for each place in a group of four channels: the
+    weights at that place by the tokens' channels there. Nothing is interleaved, so that
+    the weights stay in the registers that they were loaded into.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.arange(0, TOKENS)
@@ -59,28 +59,28 @@ def decode_kernel(
 
 
 def decode(
-    form: Tensor, x: Tensor, out_features: int, settings: tuple[int, ...]
+    packed: Tensor, x: Tensor, out_features: int, settings: tuple[int, ...]
 ) -> Tensor:
     """
-    [tokens, out_features]: the product with a weight of ``TritonDecode.prepare``.
+    Multiply by a weight of ``TritonDecode.prepare``: [tokens, out_features].
 
-    :param form: uint8 [rows, bytes]: in each row the kept values, then their places
+    :param packed: uint8 [rows, bytes]: in each row the kept values, then their places
     :param x: [tokens, in], 16-bit
-    :param settings: rows and groups of a tile, warps, stages
+    :param settings: rows and groups of a tile, warps, pipeline stages
     """
     rows, groups, warps, stages = settings
     tokens, channels = x.shape
     out = torch.empty(tokens, out_features, dtype=x.dtype, device=x.device)
-    values = form[:, :channels].view(torch.int32)
+    values = packed[:, :channels].view(torch.int32)
     decode_kernel[(triton.cdiv(out_features, rows),)](
         values,
-        form[:, channels:],
+        packed[:, channels:],
         x.contiguous(),
         out,
         tokens,
         out_features,
         values.stride(0),
-        form.stride(0),
+        packed.stride(0),
         TOTAL=channels // 4,
         TOKENS=max(16, triton.next_power_of_2(tokens)),
         ROWS=rows,

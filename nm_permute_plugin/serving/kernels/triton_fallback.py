@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Few tokens by a 16-bit weight where the tensor cores' sparse product is missing."""
+"""A Triton kernel for few tokens and 16-bit weights, where ``mma_sp`` does not run."""
 
 import importlib.util
 from dataclasses import dataclass
@@ -8,20 +8,25 @@ import torch
 from torch import Tensor
 
 from nm_permute_plugin.checkpoint.codec import clear_negative_zeros, compress
-from nm_permute_plugin.serving.kernels.kernel import WIDE, Settings, unknown
+from nm_permute_plugin.serving.kernels.kernel import (
+    DTYPES_16,
+    Settings,
+    unsupported_dtype,
+)
 from nm_permute_plugin.serving.kernels.packing import CODES
 
 MOST_TOKENS = 64
+"""The kernel multiplies at most this many tokens."""
 
 
 @dataclass(frozen=True)
 class TritonDecode:
-    """Our kernel in Triton: reads compressed weights, expands them in registers."""
+    """Our Triton kernel: it reads packed weights and expands them in registers."""
 
     name: str = "triton"
 
-    def refusal(self, weight: Tensor) -> str | None:
-        if reason := unknown(weight.dtype, WIDE):
+    def unsupported(self, weight: Tensor) -> str | None:
+        if reason := unsupported_dtype(weight.dtype, DTYPES_16):
             return reason
         if not weight.is_cuda:
             return "no CUDA device"
@@ -34,19 +39,17 @@ class TritonDecode:
     def prepare(self, weight: Tensor) -> Tensor:
         stored = compress(clear_negative_zeros(weight))
         codes = torch.tensor(CODES, dtype=torch.uint8, device=weight.device)
-        low, high = (
-            codes[(stored.bitmask & 15).int()],
-            codes[(stored.bitmask >> 4).int()],
-        )
+        bits = stored.bitmask.int()
+        low, high = codes[bits & 15], codes[bits >> 4]
         values = stored.compressed.view(torch.uint8)
         return torch.cat((values, low | high << 4), -1)
 
-    def candidates(self, form: Tensor, x: Tensor, rows: int) -> list[Settings]:
+    def candidates(self, packed: Tensor, x: Tensor, rows: int) -> list[Settings]:
         if len(x) > MOST_TOKENS:
             return []
         return [(16, 128, 4, 3), (32, 64, 4, 3), (64, 32, 4, 4)]
 
-    def run(self, form: Tensor, x: Tensor, rows: int, settings: Settings) -> Tensor:
+    def run(self, packed: Tensor, x: Tensor, rows: int, settings: Settings) -> Tensor:
         from nm_permute_plugin.serving.kernels.triton_decode import decode
 
-        return decode(form, x, rows, settings)
+        return decode(packed, x, rows, settings)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scales and bias on a finished product, in Triton; import it where Triton is."""
+"""The Triton kernel of ``scaling.py``; importing it needs Triton."""
 
 import triton
 import triton.language as tl
@@ -18,7 +18,7 @@ def scale_kernel(
     BIAS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """A token's part of ``COLUMNS`` outputs, each read and written once."""
+    """Scale ``COLUMNS`` outputs of one token, each read and written once."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns

@@ -7,9 +7,9 @@ from helpers import same_groups
 from learning import as_it_is, learn_anything, leaves
 from torch import Tensor, nn
 
-from nm_permute_plugin.maths.mask_gradients import grouped_mask, move_costs
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import invert
+from nm_permute_plugin.maths.swaps import grouped_mask, move_costs
 from nm_permute_plugin.pruning.learn.swaps import ChannelSwaps, GroupedMask
 from nm_permute_plugin.pruning.problem import Problem, Solution
 from nm_permute_plugin.pruning.running.masked import masked

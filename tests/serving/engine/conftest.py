@@ -116,7 +116,7 @@ def run_engine(
             capture_output=True,
             text=True,
             check=False,
-            timeout=600,
+            timeout=1800,  # of engines one after the other, on busy machines
         )
 
     return run

@@ -38,7 +38,7 @@ def fp8_error(scale):
 
     x = activations().float()
     with set_current_vllm_config(VllmConfig()):
-        quantize = fp8_quantizer(given=scale is not None)
+        quantize = fp8_quantizer(static=scale is not None)
     values, found = quantize(x.bfloat16(), scale)
     assert values.dtype == torch.float8_e4m3fn
     largest = x.abs().amax(-1, keepdim=True).clamp_min(1e-9)

@@ -16,7 +16,7 @@ def main():
     )
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
-    from nm_permute_plugin.serving.detect import RollCall
+    from nm_permute_plugin.serving.layer_report import LayerReport
     from nm_permute_plugin.serving.method import Sparse24LinearMethod
 
     class Weightless(UnquantizedLinearMethod):
@@ -27,7 +27,7 @@ def main():
 
     def said(sparse, columns, widths, whole, stock=UnquantizedLinearMethod):
         method = Sparse24LinearMethod(
-            stock(), "some.layer", sparse, True, "auto", RollCall(print, print)
+            stock(), "some.layer", sparse, True, "auto", LayerReport(print, print)
         )
         layer = torch.nn.Module()
         sizes = (columns, widths, whole, sum(widths), torch.bfloat16)

@@ -23,9 +23,9 @@ class DenseProduct:
         self.weight = weight.clone()
 
     @classmethod
-    def prepare(cls, name, weight, mode):
+    def prepare(cls, weight, mode, is_checked):
         groups = weight.view(len(weight), -1, 4)
-        assert int((groups != 0).sum(-1).max()) == 2, f"{name} is not 2:4"
+        assert int((groups != 0).sum(-1).max()) == 2, "the weight is not 2:4"
         assert mode == "auto"
         return cls(weight)
 

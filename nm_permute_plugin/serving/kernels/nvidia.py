@@ -1,22 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CUDA source compiled, loaded and launched at run time: no compiler to install."""
+"""
+NVIDIA's libraries that torch brings along, and CUDA kernels compiled with them.
+
+NVRTC compiles CUDA source at run time, so that users need no CUDA toolkit.
+"""
 
 import ctypes
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from nm_permute_plugin.serving.kernels.libraries import PACKAGES, nvidia_library
+PACKAGES = Path(torch.__file__).parents[1] / "nvidia"
+"""The folder where torch's CUDA wheels install NVIDIA's libraries."""
+
+
+@cache
+def nvidia_library(name: str) -> ctypes.CDLL | None:
+    """
+    Load the library with this file name; None if there is none.
+
+    A library that torch has already loaded is found by its name alone.
+    """
+    for candidate in (name, *PACKAGES.glob(f"*/lib/{name}")):
+        try:
+            return ctypes.CDLL(str(candidate))
+        except OSError:
+            continue
+    return None
 
 
 @lru_cache(maxsize=1)
 def _nvrtc() -> ctypes.CDLL:
-    """NVIDIA's run-time compiler, the one that torch brings along."""
+    """Load NVIDIA's run-time compiler, the one that torch brings along."""
     name = f"libnvrtc.so.{(torch.version.cuda or '*').partition('.')[0]}"
     for builtins in PACKAGES.glob("*/lib/libnvrtc-builtins.so.*"):
-        ctypes.CDLL(str(builtins))  # the compiler asks for it by name alone
+        ctypes.CDLL(str(builtins))  # the compiler looks for it by name alone
     library = nvidia_library(name)
     if library is None:
         raise RuntimeError(f"{name} not found; it comes with torch's CUDA wheels")
@@ -33,9 +54,10 @@ def _driver() -> ctypes.CDLL:
 
 def compile_source(source: str, architecture: str, macros: dict[str, int]) -> bytes:
     """
-    Machine code of CUDA C++ source.
+    Compile CUDA C++ source to machine code.
 
-    :param architecture: such as ``sm_90``
+    :param architecture: the target, such as ``sm_90``
+    :param macros: preprocessor definitions by name
     :raises RuntimeError: if it does not compile; the message holds the compiler's log
     """
     library = _nvrtc()
@@ -67,9 +89,10 @@ def _read(library: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
 
 class Function:
     """
-    A function of loaded machine code, on the device that was current then.
+    A kernel loaded from machine code, on the device that is current at that time.
 
-    :param shared_bytes: dynamic shared memory of a block
+    :param name: the kernel's name in the source
+    :param shared_bytes: dynamic shared memory of each block, in bytes
     :raises RuntimeError: if the driver cannot load it
     """
 
@@ -78,27 +101,20 @@ class Function:
         torch.cuda.current_stream()  # makes sure that there is a context
         self._module = ctypes.c_void_p()
         self._function = ctypes.c_void_p()
-        _check(_driver().cuModuleLoadData(ctypes.byref(self._module), code))
-        _check(
-            _driver().cuModuleGetFunction(
-                ctypes.byref(self._function), self._module, name.encode()
-            )
-        )
-        most_dynamic_shared_bytes = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _check(
-            _driver().cuFuncSetAttribute(
-                self._function, most_dynamic_shared_bytes, shared_bytes
-            )
-        )
+        module, function = ctypes.byref(self._module), ctypes.byref(self._function)
+        _call("cuModuleLoadData", module, code)
+        _call("cuModuleGetFunction", function, self._module, name.encode())
+        max_dynamic_shared = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _call("cuFuncSetAttribute", self._function, max_dynamic_shared, shared_bytes)
 
     def __call__(
-        self,
-        grid: tuple[int, int],
-        threads: int,
-        arguments: Sequence[Tensor | int],
+        self, grid: tuple[int, int], threads: int, arguments: Sequence[Tensor | int]
     ) -> None:
         """
-        Launch on the current stream; tensors pass as pointers, numbers as ``int``.
+        Launch on the current stream; tensors pass as pointers, numbers as C ``int``.
+
+        :param grid: blocks in x and y
+        :param threads: threads of each block
 
         :raises RuntimeError: if the driver refuses the launch
         """
@@ -112,21 +128,12 @@ class Function:
             *(ctypes.addressof(value) for value in values)
         )
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        _check(
-            _driver().cuLaunchKernel(
-                self._function,
-                *(*grid, 1),
-                *(threads, 1, 1),
-                self._shared_bytes,
-                stream,
-                pointers,
-                None,
-            )
-        )
+        sizes = (*grid, 1, threads, 1, 1, self._shared_bytes)
+        _call("cuLaunchKernel", self._function, *sizes, stream, pointers, None)
 
 
-def _check(code: int) -> None:
-    if code:
+def _call(function: str, *arguments: object) -> None:
+    if code := getattr(_driver(), function)(*arguments):
         text = ctypes.c_char_p()
         _driver().cuGetErrorString(code, ctypes.byref(text))
         reason = text.value.decode() if text.value else "unknown"
