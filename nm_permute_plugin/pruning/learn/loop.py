@@ -33,7 +33,10 @@ class Learner(Protocol):
     and gradients are zeroed in place.
     """
 
-    use_graph: bool
+    @property
+    def use_graph(self) -> bool:
+        """Whether all steps are alike, so that one may be replayed."""
+        ...
 
     def prepare(self, step: int) -> None:
         """Get ready for the masks of a step, counted from 1; runs outside of a graph."""
