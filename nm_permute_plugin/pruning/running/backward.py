@@ -2,9 +2,10 @@
 """Forward and backward over a batch under masks, in as little memory as there is."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nm_permute_plugin.pruning.data import Batch, micro_batches, on_device
 from nm_permute_plugin.pruning.running.cuda_graph import CudaGraphs
@@ -39,10 +40,11 @@ class Backward:
         settings: MemorySettings,
         use_graph: bool,
     ) -> None:
-        self._teacher, self._masks = teacher, masks
-        self._size = settings.micro_batch_size
-        self._layers = layers_to_checkpoint(teacher, masks, batches, settings)
-        self._run = CudaGraphs(self._micro_batch) if use_graph else self._micro_batch
+        self._teacher, self._size = teacher, settings.micro_batch_size
+        layers = layers_to_checkpoint(teacher, masks, batches, settings)
+        # Bound to no method of this object: graphs would outlive it, and their memory too.
+        micro_batch = partial(_micro_batch, teacher, masks, layers)
+        self._run = CudaGraphs(micro_batch) if use_graph else micro_batch
 
     def __call__(
         self, batch: Batch, prepare: Callable[[], object] = lambda: None
@@ -71,19 +73,22 @@ class Backward:
             total += float(value)
         return check_finite(total, "training loss")
 
-    def _micro_batch(
-        self,
-        part: Batch,
-        logits: Tensor,
-        hidden: tuple[Tensor, ...],
-        are_values: bool,
-        share: Tensor,
-    ) -> Tensor:
-        """The loss of a micro-batch, times its share, after its backward pass."""
-        model, weights = self._teacher.model, self._teacher.loss
-        dense = Outputs(logits, hidden, are_values)
-        with masked(model, self._masks()), checkpointed(self._layers):
-            ours = run(model, part, weights)
-            value = share * loss(ours, dense, part, weights)
-            value.backward()
-        return value.detach()
+
+def _micro_batch(
+    teacher: Teacher,
+    masks: Masks,
+    layers: Sequence[nn.Module],
+    part: Batch,
+    logits: Tensor,
+    hidden: tuple[Tensor, ...],
+    are_values: bool,
+    share: Tensor,
+) -> Tensor:
+    """The loss of a micro-batch, times its share, after its backward pass."""
+    model, weights = teacher.model, teacher.loss
+    dense = Outputs(logits, hidden, are_values)
+    with masked(model, masks()), checkpointed(layers):
+        ours = run(model, part, weights)
+        value = share * loss(ours, dense, part, weights)
+        value.backward()
+    return value.detach()
