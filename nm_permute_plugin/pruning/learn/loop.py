@@ -35,11 +35,7 @@ class Learner(Protocol):
 
     @property
     def use_graph(self) -> bool:
-<<<<<<< HEAD
         """Whether a step may be replayed."""
-=======
-        """Whether all steps are alike, so that one may be replayed."""
->>>>>>> tests1
         ...
 
     def prepare(self, step: int) -> None:
