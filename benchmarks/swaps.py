@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nm_permute_plugin.maths.mask_gradients import move_costs
 from nm_permute_plugin.maths.permutation import Permutation
+from nm_permute_plugin.maths.swaps import move_costs
 from nm_permute_plugin.pruning.data import Batch
 from nm_permute_plugin.pruning.problem import Problem, Solution, SpaceScores
 from nm_permute_plugin.pruning.running.backward import Backward
