@@ -57,10 +57,12 @@ def input_norms(
         linear never ran
     """
     linears = list(linears)
+    device = next(model.parameters()).device
     sums: dict[str, Float[Tensor, " in"]] = {}
 
     def add(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        _add(sums, name, counted_rows(inputs[0].detach(), mask))
+        values = inputs[0].detach()
+        _add(sums, name, values if mask is None else counted_rows(values, mask))
 
     tokens = 0
     parts = (part for batch in batches for part in without_padding(batch))
@@ -72,8 +74,10 @@ def input_norms(
         ),
     ):
         for part in tqdm(parts, desc="Measuring input norms"):
-            mask = token_mask(part)  # of a sample with images: that is not cut
-            tokens += int(mask.sum())
+            # Only a sample with images can hold padding still: it is not cut.
+            counted: Tensor = token_mask(part)
+            mask = None if bool(counted.all()) else counted.to(device)
+            tokens += int(counted.sum())
             forward(model, on_device(part, model))
     if tokens == 0:
         raise ValueError("the calibration data holds no tokens; give the run a dataset")

@@ -179,4 +179,4 @@ def test_a_model_of_the_hub_is_pruned_and_logs_stay_out_of_the_result(
     (line,) = done.stdout.splitlines()
     assert line.startswith(f"{out}: 1280 tokens, ")
     assert line.endswith(" --dense someone/tiny")
-    assert "retained score" in done.stderr
+    assert "Retained score" in done.stderr

@@ -110,10 +110,10 @@ def test_the_card_tells_how_to_load_and_measure_a_model_of_images(
     card = (out / "README.md").read_text()
     assert f"pipeline_tag: {tag}\n" in card
     assert f"from transformers import {loads}\n" in card
-    assert "nm-permute evaluate FOLDER --images PICTURES" in card
+    assert "nm-permute evaluate FOLDER --images IMAGES" in card
     assert "perplexity" not in card
     assert "vllm serve" not in card
-    assert "loss on validation rows" in card
+    assert "loss on the validation rows" in card
     assert f"model = {loads}." in card
     auto = getattr(transformers, loads)
     assert type(auto.from_pretrained(out)).__name__ in CLASSES[case]

@@ -12,12 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 pytestmark = pytest.mark.slow
 
-SHORT = {"format": "dense", "validation": {"every": 1}}
+LEARN = {"learn": {"steps": 3}, "validation": {"every": 1}}
 
 
 def recipe(method: str = "search", pattern: str = "2:4", prune: bool = True) -> str:
-    learn = {"learn": {"steps": 3}} if method == "learned" else {}
-    return ours(method=method, mask_structure=pattern, prune=prune, **SHORT, **learn)
+    learn = LEARN if method == "learned" else {}
+    fields = {"method": method, "mask_structure": pattern, "prune": prune}
+    return ours(format="dense", **fields, **learn)
 
 
 def load(folder: Path) -> PreTrainedModel:

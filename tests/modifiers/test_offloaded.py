@@ -42,8 +42,9 @@ def test_a_model_on_disk_is_pruned_as_in_memory(
         return weight
 
     monkeypatch.setattr(DiskCache, "onload", onload)
-    fields = {"learn": {"steps": 4}, "search": {"rounds": 3}}
-    fields["multiplier_rows"] = None  # finer ones need more text than this
+    # Finer multipliers need more text than this.
+    learn = {"steps": 4, "multipliers": {"rows": None}}
+    fields = {"learn": learn, "search": {"rounds": 3}}
     here, away = (Modifier(objective=objective, **fields) for _ in range(2))
     model = run_oneshot(trained_checkpoint, [here], tmp_path / "here")
     assert not held
