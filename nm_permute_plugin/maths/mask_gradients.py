@@ -28,7 +28,7 @@ def score_gradient(
     softness: float = SOFTNESS,
 ) -> Float[Tensor, "rows groups m"]:
     """
-    The change of the loss when a log-score grows, as if the hard choice were a little soft.
+    The gradient of the loss by every log-score, as if the hard choice were a little soft.
 
     The runner-up of a kept weight is the best that was dropped, that of a dropped
     weight the worst that was kept. The weight is kept with probability ``sigmoid(lead /

@@ -37,7 +37,8 @@ class Record:
 
     :param perms: by space, ``new[j] = old[perm[j]]``
     :param fold_error: relative change of the dense outputs by the fold, on a sample
-    :param retained: share of the total score that the masks keep, before and after
+    :param retained: share of the total score that the masks keep, of the channels as they
+        were without multipliers, and of what was found
     :param seconds: by stage
     :param history: the validations of the search or of the learning
     :param recovered: what each stage of the recovery did

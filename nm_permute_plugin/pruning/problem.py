@@ -54,9 +54,8 @@ class SpaceScores:
     consumers one below the other.
 
     :param rows: how many rows each consumer has, in the order of ``space.consumers``
-    :param sensitivity: what the scores of each row weigh where rows disagree about a
-        permutation; None weighs all alike. Masks are made row by row and do not depend
-        on it
+    :param sensitivity: the weight of each row in the search's objective; None weighs all
+        alike. Masks are made row by row and do not depend on it
     """
 
     space: Space
@@ -116,7 +115,9 @@ class SpaceScores:
         }
 
     def only(self, names: Collection[str]) -> "SpaceScores | None":
-        """The same space with those consumers alone; None if it has none of them."""
+        """
+        Those consumers alone, without sensitivity; None if the space has none of them.
+        """
         parts = [(c, score) for c, score in self.parts() if c.name in names]
         if len(parts) == len(self.rows):
             return self
@@ -214,14 +215,20 @@ class Problem:
             for name, score in self.fixed.items()
         }
 
+    def complete(self, solution: Solution) -> Solution:
+        """The solution with a permutation for every space, the identity if it had none."""
+        identity = {
+            name: torch.arange(of.space.size, device=self.device)
+            for name, of in self.spaces.items()
+        }
+        return Solution(identity | solution.perms, solution.multipliers)
+
     def masks(self, solution: Solution) -> dict[str, Tensor]:
         """The masks of all linears under a solution, channels in their old places."""
+        solution = self.complete(solution)
         masks = dict(self.fixed_masks)
-        for name, space in self.spaces.items():
-            perm = solution.perms.get(name)
-            if perm is None:
-                perm = torch.arange(space.space.size, device=self.device)
-            masks |= space.masks(perm, self.pattern, solution)
+        for name, of in self.spaces.items():
+            masks |= of.masks(solution.perms[name], self.pattern, solution)
         return masks
 
     def validate(self, solution: Solution) -> float:

@@ -51,9 +51,10 @@ def search(
     Channel allocation and assignment after RIA (Zhang et al., ICLR 2024, section 4),
     for all consumers of a space at once: their scores stand one below the other. Each
     round takes one channel out of every group and puts all of them back by the best
-    assignment, so that the retained score never falls.
+    assignment, so that the retained score (of the rows searched, by their sensitivity)
+    never falls.
 
-    Every round retains more score, and the pruned model may still be worse for it: the
+    A model that retains more score may still be a worse one: the
     permutations with the least validation loss are kept, the channels as they are among
     them. At every validation all permutations may take the place of the best, or those
     of one family of spaces alone.
@@ -192,7 +193,7 @@ def _reassign(
     groups: Int[Tensor, "segments groups m"],
     pattern: NMPattern,
 ) -> Int[Tensor, "segments groups m"]:
-    """The groups after the first channel of each has gone where all together gain most."""
+    """Take the first channel out of every group, and reassign all for the largest gain."""
     segment = torch.arange(len(table), device=table.device)[:, None, None]
     leaving, staying = groups[..., :1], groups[..., 1:]
     companions = rearrange(
@@ -208,7 +209,7 @@ def _reassign(
 
 
 def _start(segments: Segments, pattern: NMPattern) -> Int[Tensor, "segments groups m"]:
-    """In every segment the better of two: the channels as they are, and dealt."""
+    """In every segment the channels as they are or allocated, whichever retains more."""
     dealt = allocate(segments, pattern.m)
     as_they_are = torch.arange(segments.shape[-1], device=segments.device)
     perms = torch.stack([as_they_are.expand_as(dealt), dealt])

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The grammar of a permutation spec: a line a parameter, a word an axis.
+The grammar of a permutation spec: each line names parameters, each word an axis.
 
 A *space* is a set of axes whose channels move together. Its name begins with its family:
 

@@ -42,7 +42,7 @@ def learn_layerwise(
         or if an error is not finite
     """
     stream = LayerStream(problem.model, problem.linears, problem.data)
-    found = start
+    found = start = problem.complete(start)
     before = problem.validate(start)
     for index, layer in enumerate(stream.layers.modules):
         # Weights that are fetched for every use would be frozen, and forgotten.

@@ -2,7 +2,13 @@
 """
 The training loop: weights are frozen, and what a learner holds is learned.
 
-A new learner is a class with the methods of ``Learner`` and a line in ``LEARNERS``.
+A step is one forward and one backward pass under the learner's masks, with elementwise
+work for every linear; the dense outputs come from the teacher, who runs the dense model
+once a batch. So it costs about as much as a plain training step.
+
+A new learner is a class with the methods of ``Learner``, a name in
+``settings.LearnStage`` and a line in ``LEARNERS``. Its masks are tensors, or objects like
+``multipliers.MultipliedMask`` (the protocol ``running.masked.LearnedMask``).
 """
 
 from collections.abc import Callable, Mapping
@@ -26,7 +32,7 @@ from nm_permute_plugin.pruning.settings import LearnStage, Settings
 @runtime_checkable
 class Learner(Protocol):
     """
-    What is learned while the weights are frozen.
+    A learner holds what is trained, and turns it into masks.
 
     On a GPU a step may be replayed as a CUDA graph, so with ``use_graph`` the tensors
     behind the masks stay where they are in memory, ``masks`` does the same operations
@@ -116,7 +122,7 @@ def learn(
             f"{len(data.train)} and {len(data.validation)} batches; give the run more "
             "calibration samples"
         )
-    best = Best(start, problem.validate, callback)
+    best = Best(problem.complete(start), problem.validate, callback)
     batches = data.batches(settings.seed)
     done = 0
     with frozen(problem.model), torch.enable_grad():
@@ -157,8 +163,8 @@ def train(
     Train a learner for some steps, and let the best of its solutions be kept.
 
     :param numbers: of the steps
-    :param step: leaves the gradients of a batch and returns its loss; given what to call
-        before it makes the masks
+    :param step: ``step(prepare)`` runs a batch forward and backward and returns its loss;
+        it calls ``prepare`` before the masks are made, while the dense model runs
     :param what: is learned, for the progress bar
     """
     bar = tqdm(numbers, f"Learning {what}")

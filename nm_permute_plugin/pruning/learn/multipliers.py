@@ -35,7 +35,7 @@ class ScoreMultipliers:
     """
     The learner of the stage ``multipliers``: see ``loop.Learner``.
 
-    :param start: its permutations stay
+    :param start: its permutations stay; multipliers begin at 1
     :param steps: after which the learning rate has fallen to 0
     """
 
@@ -70,7 +70,7 @@ class ScoreMultipliers:
         """Nothing is to be done before a step."""
 
     def masks(self) -> Mapping[str, Mask]:
-        # Copies, because a mask keeps what it made from the multipliers of a step.
+        # Copies, because a mask caches what it made (`_kept`) from a step's multipliers.
         return {**self._fixed, **{m.consumer.name: replace(m) for m in self._masks}}
 
     def update(self) -> None:
@@ -94,7 +94,8 @@ class MultipliedMask:
     :param score: of the weights, as the consumer views them
     :param perm: the channels group by group
     :param back: the inverse of ``perm``
-    :param log_multiplier: the logarithms of the multipliers, for equally many rows each
+    :param log_multiplier: the logarithms of the multipliers, one row for each group of
+        rows; a change of it changes all log-scores of the group alike
     """
 
     consumer: Consumer

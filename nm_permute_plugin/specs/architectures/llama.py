@@ -9,10 +9,11 @@ from nm_permute_plugin.specs.architectures.building import (
 )
 from nm_permute_plugin.specs.spec import Spec
 
+# {q,k}_proj: "_ residual", v_proj: "value.{i} residual", o_proj: "residual value.{i}:heads"
 ATTENTION: Spec = attention("{q,k}_proj", "v_proj", "o_proj", bias="?")
 NORMED_ATTENTION: Spec = {**ATTENTION, "{q,k}_norm.weight": "_"}
 FUSED_ATTENTION: Spec = {
-    "qkv_proj.weight": "_:heads+_+value.{i} residual",
+    "qkv_proj.weight": "_:heads+_+value.{i} residual",  # q + k + v
     "o_proj.weight": "residual value.{i}:heads",
 }
 

@@ -209,6 +209,13 @@ def test_the_same_seed_gives_the_same_solution(
         assert torch.equal(factors, again.multipliers[name])
 
 
+def test_a_start_without_permutations_is_the_identity(problem: Problem) -> None:
+    found, history = learn(problem, Solution(), fast("multipliers"))
+    same, same_history = learn(problem, as_it_is(problem), fast("multipliers"))
+    assert history == same_history
+    assert found.perms.keys() == same.perms.keys() == problem.spaces.keys()
+
+
 def test_another_seed_takes_the_batches_in_another_order(problem: Problem) -> None:
     start = as_it_is(problem)
     losses = []
