@@ -217,11 +217,14 @@ class Problem:
 
     def complete(self, solution: Solution) -> Solution:
         """The solution with a permutation for every space, the identity if it had none."""
-        identity = {
+        missing = {
             name: torch.arange(of.space.size, device=self.device)
             for name, of in self.spaces.items()
+            if name not in solution.perms
         }
-        return Solution(identity | solution.perms, solution.multipliers)
+        if not missing:
+            return solution
+        return Solution(solution.perms | missing, solution.multipliers)
 
     def masks(self, solution: Solution) -> dict[str, Tensor]:
         """The masks of all linears under a solution, channels in their old places."""
