@@ -151,7 +151,7 @@ def prune(model: nn.Module, data: Data, settings: Settings | None = None) -> Pru
     """
     Permute and prune a transformers model in memory, in place.
 
-    >>> import torch
+    >>> import tempfile, torch
     >>> import nm_permute_plugin as nmp
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> size = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1)
@@ -163,6 +163,15 @@ def prune(model: nn.Module, data: Data, settings: Settings | None = None) -> Pru
     >>> weight = model.model.layers[0].mlp.down_proj.weight
     >>> float((weight == 0).float().mean())
     0.5
+    >>> folder = Path(tempfile.mkdtemp(), "sparse")
+    >>> nmp.save(model, folder, pruned)
+    >>> nmp.verify(folder).good
+    True
+
+    The channels go back to their old places by the inverse permutations:
+
+    >>> back = {name: perm.argsort() for name, perm in pruned.record.perms.items()}
+    >>> nmp.fold(model, pruned.plan.resolved, back)
 
     :param data: of ``read_samples``
     :param settings: the defaults of a recipe if None
