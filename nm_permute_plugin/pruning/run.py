@@ -163,7 +163,7 @@ def prune(model: nn.Module, data: Data, settings: Settings | None = None) -> Pru
     >>> weight = model.model.layers[0].mlp.down_proj.weight
     >>> float((weight == 0).float().mean())
     0.5
-    >>> folder = Path(tempfile.mkdtemp(), "sparse")
+    >>> folder = tempfile.mkdtemp() + "/sparse"
     >>> nmp.save(model, folder, pruned)
     >>> nmp.verify(folder).good
     True
