@@ -3,8 +3,9 @@
 The training loop: weights are frozen, and what a learner holds is learned.
 
 A step is one forward and one backward pass under the learner's masks, with elementwise
-work for every linear; the dense outputs come from the teacher, who runs the dense model
-once a batch. So it costs about as much as a plain training step.
+work for every linear. The teacher runs the dense model when a batch is new, and keeps
+what enters its output layer: a step costs about a plain training step in the first
+epoch, two thirds of it later (``benchmarks/step.py``).
 
 A new learner is a class with the methods of ``Learner``, a name in
 ``settings.LearnStage`` and a line in ``LEARNERS``. Its masks are tensors, or objects like
