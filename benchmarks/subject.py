@@ -12,7 +12,7 @@ from methods import prunable
 from nm_permute_plugin.pruning.data import Batch, Data
 from nm_permute_plugin.pruning.learn.loop import LEARNERS, Learner
 from nm_permute_plugin.pruning.problem import Problem, Solution
-from nm_permute_plugin.pruning.search import Perms, search
+from nm_permute_plugin.pruning.search import search_problem
 from nm_permute_plugin.pruning.settings import LearnStage, Settings
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
 from nm_permute_plugin.specs.spec import resolve
@@ -53,16 +53,5 @@ def load(
         model, spec_of(model), settings.pattern, linears, head_dim_of(model.config)
     )
     problem = Problem.prepare(model, resolved, linears, data, settings)
-
-    def validate(perms: Perms) -> float:
-        return problem.validate(Solution(perms))
-
-    perms, _ = search(
-        problem.spaces,
-        problem.pattern,
-        settings.search.rounds,
-        settings.seed,
-        validate,
-        problem.device,
-    )
-    return Started(problem, settings, Solution(perms))
+    start, _ = search_problem(problem, settings)
+    return Started(problem, settings, start)

@@ -23,7 +23,7 @@ from nm_permute_plugin.pruning.recover.stages import StageRecord, recover
 from nm_permute_plugin.pruning.recover.student import Student
 from nm_permute_plugin.pruning.running.decoder_layers import decoder_layers
 from nm_permute_plugin.pruning.running.masked import evaluating
-from nm_permute_plugin.pruning.search import History, Perms, search
+from nm_permute_plugin.pruning.search import History, search_problem
 from nm_permute_plugin.pruning.settings import Settings
 from nm_permute_plugin.pruning.targets import refuse_sparse
 from nm_permute_plugin.specs.fold import Write, moved_along, write_in_place
@@ -128,20 +128,8 @@ def _find(
     """The solution by the chosen method, and its validations."""
     if settings.method == "identity":
         return Solution(), []
-
-    def validate(perms: Perms) -> float:
-        return problem.validate(Solution(perms))
-
-    perms, history = search(
-        problem.spaces,
-        problem.pattern,
-        settings.search.rounds,
-        settings.seed,
-        validate,
-        problem.device,
-    )
+    found, history = search_problem(problem, settings)
     clock.lap("search")
-    found = Solution(perms)
     if settings.method == "learned":
         if settings.layer_wise:
             found, history = learn_layerwise(problem, found, settings, hold)

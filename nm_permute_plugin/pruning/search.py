@@ -16,7 +16,8 @@ from nm_permute_plugin.maths.assignment import assign
 from nm_permute_plugin.maths.masks import at_rank, group_ranks, retained_score
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import Permutation, from_blocks
-from nm_permute_plugin.pruning.problem import SpaceScores
+from nm_permute_plugin.pruning.problem import Problem, Solution, SpaceScores
+from nm_permute_plugin.pruning.settings import Settings
 
 Segments = Float[Tensor, "segments rows size"]
 """The scores of one or several spaces, cut at the borders that no channel may cross."""
@@ -37,6 +38,19 @@ MOST_SCORES_OF_A_SPACE = 1 << 28
 """Larger spaces are searched on an even subset of their rows, which represents the rest."""
 
 
+def search_problem(problem: Problem, settings: Settings) -> tuple[Solution, History]:
+    """Search a problem's permutations, judged by its validation loss: see ``search``."""
+    perms, history = search(
+        problem.spaces,
+        problem.pattern,
+        settings.search.rounds,
+        settings.seed,
+        lambda perms: problem.validate(Solution(perms)),
+        problem.device,
+    )
+    return Solution(perms), history
+
+
 def search(
     spaces: Mapping[str, SpaceScores],
     pattern: NMPattern,
@@ -54,16 +68,14 @@ def search(
     assignment, so that the retained score (of the rows searched, by their sensitivity)
     never falls.
 
-    A model that retains more score may still be a worse one: the
-    permutations with the least validation loss are kept, the channels as they are among
-    them. At every validation all permutations may take the place of the best, or those
-    of one family of spaces alone.
+    A model that retains more score may still be a worse one: the permutations with the
+    least validation loss are kept, the channels as they are among them. At every validation
+    all permutations may take the place of the best, or those of one family of spaces alone.
 
     :param rounds: of assignment, rounded up to the next validation
     :param seed: of the choice which channels leave their groups
     :param validate: the loss of the model under permutations, smaller is better
-    :param device: where permutations are searched, the scores of one round at a time; where
-        the scores are if it is None
+    :param device: of the search, the scores of one round at a time; theirs if it is None
     :raises ValueError: if M does not divide a segment of a space
     """
     best = {

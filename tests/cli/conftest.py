@@ -2,10 +2,14 @@
 """A recipe, text and a folder that is full, for the tests of the command."""
 
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for commands.py beside the tests
+from commands import listing  # noqa: E402
 
 
 @pytest.fixture
@@ -17,6 +21,13 @@ def recipe(tmp_path: Path) -> Path:
         "      method: search\n      search: {rounds: 2}\n"
     )
     return path
+
+
+@pytest.fixture
+def ready(tiny_checkpoint, recipe: Path, text_file: Path, tmp_path: Path) -> list[str]:
+    """Model, recipe and text lie in ``tmp_path``; what is there now."""
+    tiny_checkpoint()
+    return listing(tmp_path)
 
 
 @pytest.fixture

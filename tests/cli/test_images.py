@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from click.testing import Result
-from typer.testing import CliRunner
+from commands import assert_one_error, nm_permute
 
 from nm_permute_plugin.checkpoint.record import read_record
 from nm_permute_plugin.checkpoint.verify import verify
-from nm_permute_plugin.cli.app import app
 from nm_permute_plugin.cli.prune import spread
 
 CLASSES = {
@@ -38,23 +36,12 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def assert_one_error(result: Result, message: str) -> None:
-    assert result.exit_code == 1
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1
-    assert re.search(message, lines[0])
-
-
 @pytest.mark.parametrize("case", ["dinov2-labels", "vit-labels", "deit-labels"])
 def test_a_classifier_is_pruned_saved_and_measured(
     image_checkpoint, image_folder: Path, recipe: Path, tmp_path: Path, case: str
 ) -> None:
     dense, out = image_checkpoint(case, num_labels=3), tmp_path / "out"
-    result = run(
+    result = nm_permute(
         "prune", dense, recipe, out, "--images", image_folder, "--device", "cpu"
     )
     assert result.exit_code == 0, result.output
@@ -66,16 +53,18 @@ def test_a_classifier_is_pruned_saved_and_measured(
     assert {row.format for row in report.rows if row.sparse} == {"sparse-24-bitmask"}
     for changed in ("classifier", "projection"):
         assert not any(changed in name for name in sparse)
-    result = run("evaluate", out, "--images", image_folder, "--dense", dense)
+    result = nm_permute("evaluate", out, "--images", image_folder, "--dense", dense)
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert re.search(r"out: top-1 \d+\.\d\d%, top-5 100.00% \(18 images", lines[0])
     (cosine,) = re.findall(r"cosine of the features to .*: (\d\.\d{4})$", lines[1])
     assert 0.3 < float(cosine) < 1
     converted = tmp_path / "converted"
-    result = run("convert", out, converted, "--format", "dense")
+    result = nm_permute("convert", out, converted, "--format", "dense")
     assert result.exit_code == 0, result.output
-    again = run("evaluate", converted, "--images", image_folder, "--dense", dense)
+    again = nm_permute(
+        "evaluate", converted, "--images", image_folder, "--dense", dense
+    )
     assert again.stdout.splitlines()[1] == lines[1]
 
 
@@ -84,10 +73,12 @@ def test_an_encoder_is_pruned_and_measured_by_its_neighbours(
 ) -> None:
     dense, out = image_checkpoint("dinov2-bare"), tmp_path / "out"
     recipe.write_text(RECIPE.format(ignore="lm_head"))
-    result = run("prune", dense, recipe, out, "--images", image_folder, "--samples", 9)
+    result = nm_permute(
+        "prune", dense, recipe, out, "--images", image_folder, "--samples", 9
+    )
     assert result.exit_code == 0, result.output
     assert f"{out}: 9 images" in result.stdout
-    result = run("evaluate", out, "--images", image_folder)
+    result = nm_permute("evaluate", out, "--images", image_folder)
     assert re.search(r"17 nearest others\)$", result.stdout)
 
 
@@ -105,7 +96,9 @@ def test_the_card_tells_how_to_load_and_measure_a_model_of_images(
     dense, out = image_checkpoint(case), tmp_path / "out"
     ignore = "classifier" if case == "dinov2-labels" else "lm_head"
     recipe.write_text(RECIPE.format(ignore=ignore) + f"      format: {format}\n")
-    result = run("prune", dense, recipe, out, "--images", image_folder, "--samples", 9)
+    result = nm_permute(
+        "prune", dense, recipe, out, "--images", image_folder, "--samples", 9
+    )
     assert result.exit_code == 0, result.output
     card = (out / "README.md").read_text()
     assert f"pipeline_tag: {tag}\n" in card
@@ -128,12 +121,12 @@ def test_a_fold_alone_changes_no_feature(
     ignore = "lm_head" if case == "clip-vision" else "classifier"
     folding = RECIPE.format(ignore=ignore) + "      prune: false\n"
     recipe.write_text(folding.replace("learned\n      learn: {steps: 2}", "search"))
-    result = run("prune", dense, recipe, out, "--images", image_folder)
+    result = nm_permute("prune", dense, recipe, out, "--images", image_folder)
     assert result.exit_code == 0, result.output
-    result = run("evaluate", out, "--images", image_folder, "--dense", dense)
+    result = nm_permute("evaluate", out, "--images", image_folder, "--dense", dense)
     folded, cosine = result.stdout.splitlines()
     assert cosine.endswith(": 1.0000")
-    before = run("evaluate", dense, "--images", image_folder).stdout
+    before = nm_permute("evaluate", dense, "--images", image_folder).stdout
     assert folded.split(": ")[1] == before.strip().split(": ")[1]
     perms, _ = read_record(out)
     moved = {name.split(".")[0] for name, p in perms.items() if not is_identity(p)}
@@ -156,7 +149,7 @@ def test_text_and_images_together_are_refused(
 ) -> None:
     rest = [recipe, tmp_path / "out"] if command == "prune" else []
     both = ["--images", image_folder, "--text", text_file]
-    result = run(command, image_checkpoint(), *rest, *both)
+    result = nm_permute(command, image_checkpoint(), *rest, *both)
     assert_one_error(result, "are for different models; give one of them")
 
 
@@ -171,15 +164,17 @@ def test_a_model_is_given_what_it_takes(
     command,
 ) -> None:
     rest = [recipe, tmp_path / "out"] if command == "prune" else []
-    result = run(command, tiny_checkpoint(), *rest, "--images", image_folder)
+    result = nm_permute(command, tiny_checkpoint(), *rest, "--images", image_folder)
     assert_one_error(
         result, "LlamaForCausalLM takes no images; give --text FILE instead"
     )
-    result = run(command, image_checkpoint(name="seer"), *rest, "--text", text_file)
+    result = nm_permute(
+        command, image_checkpoint(name="seer"), *rest, "--text", text_file
+    )
     assert_one_error(
         result, "Dinov2ForImageClassification takes no text; give --images"
     )
-    result = run(
+    result = nm_permute(
         command, image_checkpoint("qwen2.5-vl"), *rest, "--images", image_folder
     )
     assert_one_error(result, "takes text with its images")
@@ -192,14 +187,14 @@ def test_folders_that_are_no_use_are_refused(
 ) -> None:
     rest = [recipe, tmp_path / "out"] if command == "prune" else []
     dense = image_checkpoint()
-    result = run(command, dense, *rest, "--images", tmp_path / "nowhere")
+    result = nm_permute(command, dense, *rest, "--images", tmp_path / "nowhere")
     assert_one_error(result, "nowhere does not exist")
     (tmp_path / "empty").mkdir()
-    result = run(command, dense, *rest, "--images", tmp_path / "empty")
+    result = nm_permute(command, dense, *rest, "--images", tmp_path / "empty")
     assert_one_error(result, "empty holds no images")
     (tmp_path / "empty" / "cat").mkdir()
     (tmp_path / "empty" / "cat" / "bad.jpg").write_bytes(b"no picture")
-    result = run(command, dense, *rest, "--images", tmp_path / "empty")
+    result = nm_permute(command, dense, *rest, "--images", tmp_path / "empty")
     assert_one_error(result, r"bad\.jpg is no image that can be read")
     assert not (tmp_path / "out").exists()
 
@@ -208,13 +203,15 @@ def test_classes_that_do_not_fit_are_refused(
     image_checkpoint, image_folder: Path, tmp_path: Path
 ) -> None:
     dense = image_checkpoint(num_labels=7)
-    result = run("evaluate", dense, "--images", image_folder)
+    result = nm_permute("evaluate", dense, "--images", image_folder)
     assert_one_error(result, "class folder blue is none of the model's 7 labels")
-    result = run("evaluate", dense, "--images", image_folder / "red")
+    result = nm_permute("evaluate", dense, "--images", image_folder / "red")
     assert_one_error(result, r"0\.png stands in no class folder")
     one = tmp_path / "one"
     shutil.copytree(image_folder / "red", one / "red")
-    result = run("evaluate", image_checkpoint("vit-bare", "bare"), "--images", one)
+    result = nm_permute(
+        "evaluate", image_checkpoint("vit-bare", "bare"), "--images", one
+    )
     assert_one_error(result, "all images are of the class red")
 
 
@@ -222,12 +219,14 @@ def test_classes_that_do_not_fit_are_refused(
 def test_options_of_text_are_refused_with_images(
     image_checkpoint, image_folder: Path, option: list[str]
 ) -> None:
-    result = run("evaluate", image_checkpoint(), "--images", image_folder, *option)
+    result = nm_permute(
+        "evaluate", image_checkpoint(), "--images", image_folder, *option
+    )
     assert_one_error(result, "--base and --card are for --text")
 
 
 def test_a_folder_without_a_checkpoint_is_refused(image_folder, tmp_path: Path) -> None:
-    result = run("evaluate", tmp_path, "--images", image_folder)
+    result = nm_permute("evaluate", tmp_path, "--images", image_folder)
     assert_one_error(result, r"holds no checkpoint \(no config\.json\)")
 
 
@@ -236,7 +235,7 @@ def test_a_class_that_is_not_known_is_refused(image_checkpoint, image_folder) ->
     config = transformers.Dinov2Config.from_pretrained(folder)
     config.architectures = ["Unknown"]
     config.save_pretrained(folder)
-    result = run("evaluate", folder, "--images", image_folder)
+    result = nm_permute("evaluate", folder, "--images", image_folder)
     assert_one_error(result, r"names no class of transformers .*\['Unknown'\]")
 
 
@@ -251,12 +250,14 @@ def test_a_model_of_text_and_images_is_pruned_with_text_alone(
     ids = torch.randint(3, 39, (640,), generator=torch.Generator().manual_seed(4))
     text.write_text(words(ids))
     recipe.write_text(RECIPE.format(ignore='"lm_head", "re:.*visual.*"'))
-    result = run("prune", folder, recipe, out, "--text", text, "--sequence-length", 32)
+    result = nm_permute(
+        "prune", folder, recipe, out, "--text", text, "--sequence-length", 32
+    )
     assert result.exit_code == 0, result.output
     report = verify(out)
     assert report.faults == ()
     assert sum(row.sparse for row in report.rows) == 14
-    result = run("evaluate", out, "--text", text, "--sequence-length", 32)
+    result = nm_permute("evaluate", out, "--text", text, "--sequence-length", 32)
     assert re.search(r"perplexity \d+\.\d\d \(windows of 32 tokens", result.stdout)
     again = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(out)
     assert (
@@ -267,5 +268,5 @@ def test_a_model_of_text_and_images_is_pruned_with_text_alone(
 def test_perplexity_is_refused_where_no_token_is_predicted(
     image_checkpoint, text_file: Path
 ) -> None:
-    result = run("evaluate", image_checkpoint("bertmodel"), "--text", text_file)
+    result = nm_permute("evaluate", image_checkpoint("bertmodel"), "--text", text_file)
     assert_one_error(result, "BertModel predicts no next token")

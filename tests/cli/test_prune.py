@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import listing
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -17,10 +18,6 @@ from nm_permute_plugin.checkpoint.verify import verify
 from nm_permute_plugin.cli.prune import calibration_rows, prune_checkpoint
 
 ROWS = [list(range(32))] * 10
-
-
-def listing(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
 @pytest.fixture

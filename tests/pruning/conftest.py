@@ -3,13 +3,15 @@
 
 import sys
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 
 import pytest
 from torch import nn
 
 from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.pruning.data import Data
+from nm_permute_plugin.pruning.data import Data, split_text
+from nm_permute_plugin.pruning.pipeline import Record
 from nm_permute_plugin.pruning.problem import Problem, SpaceScores
 from nm_permute_plugin.pruning.running.teacher import Teacher
 from nm_permute_plugin.pruning.settings import LossSettings
@@ -43,3 +45,17 @@ def make_problem(resolve_model) -> Callable[..., Problem]:
         return Problem(model, spaces, {}, data, NMPattern(2, 4), teacher)
 
     return make
+
+
+@pytest.fixture
+def data(chain_rows) -> Data:
+    """Text that is learned in a moment."""
+    return split_text(list(chain_rows(10, 32, seed=1)), 4, validation_share=0.2, seed=0)
+
+
+@pytest.fixture
+def go(data: Data) -> Callable[..., Record]:
+    """A factory: ``go(model, method=method, ...)`` is the record of a whole run."""
+    import whole_runs  # beside this file: found only now
+
+    return partial(whole_runs.go, data=data)

@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """In memory: every method folds exactly, prunes N:M, repeats itself, or changes nothing."""
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
-import whole_runs
 from golden import count_dense_passes
 from torch import Tensor, nn
 from whole_runs import assert_same, linears, weights_of
@@ -17,10 +14,7 @@ from nm_permute_plugin.maths.masks import nm_mask
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import check_permutation
 from nm_permute_plugin.maths.scores import ScoreName, score_weight
-from nm_permute_plugin.pruning.data import Data, split_text
-from nm_permute_plugin.pruning.pipeline import (
-    Record,
-)
+from nm_permute_plugin.pruning.data import Data
 from nm_permute_plugin.pruning.problem import Solution, SpaceScores
 from nm_permute_plugin.pruning.running.loss import loss, run
 from nm_permute_plugin.pruning.settings import Method, Settings
@@ -34,17 +28,6 @@ SCORES = get_args(ScoreName)
 def logits_of(model: nn.Module, data: Data) -> Tensor:
     with torch.no_grad():
         return model(**data.validation[0], use_cache=False).logits
-
-
-@pytest.fixture
-def data(chain_rows) -> Data:
-    return split_text(list(chain_rows(10, 32, seed=1)), 4, validation_share=0.2, seed=0)
-
-
-@pytest.fixture
-def go(data: Data) -> Callable[..., Record]:
-    """A factory: ``go(model, method=method, ...)`` is the record of a whole run."""
-    return partial(whole_runs.go, data=data)
 
 
 @pytest.mark.parametrize("score", SCORES)

@@ -1,22 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What cannot be pruned is refused, and every weight stays as it was."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from typing import get_args
 
 import pytest
 import torch
-import whole_runs
 from torch import Tensor
 from whole_runs import assert_same, linears, weights_of
 
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.scores import ScoreName
-from nm_permute_plugin.pruning.data import Data, split_text
 from nm_permute_plugin.pruning.folding import refuse_inexact
-from nm_permute_plugin.pruning.pipeline import Record
 from nm_permute_plugin.pruning.settings import Method
 from nm_permute_plugin.pruning.targets import refuse_sparse
 from nm_permute_plugin.specs.architectures import LLAMA, head_dim_of
@@ -24,17 +19,6 @@ from nm_permute_plugin.specs.spec import resolve
 
 METHODS = get_args(Method)
 SCORES = get_args(ScoreName)
-
-
-@pytest.fixture
-def data(chain_rows) -> Data:
-    return split_text(list(chain_rows(10, 32, seed=1)), 4, validation_share=0.2, seed=0)
-
-
-@pytest.fixture
-def go(data: Data) -> Callable[..., Record]:
-    """A factory: ``go(model, method=method, ...)`` is the record of a whole run."""
-    return partial(whole_runs.go, data=data)
 
 
 def test_a_sparse_model_is_refused_and_untouched(tiny_model, go) -> None:

@@ -92,17 +92,6 @@ def test_row_groups_are_as_few_as_may_be(most: int | None, queries: int) -> None
     assert groups == queries * min(fits)
 
 
-@pytest.fixture
-def problem(tiny_model, make_problem) -> Problem:
-    """Every space of a model with shared key/value heads."""
-    return make_problem(tiny_model("llama"))
-
-
-@pytest.fixture
-def start(problem: Problem, resolve_model, legal_perms) -> Solution:
-    return Solution(legal_perms(resolve_model(problem.model)))
-
-
 def learner_of(problem: Problem, start: Solution, **settings) -> ScoreMultipliers:
     learn = LearnSettings(multipliers={"rate": 0.3, **settings})
     return ScoreMultipliers(problem, start, learn, steps=8)

@@ -89,17 +89,6 @@ def test_reordering_has_the_gradient_of_indexing(generator: torch.Generator) -> 
     assert torch.autograd.gradcheck(lambda m: reorder(m, perm), (matrix,))
 
 
-@pytest.fixture
-def problem(tiny_model, make_problem) -> Problem:
-    """Every space of a model with shared key/value heads."""
-    return make_problem(tiny_model("llama"))
-
-
-@pytest.fixture
-def start(problem: Problem, resolve_model, legal_perms) -> Solution:
-    return Solution(legal_perms(resolve_model(problem.model)))
-
-
 def settings(stage: str, **changes) -> LearnSettings:
     options = {"block_size": 16, "rate": 2.0, **changes}
     return LearnSettings(stages=(stage,), published=options)

@@ -17,17 +17,6 @@ STAGES = ["swaps", "soft", "straight_through"]
 HARD = ["swaps", "straight_through"]
 
 
-@pytest.fixture
-def problem(tiny_model, make_problem) -> Problem:
-    """Every space of a model with shared key/value heads."""
-    return make_problem(tiny_model("llama"))
-
-
-@pytest.fixture
-def start(problem: Problem, resolve_model, legal_perms) -> Solution:
-    return Solution(legal_perms(resolve_model(problem.model)))
-
-
 def learner_of(stage: str, problem: Problem, start: Solution, **options) -> Learner:
     group = {"block_size": 16} if stage == "swaps" else {"block_size": 16, "rate": 2.0}
     name = "swaps" if stage == "swaps" else "published"

@@ -69,17 +69,6 @@ def test_its_gradients_are_the_costs_of_moves(queries: int, rows: slice) -> None
     torch.testing.assert_close(mask.cost.grad, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.fixture
-def problem(tiny_model, make_problem) -> Problem:
-    """Every space of a model with shared key/value heads."""
-    return make_problem(tiny_model("llama"))
-
-
-@pytest.fixture
-def start(problem: Problem, resolve_model, legal_perms) -> Solution:
-    return Solution(legal_perms(resolve_model(problem.model)))
-
-
 def learner_of(
     problem: Problem, start: Solution, fixed: tuple[str, ...] = (), **settings
 ) -> ChannelSwaps:

@@ -1,20 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recovery inside of a whole run: same permutations and masks, a smaller loss."""
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
-import whole_runs
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from whole_runs import assert_same, linears, weights_of
 
 from nm_permute_plugin.pruning.data import Data, split_text
-from nm_permute_plugin.pruning.pipeline import Record
 from nm_permute_plugin.pruning.settings import RecoverStage
 
 STAGES = get_args(RecoverStage)
@@ -31,12 +27,6 @@ RECOVER = {
 @pytest.fixture
 def data(chain_rows) -> Data:
     return split_text(list(chain_rows(30, 24, seed=1)), 4, validation_share=0.2, seed=0)
-
-
-@pytest.fixture
-def go(data: Data) -> Callable[..., Record]:
-    """A factory: ``go(model, method, ...)`` is the record of a whole run."""
-    return partial(whole_runs.go, data=data)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

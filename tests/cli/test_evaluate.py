@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``evaluate``: the perplexity, the gap closed, and one error a mistake."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from commands import assert_one_error, nm_permute, prune
+from torch import Tensor
+
+from nm_permute_plugin.evaluation import perplexity
+from nm_permute_plugin.evaluation.perplexity import tokenize
+
+
+@pytest.fixture
+def test_text(tmp_path: Path, chain_rows, words) -> Path:
+    path = tmp_path / "test.txt"
+    path.write_text(words(chain_rows(20, 32, seed=55)))
+    return path
+
+
+def evaluate(*words: object) -> Result:
+    return nm_permute("evaluate", *words, "--sequence-length", 32, "--device", "cpu")
+
+
+def figures(result: Result) -> list[float]:
+    return [float(x) for x in re.findall(r"perplexity (\d+\.\d+)", result.stdout)]
+
+
+def test_evaluate_prints_the_perplexity(
+    trained_checkpoint: Path, test_text: Path
+) -> None:
+    result = evaluate(trained_checkpoint, "--text", test_text)
+    assert result.exit_code == 0, result.output
+    (line,) = result.stdout.splitlines()
+    assert line.startswith(f"{trained_checkpoint}: perplexity ")
+    assert line.endswith("(windows of 32 tokens, 640 tokens)")
+    several = evaluate(trained_checkpoint, "--text", test_text, "--batch-size", 7)
+    assert figures(several) == figures(result)
+
+
+@pytest.mark.slow
+def test_evaluate_prints_the_gap_that_a_search_closes(
+    trained_checkpoint: Path,
+    test_text: Path,
+    recipe: Path,
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "dense").symlink_to(trained_checkpoint)
+    assert prune(tmp_path, "--text", text_file).exit_code == 0
+    text = recipe.read_text().replace("method: search\n", "method: identity\n")
+    recipe.write_text(text.replace("      search: {rounds: 2}\n", ""))
+    base = tmp_path / "base"
+    assert prune(tmp_path, "--text", text_file, out=base).exit_code == 0
+    result = evaluate(
+        tmp_path / "out", "--text", test_text, "--base", base,
+        "--dense", trained_checkpoint,
+    )  # fmt: skip
+    ours, identity, dense = figures(result)
+    assert dense < ours < identity
+    gap = (math.log(identity) - math.log(ours)) / (math.log(identity) - math.log(dense))
+    printed = re.fullmatch(r"gap closed: (-?\d+\.\d)%", result.stdout.splitlines()[-1])
+    assert printed
+    # The perplexities are printed to two digits.
+    assert float(printed[1]) / 100 == pytest.approx(gap, abs=0.02)
+
+
+def test_evaluate_puts_its_row_into_the_card(
+    ready: list[str], text_file: Path, test_text: Path, tmp_path: Path
+) -> None:
+    assert prune(tmp_path, "--text", text_file, "--text", text_file).exit_code == 0
+    out, dense = tmp_path / "out", tmp_path / "dense"
+    before = (out / "README.md").read_text()
+    assert evaluate(out, "--text", test_text).exit_code == 0
+    assert (out / "README.md").read_text() == before
+    result = evaluate(out, "--text", test_text, "--card")
+    assert result.exit_code == 0, result.output
+    found = re.search(r"perplexity ([\d.]+) ", result.stdout)
+    assert found
+    after = (out / "README.md").read_text()
+    assert f"| {test_text.name} | 32 | " in after
+    assert f" | {found[1]} |  |" in after
+    assert_one_error(
+        evaluate(dense, "--text", test_text, "--card"), r"README\.md has no place"
+    )
+
+
+def test_evaluate_says_when_there_is_no_gap(
+    trained_checkpoint: Path, test_text: Path
+) -> None:
+    result = evaluate(
+        trained_checkpoint, "--text", test_text, "--base", trained_checkpoint,
+        "--dense", trained_checkpoint,
+    )  # fmt: skip
+    assert_one_error(result, "no gap to close")
+    assert len(figures(result)) == 3
+
+
+def test_evaluate_needs_the_dense_model_for_the_gap(
+    trained_checkpoint: Path, test_text: Path
+) -> None:
+    base = ["--base", trained_checkpoint]
+    result = evaluate(trained_checkpoint, "--text", test_text, *base)
+    assert_one_error(result, "--base needs --dense")
+
+
+def test_evaluate_compares_with_the_dense_model_alone(
+    trained_checkpoint: Path, tiny_checkpoint, test_text: Path
+) -> None:
+    result = evaluate(
+        tiny_checkpoint(), "--text", test_text, "--dense", trained_checkpoint
+    )
+    assert result.exit_code == 0, result.output
+    ours, dense = figures(result)
+    last = result.stdout.splitlines()[-1]
+    ratio = re.fullmatch(r"(\d+\.\d{3}) times the dense model's perplexity", last)
+    assert ratio
+    assert float(ratio[1]) == pytest.approx(ours / dense, rel=0.01)
+
+
+def test_evaluate_tokenises_a_text_once(
+    ready: list[str],
+    text_file: Path,
+    test_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert prune(tmp_path, "--text", text_file).exit_code == 0
+    read: list[Path] = []
+
+    def counted(folder: str, text: str) -> Tensor:
+        read.append(Path(folder))
+        return tokenize(folder, text)
+
+    monkeypatch.setattr(perplexity, "tokenize", counted)
+    out, dense = tmp_path / "out", tmp_path / "dense"
+    result = evaluate(out, "--text", test_text, "--dense", dense, "--card")
+    assert result.exit_code == 0, result.output
+    assert read == [out, dense]
+
+
+@pytest.mark.parametrize("which", ["checkpoint", "base", "dense"])
+def test_evaluate_refuses_a_folder_that_is_no_checkpoint(
+    trained_checkpoint: Path, test_text: Path, tmp_path: Path, which: str
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    folders = dict.fromkeys(("checkpoint", "base", "dense"), trained_checkpoint)
+    folders[which] = empty
+    result = evaluate(
+        folders["checkpoint"], "--text", test_text, "--base", folders["base"],
+        "--dense", folders["dense"],
+    )  # fmt: skip
+    assert_one_error(result, r"empty holds no checkpoint \(no config\.json\)")
+    assert figures(result) == []
+
+
+def test_evaluate_refuses_a_checkpoint_without_weights(
+    tiny_checkpoint, test_text: Path
+) -> None:
+    folder = tiny_checkpoint()
+    (folder / "model.safetensors").unlink()
+    assert_one_error(evaluate(folder, "--text", test_text), r"dense")
+
+
+def test_evaluate_needs_text_that_fills_a_window(
+    trained_checkpoint: Path, tmp_path: Path
+) -> None:
+    assert_one_error(evaluate(trained_checkpoint), "give text to evaluate on")
+    short, empty = tmp_path / "short.txt", tmp_path / "empty.txt"
+    short.write_text("w01 w02 w03")
+    empty.touch()
+    result = evaluate(trained_checkpoint, "--text", short)
+    assert_one_error(result, "has 3 tokens, less than one window of 32")
+    assert_one_error(evaluate(trained_checkpoint, "--text", empty), "is empty")
+
+
+def test_evaluate_refuses_batches_of_nothing(
+    trained_checkpoint: Path, test_text: Path
+) -> None:
+    result = evaluate(trained_checkpoint, "--text", test_text, "--batch-size", 0)
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    assert "--batch-size" in result.stderr
