@@ -11,6 +11,8 @@ import json
 import os
 import sys
 
+from portable import multiply_fp8_fast
+
 PROMPTS = ["The capital of France is", "def fibonacci(n):\n    "]
 
 
@@ -43,6 +45,7 @@ def generate(directory, prompts, **options):
 
 
 def main(words):
+    multiply_fp8_fast()
     out, *directories = words
     workers = int(os.environ.get("TENSOR_PARALLEL", "1"))
     said = {

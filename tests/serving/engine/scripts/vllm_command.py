@@ -9,7 +9,11 @@ such an environment lacks.
 import importlib.metadata
 import sys
 
+from portable import multiply_fp8_fast
+
 version = importlib.metadata.version
+
+multiply_fp8_fast()  # here: the engine's own process reads this module as well
 
 
 def version_of(package):
