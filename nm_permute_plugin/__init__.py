@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from nm_permute_plugin.pruning.data import read_samples as read_samples
     from nm_permute_plugin.pruning.run import prune as prune
     from nm_permute_plugin.pruning.run import save as save
+    from nm_permute_plugin.pruning.session import session as session
     from nm_permute_plugin.pruning.settings import Settings as Settings
     from nm_permute_plugin.specs.architectures import spec_of as spec_of
     from nm_permute_plugin.specs.fold import fold as fold
@@ -43,6 +44,7 @@ _PLACES = {
     "prune": "pruning.run",
     "read_samples": "pruning.data",
     "save": "pruning.run",
+    "session": "pruning.session",
     "spec_of": "specs.architectures",
     "verify": "checkpoint.verify",
 }

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nm_permute_plugin.maths.masks import at_rank, group_ranks
+from nm_permute_plugin.maths.masks import at_rank, by_place, descending, group_ranks
 from nm_permute_plugin.maths.pattern import NMPattern
 
 SOFTNESS = 0.3
@@ -40,14 +40,19 @@ def score_gradient(
     :param softness: see ``SOFTNESS``
     """
     logs = score.clamp_min(torch.finfo(score.dtype).tiny).log()
-    grads = grad.float()
+    grads = grad.to(logs.dtype)
     ranks = group_ranks(logs)
-    kept = ranks < pattern.n
-
-    def runner_up(values: Tensor) -> Tensor:
-        best_dropped = at_rank(values, ranks, pattern.n)[..., None]
-        worst_kept = at_rank(values, ranks, pattern.n - 1)[..., None]
-        return torch.where(kept, best_dropped, worst_kept)
-
-    chance = torch.sigmoid((logs - runner_up(logs)) / softness)
-    return (grads - runner_up(grads)) * chance * (1 - chance) / softness
+    logs_at = descending(logs)
+    last_log, next_log = logs_at[pattern.n - 1], logs_at[pattern.n]
+    last_grad, next_grad = (
+        at_rank(grads, ranks, r) for r in (pattern.n - 1, pattern.n)
+    )
+    found = []
+    columns = (by_place(x) for x in (logs, grads, ranks.to(logs.dtype)))
+    for log, own, rank in zip(*columns, strict=True):
+        kept = rank.lt_(pattern.n)  # 1 or 0: lerp chooses, faster than torch.where
+        lead = log - torch.lerp(last_log, next_log, kept)
+        chance = lead.div_(softness).sigmoid_()
+        other = torch.lerp(last_grad, next_grad, kept)
+        found.append((own - other).mul_(chance).mul_(1 - chance).div_(softness))
+    return torch.stack(found).movedim(0, -1)

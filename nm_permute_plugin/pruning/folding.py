@@ -46,6 +46,9 @@ def fold_model(
         refuse_not_finite(found)
         return {"outputs": found}
 
+    if not perms:
+        outputs()
+        return 0.0
     tolerance = FOLD_TOLERANCE.get(next(model.parameters()).dtype, 0.05)
     error = fold_checked(model, resolved, perms, outputs, tolerance, write)
     logger.info(f"Folded {len(perms)} permutations; outputs moved by {error:.1e}")

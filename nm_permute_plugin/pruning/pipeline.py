@@ -22,6 +22,7 @@ from nm_permute_plugin.pruning.problem import Problem, Solution
 from nm_permute_plugin.pruning.recover.stages import StageRecord, recover
 from nm_permute_plugin.pruning.recover.student import Student
 from nm_permute_plugin.pruning.running.decoder_layers import decoder_layers
+from nm_permute_plugin.pruning.running.fast_dtype import computing_fast
 from nm_permute_plugin.pruning.running.masked import evaluating
 from nm_permute_plugin.pruning.search import History, search_problem
 from nm_permute_plugin.pruning.settings import Settings
@@ -80,7 +81,7 @@ def permute_and_prune(
     learns_layers = settings.method == "learned" and settings.layer_wise
     if learns_layers or "blocks" in settings.recover.stages:
         decoder_layers(model, prunable)  # refuses before the work, not after
-    with evaluating(model):
+    with evaluating(model), computing_fast(model):
         return _run(model, resolved, prunable, data, settings, write, hold)
 
 

@@ -21,6 +21,7 @@ from nm_permute_plugin.maths.scores import score_weight
 from nm_permute_plugin.pruning.data import Data
 from nm_permute_plugin.pruning.running.masked import linear
 from nm_permute_plugin.pruning.running.teacher import Teacher
+from nm_permute_plugin.pruning.session import once, recognise
 from nm_permute_plugin.pruning.settings import Settings
 from nm_permute_plugin.pruning.statistics import input_norms, output_sensitivity
 from nm_permute_plugin.specs.conv1d import weight_of
@@ -139,6 +140,7 @@ class Problem:
         permuted
     :param fixed: scores of the pruned linears whose inputs keep their places
     :param teacher: the dense model as the one to be followed
+    :param known: by which a session knows the model and the data
     """
 
     model: nn.Module
@@ -147,6 +149,7 @@ class Problem:
     data: Data
     pattern: NMPattern
     teacher: Teacher
+    known: str = ""
 
     @classmethod
     def prepare(
@@ -164,9 +167,10 @@ class Problem:
         :param prunable: names of the linears to prune
         :raises ValueError: for bad statistics, and for outputs that are not finite
         """
+        known = recognise(model, prunable, data.train, data.validation)
         norms: dict[str, Tensor] = {}
         if settings.score != "magnitude":
-            norms = input_norms(model, prunable, data.train)
+            norms = once(lambda: input_norms(model, prunable, data.train), known)
         device = next(model.parameters()).device
         scores: dict[str, Tensor] = {
             name: score_weight(
@@ -180,8 +184,10 @@ class Problem:
             sensitivity = None
             # One layer at a time, nothing is known of what follows it.
             if not settings.layer_wise:
-                sensitivity = output_sensitivity(
-                    model, prunable, data.train, settings.seed
+                seed = settings.seed
+                sensitivity = once(
+                    lambda: output_sensitivity(model, prunable, data.train, seed),
+                    *(known, seed),
                 )
             for name, space in resolved.spaces.items():
                 if space.consumers and space.family in settings.spaces:
@@ -189,7 +195,7 @@ class Problem:
                     # Two copies of all scores would not fit beside a large model.
                     for consumer in space.consumers:
                         del scores[consumer.name]
-        return cls(model, spaces, scores, data, settings.pattern, teacher)
+        return cls(model, spaces, scores, data, settings.pattern, teacher, known)
 
     @property
     def linears(self) -> list[str]:

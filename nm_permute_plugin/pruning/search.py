@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from nm_permute_plugin.maths.allocation import allocate, joining_gain
 from nm_permute_plugin.maths.assignment import assign
-from nm_permute_plugin.maths.masks import at_rank, group_ranks, retained_score
+from nm_permute_plugin.maths.masks import descending, retained_score
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import Permutation, from_blocks
 from nm_permute_plugin.pruning.problem import Problem, Solution, SpaceScores
+from nm_permute_plugin.pruning.session import once
 from nm_permute_plugin.pruning.settings import Settings
 
 Segments = Float[Tensor, "segments rows size"]
@@ -38,15 +39,22 @@ MOST_SCORES_OF_A_SPACE = 1 << 28
 """Larger spaces are searched on an even subset of their rows, which represents the rest."""
 
 
+READ = {"score", "mask_structure", "seed", "search", "loss", "objective", "spec"}
+"""The settings that a search depends on, beside the model and the data."""
+
+
 def search_problem(problem: Problem, settings: Settings) -> tuple[Solution, History]:
     """Search a problem's permutations, judged by its validation loss: see ``search``."""
-    perms, history = search(
-        problem.spaces,
-        problem.pattern,
-        settings.search.rounds,
-        settings.seed,
-        lambda perms: problem.validate(Solution(perms)),
-        problem.device,
+    perms, history = once(
+        lambda: search(
+            problem.spaces,
+            problem.pattern,
+            settings.search.rounds,
+            settings.seed,
+            lambda perms: problem.validate(Solution(perms)),
+            problem.device,
+        ),
+        *(problem.known, sorted(problem.spaces), settings.model_dump(include=READ)),
     )
     return Solution(perms), history
 
@@ -211,7 +219,7 @@ def _reassign(
     companions = rearrange(
         table[segment, staying], "segment g other rows -> segment g rows other"
     )
-    threshold = at_rank(companions, group_ranks(companions), pattern.n - 1)
+    threshold = descending(companions)[pattern.n - 1]
     scores = rearrange(
         table[segment, leaving], "segment g one rows -> segment (g one) rows"
     )

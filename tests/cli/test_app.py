@@ -180,7 +180,7 @@ def test_the_demo_measures_every_method_from_disk(
     # The demo leaves a dense model that is there alone: here a tiny one.
     (tmp_path / "dense").symlink_to(trained_checkpoint)
     parts = Parts(words(chain_rows(40, 32, seed=3)), words(chain_rows(20, 32, seed=55)))
-    budget = Budget(rows=30, sequence_length=32, windows=20, steps=3, batch_size=4)
+    budget = Budget(rows=30, sequence_length=32, windows=20, steps=3)
     rows = run_demo(tmp_path, parts, budget, "cpu")
     assert [row.method for row in rows] == ["dense", *METHODS]
     by_name = {row.method: row.perplexity for row in rows}

@@ -10,9 +10,7 @@ from nm_permute_plugin.checkpoint.verify import verify
 from nm_permute_plugin.cli.demo import METHODS, Budget, run_demo
 from nm_permute_plugin.cli.embedded import embedded_text
 
-SMALL = Budget(
-    rows=12, sequence_length=256, windows=8, search_rounds=2, steps=4, batch_size=1
-)
+SMALL = Budget(rows=12, sequence_length=256, windows=8, search_rounds=3, steps=4)
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from nm_permute_plugin.maths.mask_gradients import score_gradient
@@ -50,12 +50,11 @@ class ScoreMultipliers:
         most = settings.multipliers.rows
         for name, space in problem.spaces.items():
             perm = start.perms[name].to(space.score.device)
-            back = invert(perm)
             for consumer, score in space.parts():
                 groups = row_groups(len(score), consumer.queries, most)
                 log = nn.Parameter(score.new_zeros(groups, score.shape[1]))
                 self._masks.append(
-                    MultipliedMask(consumer, score, perm, back, log, problem.pattern)
+                    MultipliedMask(consumer, score, perm, log, problem.pattern)
                 )
         self._optimizer = torch.optim.AdamW(
             [mask.log_multiplier for mask in self._masks],
@@ -93,7 +92,6 @@ class MultipliedMask:
 
     :param score: of the weights, as the consumer views them
     :param perm: the channels group by group
-    :param back: the inverse of ``perm``
     :param log_multiplier: the logarithms of the multipliers, one row for each group of
         rows; a change of it changes all log-scores of the group alike
     """
@@ -101,7 +99,6 @@ class MultipliedMask:
     consumer: Consumer
     score: Float[Tensor, "rows channels"]
     perm: Permutation
-    back: Permutation
     log_multiplier: Float[Tensor, "row_groups channels"]
     pattern: NMPattern
 
@@ -121,8 +118,8 @@ class MultipliedMask:
 
     @cached_property
     def _kept(self) -> Bool[Tensor, "out in"]:
-        grouped = group_ranks(self._grouped(self._scaled())) < self.pattern.n
-        return self.consumer.unview(grouped.flatten(1)[:, self.back])
+        kept = group_ranks(self._grouped(self._scaled())) < self.pattern.n
+        return self.consumer.unview(self._ungrouped(kept))
 
     def gradients(self, of_mask: Float[Tensor, "out in"]) -> tuple[Tensor, ...]:
         grad = self.consumer.view(of_mask)
@@ -139,9 +136,9 @@ class MultipliedMask:
             )
         of_scores = score_gradient(
             self._grouped(self._scaled()), self._grouped(grad), self.pattern
-        ).flatten(1)
+        )
         row_groups = of_scores.unflatten(0, (len(self.log_multiplier), -1))
-        return (row_groups.sum(1)[:, self.back],)
+        return (self._ungrouped(row_groups.sum(1)),)
 
     @property
     def _in_triton(self) -> bool:
@@ -156,7 +153,16 @@ class MultipliedMask:
     def _grouped(
         self, matrix: Float[Tensor, "rows channels"]
     ) -> Float[Tensor, "rows groups m"]:
-        return rearrange(matrix[:, self.perm], "r (g m) -> r g m", m=self.pattern.m)
+        # In memory the first of all groups lie side by side, then the second.
+        order = rearrange(self.perm, "(g m) -> (m g)", m=self.pattern.m)
+        columns = matrix.index_select(1, order)
+        return rearrange(columns, "r (m g) -> r g m", m=self.pattern.m)
+
+    def _ungrouped(
+        self, groups: Shaped[Tensor, "rows groups m"]
+    ) -> Shaped[Tensor, "rows channels"]:
+        order = rearrange(self.perm, "(g m) -> (m g)", m=self.pattern.m)
+        return rearrange(groups, "r g m -> r (m g)").index_select(1, invert(order))
 
 
 def row_groups(rows: int, queries: int, most: int | None) -> int:

@@ -131,7 +131,7 @@ class _MaskedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.mask = mask
-        return F.linear(x, weight * mask.kept(), bias)
+        return F.linear(x, _times(weight, mask.kept()), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -140,11 +140,16 @@ class _MaskedLinear(torch.autograd.Function):
         grad_x = None
         learned: tuple[Tensor | None, ...] = (None,) * (len(ctx.needs_input_grad) - 4)
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ (weight * ctx.mask.kept())
+            grad_x = grad @ _times(weight, ctx.mask.kept())
         if any(ctx.needs_input_grad[4:]):
             of_weight = grad.flatten(0, -2).T @ x.flatten(0, -2)
             learned = ctx.mask.gradients(of_weight.mul_(weight))
         return grad_x, None, None, None, *learned
+
+
+def _times(weight: Tensor, mask: Tensor) -> Tensor:
+    """The product; a CPU multiplies by numbers of a byte far faster than by booleans."""
+    return weight * (mask.view(torch.uint8) if mask.dtype == torch.bool else mask)
 
 
 class _TensorMask:

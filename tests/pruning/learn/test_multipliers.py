@@ -33,7 +33,6 @@ def random_mask(pattern: NMPattern, queries: int = 1, rows: int = 3) -> Multipli
         Consumer("o", queries, WIDTH) if queries > 1 else Consumer("o"),
         score,
         perm,
-        invert(perm),
         log.requires_grad_(),
         pattern,
     )
@@ -52,9 +51,9 @@ def test_it_is_the_mask_of_the_multiplied_scores_in_their_order(
     text: str, queries: int
 ) -> None:
     mask = random_mask(NMPattern.parse(text), queries)
-    expected = nm_mask(scaled(mask)[:, mask.perm], mask.pattern)[:, mask.back]
+    expected = nm_mask(scaled(mask)[:, mask.perm], mask.pattern)[:, invert(mask.perm)]
     assert torch.equal(mask.consumer.view(mask.kept()), expected)
-    plain = nm_mask(mask.score[:, mask.perm], mask.pattern)[:, mask.back]
+    plain = nm_mask(mask.score[:, mask.perm], mask.pattern)[:, invert(mask.perm)]
     assert not torch.equal(expected, plain)
 
 
@@ -78,7 +77,7 @@ def test_its_gradients_are_those_of_the_scores_summed_over_their_rows(
     of_mask = mask.consumer.view(plain.grad)
     of_scores = score_gradient(
         grouped(scaled(mask)), grouped(of_mask), mask.pattern
-    ).flatten(1)[:, mask.back]
+    ).flatten(1)[:, invert(mask.perm)]
     by_rows = torch.stack([part.sum(0) for part in of_scores.split(rows)])
     assert float(by_rows.abs().max()) > 0
     torch.testing.assert_close(mask.log_multiplier.grad, by_rows, rtol=1e-4, atol=1e-4)
