@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nm_permute_plugin.maths.masks import at_rank, by_place, descending, group_ranks
 from nm_permute_plugin.maths.pattern import NMPattern
+from nm_permute_plugin.maths.ranks import at_rank, by_place, descending, group_ranks
 
 SOFTNESS = 0.3
 """Temperature of the soft choice in units of the log-score: how far ahead of its

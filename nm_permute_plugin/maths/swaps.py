@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nm_permute_plugin.maths.assignment import order_by
-from nm_permute_plugin.maths.masks import at_rank, group_ranks
 from nm_permute_plugin.maths.pattern import NMPattern
+from nm_permute_plugin.maths.ranks import at_rank, group_ranks
 
 
 def grouped_mask(

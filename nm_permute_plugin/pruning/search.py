@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from nm_permute_plugin.maths.allocation import allocate, joining_gain
 from nm_permute_plugin.maths.assignment import assign
-from nm_permute_plugin.maths.masks import descending, retained_score
+from nm_permute_plugin.maths.masks import retained_score
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import Permutation, from_blocks
+from nm_permute_plugin.maths.ranks import descending
 from nm_permute_plugin.pruning.problem import Problem, Solution, SpaceScores
 from nm_permute_plugin.pruning.session import once
 from nm_permute_plugin.pruning.settings import Settings

@@ -22,9 +22,9 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from nm_permute_plugin.maths.mask_gradients import score_gradient
-from nm_permute_plugin.maths.masks import group_ranks
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import Permutation, invert
+from nm_permute_plugin.maths.ranks import group_ranks
 from nm_permute_plugin.pruning.problem import Problem, Solution
 from nm_permute_plugin.pruning.running.masked import Mask
 from nm_permute_plugin.pruning.settings import LearnSettings

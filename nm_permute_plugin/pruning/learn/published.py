@@ -18,9 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nm_permute_plugin.maths.assignment import assign_later
-from nm_permute_plugin.maths.masks import group_ranks
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import Permutation, invert
+from nm_permute_plugin.maths.ranks import group_ranks
 from nm_permute_plugin.maths.sinkhorn import annealed, sinkhorn
 from nm_permute_plugin.pruning.learn.same_shape import (
     SameShape,
