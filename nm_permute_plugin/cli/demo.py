@@ -42,8 +42,19 @@ def demo(
     parts = split_parts(read_text(text)) if text else embedded_text()
     where = find_device(device)
     folder = out or Path(tempfile.mkdtemp(prefix="nm-permute-demo-"))
+    typer.echo(f"The demo prunes SmolLM2-135M-Instruct 2:4: {Budget()}.", err=True)
     print_table(markdown(run_demo(folder, parts, Budget(), where)))
-    typer.echo(f"All files are in {folder}")
+    best = folder / "learned"
+    typer.echo(
+        f"All files are in {folder}; next:\n"
+        f"  nm-permute verify {best}\n"
+        f"  vllm serve {best}   # where vLLM is, with this plugin\n"
+        f"  nm-permute prune YOUR_MODEL recipes/2of4_learned.yaml OUT --text TEXT.txt"
+    )
+
+
+FIXED_SECONDS = 60
+"""What loading, folding and saving take, beside the passes over windows of text."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,14 @@ class Budget:
     windows: int = 12
     search_rounds: int = 3
     steps: int = 20
+
+    @property
+    def passes(self) -> int:
+        """How many windows pass forward through the model; a backward counts as two."""
+        validation = self.rows // 10
+        search, learning = 5 * validation, (4 + 2) * self.steps + 3 * validation
+        tests = len(METHODS) * self.windows
+        return self.rows + 3 * 16 + search + learning + tests
 
     def __str__(self) -> str:
         n = self.sequence_length
@@ -100,7 +119,12 @@ def run_demo(out: Path, text: Parts, budget: Budget, device: str) -> list[Result
 
     results: list[Result] = []
     for method, folder, minutes in _checkpoints(out, dense, rows, budget, device):
+        before = time.perf_counter()
         value = evaluate_checkpoint(folder, test, budget.sequence_length, device)
+        if method == "dense":
+            window = (time.perf_counter() - before) / budget.windows
+            about = (FIXED_SECONDS + window * budget.passes) / 60
+            logger.info(f"demo: about {about:.0f} more minutes on this machine")
         base = None if method == "dense" else method
         if method in ("search", "learned"):
             base = "wanda"
