@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from nm_permute_plugin.specs.architectures.bert import BERT_CLASSES
+from nm_permute_plugin.specs.architectures.layer_norm import LAYER_NORM_CLASSES
 from nm_permute_plugin.specs.architectures.llama import LLAMA, LLAMA_CLASSES
 from nm_permute_plugin.specs.architectures.moe import MOE_CLASSES
 from nm_permute_plugin.specs.architectures.older import GPT2_CLASSES, opt
@@ -22,6 +23,7 @@ SPECS: dict[str, Spec | Callable[[Any], Spec]] = {
     **MOE_CLASSES,
     **GPT2_CLASSES,
     "OPTForCausalLM": opt,
+    **LAYER_NORM_CLASSES,
     **BERT_CLASSES,
     **VISION_CLASSES,
     **QWEN_VL_CLASSES,
