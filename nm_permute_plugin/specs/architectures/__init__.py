@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Permutation specs of known architectures: data only."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,17 +37,25 @@ def spec_of(model: nn.Module) -> Spec:
     """
     Return the spec of the model's class.
 
-    :raises NotImplementedError: if the class is not known; nothing is guessed
+    :raises NotImplementedError: if the class is not known; nothing is guessed, also
+        where the parameters have the names of a known class
     """
     name = type(model).__name__
     if name not in SPECS:
         raise NotImplementedError(
-            f"no permutation spec for {name}; known: {', '.join(SPECS)}. Give one as "
-            "`spec:` in the recipe: a line a parameter, a word an axis, for example "
-            "'model.layers.{i}.mlp.down_proj.weight': 'residual hidden.{i}'."
+            f"no permutation spec for {name}. Give one as `spec:` in the recipe: a line a "
+            "parameter, a word an axis, for example "
+            "'model.layers.{i}.mlp.down_proj.weight': 'residual hidden.{i}'. Known are "
+            f"classes of {', '.join(_families())}."
         )
     spec = SPECS[name]
     return spec if isinstance(spec, Mapping) else spec(model.config)
+
+
+def _families() -> list[str]:
+    """Return the names of the known classes, without what kind of model each is."""
+    ends = re.compile(r"(Text|Vision|LMHead)?Model$|For[A-Z]\w+$")
+    return list(dict.fromkeys(ends.sub("", name) for name in SPECS))
 
 
 def head_dim_of(config: Any) -> HeadDim:
