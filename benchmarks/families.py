@@ -42,6 +42,25 @@ OPT = {
 POST_NORM = {"do_layer_norm_before": False, "word_embed_proj_dim": 64}
 GPT2 = {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512}
 GPT2 |= {"bos_token_id": 1, "eos_token_id": 2}
+NEOX = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# vLLM's Falcon knows no other inner width than four times the outer.
+FALCON = {**NEOX, "ffn_hidden_size": 512, "bias": False}
+GROUPED = {"new_decoder_architecture": True, "num_kv_heads": 2}
+ALIBI = {"multi_query": False, "parallel_attn": False, "alibi": True, "bias": True}
+SLIDING = {
+    "sliding_window": 64,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+GRANITE = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22}
+GRANITE |= {"attention_multiplier": 0.03125, "logits_scaling": 8.0}
 TIED = {"tie_word_embeddings": True, "query_pre_attn_scalar": 32}
 FAMILIES = {
     "Llama": ("LlamaForCausalLM", "LlamaConfig", TEXT),
@@ -51,6 +70,29 @@ FAMILIES = {
     "Gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**GEMMA, **TIED}),
     "Gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", GEMMA),
     "Phi3": ("Phi3ForCausalLM", "Phi3Config", TEXT),
+    "SmolLM3": ("SmolLM3ForCausalLM", "SmolLM3Config", TEXT),
+    "OLMo2": ("Olmo2ForCausalLM", "Olmo2Config", TEXT),
+    "Granite": ("GraniteForCausalLM", "GraniteConfig", {**TEXT, **GRANITE}),
+    "Cohere": (
+        "CohereForCausalLM",
+        "CohereConfig",
+        {**TEXT, "use_qk_norm": True, "tie_word_embeddings": True},
+    ),
+    "Cohere2": (
+        "Cohere2ForCausalLM",
+        "Cohere2Config",
+        {**TEXT, **SLIDING, "tie_word_embeddings": True},
+    ),
+    "StableLM": ("StableLmForCausalLM", "StableLmConfig", TEXT),
+    "Starcoder2": ("Starcoder2ForCausalLM", "Starcoder2Config", TEXT),
+    "GPT-NeoX": ("GPTNeoXForCausalLM", "GPTNeoXConfig", NEOX),
+    "Falcon, the 7B form": ("FalconForCausalLM", "FalconConfig", FALCON),
+    "Falcon, the 40B form": (
+        "FalconForCausalLM",
+        "FalconConfig",
+        {**FALCON, **GROUPED},
+    ),
+    "Falcon, with alibi": ("FalconForCausalLM", "FalconConfig", {**FALCON, **ALIBI}),
     "OPT": ("OPTForCausalLM", "OPTConfig", OPT),
     "OPT, the 350M form": ("OPTForCausalLM", "OPTConfig", {**OPT, **POST_NORM}),
     "GPT2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
@@ -66,7 +108,7 @@ RECIPE = """prune_stage:
   permutation_modifiers:
     LearnablePermutationModifier:
       method: search
-      search_rounds: 1
+      search: {{rounds: 1}}
       ignore: [{ignore}]
 """
 

@@ -25,7 +25,14 @@ _TRANSPOSED = "Conv1D stores [in, out], and sparse formats hold [out, in]"
 _PACKED_EXPERTS = "no reader packs experts that are quantized and sparse"
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D = ("c_attn", "q_attn", "c_fc", "c_proj")
-_EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings", "embed_positions")
+_EMBEDDINGS = (
+    "embed_tokens",
+    "embed_in",
+    "wte",
+    "wpe",
+    "word_embeddings",
+    "embed_positions",
+)
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 

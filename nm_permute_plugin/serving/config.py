@@ -27,6 +27,12 @@ logger = logging.getLogger(__name__)
 _EXPERTS = ("FusedMoE", "RoutedExperts")
 """vLLM's classes of layers that hold a block of experts."""
 
+_USUALLY_FUSED = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+}
+"""What vLLM fuses where a model's class, as StableLM's, does not say what it fuses."""
+
 _MISNAMED = ".attention.output.qkv_proj"
 """vLLM's BERT calls the checkpoint's ``attention.self`` by this name."""
 
@@ -85,6 +91,7 @@ class Sparse24Config(CompressedTensorsConfig):
 
         :raises NotImplementedError: if a head or experts are stored sparse
         """
+        prefix = prefix.removeprefix(".")  # vLLM's StableLM calls its head .lm_head
         stock = super().get_quant_method(layer, prefix)
         stored = self.sparsity.format != "dense"
         if isinstance(layer, LinearBase):
@@ -113,7 +120,8 @@ class Sparse24Config(CompressedTensorsConfig):
         owner, _, name = prefix.rpartition(".")
         if prefix.endswith(_MISNAMED):
             owner = f"{owner.removesuffix('output')}self"
-        leaves = self.packed_modules_mapping.get(name, [name])
+        usual = _USUALLY_FUSED.get(name, [name])
+        leaves = self.packed_modules_mapping.get(name, usual)
         return [f"{owner}.{leaf}" if owner else leaf for leaf in leaves]
 
 

@@ -124,8 +124,24 @@ def _moved(
             index = torch.cat(
                 [run + start for run, start in zip(runs, starts, strict=True)]
             )
+            if axis[0].interleaved:
+                index = _interleaved(index, axis, resolved)
             tensor = tensor.index_select(dim, index.to(tensor.device))
     return tensor
+
+
+def _interleaved(
+    index: Int[Tensor, " channels"], axis: Axis, resolved: ResolvedSpec
+) -> Int[Tensor, " channels"]:
+    """Turn the order of parts one after another to that of parts that take turns."""
+    space = resolved.spaces[next(part.space for part in axis if part.space is not None)]
+    count = space.size // space.segment
+    shares = [part.length // count for part in axis]
+    heads = torch.arange(len(index)).view(count, -1).split(shares, dim=1)
+    stored = torch.cat([share.flatten() for share in heads])
+    out = torch.empty_like(index)
+    out[stored] = stored[index]
+    return out
 
 
 def _index(

@@ -34,6 +34,8 @@ The words, one for each axis of a parameter, in the order of its shape:
 ``value.{i}:heads``  the space of key/value heads, followed over their query heads
 ``a+b``              fused weights, one part after another, all of equal length, but for
                      those with ``:heads``
+``a|b``              fused weights that take turns: each key/value head's share of every
+                     part, then those of the next head; lengths as for ``a+b``
 ``_:heads``          a part that never moves, as long as the axis that follows the space
                      of the other parts with ``:heads``
 ``{e}``              as the first word: the axis numbers the matrices of a packed stack
@@ -62,18 +64,20 @@ class Part:
 
     :param heads: the run follows the space's key/value heads over their query heads; a
         run that no space orders is as long as such a run
+    :param interleaved: the parts of the axis take turns, one key/value head after another
     :param length: the number of channels; 0 until it is measured
     :param reason: says why no space orders the run, in a word of the spec's author
     """
 
     space: str | None
     heads: bool = False
+    interleaved: bool = False
     length: int = 0
     reason: str = field(default="", compare=False)
 
 
 Axis = tuple[Part, ...]
-"""An axis has one part, or several where weights are fused one after another."""
+"""An axis has one part, or several where weights are fused."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,8 @@ class Lines:
 
 
 def _axis(word: str, numbers: Mapping[str, str], name: str) -> Axis:
-    return tuple(_part(text, word, numbers, name) for text in word.split("+"))
+    texts = word.split("|" if "|" in word else "+")
+    return tuple(_part(text, word, numbers, name) for text in texts)
 
 
 def _part(text: str, word: str, numbers: Mapping[str, str], name: str) -> Part:
@@ -173,14 +178,14 @@ def _part(text: str, word: str, numbers: Mapping[str, str], name: str) -> Part:
         space = space.replace("{" + key + "}", number)
     heads = suffix == "heads"
     if heads or not colon:
-        if _FIXED.fullmatch(space) and (not heads or "+" in word):
-            return Part(None, heads, reason=space[1:])
+        if _FIXED.fullmatch(space) and (not heads or text != word):
+            return Part(None, heads, "|" in word, reason=space[1:])
         if _SPACE.fullmatch(space):
-            return Part(space, heads)
+            return Part(space, heads, "|" in word)
     raise ValueError(
         f"parameter {name}: {word!r} is no word of a permutation spec; write '_', "
         "'residual', 'hidden.{i}', 'value.{i}' or 'value.{i}:heads', and 'a+b' for "
-        "fused weights"
+        "fused weights, or 'a|b' where they take turns by head"
     )
 
 

@@ -82,13 +82,17 @@ def _divided(name: str, axis: Axis, length: int, heads: Mapping[str, set[int]]) 
     spaces = {part.space for part in axis if part.space is not None}
     known = {n for space in spaces for n in heads.get(space, ())}
     followers = sum(part.heads for part in axis)
-    if followers and (len(spaces) != 1 or len(known) != 1):
+    by_head = followers or axis[0].interleaved
+    if by_head and (len(spaces) != 1 or len(known) != 1):
+        of_head = (
+            "a part ':heads'" if followers else "parts that take turns by head ('|')"
+        )
         raise ValueError(
-            f"{name} has a part ':heads' in a fused axis, but no other axis (or axes of "
+            f"{name} has {of_head} in a fused axis, but no other axis (or axes of "
             f"{len(known)} lengths) follows the space {', '.join(spaces)} with ':heads'"
         )
-    of_head = max(known) if followers else 0
-    rest = length - followers * of_head
+    following = max(known) if followers else 0
+    rest = length - followers * following
     others = len(axis) - followers
     if rest <= 0 or rest % max(others, 1):
         raise ValueError(
@@ -96,7 +100,8 @@ def _divided(name: str, axis: Axis, length: int, heads: Mapping[str, set[int]]) 
             f"do not divide: {rest} channels are left for {others} equal parts"
         )
     return tuple(
-        replace(part, length=of_head if part.heads else rest // others) for part in axis
+        replace(part, length=following if part.heads else rest // others)
+        for part in axis
     )
 
 

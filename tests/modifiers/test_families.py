@@ -2,6 +2,7 @@
 """Models of other families go the whole way through oneshot, or are refused early."""
 
 import copy
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,17 @@ FAMILIES = [
     ("gemma2-mha-tied", HEAD),
     ("gemma3-mqa", HEAD),
     ("phi3-gqa", HEAD),
+    ("smollm3-gqa", HEAD),
+    ("olmo2-gqa", HEAD),
+    ("granite-gqa", HEAD),
+    ("cohereforcausallm", HEAD),
+    ("cohere2-gqa", HEAD),
+    ("stablelm-gqa", HEAD),
+    ("starcoder2-mha-tied", HEAD),
+    ("gpt-neox", HEAD),
+    ("falcon-one-value", HEAD),
+    ("falcon-grouped", HEAD),
+    ("falcon-alibi", HEAD),
     ("gpt2-tied", HEAD),
     ("gpt2-three-heads", HEAD),
     ("opt-tied", HEAD),
@@ -143,6 +155,19 @@ def test_a_family_is_ordered_pruned_and_reloaded(
     assert [name for name in dense if not any(part in name for part in left)] == []
     assert verify(tmp_path / "out").good
     assert_reloads(pruned, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "case", ["llama-mha-tied", "gpt-neox-three-heads-tied", "falcon-one-value"]
+)
+def test_a_table_of_embeddings_is_no_linear_that_stays_dense(
+    run: Run, tmp_path: Path, case: str
+) -> None:
+    run(case, Modifier(method="identity"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    block = config["quantization_config"]["sparsity_config"]
+    assert (block["targets"], block["ignore"]) == (["Linear"], ["lm_head"])
+    assert verify(tmp_path / "out").good
 
 
 def test_conv1d_is_pruned_along_its_inputs_and_stored_dense(

@@ -3,9 +3,21 @@
 
 import pytest
 import torch
-from transformers import T5Config, T5EncoderModel
+from transformers import (
+    ArceeConfig,
+    ArceeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    T5Config,
+    T5EncoderModel,
+)
+from zoo import TEXT
 
-from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
+from nm_permute_plugin.specs.architectures import SPECS, head_dim_of, spec_of
 
 
 def test_every_parameter_has_its_axes(
@@ -86,6 +98,39 @@ def test_an_unknown_architecture_is_refused_with_the_way_out() -> None:
     config = T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     with pytest.raises(NotImplementedError, match=r"T5EncoderModel.*`spec:`"):
         spec_of(T5EncoderModel(config))
+
+
+class MyLlama(LlamaForCausalLM):
+    """A class of a user's own: its forward may do what Llama's does not."""
+
+
+NEAR = [
+    # the parameters of these have the names that those of a known class have
+    pytest.param(MyLlama, LlamaConfig, id="subclass"),
+    pytest.param(Olmo3ForCausalLM, Olmo3Config, id="next version"),
+    pytest.param(ArceeForCausalLM, ArceeConfig, id="relative"),
+]
+
+
+@pytest.mark.parametrize(("kind", "config"), NEAR)
+def test_a_class_near_a_known_one_is_not_taken_for_it(
+    kind: type[PreTrainedModel], config: type[PretrainedConfig]
+) -> None:
+    model = kind(config(**{**TEXT, "num_hidden_layers": 1}))
+    with pytest.raises(
+        NotImplementedError, match=f"no permutation spec for {kind.__name__}"
+    ):
+        spec_of(model)
+
+
+def test_the_refusal_names_families_and_not_every_class() -> None:
+    with pytest.raises(NotImplementedError) as found:
+        spec_of(torch.nn.Linear(2, 2))
+    families = (
+        str(found.value).split("Known are classes of ")[1].rstrip(".").split(", ")
+    )
+    assert len(families) == len(set(families)) < len(SPECS) // 2
+    assert {"Llama", "GPT2", "GPTNeoX", "CLIP", "Gemma3", "Qwen2_5_VL"} <= set(families)
 
 
 def test_a_plain_module_is_refused_by_its_class() -> None:

@@ -62,6 +62,42 @@ def test_a_fused_fold_moves_its_own_rows_alone() -> None:
     assert torch.equal(after["up.weight"][:8], before["up.weight"][:8][hidden])
 
 
+class TakingTurns(nn.Module):
+    """Three key/value heads of 4 channels, each with its two query heads before it."""
+
+    def __init__(self, qkv: int = 48) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(6, qkv)
+        self.out = nn.Linear(24, 6, bias=False)
+
+
+TURNS = {
+    "qkv.weight": "_:heads|_|value _",
+    "qkv.bias": "_:heads|_|value",
+    "out.weight": "_ value:heads",
+}
+
+
+def test_parts_that_take_turns_move_their_own_rows_head_by_head() -> None:
+    model = TakingTurns()
+    resolved = resolve(model, TURNS, NMPattern(2, 4), ["out"], head_dim=4)
+    assert [part.length for part in resolved.parameters[0].matrices[0][0]] == [
+        24,
+        12,
+        12,
+    ]
+    assert resolved.spaces["value"].consumers == (Consumer("out", 2, 4),)
+    before = model.qkv.weight.detach().view(3, 4, 4, 6).clone()
+    bias = model.qkv.bias.detach().view(3, 4, 4).clone()
+    orders = torch.tensor([[2, 0, 3, 1], [0, 1, 2, 3], [3, 2, 1, 0]])
+    fold(model, resolved, {"value": (orders + 4 * torch.arange(3)[:, None]).flatten()})
+    after, after_bias = model.qkv.weight.view(3, 4, 4, 6), model.qkv.bias.view(3, 4, 4)
+    assert torch.equal(after[:, :3], before[:, :3])  # two queries and a key
+    for head, order in enumerate(orders):
+        assert torch.equal(after[head, 3], before[head, 3][order])
+        assert torch.equal(after_bias[head, 3], bias[head, 3][order])
+
+
 class Packed(nn.Module):
     """Three experts, packed as transformers 5 packs them."""
 
@@ -125,6 +161,19 @@ REFUSED = [
         {"out.weight": "_ value"},
         r"qkv\.weight has a part ':heads' in a fused axis, but no other axis",
         id="heads that nothing follows",
+    ),
+    pytest.param(
+        None,
+        {"up.weight": "hidden|hidden _"},
+        r"up\.weight has parts that take turns by head \('\|'\) in a fused axis, but no "
+        "other axis",
+        id="turns without heads",
+    ),
+    pytest.param(
+        None,
+        {"qkv.weight": "_:heads|_+value _"},
+        r"qkv\.weight: '_:heads\|_\+value' is no word",
+        id="turns and one after another",
     ),
     pytest.param(
         None, {"out.bias": "_:heads"}, r"out\.bias: '_:heads' is no word", id="alone"

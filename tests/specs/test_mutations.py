@@ -26,7 +26,14 @@ MUTATED = (
     "gemma3-mqa",
     "phi3-gqa",
     "qwen2moe-one-dense-layer",
+    "olmo2-gqa",
     "gpt2-three-heads",
+    "gpt-neox",
+    "falcon-grouped",
+    "falcon-alibi",
+    "stablelmforsequenceclassification",
+    "starcoder2-gqa",
+    "cohereforcausallm",
     "opt-350m",
     "bertforsequenceclassification",
     "vit-labels",
@@ -41,12 +48,17 @@ MUTATED = (
 )
 CASES = [case for case in ZOO if case.id in MUTATED]
 
+OTHER_FUSION = str.maketrans("+|", "|+")
+
 # What no forward pass here reads may stand in any order.
 UNREAD = {"dinov2.embeddings.mask_token?"}
 
 
 def mutants(spec: Spec, model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Every line with one word that no longer moves, and with two words swapped."""
+    """
+    Every line with one word that no longer moves, with two words swapped, and with fused
+    parts one after another that take turns, and the other way round.
+    """
     for line, words in spec.items():
         lines = Lines({line: words})
         named = [name for name, _ in model.named_parameters(remove_duplicate=False)]
@@ -58,6 +70,8 @@ def mutants(spec: Spec, model: nn.Module) -> Iterator[tuple[str, str]]:
                 yield line, " ".join([*parts[:place], "_", *parts[place + 1 :]])
         if len(set(parts[:2])) == 2 and not all(map(still, parts[:2])):
             yield line, " ".join([parts[1], parts[0], *parts[2:]])
+        if (other := words.translate(OTHER_FUSION)) != words:
+            yield line, other
 
 
 def still(word: str) -> bool:

@@ -25,6 +25,7 @@ TEXT = {
 MHA = {"num_key_value_heads": 4}
 MQA = {"num_key_value_heads": 1}
 TIED = {"tie_word_embeddings": True}
+PARTIAL = {"rope_type": "default", "partial_rotary_factor": 0.5}
 NINE = {
     "hidden_size": 36,
     "num_attention_heads": 9,
@@ -51,6 +52,29 @@ OPT = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
     "word_embed_proj_dim": 32,
+}
+NEOX = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# One key and value for all queries, one norm, no biases: the form of Falcon-7B.
+FALCON = {**NEOX, "ffn_hidden_size": 48, "bias": False}
+# Two queries a key/value head, two norms: the form of Falcon-40B.
+FALCON_NEW = {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}
+# A key and value for each query, positions by alibi: the form of Falcon-RW-1B.
+FALCON_OLD = {
+    **FALCON,
+    "multi_query": False,
+    "parallel_attn": False,
+    "alibi": True,
+    "bias": True,
 }
 BERT = {
     "vocab_size": 48,
@@ -184,6 +208,91 @@ ZOO = [
         {"num_local_experts": 4},
         ("MixtralModel", {}),
     ),
+    *_decoder(
+        "SmolLM3ForCausalLM",
+        "SmolLM3Config",
+        {"no_rope_layers": [1, 0]},
+        (
+            "SmolLM3ForSequenceClassification",
+            {"attention_bias": True, "mlp_bias": True},
+        ),
+        ("SmolLM3Model", {}),
+    ),
+    *_decoder(
+        "Olmo2ForCausalLM",
+        "Olmo2Config",
+        {},
+        ("Olmo2ForSequenceClassification", {"attention_bias": True}),
+        ("Olmo2Model", {}),
+    ),
+    *_decoder(
+        "GraniteForCausalLM",
+        "GraniteConfig",
+        {
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.125,
+            "logits_scaling": 8.0,
+        },
+        ("GraniteModel", {"attention_bias": True, "mlp_bias": True}),
+    ),
+    *_decoder(
+        "CohereForCausalLM",
+        "CohereConfig",
+        {"logit_scale": 0.25},
+        ("CohereForCausalLM", {"use_qk_norm": True, **TIED}),
+        ("CohereModel", {"attention_bias": True}),
+    ),
+    *_decoder(
+        "Cohere2ForCausalLM",
+        "Cohere2Config",
+        {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+        ("Cohere2Model", {"attention_bias": True}),
+    ),
+    *_decoder(
+        "StableLmForCausalLM",
+        "StableLmConfig",
+        {},
+        (
+            "StableLmForSequenceClassification",
+            {"qk_layernorm": True, "use_parallel_residual": True, "use_qkv_bias": True},
+        ),
+        ("StableLmModel", {"rope_parameters": {**PARTIAL, "rope_theta": 1e4}}),
+    ),
+    *_decoder(
+        "Starcoder2ForCausalLM",
+        "Starcoder2Config",
+        {"sliding_window": 8},
+        ("Starcoder2ForSequenceClassification", {"use_bias": False}),
+        ("Starcoder2Model", {}),
+    ),
+    _case("gpt-neox", "GPTNeoXForCausalLM", "GPTNeoXConfig", NEOX),
+    _case(
+        "gpt-neox-three-heads-tied",
+        "GPTNeoXForCausalLM",
+        "GPTNeoXConfig",
+        {
+            **NEOX,
+            **TIED,
+            "hidden_size": 36,
+            "num_attention_heads": 3,
+            "use_parallel_residual": False,
+            "attention_bias": False,
+        },
+    ),
+    _case("gpt-neox-labels", "GPTNeoXForSequenceClassification", "GPTNeoXConfig", NEOX),
+    _case("gpt-neox-bare", "GPTNeoXModel", "GPTNeoXConfig", NEOX),
+    _case("falcon-one-value", "FalconForCausalLM", "FalconConfig", FALCON),
+    _case("falcon-grouped", "FalconForCausalLM", "FalconConfig", FALCON_NEW),
+    _case(
+        "falcon-grouped-one-norm",
+        "FalconForCausalLM",
+        "FalconConfig",
+        {**FALCON_NEW, "num_ln_in_parallel_attn": 1, "tie_word_embeddings": False},
+    ),
+    _case("falcon-alibi", "FalconForCausalLM", "FalconConfig", FALCON_OLD),
+    _case("falcon-labels", "FalconForSequenceClassification", "FalconConfig", FALCON),
+    _case("falcon-bare", "FalconModel", "FalconConfig", FALCON_NEW),
     _case("gpt2-tied", "GPT2LMHeadModel", "GPT2Config", GPT2),
     _case(
         "gpt2-three-heads",

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Permutation specs of known architectures: data only."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from nm_permute_plugin.specs.architectures.bert import BERT_CLASSES
+from nm_permute_plugin.specs.architectures.layer_norm import LAYER_NORM_CLASSES
 from nm_permute_plugin.specs.architectures.llama import LLAMA, LLAMA_CLASSES
 from nm_permute_plugin.specs.architectures.moe import MOE_CLASSES
 from nm_permute_plugin.specs.architectures.older import GPT2_CLASSES, opt
@@ -22,6 +24,7 @@ SPECS: dict[str, Spec | Callable[[Any], Spec]] = {
     **MOE_CLASSES,
     **GPT2_CLASSES,
     "OPTForCausalLM": opt,
+    **LAYER_NORM_CLASSES,
     **BERT_CLASSES,
     **VISION_CLASSES,
     **QWEN_VL_CLASSES,
@@ -34,17 +37,25 @@ def spec_of(model: nn.Module) -> Spec:
     """
     Return the spec of the model's class.
 
-    :raises NotImplementedError: if the class is not known; nothing is guessed
+    :raises NotImplementedError: if the class is not known; nothing is guessed, also
+        where the parameters have the names of a known class
     """
     name = type(model).__name__
     if name not in SPECS:
         raise NotImplementedError(
-            f"no permutation spec for {name}; known: {', '.join(SPECS)}. Give one as "
-            "`spec:` in the recipe: a line a parameter, a word an axis, for example "
-            "'model.layers.{i}.mlp.down_proj.weight': 'residual hidden.{i}'."
+            f"no permutation spec for {name}. Give one as `spec:` in the recipe: a line a "
+            "parameter, a word an axis, for example "
+            "'model.layers.{i}.mlp.down_proj.weight': 'residual hidden.{i}'. Known are "
+            f"classes of {', '.join(_families())}."
         )
     spec = SPECS[name]
     return spec if isinstance(spec, Mapping) else spec(model.config)
+
+
+def _families() -> list[str]:
+    """Return the names of the known classes, without what kind of model each is."""
+    ends = re.compile(r"(Text|Vision|LMHead)?Model$|For[A-Z]\w+$")
+    return list(dict.fromkeys(ends.sub("", name) for name in SPECS))
 
 
 def head_dim_of(config: Any) -> HeadDim:

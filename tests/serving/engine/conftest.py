@@ -17,7 +17,13 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertModel,
+    CohereConfig,
+    CohereForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3MoeConfig,
@@ -58,11 +64,18 @@ SIZES = {
     "head_dim": 32,
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+HEAD_NORMS = {"use_qk_norm": True, "tie_word_embeddings": True}
 RANDOM = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen3-moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, EXPERTS),
+    "gpt-neox": (GPTNeoXConfig, GPTNeoXForCausalLM, {"num_key_value_heads": 4}),
+    "cohere": (CohereConfig, CohereForCausalLM, HEAD_NORMS),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM, {}),
 }
-"""Random models: one whose q, k and v have biases, and one of experts."""
+"""
+Random models: one whose q, k and v have biases, one of experts, one whose checkpoint has
+q, k and v in one, one with a tied head, and one that vLLM runs by transformers' own code.
+"""
 ENCODERS = {
     "bert": (BertConfig, BertModel, {"num_key_value_heads": 4}),
     "roberta": (RobertaConfig, RobertaModel, {"num_key_value_heads": 4}),

@@ -10,7 +10,8 @@ import pytest
 pytestmark = pytest.mark.slow
 
 SPARSE = "16 of 16 2:4 layers are served sparse"
-KINDS = ["bf16", "qwen2", "qwen3-moe", "fp8", "int8", "int8-static"]
+FAMILIES = ["qwen2", "qwen3-moe", "gpt-neox", "cohere", "olmo2"]
+KINDS = ["bf16", *FAMILIES, "fp8", "int8", "int8-static"]
 
 
 def same(left: dict, right: dict) -> bool:
@@ -28,7 +29,8 @@ def test_quantizing_changes_what_is_said(said) -> None:
     # that it does shows that the comparison above can fail
     assert not same(said["bf16-sparse"], said["int8-sparse"])
     assert not same(said["fp8-sparse"], said["int8-sparse"])
-    assert not same(said["qwen2-sparse"], said["bf16-sparse"])
+    for family in FAMILIES:
+        assert not same(said[f"{family}-sparse"], said["bf16-sparse"])
 
 
 def test_2of4_with_stored_zeros_is_served_too(said) -> None:
@@ -45,12 +47,15 @@ def test_a_quantized_checkpoint_that_is_not_sparse_keeps_the_stock_class(
 
 def test_without_a_gpu_one_warning_names_layers_and_reason(said) -> None:
     warnings = [line for line in said["log"]["lines"] if "served dense" in line]
-    assert len(warnings) == 7  # one for each of the seven checkpoints that are claimed
+    assert len(warnings) == 10  # one for each of the ten checkpoints that are claimed
     counts = re.findall(r"(\d+ of \d+) 2:4 layers", "\n".join(warnings))
     # of the experts' model the attention is sparse, two layers in each of four
-    assert sorted(counts) == sorted(["16 of 16"] * 6 + ["8 of 8"])
+    assert sorted(counts) == sorted(["16 of 16"] * 9 + ["8 of 8"])
     for warning in warnings:
-        assert "model.layers.0.self_attn.qkv_proj" in warning
+        assert re.search(
+            r"model\.layers\.0\.(self_attn\.qkv_proj|attention\.query_key_value)",
+            warning,
+        )
         assert "no CUDA device" in warning
 
 

@@ -11,13 +11,42 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
+)
 
 from nm_permute_plugin.checkpoint.writer import convert
 from nm_permute_plugin.maths.masks import nm_mask
 from nm_permute_plugin.maths.pattern import NMPattern
 
 pytestmark = pytest.mark.slow
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 128,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+}
+QWEN2 = (Qwen2Config, Qwen2ForCausalLM)
+# vLLM's class does not say which layers it fuses, and names its head otherwise.
+STABLELM = (StableLmConfig, StableLmForCausalLM)
+MIXED = ("lm_head", "self_attn.k_proj", "layers.1.mlp.up_proj")
+MODELS = {
+    "biases": (QWEN2, ("lm_head",)),
+    "mixed": (QWEN2, MIXED),
+    "head": (QWEN2, ()),
+    "fused unsaid": (STABLELM, ("lm_head",)),
+    "fused unsaid, mixed": (STABLELM, MIXED),
+}
+"""Models, and which of their layers stay dense."""
 
 DAMAGED = "model.layers.1.mlp.gate_proj"
 
@@ -39,13 +68,9 @@ def loaded(pruned, run_engine, tmp_path_factory) -> Mapping[str, Loaded]:
         form: pruned("fp8-static", form) for form in ("dense", "sparse-24-bitmask")
     }
     paths = {f"static {form}": path for form, path in static.items()}
-    for name, kept in {
-        "biases": ("lm_head",),
-        "mixed": ("lm_head", "self_attn.k_proj", "layers.1.mlp.up_proj"),
-        "head": (),
-    }.items():
+    for name, (classes, kept) in MODELS.items():
         dense = folder / name
-        two_of_four(kept).save_pretrained(dense)
+        two_of_four(*classes, kept).save_pretrained(dense)
         paths[f"{name} dense"] = dense
         paths[f"{name} sparse-24-bitmask"] = folder / f"{name}-sparse"
         convert(dense, paths[f"{name} sparse-24-bitmask"], "sparse-24-bitmask")
@@ -59,20 +84,15 @@ def loaded(pruned, run_engine, tmp_path_factory) -> Mapping[str, Loaded]:
     return {name: read(out) for name, out in outs.items()}
 
 
-def two_of_four(kept: tuple[str, ...]) -> nn.Module:
-    """A tiny Qwen2, which has biases, pruned 2:4 but for the layers that are kept."""
-    config = Qwen2Config(
-        vocab_size=64,
-        hidden_size=128,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-    )
+def two_of_four(
+    config: type[PretrainedConfig],
+    kind: type[PreTrainedModel],
+    kept: tuple[str, ...],
+) -> nn.Module:
+    """A tiny model, pruned 2:4 but for the layers that are kept."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = Qwen2ForCausalLM(config)
+        model = kind(config(**SIZES))
         for parameter in model.parameters():
             parameter.data.normal_()
     model = model.to(torch.bfloat16)
@@ -104,7 +124,9 @@ def read(out: Path) -> Loaded:
         return Loaded(load_file(out), file.metadata(), None)
 
 
-@pytest.mark.parametrize("name", ["static", "biases", "mixed"])
+@pytest.mark.parametrize(
+    "name", ["static", *(name for name in MODELS if name != "head")]
+)
 def test_every_parameter_is_the_same(loaded, name: str) -> None:
     dense, sparse = loaded[f"{name} dense"], loaded[f"{name} sparse-24-bitmask"]
     assert (dense.error, sparse.error) == (None, None)
