@@ -20,6 +20,7 @@ from nm_permute_plugin.checkpoint.config import (
     quantization_config,
     read_sparsity_config,
 )
+from nm_permute_plugin.checkpoint.tested_hosts import warn_if_untested
 from nm_permute_plugin.checkpoint.transformers_conversions import (
     Decompress,
     with_sparse,
@@ -55,6 +56,7 @@ class CompressedTensorsConfig(_STOCK_CONFIG):  # type: ignore[valid-type, misc]
             return _STOCK_CONFIG.from_dict(
                 config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs
             )
+        warn_if_untested("transformers", "compressed-tensors")
         rest = {k: v for k, v in inner.items() if k != "sparsity_config"}
         made = super().from_dict(rest, return_unused_kwargs=True, **kwargs)
         made[0].sparsity = read_sparsity_config(inner)
