@@ -28,6 +28,8 @@ def register_when_imported() -> None:
 
 
 def _register_modifiers() -> None:
+    hosts = importlib.import_module("nm_permute_plugin.checkpoint.tested_hosts")
+    hosts.warn_if_untested("llmcompressor")
     importlib.import_module("nm_permute_plugin.modifiers")
 
 
@@ -38,10 +40,12 @@ def _register_reader() -> None:
             "nm_permute_plugin.checkpoint.transformers_reader"
         )
         reader.register_reader()
-    except ImportError as error:
+    except Exception as error:
         # transformers 4 beside an old vLLM: nothing else may fail because of us
+        hosts = importlib.import_module("nm_permute_plugin.checkpoint.tested_hosts")
         warnings.warn(
-            f"nm-permute-plugin: sparse checkpoints need transformers 5: {error}",
+            "nm-permute-plugin cannot read sparse checkpoints with this version of "
+            f"transformers ({error}): pip install '{hosts.requirement('transformers')}'",
             stacklevel=2,
         )
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -18,42 +19,40 @@ from nm_permute_plugin.checkpoint.codec import decompress
 from nm_permute_plugin.checkpoint.directory import PARTS
 
 _PARTS = PARTS["sparse-bitmask"]
-_WEIGHT = ".weight"
+_WEIGHT = re.compile(r"(?<!\w)weight\$?$")
+"""Finds a pattern of transformers that means weights, e.g. ``experts.*.up.weight``."""
+_STORED = re.compile(rf"\(\?<!\\w\)({'|'.join(_PARTS)})\$$")
+"""Finds a pattern that ``_stored`` made of such a one."""
+_SCOPE = ("scope_prefix", "base_model_prefix", "force_cpu")
 
 
-def sparse_conversions(stock: Iterable[WeightTransform]) -> list[WeightConverter]:
+def with_sparse(stock: Iterable[WeightTransform]) -> list[WeightTransform]:
     """
-    Makes the conversions that read sparse weights; they go before transformers' own.
+    Makes conversions that read sparse weights wherever transformers' own read dense ones.
 
-    Where those merge weights into one (the experts of a layer, say), the same is done
-    with sparse ones, once they are dense.
+    What those do with weights (merge the experts of a layer, multiply by scales) is done
+    with sparse ones as well, once they are dense.
 
-    :param stock: transformers' own conversions
+    :param stock: transformers' own conversions, those of its quantizer among them
     """
-    merging = [
-        conversion
-        for conversion in stock
-        if isinstance(conversion, WeightConverter)
-        and len(conversion.target_patterns) == 1
-        and all(source.endswith(_WEIGHT) for source in conversion.source_patterns)
-    ]
     plain = WeightConverter(
-        source_patterns=_stored(""),
-        target_patterns=_WEIGHT,
+        source_patterns=_stored(r"\.weight"),
+        target_patterns=".weight",
         operations=[Decompress(), Fit()],
     )
-    return [*map(_after_decompressing, merging), plain]
+    # of the conversions only the first to match is used
+    return [*map(_reading_sparse, stock), plain]
 
 
 def without_sparse(used: Iterable[WeightTransform]) -> list[WeightTransform]:
     """Returns the conversions that a dense checkpoint would have used, for saving."""
-    kept: dict[int, WeightTransform] = {}
+    kept = []
     for conversion in used:
         first = next(iter(getattr(conversion, "operations", ())), None)
         stock = first.instead_of if isinstance(first, Decompress) else conversion
         if stock is not None:
-            kept[id(stock)] = stock
-    return list(kept.values())
+            kept.append(stock)
+    return kept
 
 
 class Decompress(ConversionOps):
@@ -70,18 +69,20 @@ class Decompress(ConversionOps):
         self,
         input_dict: dict[str, Sequence[Tensor]],
         *,
+        source_patterns: Sequence[str],
         full_layer_name: str,
         **kwargs: object,
-    ) -> dict[str, list[Tensor]]:
-        """Returns weights by the pattern of their values, whose order is kept."""
+    ) -> dict[str, Sequence[Tensor]]:
+        """Returns weights, and whatever else was read, by transformers' patterns."""
         stored: dict[str, dict[str, Sequence[Tensor]]] = defaultdict(dict)
         for pattern in list(input_dict):
-            source, _, part = pattern.removesuffix("$").rpartition("\\.")
-            stored[source][part] = input_dict.pop(pattern)
+            if found := _STORED.search(pattern):
+                stored[pattern[: found.start()]][found[1]] = input_dict.pop(pattern)
+        weights = {_WEIGHT.sub("", source): source for source in source_patterns}
         return {
-            _stored(source)[0]: _decompress(parts, full_layer_name)
-            for source, parts in stored.items()
-        }
+            weights.get(module, full_layer_name): _decompress(parts, full_layer_name)
+            for module, parts in stored.items()
+        } | input_dict
 
 
 class Fit(ConversionOps):
@@ -102,24 +103,29 @@ class Fit(ConversionOps):
         return {full_layer_name: _fitted(tensor, target, full_layer_name)}
 
 
-def _after_decompressing(conversion: WeightConverter) -> WeightConverter:
-    sources = [
-        source.removesuffix(_WEIGHT).removesuffix("\\")  # of an escaped dot
-        for source in conversion.source_patterns
-    ]
+def _reading_sparse(conversion: WeightTransform) -> WeightTransform:
+    if (
+        not isinstance(conversion, WeightConverter)
+        or len(conversion.target_patterns) > 1
+        or not any(map(_WEIGHT.search, conversion.source_patterns))
+    ):
+        return conversion
+    sources = conversion.source_patterns
+    weights = [source for source in sources if _WEIGHT.search(source)]
     made = WeightConverter(
-        source_patterns=[pattern for source in sources for pattern in _stored(source)],
+        source_patterns=[*sources, *(one for w in weights for one in _stored(w))],
         target_patterns=list(conversion.target_patterns),
         operations=[Decompress(conversion), *conversion.operations, Fit()],
     )
-    made.scope_prefix = conversion.scope_prefix
-    made.base_model_prefix = conversion.base_model_prefix
+    for name in _SCOPE:
+        if hasattr(conversion, name):
+            setattr(made, name, getattr(conversion, name))
     return made
 
 
-def _stored(source: str) -> list[str]:
+def _stored(weight: str) -> list[str]:
     """Makes the patterns of the tensors that store a module's weight."""
-    return [f"{source}\\.{part}$" for part in _PARTS]
+    return [_WEIGHT.sub(rf"(?<!\\w){part}$", weight) for part in _PARTS]
 
 
 def _decompress(parts: Mapping[str, Sequence[Tensor]], name: str) -> list[Tensor]:

@@ -20,8 +20,10 @@ from nm_permute_plugin.checkpoint.config import (
     quantization_config,
     read_sparsity_config,
 )
+from nm_permute_plugin.checkpoint.tested_hosts import warn_if_untested
 from nm_permute_plugin.checkpoint.transformers_conversions import (
-    sparse_conversions,
+    Decompress,
+    with_sparse,
     without_sparse,
 )
 from nm_permute_plugin.checkpoint.transformers_reader import check_files, check_names
@@ -54,6 +56,7 @@ class CompressedTensorsConfig(_STOCK_CONFIG):  # type: ignore[valid-type, misc]
             return _STOCK_CONFIG.from_dict(
                 config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs
             )
+        warn_if_untested("transformers", "compressed-tensors")
         rest = {k: v for k, v in inner.items() if k != "sparsity_config"}
         made = super().from_dict(rest, return_unused_kwargs=True, **kwargs)
         made[0].sparsity = read_sparsity_config(inner)
@@ -63,11 +66,14 @@ class CompressedTensorsConfig(_STOCK_CONFIG):  # type: ignore[valid-type, misc]
 class SparseQuantizer(_STOCK_QUANTIZER):  # type: ignore[valid-type, misc]
     """Is the stock quantizer, and decompresses the sparse weights as they arrive."""
 
-    def __new__(  # type: ignore[misc]
-        cls, quantization_config: object, **kwargs: object
-    ) -> object:
-        if getattr(quantization_config, "sparsity", None) is None:
-            return _STOCK_QUANTIZER(quantization_config, **kwargs)
+    # How transformers calls what is below differs from version to version: it is
+    # passed on as it comes.
+
+    def __new__(cls, *arguments: object, **options: object) -> object:  # type: ignore[misc]
+        given = [*arguments, *options.values()]
+        known = [one for one in given if isinstance(one, _STOCK_CONFIG)]
+        if known and getattr(known[0], "sparsity", None) is None:
+            return _STOCK_QUANTIZER(*arguments, **options)
         return super().__new__(cls)
 
     def _process_model_before_weight_loading(
@@ -84,13 +90,12 @@ class SparseQuantizer(_STOCK_QUANTIZER):  # type: ignore[valid-type, misc]
             )
 
     def update_weight_conversions(
-        self, weight_conversions: list[WeightTransform]
+        self, weight_conversions: list[WeightTransform], *rest: object
     ) -> list[WeightTransform]:
         stock = weight_conversions
         if self.quantization_config.is_quantized:
-            stock = super().update_weight_conversions(weight_conversions)
-        # of the converters only the first to match is used
-        everything = [*sparse_conversions(weight_conversions), *stock]
+            stock = super().update_weight_conversions(weight_conversions, *rest)
+        everything = with_sparse(stock)
         renamings = [e for e in everything if isinstance(e, WeightRenaming)]
         converters = [e for e in everything if isinstance(e, WeightConverter)]
         known = self._model.base_model_prefix, self._model.state_dict()
@@ -102,16 +107,23 @@ class SparseQuantizer(_STOCK_QUANTIZER):  # type: ignore[valid-type, misc]
         del self._model, self._files
         return everything
 
+    def get_new_dtype(self, converter: WeightTransform, *rest: object) -> object:
+        # values stay as they are stored until they are dense
+        operations = getattr(converter, "operations", ())
+        if any(isinstance(one, Decompress) for one in operations):
+            return None
+        return super().get_new_dtype(converter, *rest)
+
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: object
     ) -> None:
-        # saving would take the conversions back, and compress what it cannot
-        used = getattr(model, "_weight_conversions", None) or ()
-        model._weight_conversions = without_sparse(used)
+        used = getattr(model, "_weight_conversions", None)
         if self.quantization_config.is_quantized:
             super()._process_model_after_weight_loading(model, **kwargs)
         else:
-            model.is_quantized = False
+            self.remove_quantization_config(model)  # what is left is an ordinary model
+        if used is not None:  # saving takes them back, and cannot do so with ours
+            model._weight_conversions = without_sparse(used)
 
     @property
     def _sparsity(self) -> SparsityConfig:

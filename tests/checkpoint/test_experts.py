@@ -20,7 +20,7 @@ from transformers.core_model_loading import (
 from nm_permute_plugin.checkpoint.config import read_sparsity_config
 from nm_permute_plugin.checkpoint.directory import SINGLE, read_json
 from nm_permute_plugin.checkpoint.transformers_conversions import (
-    sparse_conversions,
+    with_sparse,
     without_sparse,
 )
 from nm_permute_plugin.checkpoint.transformers_reader import register_reader
@@ -168,11 +168,11 @@ def test_patterns_are_read_with_and_without_escaped_dots(dot: str) -> None:
         target_patterns="mlp.experts.gate_up_proj",
         operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
     )
-    merging, plain = sparse_conversions([stock])
+    merging, plain = with_sparse([stock])
     name = "model.layers.3.mlp.experts.7.w3"
     target = "model.layers.3.mlp.experts.gate_up_proj"
     for part in PARTS:
         assert merging.rename_source_key(f"{name}.{part}")[0] == target
         assert plain.rename_source_key(f"lm_head.{part}")[0] == "lm_head.weight"
-    assert merging.rename_source_key(f"{name}.weight") == (f"{name}.weight", None)
-    assert without_sparse([merging, plain, stock]) == [stock]
+    assert merging.rename_source_key(f"{name}.weight")[0] == target
+    assert without_sparse([merging, plain]) == [stock]
