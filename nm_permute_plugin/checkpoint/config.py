@@ -138,6 +138,12 @@ def quantization_config(config: Mapping[str, object]) -> Mapping[str, object] | 
     return None
 
 
+def has_old_name(config: Mapping[str, object]) -> bool:
+    """Tells whether the quantization config has a name that transformers passes over."""
+    new, old = (isinstance(config.get(name), Mapping) for name in _HOLDERS)
+    return old and not new
+
+
 def quantization_format(config: Mapping[str, object]) -> str | None:
     """
     Tells how quantized weights are stored, e.g. ``"float-quantized"``; None without any.

@@ -3,14 +3,16 @@
 
 The safetensors package holds a whole file in memory to write it, and does not notice a
 changed byte. The files here are ordinary ones; beside ``{"format": "pt"}`` their
-metadata holds a CRC-32 of every tensor, which other readers pass over.
+metadata holds a CRC-32 of every tensor, and one digest for all files of a checkpoint,
+which other readers pass over.
 """
 
+import hashlib
 import json
 import math
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +22,10 @@ from torch import Tensor
 
 CHECKSUMS = "nm_permute.crc32"
 """Names the entry of a file's metadata that holds the checksums."""
+
+TOGETHER = "nm_permute.checkpoint"
+"""Names the entry that holds the digest of all tensors of the whole checkpoint: files of
+different runs differ in it."""
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -42,6 +48,7 @@ DTYPES = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LARGEST_HEADER = 100_000_000  # bytes that the safetensors package accepts
 _PIECE = 1 << 24  # bytes that are read at a time to compare a checksum
+_UNTIED = "0" * 64  # stands in a file's header until all files are written
 
 
 class DamagedError(ValueError):
@@ -194,7 +201,8 @@ class ShardWriter:
         metadata: Mapping[str, str],
     ) -> None:
         self._path = path
-        self._metadata = {k: v for k, v in metadata.items() if k != CHECKSUMS}
+        own = (CHECKSUMS, TOGETHER)
+        self._metadata = {k: v for k, v in metadata.items() if k not in own}
         self._sums: dict[str, int] = {}
         self._layouts: dict[str, Layout] = {}
         at = 0
@@ -258,7 +266,7 @@ class ShardWriter:
     def _header(self) -> bytes:
         """Makes the header, which is as long before the checksums are known as after."""
         sums = {name: f"{self._sums.get(name, 0):08x}" for name in self._layouts}
-        metadata = {**self._metadata, CHECKSUMS: json.dumps(sums)}
+        metadata = {**self._metadata, TOGETHER: _UNTIED, CHECKSUMS: json.dumps(sums)}
         entries = {
             name: {
                 "dtype": _NAMES[layout.dtype],
@@ -270,6 +278,38 @@ class ShardWriter:
         text = json.dumps({"__metadata__": metadata, **entries}).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
+
+
+def tie(paths: Sequence[Path]) -> None:
+    """
+    Writes one digest of all tensors into the header of each file of a checkpoint.
+
+    :param paths: all files of the checkpoint, as ``ShardWriter`` left them
+    """
+    shards = [open_shard(path) for path in paths]
+    sums = sorted(item for s in shards for item in (s.checksums or {}).items())
+    digest = hashlib.sha256(json.dumps(sums).encode()).hexdigest()
+    entry = f'"{TOGETHER}": "'.encode()
+    for shard in shards:
+        with shard.path.open("r+b") as file:
+            at = file.read(shard.data).index(entry + _UNTIED.encode()) + len(entry)
+            file.seek(at)
+            file.write(digest.encode())
+
+
+def refuse_mixture(shards: Sequence[Shard]) -> None:
+    """
+    Checks that the files of a checkpoint were written together.
+
+    :raises DamagedError: for a file that is of another run than the first
+    """
+    for shard in shards[1:]:
+        if shard.metadata.get(TOGETHER) != shards[0].metadata.get(TOGETHER):
+            raise DamagedError(
+                shard.path,
+                f"was not written together with {shards[0].path.name}: the two are of "
+                "different runs. Fetch or make the whole checkpoint again.",
+            )
 
 
 def _layout(entry: Mapping[str, object]) -> Layout:

@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nm_permute_plugin.checkpoint.checksums import find_changes
 from nm_permute_plugin.checkpoint.config import (
     SparsityConfig,
+    has_old_name,
     quantization_format,
     read_sparsity_config,
 )
@@ -24,11 +26,10 @@ from nm_permute_plugin.checkpoint.packed import PACKED, packed_modules
 from nm_permute_plugin.checkpoint.pattern import (
     Violation,
     comparable,
-    examine,
-    levels_of,
-    read_stored,
+    examine_module,
 )
-from nm_permute_plugin.checkpoint.plan import is_embedding
+from nm_permute_plugin.checkpoint.plan import is_conv1d, is_embedding
+from nm_permute_plugin.checkpoint.prunable import packed_experts, prunable
 from nm_permute_plugin.checkpoint.record import read_promise
 from nm_permute_plugin.checkpoint.shards import DamagedError, open_shard
 from nm_permute_plugin.maths.pattern import NMPattern
@@ -71,10 +72,12 @@ class Report:
 
     :param rows: its matrices, as far as they could be read
     :param faults: all that is wrong with it
+    :param checksums: whether it has checksums, which find every change of its files
     """
 
     rows: tuple[Row, ...]
     faults: tuple[Fault, ...]
+    checksums: bool = False
 
     @property
     def good(self) -> bool:
@@ -95,48 +98,73 @@ def verify(
     every promised module; that weights and scales are finite, and scales positive.
 
     :param modules: what must be sparse; None for what ``config.json`` promises, and the
-        record of the run that pruned
+        record of the run that pruned. If these promise nothing, and a pattern is given,
+        every linear of the layers must follow it
     :param pattern: None for the one that is promised, or else 2:4
     """
     path = Path(path)
+    changes = find_changes(path)
+    changed = [Fault(file, "", text) for file, text in (changes or {}).items()]
+    rows, faults = _verify(path, modules, pattern)
+    known = {(fault.file, fault.tensor) for fault in faults}
+    changed = [fault for fault in changed if (fault.file, "") not in known]
+    return Report(tuple(rows), (*changed, *faults), changes is not None)
+
+
+def _verify(
+    path: Path, modules: Collection[str] | None, pattern: NMPattern | None
+) -> tuple[list[Row], list[Fault]]:
+    """Returns a checkpoint's matrices and faults, its checksums aside."""
     try:
         sparsity = read_sparsity_config(read_json(path / "config.json"))
     except ValueError as error:
-        return Report((), (Fault("config.json", "sparsity_config", str(error)),))
+        return [], [Fault("config.json", "sparsity_config", str(error))]
     try:
         checkpoint = open_checkpoint(path)
     except DamagedError as error:
-        return Report((), _file_faults(path) or (_fault(error),))
+        return [], _file_faults(path) or [_fault(error)]
     recorded = None
     if modules is None:
         try:
             recorded = read_promise(path)
         except ValueError as error:
-            return Report((), (Fault("nm_permute/report.json", "", str(error)),))
+            return [], [Fault("nm_permute/report.json", "", str(error))]
     said = sparsity.pattern if sparsity else recorded and recorded.pattern
     declared = set(modules or ())
     if modules is None and sparsity is not None:
         declared = _declared(checkpoint, sparsity)
+    transposed = set(recorded.transposed if recorded else ())
+    promised = declared | set(recorded.modules if recorded else ())
+    faults = []
+    if modules is None and pattern is not None and not promised:
+        promised = prunable(checkpoint)
+        transposed = {name for name in promised if is_conv1d(checkpoint, name)}
+        faults = _unexamined(checkpoint, promised, pattern)
     asked = _Asked(
         sparsity,
         pattern or said or NMPattern(2, 4),
         declared,
-        declared | set(recorded.modules if recorded else ()),
-        set(recorded.transposed if recorded else ()),
+        promised,
+        transposed,
     )
     matrices = dict.fromkeys(packed_modules(checkpoint), "packed")
     matrices |= {name: checkpoint.formats[name] for name in checkpoint.matrices()}
-    faults = [
+    faults += [
         Fault("config.json", name, "is said to be sparse, and has no weight")
         for name in sorted(asked.promised - set(checkpoint.formats) - set(matrices))
     ]
+    if has_old_name(checkpoint.config):
+        message = (
+            "transformers passes it over and starts from random weights; call it "
+            "quantization_config"
+        )
+        faults.append(Fault("config.json", "compression_config", message))
     rows = []
     for module, stored in matrices.items():
         row, found = _examine(checkpoint, module, stored, asked)
         rows += [row] if row else []
         faults += found
-    faults += _other_faults(checkpoint)
-    return Report(tuple(rows), tuple(faults))
+    return rows, [*faults, *_other_faults(checkpoint)]
 
 
 @dataclass(frozen=True)
@@ -145,7 +173,8 @@ class _Asked:
     Says what a checkpoint is held to.
 
     :param declared: the modules that config.json, or the caller, says are sparse
-    :param promised: those, and the ones that the record of the run names
+    :param promised: those, and the ones that the record of the run names; where there
+        are none and a pattern is demanded, every linear of the layers
     """
 
     sparsity: SparsityConfig | None
@@ -163,23 +192,25 @@ def _examine(
     shard = checkpoint.where.get(f"{module}{PACKED}")
     file = (shard.path if packed and shard else checkpoint.file(module)).name
     try:
-        weight = read_stored(checkpoint, module)
-        # -0.0 does no harm where all zeros are stored
-        clear = stored == "dense" and not declared
-        levels = levels_of(checkpoint, module, weight, clear)
+        examined = examine_module(
+            checkpoint,
+            module,
+            asked.pattern,
+            transposed=module in asked.transposed,
+            # -0.0 does no harm where all zeros are stored
+            clear=stored == "dense" and not declared,
+        )
     except (DamagedError, NotImplementedError) as error:
         if isinstance(error, DamagedError) and not packed:
             return None, [_fault(error)]
         return None, [Fault(file, module, getattr(error, "reason", str(error)))]
-    if module in asked.transposed:
-        weight, levels = weight.t(), levels.t()
-    found = examine(levels, asked.pattern)
+    weight, found = examined.stored, examined.found
     row = Row(
         module=module,
         format=stored,
         dtype=weight.dtype,
         shape=tuple(weight.shape),
-        zeros=1 - int((comparable(levels) != 0).sum()) / max(1, levels.numel()),
+        zeros=examined.zeros,
         sparse=not isinstance(found, Violation),
         promised=module in asked.promised,
     )
@@ -252,7 +283,25 @@ def _other_faults(checkpoint: Checkpoint) -> Iterator[Fault]:
             yield Fault(shard.path.name, name, "holds a scale that is not positive")
 
 
-def _file_faults(path: Path) -> tuple[Fault, ...]:
+def _unexamined(
+    checkpoint: Checkpoint, promised: Collection[str], pattern: NMPattern
+) -> list[Fault]:
+    """Says what a demanded pattern cannot be checked of."""
+    faults = [
+        Fault(
+            checkpoint.where[name].path.name,
+            name,
+            f"holds the weights of all experts: only matrices are checked for {pattern}",
+        )
+        for name in packed_experts(checkpoint)
+    ]
+    if not promised and not faults:
+        message = f"no linear of a layer is here that could be {pattern}"
+        faults.append(Fault(checkpoint.path.name, "", message))
+    return faults
+
+
+def _file_faults(path: Path) -> list[Fault]:
     """Lists every file that cannot be read, where the checkpoint could not be."""
     if (path / SINGLE).exists():
         files = {SINGLE}
@@ -260,7 +309,7 @@ def _file_faults(path: Path) -> tuple[Fault, ...]:
         try:
             named = read_json(path / INDEX).get("weight_map")
         except DamagedError as error:
-            return (_fault(error),)
+            return [_fault(error)]
         files = set(named.values()) if isinstance(named, dict) else set()
     faults = []
     for file in sorted(name for name in files if isinstance(name, str)):
@@ -268,7 +317,7 @@ def _file_faults(path: Path) -> tuple[Fault, ...]:
             open_shard(path / file)
         except DamagedError as error:
             faults.append(_fault(error))
-    return tuple(faults)
+    return faults
 
 
 def _fault(error: DamagedError) -> Fault:

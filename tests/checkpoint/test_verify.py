@@ -10,6 +10,7 @@ import torch
 from checkpoint_files import KINDS, MakeDense, Tensors, assert_same_bits, tensors_of
 from safetensors.torch import load_file, save_file
 
+from nm_permute_plugin.checkpoint import checksums
 from nm_permute_plugin.checkpoint.directory import INDEX, SINGLE, open_checkpoint
 from nm_permute_plugin.checkpoint.verify import Fault, verify
 from nm_permute_plugin.checkpoint.writer import convert
@@ -19,11 +20,16 @@ DOWN = "model.layers.0.mlp.down_proj"
 
 @pytest.fixture
 def make_sparse(tmp_path: Path, make_dense: MakeDense) -> MakeDense:
-    """A factory like ``make_dense``, of checkpoints that are stored sparse."""
+    """
+    A factory like ``make_dense``, of checkpoints that are stored sparse.
+
+    The checksums of whole files are gone, so that each check has to find its own fault.
+    """
 
     def make(kind: str = "bf16", shard: str = "1GB", **options: object) -> Path:
         dense, path = make_dense(kind, shard, **options), tmp_path / f"sparse-{kind}"
         convert(dense, path, "sparse-24-bitmask")
+        (path / checksums.FILE).unlink()
         return path
 
     return make
