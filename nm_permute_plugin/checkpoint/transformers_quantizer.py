@@ -63,6 +63,8 @@ class CompressedTensorsConfig(_STOCK_CONFIG):  # type: ignore[valid-type, misc]
 class SparseQuantizer(_STOCK_QUANTIZER):  # type: ignore[valid-type, misc]
     """Is the stock quantizer, and decompresses the sparse weights as they arrive."""
 
+    reads_sparse = True
+
     def __new__(  # type: ignore[misc]
         cls, quantization_config: object, **kwargs: object
     ) -> object:

@@ -117,6 +117,8 @@ def _verify(
     """Returns a checkpoint's matrices and faults, its checksums aside."""
     try:
         sparsity = read_sparsity_config(read_json(path / "config.json"))
+    except DamagedError as error:
+        return [], [_fault(error)]
     except ValueError as error:
         return [], [Fault("config.json", "sparsity_config", str(error))]
     try:

@@ -10,6 +10,8 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from nm_permute_plugin.checkpoint.checksums import refuse_changed
+
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 """A name that transformers may look up on the Hugging Face hub: ``ORGANISATION/NAME``."""
 
@@ -48,7 +50,12 @@ def model_class(folder: str | Path) -> Any:
 
 
 def load_checkpoint(checkpoint: str | Path, device: str) -> nn.Module:
-    """Load a model as it is on disk, sparse formats included, ready to be run."""
+    """
+    Load a model as it is on disk, sparse formats included, ready to be run.
+
+    :raises ValueError: if it has checksums, and a file is not as it was written
+    """
+    refuse_changed(Path(checkpoint))
     model = model_class(checkpoint).from_pretrained(checkpoint, dtype="auto")
     loaded: nn.Module = model.to(device).eval()
     return loaded

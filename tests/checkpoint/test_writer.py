@@ -172,7 +172,9 @@ def test_negative_zeros_are_named_and_can_be_cleared(
     weight = tensors[f"{DOWN}.weight"]
     weight[weight == 0] = -0.0
     save_file(tensors, dense / SINGLE, {"format": "pt"})
-    with pytest.raises(ValueError, match=rf"{DOWN} is 2:4 but for -0.0.*clear_zeros=True"):
+    with pytest.raises(
+        ValueError, match=rf"{DOWN} is 2:4 but for -0.0.*clear_zeros=True"
+    ):
         convert(dense, tmp_path / "a", "sparse-24-bitmask")
     assert not (tmp_path / "a").exists()
     done = convert(dense, tmp_path / "b", "sparse-24-bitmask", clear_zeros=True)
