@@ -38,7 +38,7 @@ def convert(
     formats = get_args(config.Format)
     if format not in formats:
         raise ValueError(f"format {format!r} is unknown; use {', '.join(formats)}")
-    if format == "dense" and not legacy:
+    if format == "dense" and not legacy and not clear_zeros:
         _refuse_copy(source)
     done = writer.convert(
         source,
