@@ -1,37 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find everything that is wrong with a checkpoint on disk."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from nm_permute_plugin.checkpoint.checksums import find_changes
 from nm_permute_plugin.checkpoint.config import (
     SparsityConfig,
     has_old_name,
-    quantization_format,
     read_sparsity_config,
 )
 from nm_permute_plugin.checkpoint.directory import (
-    INDEX,
-    SINGLE,
     Checkpoint,
     open_checkpoint,
     read_json,
 )
-from nm_permute_plugin.checkpoint.packed import PACKED, packed_modules
-from nm_permute_plugin.checkpoint.pattern import (
-    Violation,
-    comparable,
-    examine_module,
+from nm_permute_plugin.checkpoint.faults import (
+    Fault,
+    fault_of,
+    file_faults,
+    other_faults,
+    storage_faults,
+    unexamined,
+    weight_faults,
 )
+from nm_permute_plugin.checkpoint.packed import PACKED, packed_modules
+from nm_permute_plugin.checkpoint.pattern import Violation, examine_module
 from nm_permute_plugin.checkpoint.plan import is_conv1d, is_embedding
-from nm_permute_plugin.checkpoint.prunable import packed_experts, prunable
+from nm_permute_plugin.checkpoint.prunable import prunable
 from nm_permute_plugin.checkpoint.record import read_promise
-from nm_permute_plugin.checkpoint.shards import DamagedError, open_shard
+from nm_permute_plugin.checkpoint.shards import DamagedError
 from nm_permute_plugin.maths.pattern import NMPattern
 
 
@@ -54,15 +55,6 @@ class Row:
     zeros: float
     sparse: bool
     promised: bool
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Says what is wrong, and where; ``tensor`` is empty if a whole file is meant."""
-
-    file: str
-    tensor: str
-    message: str
 
 
 @dataclass(frozen=True)
@@ -118,13 +110,13 @@ def _verify(
     try:
         sparsity = read_sparsity_config(read_json(path / "config.json"))
     except DamagedError as error:
-        return [], [_fault(error)]
+        return [], [fault_of(error)]
     except ValueError as error:
         return [], [Fault("config.json", "sparsity_config", str(error))]
     try:
         checkpoint = open_checkpoint(path)
     except DamagedError as error:
-        return [], _file_faults(path) or [_fault(error)]
+        return [], file_faults(path) or [fault_of(error)]
     recorded = None
     if modules is None:
         try:
@@ -141,7 +133,7 @@ def _verify(
     if modules is None and pattern is not None and not promised:
         promised = prunable(checkpoint)
         transposed = {name for name in promised if is_conv1d(checkpoint, name)}
-        faults = _unexamined(checkpoint, promised, pattern)
+        faults = unexamined(checkpoint, promised, pattern)
     asked = _Asked(
         sparsity,
         pattern or said or NMPattern(2, 4),
@@ -166,7 +158,7 @@ def _verify(
         row, found = _examine(checkpoint, module, stored, asked)
         rows += [row] if row else []
         faults += found
-    return rows, [*faults, *_other_faults(checkpoint)]
+    return rows, [*faults, *other_faults(checkpoint)]
 
 
 @dataclass(frozen=True)
@@ -204,7 +196,7 @@ def _examine(
         )
     except (DamagedError, NotImplementedError) as error:
         if isinstance(error, DamagedError) and not packed:
-            return None, [_fault(error)]
+            return None, [fault_of(error)]
         return None, [Fault(file, module, getattr(error, "reason", str(error)))]
     weight, found = examined.stored, examined.found
     row = Row(
@@ -220,8 +212,8 @@ def _examine(
     if row.promised and isinstance(found, Violation):
         messages.append(f"is not {asked.pattern}: {found}")
     if not packed:
-        messages += _storage_faults(stored, asked.sparsity, declared)
-        messages += _weight_faults(checkpoint, row, weight)
+        messages += storage_faults(stored, asked.sparsity, declared)
+        messages += weight_faults(checkpoint, module, weight)
     return row, [Fault(file, module, message) for message in messages]
 
 
@@ -236,91 +228,3 @@ def _declared(checkpoint: Checkpoint, sparsity: SparsityConfig) -> set[str]:
         and not (targets is None and is_embedding(name))
     }
     return named - set(sparsity.ignore) | found
-
-
-def _storage_faults(
-    stored: str, sparsity: SparsityConfig | None, declared: bool
-) -> Iterator[str]:
-    if stored != "dense" and (sparsity is None or sparsity.format != stored):
-        said = "nothing" if sparsity is None else sparsity.format
-        yield f"is stored as {stored}, config.json says {said}"
-    elif stored != "dense" and not declared:
-        yield f"is stored as {stored}, config.json does not say that it is sparse"
-    elif declared and sparsity is not None and stored != sparsity.format:
-        yield f"is stored {stored}, config.json says {sparsity.format}"
-
-
-def _weight_faults(checkpoint: Checkpoint, row: Row, weight: Tensor) -> Iterator[str]:
-    if not bool(torch.isfinite(comparable(weight)).all()):
-        yield "holds NaN or infinity"
-    scale = f"{row.module}.weight_scale"
-    if weight.dtype.itemsize == 1 and scale not in checkpoint.where:
-        yield f"is {weight.dtype}, and there is no {scale}"
-    elif weight.dtype.itemsize == 1:
-        shape = checkpoint.where[scale].tensors[scale].shape
-        if shape not in ((), (1,), (1, 1), (row.shape[0],), (row.shape[0], 1)):
-            yield f"has the shape {list(row.shape)}, and {scale} {list(shape)}"
-    if weight.dtype.itemsize == 1 and quantization_format(checkpoint.config) is None:
-        yield f"is {weight.dtype}, and config.json says nothing of quantization"
-
-
-def _other_faults(checkpoint: Checkpoint) -> Iterator[Fault]:
-    """Finds the faults of tensors that are no matrices: scales, norms, biases."""
-    matrices = set(checkpoint.matrices())
-    for name, shard in checkpoint.where.items():
-        module, _, part = name.rpartition(".")
-        if module in matrices and part in ("weight", "compressed", "bitmask"):
-            continue
-        try:
-            tensor = shard.read(name)
-        except DamagedError as error:
-            yield _fault(error)
-            continue
-        if not tensor.is_floating_point():
-            continue
-        values = comparable(tensor)
-        if not bool(torch.isfinite(values).all()):
-            yield Fault(shard.path.name, name, "holds NaN or infinity")
-        elif part.endswith("_scale") and not bool((values > 0).all()):
-            yield Fault(shard.path.name, name, "holds a scale that is not positive")
-
-
-def _unexamined(
-    checkpoint: Checkpoint, promised: Collection[str], pattern: NMPattern
-) -> list[Fault]:
-    """Says what a demanded pattern cannot be checked of."""
-    faults = [
-        Fault(
-            checkpoint.where[name].path.name,
-            name,
-            f"holds the weights of all experts: only matrices are checked for {pattern}",
-        )
-        for name in packed_experts(checkpoint)
-    ]
-    if not promised and not faults:
-        message = f"no linear of a layer is here that could be {pattern}"
-        faults.append(Fault(checkpoint.path.name, "", message))
-    return faults
-
-
-def _file_faults(path: Path) -> list[Fault]:
-    """Lists every file that cannot be read, where the checkpoint could not be."""
-    if (path / SINGLE).exists():
-        files = {SINGLE}
-    else:
-        try:
-            named = read_json(path / INDEX).get("weight_map")
-        except DamagedError as error:
-            return [_fault(error)]
-        files = set(named.values()) if isinstance(named, dict) else set()
-    faults = []
-    for file in sorted(name for name in files if isinstance(name, str)):
-        try:
-            open_shard(path / file)
-        except DamagedError as error:
-            faults.append(_fault(error))
-    return faults
-
-
-def _fault(error: DamagedError) -> Fault:
-    return Fault(error.path.name, error.tensor, error.reason)

@@ -36,13 +36,8 @@ from nm_permute_plugin.checkpoint.plan import (
     sparsity_config,
 )
 from nm_permute_plugin.checkpoint.record import FOLDER
-from nm_permute_plugin.checkpoint.shards import (
-    DamagedError,
-    Shard,
-    ShardWriter,
-    open_shard,
-    tie,
-)
+from nm_permute_plugin.checkpoint.shard_writer import ShardWriter, tie
+from nm_permute_plugin.checkpoint.shards import DamagedError, Shard, open_shard
 from nm_permute_plugin.maths.pattern import NMPattern
 
 Announced = dict[str, tuple[torch.dtype, tuple[int, ...]]]

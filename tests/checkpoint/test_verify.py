@@ -132,6 +132,24 @@ def test_scales_that_are_missing_or_too_few(make_sparse: MakeDense) -> None:
     assert_fault(path, SINGLE, DOWN, f"there is no {scale}")
 
 
+@pytest.mark.parametrize(
+    ("scheme", "shape"),
+    [({"group_size": 4}, (32, 13)), ({"block_structure": [8, 16]}, (4, 4))],
+    ids=["groups", "blocks"],
+)
+def test_scales_of_groups_and_of_blocks(
+    make_sparse: MakeDense, scheme: dict, shape: tuple[int, int]
+) -> None:
+    """What the config says of them is right, and nothing else is."""
+    path, scale = make_sparse("int8"), f"{DOWN}.weight_scale"
+    rewrite(path, **{scale: torch.ones(shape)})
+    assert_fault(path, SINGLE, DOWN, f"{scale} {list(shape)}")
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"] |= scheme
+    (path / "config.json").write_text(json.dumps(config))
+    assert verify(path).good
+
+
 @pytest.mark.parametrize("part", ["compressed", "bitmask", "shape"])
 def test_a_part_that_is_missing(make_sparse: MakeDense, part: str) -> None:
     path = make_sparse()

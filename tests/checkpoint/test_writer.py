@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from nm_permute_plugin.checkpoint import checksums, writer
 from nm_permute_plugin.checkpoint.config import read_sparsity_config
 from nm_permute_plugin.checkpoint.directory import INDEX, SINGLE
-from nm_permute_plugin.checkpoint.shards import CHECKSUMS, ShardWriter, open_shard
+from nm_permute_plugin.checkpoint.shard_writer import ShardWriter
+from nm_permute_plugin.checkpoint.shards import CHECKSUMS, open_shard
 from nm_permute_plugin.checkpoint.writer import convert
 from nm_permute_plugin.maths.pattern import NMPattern
 
