@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 from nm_permute_plugin.checkpoint.codec import compress, decompress
 from nm_permute_plugin.checkpoint.layout24 import WORDS
-from nm_permute_plugin.checkpoint.shards import ShardWriter
+from nm_permute_plugin.checkpoint.shard_writer import ShardWriter
 from nm_permute_plugin.checkpoint.writer import convert
 
 ORACLE = Path(__file__).parents[1] / "tests" / "checkpoint" / "oracle" / "oracle.py"

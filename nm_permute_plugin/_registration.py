@@ -50,9 +50,17 @@ def _register_reader() -> None:
         )
 
 
+def _register_refusal() -> None:
+    refusal = importlib.import_module(
+        "nm_permute_plugin.checkpoint.transformers_refusal"
+    )
+    refusal.register_refusal()
+
+
 REGISTER: dict[str, Callable[[], None]] = {
     "llmcompressor": _register_modifiers,
     "transformers.quantizers.auto": _register_reader,
+    "transformers.modeling_utils": _register_refusal,
 }
 """What to do once a module of a host has been imported."""
 

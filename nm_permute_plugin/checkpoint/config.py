@@ -138,6 +138,29 @@ def quantization_config(config: Mapping[str, object]) -> Mapping[str, object] | 
     return None
 
 
+def has_old_name(config: Mapping[str, object]) -> bool:
+    """Tells whether the quantization config has a name that transformers passes over."""
+    new, old = (isinstance(config.get(name), Mapping) for name in _HOLDERS)
+    return old and not new
+
+
+def weight_schemes(config: Mapping[str, object]) -> list[Mapping[str, object]]:
+    """
+    Lists how weights are quantized, one entry for each group of modules.
+
+    >>> groups = {"group_0": {"weights": {"num_bits": 8}}, "group_1": {"weights": None}}
+    >>> weight_schemes({"quantization_config": {"config_groups": groups}})
+    [{'num_bits': 8}]
+    """
+    groups = (quantization_config(config) or {}).get("config_groups")
+    found = [
+        group.get("weights")
+        for group in (groups.values() if isinstance(groups, Mapping) else ())
+        if isinstance(group, Mapping)
+    ]
+    return [weights for weights in found if isinstance(weights, Mapping)]
+
+
 def quantization_format(config: Mapping[str, object]) -> str | None:
     """
     Tells how quantized weights are stored, e.g. ``"float-quantized"``; None without any.

@@ -12,7 +12,13 @@ from torch import Tensor
 from nm_permute_plugin.checkpoint.bitmask import decompress_any
 from nm_permute_plugin.checkpoint.codec import decompress
 from nm_permute_plugin.checkpoint.config import Format, Json
-from nm_permute_plugin.checkpoint.shards import DamagedError, Layout, Shard, open_shard
+from nm_permute_plugin.checkpoint.shards import (
+    DamagedError,
+    Layout,
+    Shard,
+    open_shard,
+    refuse_mixture,
+)
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -119,6 +125,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             where[name] = shard
     if named is not None:
         _compare(path / INDEX, named, where)
+    refuse_mixture(shards)
     return Checkpoint(path, config, index, shards, where, stored_formats(where))
 
 

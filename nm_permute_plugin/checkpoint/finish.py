@@ -7,6 +7,7 @@ from pathlib import Path
 
 from loguru import logger
 
+from nm_permute_plugin.checkpoint.checksums import write_checksums
 from nm_permute_plugin.checkpoint.config import AskedFormat
 from nm_permute_plugin.checkpoint.directory import open_checkpoint
 from nm_permute_plugin.checkpoint.model_card import Card, write_card
@@ -35,7 +36,8 @@ class Finish:
 
     def __call__(self, folder: Path) -> None:
         """
-        Checks a checkpoint's pattern, stores it as asked, and adds record and card.
+        Checks a checkpoint's pattern, stores it as asked, and adds record, checksums
+        and card.
 
         :raises ValueError: if a pruned module does not follow the pattern any more,
             naming module, row and channels
@@ -54,7 +56,9 @@ class Finish:
             plan = make_plan(
                 checkpoint, format, sparse, pattern, clear=True, counted=counted
             )
-            rewrite(checkpoint, plan, folder)
+            rewrite(checkpoint, plan, folder, checksums=False)
             checkpoint = open_checkpoint(folder)
         write_record(folder, self.perms, self.report)
+        names = [shard.path.name for shard in checkpoint.shards]
+        write_checksums(folder, names)
         write_card(checkpoint, replace(self.card, format=format, reason=reason))

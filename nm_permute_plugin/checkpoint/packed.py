@@ -5,7 +5,7 @@ import torch
 from jaxtyping import Int, Int8
 from torch import Tensor
 
-from nm_permute_plugin.checkpoint.config import quantization_config
+from nm_permute_plugin.checkpoint.config import weight_schemes
 from nm_permute_plugin.checkpoint.directory import Checkpoint
 from nm_permute_plugin.checkpoint.shards import DamagedError
 
@@ -98,12 +98,8 @@ def _shape(checkpoint: Checkpoint, module: str, packed: Tensor) -> tuple[int, in
 
 def _bits(checkpoint: Checkpoint, name: str, words: int, columns: int) -> int:
     """Finds the width of a level: config.json names it, and it fits the words."""
-    holder = quantization_config(checkpoint.config) or {}
-    groups = holder.get("config_groups")
-    widths = set()
-    for group in groups.values() if isinstance(groups, dict) else ():
-        weights = group.get("weights") or {}
-        widths.add(int(weights.get("num_bits", 0)))
+    found = [weights.get("num_bits") for weights in weight_schemes(checkpoint.config)]
+    widths = {bits for bits in found if isinstance(bits, int) and bits > 0}
     fitting = [bits for bits in sorted(widths) if -(-columns * bits // 32) == words]
     if not fitting:
         raise DamagedError(

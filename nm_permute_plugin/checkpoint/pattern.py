@@ -35,6 +35,7 @@ class Violation:
     :param count: how many non-zeros that group holds
     :param negative_zeros: whether the group holds too many only because of -0.0
     :param transposed: whether the matrix follows the pattern along its other axis
+    :param cleared: whether the whole matrix would follow the pattern with +0.0 for -0.0
     """
 
     pattern: NMPattern
@@ -44,6 +45,7 @@ class Violation:
     count: int = 0
     negative_zeros: bool = False
     transposed: bool = False
+    cleared: bool = False
 
     def __str__(self) -> str:
         if self.row is None:
@@ -65,8 +67,7 @@ def check_pattern(
     """
     Reads every module back, one at a time, and checks that it follows the pattern.
 
-    A weight counts as zero if it is zero once it is loaded: this includes -0.0 and
-    quantized levels equal to their zero point.
+    -0.0 counts as zero.
 
     :param transposed: the modules that are stored as [in, out]
     :return: the number of non-zeros of each module
@@ -80,8 +81,9 @@ def check_pattern(
             raise ValueError(
                 f"{module} was pruned, and the checkpoint has no weight of that name"
             )
-        levels = levels_of(checkpoint, module, read_stored(checkpoint, module))
-        found = examine(levels.t() if module in transposed else levels, pattern)
+        found = examine_module(
+            checkpoint, module, pattern, transposed=module in transposed
+        ).found
         if isinstance(found, Violation):
             raise ValueError(
                 f"{module} is not {pattern} any more: {found}. A modifier after the "
@@ -91,6 +93,49 @@ def check_pattern(
             )
         nonzeros[module] = found
     return nonzeros
+
+
+@dataclass(frozen=True)
+class Examined:
+    """
+    Is a module's weight, and what a pattern says of it.
+
+    :param stored: [out, in], the weight, or the levels of a packed one
+    :param zeros: the share of its weights that are zero, 0 to 1
+    :param found: the number of non-zeros, or where the pattern is broken
+    """
+
+    stored: Tensor
+    zeros: float
+    found: int | Violation
+
+
+def examine_module(
+    checkpoint: Checkpoint,
+    module: str,
+    pattern: NMPattern,
+    *,
+    transposed: bool = False,
+    clear: bool = True,
+) -> Examined:
+    """
+    Reads a module's weight and holds it to a pattern: the one check of this package.
+
+    A weight counts as zero if it is zero once it is loaded: this includes quantized
+    levels equal to their zero point.
+
+    :param transposed: whether it is stored as [in, out]
+    :param clear: whether -0.0 counts as zero
+    :raises DamagedError: if tensors of the module do not belong together
+    :raises NotImplementedError: for a packing that is not known
+    """
+    stored = read_stored(checkpoint, module)
+    levels = levels_of(checkpoint, module, stored, clear)
+    if transposed:
+        stored, levels = stored.t(), levels.t()
+    nonzeros = int((comparable(levels) != 0).sum())
+    zeros = 1 - nonzeros / max(1, levels.numel())
+    return Examined(stored, zeros, examine(levels, pattern))
 
 
 def read_stored(checkpoint: Checkpoint, module: str) -> Tensor:
@@ -149,8 +194,19 @@ def examine(levels: Tensor, pattern: NMPattern) -> int | Violation:
         int(_group_counts(part.t(), m).max()) <= pattern.n
         for part in levels.split(_PART, 1)
     )
-    count = int(counts[row, group])
-    return Violation(pattern, shape, row, group * m, count, negative, transposed)
+    cleared = negative and isinstance(
+        examine(clear_negative_zeros(levels), pattern), int
+    )
+    return Violation(
+        pattern=pattern,
+        shape=shape,
+        row=row,
+        channel=group * m,
+        count=int(counts[row, group]),
+        negative_zeros=negative,
+        transposed=transposed,
+        cleared=cleared,
+    )
 
 
 def comparable(tensor: Tensor) -> Tensor:

@@ -3,9 +3,8 @@
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from nm_permute_plugin.checkpoint.codec import clear_negative_zeros
 from nm_permute_plugin.checkpoint.config import (
     AskedFormat,
     Format,
@@ -14,14 +13,19 @@ from nm_permute_plugin.checkpoint.config import (
 )
 from nm_permute_plugin.checkpoint.directory import Checkpoint
 from nm_permute_plugin.checkpoint.layout24 import WORDS
-from nm_permute_plugin.checkpoint.pattern import Violation, examine
+from nm_permute_plugin.checkpoint.pattern import Violation, examine_module
+from nm_permute_plugin.checkpoint.prunable import packed_experts
 from nm_permute_plugin.maths.pattern import NMPattern
 
 HEAD = "lm_head"
 TWO_FOUR = NMPattern(2, 4)
 
 _EIGHT_BIT = ("float-quantized", "int-quantized", "naive-quantized")
+_AROUND = "quantized around a zero point, zeros are not stored as zeros"
 _TRANSPOSED = "Conv1D stores [in, out], and sparse formats hold [out, in]"
+_MIXED = "not all experts of its layer can be sparse, and they are packed"
+SPARSE_ALL_THE_SAME = (_AROUND, _MIXED, _TRANSPOSED)
+"""Lists why a matrix stays dense although it follows the pattern."""
 _PACKED_EXPERTS = "no reader packs experts that are quantized and sparse"
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D = ("c_attn", "q_attn", "c_fc", "c_proj")
@@ -44,6 +48,7 @@ class Plan:
     :param nonzeros: the modules to store sparse, with their number of non-zeros
     :param dense: the other matrices, each with the reason
     :param clear: whether -0.0 is stored as +0.0
+    :param violations: where those of ``dense`` break the pattern that do
     """
 
     format: Format
@@ -51,6 +56,7 @@ class Plan:
     nonzeros: Mapping[str, int]
     dense: Mapping[str, str]
     clear: bool
+    violations: Mapping[str, Violation] = field(default_factory=dict)
 
 
 def choose_format(
@@ -79,7 +85,7 @@ def choose_format(
     if quantized is not None and quantized not in _EIGHT_BIT:
         return "dense", f"sparse formats cannot hold {quantized}; its zeros are kept"
     if any(name.endswith(".weight_zero_point") for name in checkpoint.where):
-        return "dense", "quantized around a zero point, zeros are not stored as zeros"
+        return "dense", _AROUND
     if asked != "auto":
         return asked, "asked for"
     if pattern == TWO_FOUR and to_store_sparse(asked, pruned):
@@ -141,11 +147,15 @@ def make_plan(
     known = counted or {}
     nonzeros: dict[str, int] = {}
     dense: dict[str, str] = {}
+    violations: dict[str, Violation] = {}
     for module in names:
         skipped = _skipped(module, modules, dense_experts)
-        found: int | str = skipped or _storable(
+        found: int | str | Violation = skipped or _storable(
             checkpoint, module, pattern, clear, known.get(module)
         )
+        if isinstance(found, Violation):
+            violations[module] = found
+            found = f"not {pattern}: {found}"
         if isinstance(found, int):
             nonzeros[module] = found
         elif modules is None or skipped:
@@ -155,20 +165,27 @@ def make_plan(
                 f"{checkpoint.file(module)}: {module}.weight cannot be stored as "
                 f"{format}: {found}. Prune it first, or leave it out."
             )
-    for name, shard in checkpoint.where.items():
-        if ".experts." in name and len(shard.tensors[name].shape) == 3:
-            dense[name] = "the weights of all experts in one tensor: only matrices fit"
+    for name in packed_experts(checkpoint):
+        dense[name] = "the weights of all experts in one tensor: only matrices fit"
     for module in _apart(names, nonzeros):
         del nonzeros[module]
-        dense[module] = (
-            "not all experts of its layer can be sparse, and they are packed"
-        )
-    return Plan(format, pattern, nonzeros, dense, clear)
+        dense[module] = _MIXED
+    return Plan(format, pattern, nonzeros, dense, clear, violations)
 
 
 def is_embedding(module: str) -> bool:
     """Tells by its name whether a module is a table of embeddings."""
     return module.rpartition(".")[2] in _EMBEDDINGS
+
+
+def is_conv1d(checkpoint: Checkpoint, module: str) -> bool:
+    """
+    Tells whether transformers reads a module as Conv1D, which stores [in, out].
+
+    No weight tells that; the kind of model does, and the module's name.
+    """
+    known = checkpoint.config.get("model_type") in _CONV1D_MODELS
+    return known and module.rpartition(".")[2] in _CONV1D
 
 
 def experts_of(names: Iterable[str]) -> list[str]:
@@ -232,21 +249,22 @@ def _storable(
     pattern: NMPattern,
     clear: bool,
     counted: int | None,
-) -> int | str:
+) -> int | str | Violation:
     """Counts the non-zeros of a matrix that can be stored sparse, or says why not."""
-    # no weight tells that transformers reads a module as Conv1D; the kind of model does
-    conv1d = checkpoint.config.get("model_type") in _CONV1D_MODELS
-    if conv1d and module.rpartition(".")[2] in _CONV1D:
-        return _TRANSPOSED
+    if is_conv1d(checkpoint, module):
+        found = examine_module(checkpoint, module, pattern, transposed=True).found
+        wrong_axis = isinstance(found, Violation) and not found.transposed
+        return found if wrong_axis else _TRANSPOSED
     if quantization_format(checkpoint.config) is not None and experts_of([module]):
         return _PACKED_EXPERTS
     if counted is not None:
         return counted
-    weight = checkpoint.weight(module)
-    if weight.dtype not in WORDS:
-        return f"sparse formats do not store {weight.dtype}"
-    found = examine(clear_negative_zeros(weight) if clear else weight, pattern)
-    return f"not {pattern}: {found}" if isinstance(found, Violation) else found
+    dtype, _ = checkpoint.dense_layout(module)
+    if dtype not in WORDS:
+        return f"sparse formats do not store {dtype}"
+    found = examine_module(checkpoint, module, pattern, clear=clear).found
+    around = f"{module}.weight_zero_point" in checkpoint.where
+    return _AROUND if around and isinstance(found, int) else found
 
 
 def _apart(names: Collection[str], sparse: Collection[str]) -> list[str]:

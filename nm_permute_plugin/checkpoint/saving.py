@@ -45,10 +45,8 @@ def save_checkpoint(
         )
     save = save or model.save_pretrained
     target = Path(folder).resolve()
-    if distributed.is_available() and distributed.is_initialized():
-        first = distributed.get_rank() == 0
-    else:
-        first = True
+    together = distributed.is_available() and distributed.is_initialized()
+    first = not together or distributed.get_rank() == 0
     inside = transaction.is_unfinished(target)  # whoever made it puts it in its place
     if inside or not first:
         fresh = target if inside else transaction.unfinished(target, _MARK)
@@ -56,7 +54,9 @@ def save_checkpoint(
         if first:
             finish(fresh)
         return
-    with transaction.directory(target, _stays, _MARK) as fresh:
+    # a name that all processes know, and that two runs into one folder do not share
+    mark = _MARK if together else None
+    with transaction.directory(target, _stays, mark) as fresh:
         save(fresh, **save_options)
         finish(fresh)
         keep_foreign_card(target, fresh)

@@ -1,25 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Safetensors files: read a tensor at a time, write a tensor at a time, with checksums.
+"""Read safetensors files a tensor at a time, and compare their checksums.
 
-The safetensors package holds a whole file in memory to write it, and does not notice a
-changed byte. The files here are ordinary ones; beside ``{"format": "pt"}`` their
-metadata holds a CRC-32 of every tensor, which other readers pass over.
+The safetensors package does not notice a changed byte. The files here are ordinary ones;
+beside ``{"format": "pt"}`` their metadata holds a CRC-32 of every tensor, and one digest
+for all files of a checkpoint, which other readers pass over.
 """
 
 import json
 import math
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch import Tensor
 
 CHECKSUMS = "nm_permute.crc32"
 """Names the entry of a file's metadata that holds the checksums."""
+
+TOGETHER = "nm_permute.checkpoint"
+"""Names the entry that holds the digest of all tensors of the whole checkpoint: files of
+different runs differ in it."""
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -39,7 +42,9 @@ DTYPES = {
     "U64": torch.uint64,
     "F64": torch.float64,
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""Maps the dtypes of torch to what a header calls them."""
+
 _LARGEST_HEADER = 100_000_000  # bytes that the safetensors package accepts
 _PIECE = 1 << 24  # bytes that are read at a time to compare a checksum
 
@@ -104,7 +109,7 @@ class Shard:
             if file.readinto(content) != len(content):
                 raise DamagedError(self.path, f"{name} is cut off", name)
         if self.checksums is not None and self.checksums[name] != zlib.crc32(
-            content, _seed(name, layout)
+            content, checksum_seed(name, layout)
         ):
             raise self._changed(name)
         if not content:
@@ -122,7 +127,7 @@ class Shard:
         with self.path.open("rb") as file:
             for name, layout in self.tensors.items():
                 file.seek(self.data + layout.start)
-                found, left = _seed(name, layout), layout.end - layout.start
+                found, left = checksum_seed(name, layout), layout.end - layout.start
                 while left and (piece := file.read(min(left, _PIECE))):
                     found, left = zlib.crc32(piece, found), left - len(piece)
                 if left or found != self.checksums[name]:
@@ -178,98 +183,19 @@ def open_shard(path: Path) -> Shard:
     return Shard(path, 8 + length, tensors, metadata, checksums)
 
 
-class ShardWriter:
+def refuse_mixture(shards: Sequence[Shard]) -> None:
     """
-    Writes a safetensors file tensor by tensor, in any order; a context manager.
+    Checks that the files of a checkpoint were written together.
 
-    :param tensors: dtype and shape of everything that will be written
-    :param metadata: kept beside the checksums
-    :raises OSError: if the file cannot be written, naming file and tensor
+    :raises DamagedError: for a file that is of another run than the first
     """
-
-    def __init__(
-        self,
-        path: Path,
-        tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-        metadata: Mapping[str, str],
-    ) -> None:
-        self._path = path
-        self._metadata = {k: v for k, v in metadata.items() if k != CHECKSUMS}
-        self._sums: dict[str, int] = {}
-        self._layouts: dict[str, Layout] = {}
-        at = 0
-        # widest elements first, as the safetensors package does: all are aligned
-        for name in sorted(
-            tensors, key=lambda name: (-tensors[name][0].itemsize, name)
-        ):
-            dtype, shape = tensors[name]
-            size = math.prod(shape) * dtype.itemsize
-            self._layouts[name] = Layout(dtype, shape, at, at + size)
-            at += size
-        self._data = len(self._header())
-
-    def __enter__(self) -> "ShardWriter":
-        self._file = self._path.open("xb", buffering=0)
-        return self
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """
-        Puts a tensor at its place in the file.
-
-        :raises ValueError: if its dtype or shape is not the one that was announced
-        """
-        layout = self._layouts[name]
-        if (tensor.dtype, tuple(tensor.shape)) != (layout.dtype, layout.shape):
-            raise ValueError(
-                f"{name} was announced as {layout.dtype} {layout.shape}, and is "
-                f"{tensor.dtype} {tuple(tensor.shape)}"
+    for shard in shards[1:]:
+        if shard.metadata.get(TOGETHER) != shards[0].metadata.get(TOGETHER):
+            raise DamagedError(
+                shard.path,
+                f"was not written together with {shards[0].path.name}: the two are of "
+                "different runs. Fetch or make the whole checkpoint again.",
             )
-        flat = tensor.detach().cpu().contiguous().view(-1)
-        content = flat.view(torch.uint8).numpy().data if len(flat) else b""
-        self._sums[name] = zlib.crc32(content, _seed(name, layout))
-        self._put(content, self._data + layout.start, name)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with self._file:
-            if kind is None:
-                missing = sorted(self._layouts.keys() - self._sums.keys())
-                if missing:
-                    raise ValueError(f"{self._path}: never written: {missing}")
-                self._put(self._header(), 0, "its header")
-                os.fsync(self._file.fileno())
-
-    def _put(self, content: bytes | memoryview, at: int, name: str) -> None:
-        try:
-            self._file.seek(at)
-            left = memoryview(content)
-            while left:
-                left = left[self._file.write(left) :]
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"{name} could not be written to {self._path.name}: {error.strerror}",
-            ) from error
-
-    def _header(self) -> bytes:
-        """Makes the header, which is as long before the checksums are known as after."""
-        sums = {name: f"{self._sums.get(name, 0):08x}" for name in self._layouts}
-        metadata = {**self._metadata, CHECKSUMS: json.dumps(sums)}
-        entries = {
-            name: {
-                "dtype": _NAMES[layout.dtype],
-                "shape": list(layout.shape),
-                "data_offsets": [layout.start, layout.end],
-            }
-            for name, layout in self._layouts.items()
-        }
-        text = json.dumps({"__metadata__": metadata, **entries}).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
 
 
 def _layout(entry: Mapping[str, object]) -> Layout:
@@ -314,6 +240,6 @@ def _check_layout(path: Path, tensors: Mapping[str, Layout], size: int) -> None:
         raise DamagedError(path, f"{size - at} bytes belong to no tensor")
 
 
-def _seed(name: str, layout: Layout) -> int:
+def checksum_seed(name: str, layout: Layout) -> int:
     """Starts a checksum, so that it covers what the header says of the tensor too."""
-    return zlib.crc32(f"{name} {_NAMES[layout.dtype]} {layout.shape}".encode())
+    return zlib.crc32(f"{name} {NAMES[layout.dtype]} {layout.shape}".encode())

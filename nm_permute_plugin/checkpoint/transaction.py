@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Let a directory appear whole or not at all: whatever writes a checkpoint does it here."""
 
+import errno
 import json
 import os
 import shutil
@@ -20,7 +21,9 @@ def directory(
     Yields a new, empty directory, which takes the target's place when the block ends.
 
     What was written is on disk before that. If the block raises, the new directory is
-    removed and the target stays what it was.
+    removed and the target stays what it was. What appears in the target meanwhile is
+    never lost: it stays beside the new files, or, where one of them has its name, the
+    target stays and the new directory gets another name.
 
     :param target: a resolved path
     :param keep: says which entries of an existing target stay, by name, where the new
@@ -28,7 +31,10 @@ def directory(
     :param mark: names the new directory, for processes that write to it together; by
         default the name is unique
     :raises OSError: if the directory cannot be made, naming its parent
+    :raises FileExistsError: if something else wrote the same files to the target
+        meanwhile, naming where the new directory is now
     """
+    before = _state(target)
     fresh = unfinished(target, mark or uuid.uuid4().hex[:8])
     shutil.rmtree(fresh, ignore_errors=True)  # of a run that was killed
     try:
@@ -42,7 +48,7 @@ def directory(
         for folder, _, files in os.walk(fresh):
             for name in (*files, "."):
                 _sync(Path(folder, name))
-        _put(fresh, target, keep or (lambda name: False))
+        _put(fresh, target, keep or (lambda name: False), before)
         _sync(target.parent)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -119,35 +125,106 @@ def _link(source: str | Path, to: str | Path) -> None:
     _sync(Path(to))
 
 
-def _put(fresh: Path, target: Path, keep: Callable[[str], bool]) -> None:
+_State = dict[str, tuple[int, ...]]
+
+
+def _state(folder: Path) -> _State:
+    """Notes what a directory holds: by path, what changes when a file is written."""
+    state: _State = {}
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not is_unfinished(Path(name))]
+        for name in (*folders, *files):
+            path = Path(parent, name)
+            try:
+                stat = path.lstat()
+            except FileNotFoundError:
+                continue  # it is gone again
+            written = () if name in folders else (stat.st_mtime_ns, stat.st_size)
+            state[str(path.relative_to(folder))] = (stat.st_ino, *written)
+    return state
+
+
+def _appeared(folder: Path, before: _State) -> set[str]:
+    """Names the entries of a directory that hold something new or written since."""
+    now = _state(folder)
+    return {Path(path).parts[0] for path in now if now[path] != before.get(path)}
+
+
+def _put(
+    fresh: Path, target: Path, keep: Callable[[str], bool], before: _State
+) -> None:
     """
     Puts the new directory in the target's place.
 
     The target is missing only between two renames, and an error undoes the first.
     """
-    if not target.exists():
-        fresh.rename(target)
+    inside = fresh.parent == target
+    if not inside and _replaces_nothing(fresh, target):
         return
-    if fresh.parent == target:
-        _refill(fresh, target, keep)
+    appeared = _appeared(target, before)
+    _refuse_written(fresh, target, appeared)
+    if inside:
+        _refill(fresh, target, lambda name: name in appeared or keep(name))
         return
     shutil.copymode(target, fresh)
-    take(target, fresh, keep, link=True)
+    seen = _state(target)
+    ours = {entry.name for entry in fresh.iterdir()}
+    take(target, fresh, lambda name: name in appeared or keep(name), link=True)
     old = fresh.with_suffix(".old")
     target.rename(old)
     try:
-        fresh.rename(target)
-    except OSError:
-        old.rename(target)
+        late = _appeared(old, seen)  # from here on nobody finds it by its name
+        if not late & ours:
+            take(old, fresh, late.__contains__, link=True)
+            fresh.rename(target)
+    except OSError as error:
+        if not _replaces_nothing(old, target):
+            raise FileExistsError(
+                f"{target} was written by something else at the same moment; what it "
+                f"held before is in {old}"
+            ) from error
         raise
+    if late & ours:
+        old.rename(target)
+        _refuse_written(fresh, target, late & ours)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _replaces_nothing(fresh: Path, target: Path) -> bool:
+    """Puts the new directory where nothing is, or an empty one, if it is so."""
+    if target.exists():
+        if any(target.iterdir()):
+            return False
+        shutil.copymode(target, fresh)
+    try:
+        fresh.rename(target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False  # somebody was faster
+        raise
+    return True
+
+
+def _refuse_written(fresh: Path, target: Path, appeared: set[str]) -> None:
+    """Refuses to replace what was written meanwhile; what was made gets a free name."""
+    taken = sorted(entry.name for entry in fresh.iterdir() if entry.name in appeared)
+    if not taken:
+        return
+    number = 2
+    while (aside := fresh.parent / f"{target.name}-{number}").exists():
+        number += 1
+    fresh.rename(aside)
+    raise FileExistsError(
+        f"{target} was written by something else while this ran ({', '.join(taken)}): it "
+        f"stays as it is, and what was made here is in {aside}"
+    )
 
 
 def _refill(fresh: Path, target: Path, keep: Callable[[str], bool]) -> None:
     """Fills a target that cannot be renamed; config.json leaves first and comes last."""
     new = {entry.name for entry in fresh.iterdir()}
     for entry in sorted(target.iterdir(), key=lambda e: e.name != "config.json"):
-        if entry == fresh or (entry.name not in new and keep(entry.name)):
+        if is_unfinished(entry) or (entry.name not in new and keep(entry.name)):
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

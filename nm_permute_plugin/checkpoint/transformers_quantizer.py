@@ -66,6 +66,8 @@ class CompressedTensorsConfig(_STOCK_CONFIG):  # type: ignore[valid-type, misc]
 class SparseQuantizer(_STOCK_QUANTIZER):  # type: ignore[valid-type, misc]
     """Is the stock quantizer, and decompresses the sparse weights as they arrive."""
 
+    reads_sparse = True
+
     # How transformers calls what is below differs from version to version: it is
     # passed on as it comes.
 

@@ -1,36 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find everything that is wrong with a checkpoint on disk."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from nm_permute_plugin.checkpoint.checksums import find_changes
 from nm_permute_plugin.checkpoint.config import (
     SparsityConfig,
-    quantization_format,
+    has_old_name,
     read_sparsity_config,
 )
 from nm_permute_plugin.checkpoint.directory import (
-    INDEX,
-    SINGLE,
     Checkpoint,
     open_checkpoint,
     read_json,
 )
-from nm_permute_plugin.checkpoint.packed import PACKED, packed_modules
-from nm_permute_plugin.checkpoint.pattern import (
-    Violation,
-    comparable,
-    examine,
-    levels_of,
-    read_stored,
+from nm_permute_plugin.checkpoint.faults import (
+    Fault,
+    fault_of,
+    file_faults,
+    other_faults,
+    storage_faults,
+    unexamined,
+    weight_faults,
 )
-from nm_permute_plugin.checkpoint.plan import is_embedding
+from nm_permute_plugin.checkpoint.packed import PACKED, packed_modules
+from nm_permute_plugin.checkpoint.pattern import Violation, examine_module
+from nm_permute_plugin.checkpoint.plan import is_conv1d, is_embedding
+from nm_permute_plugin.checkpoint.prunable import prunable
 from nm_permute_plugin.checkpoint.record import read_promise
-from nm_permute_plugin.checkpoint.shards import DamagedError, open_shard
+from nm_permute_plugin.checkpoint.shards import DamagedError
 from nm_permute_plugin.maths.pattern import NMPattern
 
 
@@ -56,25 +58,18 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Fault:
-    """Says what is wrong, and where; ``tensor`` is empty if a whole file is meant."""
-
-    file: str
-    tensor: str
-    message: str
-
-
-@dataclass(frozen=True)
 class Report:
     """
     Says what was found in a checkpoint.
 
     :param rows: its matrices, as far as they could be read
     :param faults: all that is wrong with it
+    :param checksums: whether it has checksums, which find every change of its files
     """
 
     rows: tuple[Row, ...]
     faults: tuple[Fault, ...]
+    checksums: bool = False
 
     @property
     def good(self) -> bool:
@@ -95,48 +90,75 @@ def verify(
     every promised module; that weights and scales are finite, and scales positive.
 
     :param modules: what must be sparse; None for what ``config.json`` promises, and the
-        record of the run that pruned
+        record of the run that pruned. If these promise nothing, and a pattern is given,
+        every linear of the layers must follow it
     :param pattern: None for the one that is promised, or else 2:4
     """
     path = Path(path)
+    changes = find_changes(path)
+    changed = [Fault(file, "", text) for file, text in (changes or {}).items()]
+    rows, faults = _verify(path, modules, pattern)
+    known = {(fault.file, fault.tensor) for fault in faults}
+    changed = [fault for fault in changed if (fault.file, "") not in known]
+    return Report(tuple(rows), (*changed, *faults), changes is not None)
+
+
+def _verify(
+    path: Path, modules: Collection[str] | None, pattern: NMPattern | None
+) -> tuple[list[Row], list[Fault]]:
+    """Returns a checkpoint's matrices and faults, its checksums aside."""
     try:
         sparsity = read_sparsity_config(read_json(path / "config.json"))
+    except DamagedError as error:
+        return [], [fault_of(error)]
     except ValueError as error:
-        return Report((), (Fault("config.json", "sparsity_config", str(error)),))
+        return [], [Fault("config.json", "sparsity_config", str(error))]
     try:
         checkpoint = open_checkpoint(path)
     except DamagedError as error:
-        return Report((), _file_faults(path) or (_fault(error),))
+        return [], file_faults(path) or [fault_of(error)]
     recorded = None
     if modules is None:
         try:
             recorded = read_promise(path)
         except ValueError as error:
-            return Report((), (Fault("nm_permute/report.json", "", str(error)),))
+            return [], [Fault("nm_permute/report.json", "", str(error))]
     said = sparsity.pattern if sparsity else recorded and recorded.pattern
     declared = set(modules or ())
     if modules is None and sparsity is not None:
         declared = _declared(checkpoint, sparsity)
+    transposed = set(recorded.transposed if recorded else ())
+    promised = declared | set(recorded.modules if recorded else ())
+    faults = []
+    if modules is None and pattern is not None and not promised:
+        promised = prunable(checkpoint)
+        transposed = {name for name in promised if is_conv1d(checkpoint, name)}
+        faults = unexamined(checkpoint, promised, pattern)
     asked = _Asked(
         sparsity,
         pattern or said or NMPattern(2, 4),
         declared,
-        declared | set(recorded.modules if recorded else ()),
-        set(recorded.transposed if recorded else ()),
+        promised,
+        transposed,
     )
     matrices = dict.fromkeys(packed_modules(checkpoint), "packed")
     matrices |= {name: checkpoint.formats[name] for name in checkpoint.matrices()}
-    faults = [
+    faults += [
         Fault("config.json", name, "is said to be sparse, and has no weight")
         for name in sorted(asked.promised - set(checkpoint.formats) - set(matrices))
     ]
+    if has_old_name(checkpoint.config):
+        message = (
+            "transformers passes it over and starts from random weights; call it "
+            "quantization_config"
+        )
+        faults.append(Fault("config.json", "compression_config", message))
     rows = []
     for module, stored in matrices.items():
         row, found = _examine(checkpoint, module, stored, asked)
         rows += [row] if row else []
         faults += found
-    faults += _other_faults(checkpoint)
-    return Report(tuple(rows), tuple(faults))
+    return rows, [*faults, *other_faults(checkpoint)]
 
 
 @dataclass(frozen=True)
@@ -145,7 +167,8 @@ class _Asked:
     Says what a checkpoint is held to.
 
     :param declared: the modules that config.json, or the caller, says are sparse
-    :param promised: those, and the ones that the record of the run names
+    :param promised: those, and the ones that the record of the run names; where there
+        are none and a pattern is demanded, every linear of the layers
     """
 
     sparsity: SparsityConfig | None
@@ -163,23 +186,25 @@ def _examine(
     shard = checkpoint.where.get(f"{module}{PACKED}")
     file = (shard.path if packed and shard else checkpoint.file(module)).name
     try:
-        weight = read_stored(checkpoint, module)
-        # -0.0 does no harm where all zeros are stored
-        clear = stored == "dense" and not declared
-        levels = levels_of(checkpoint, module, weight, clear)
+        examined = examine_module(
+            checkpoint,
+            module,
+            asked.pattern,
+            transposed=module in asked.transposed,
+            # -0.0 does no harm where all zeros are stored
+            clear=stored == "dense" and not declared,
+        )
     except (DamagedError, NotImplementedError) as error:
         if isinstance(error, DamagedError) and not packed:
-            return None, [_fault(error)]
+            return None, [fault_of(error)]
         return None, [Fault(file, module, getattr(error, "reason", str(error)))]
-    if module in asked.transposed:
-        weight, levels = weight.t(), levels.t()
-    found = examine(levels, asked.pattern)
+    weight, found = examined.stored, examined.found
     row = Row(
         module=module,
         format=stored,
         dtype=weight.dtype,
         shape=tuple(weight.shape),
-        zeros=1 - int((comparable(levels) != 0).sum()) / max(1, levels.numel()),
+        zeros=examined.zeros,
         sparse=not isinstance(found, Violation),
         promised=module in asked.promised,
     )
@@ -187,8 +212,8 @@ def _examine(
     if row.promised and isinstance(found, Violation):
         messages.append(f"is not {asked.pattern}: {found}")
     if not packed:
-        messages += _storage_faults(stored, asked.sparsity, declared)
-        messages += _weight_faults(checkpoint, row, weight)
+        messages += storage_faults(stored, asked.sparsity, declared)
+        messages += weight_faults(checkpoint, module, weight)
     return row, [Fault(file, module, message) for message in messages]
 
 
@@ -203,73 +228,3 @@ def _declared(checkpoint: Checkpoint, sparsity: SparsityConfig) -> set[str]:
         and not (targets is None and is_embedding(name))
     }
     return named - set(sparsity.ignore) | found
-
-
-def _storage_faults(
-    stored: str, sparsity: SparsityConfig | None, declared: bool
-) -> Iterator[str]:
-    if stored != "dense" and (sparsity is None or sparsity.format != stored):
-        said = "nothing" if sparsity is None else sparsity.format
-        yield f"is stored as {stored}, config.json says {said}"
-    elif stored != "dense" and not declared:
-        yield f"is stored as {stored}, config.json does not say that it is sparse"
-    elif declared and sparsity is not None and stored != sparsity.format:
-        yield f"is stored {stored}, config.json says {sparsity.format}"
-
-
-def _weight_faults(checkpoint: Checkpoint, row: Row, weight: Tensor) -> Iterator[str]:
-    if not bool(torch.isfinite(comparable(weight)).all()):
-        yield "holds NaN or infinity"
-    scale = f"{row.module}.weight_scale"
-    if weight.dtype.itemsize == 1 and scale not in checkpoint.where:
-        yield f"is {weight.dtype}, and there is no {scale}"
-    elif weight.dtype.itemsize == 1:
-        shape = checkpoint.where[scale].tensors[scale].shape
-        if shape not in ((), (1,), (1, 1), (row.shape[0],), (row.shape[0], 1)):
-            yield f"has the shape {list(row.shape)}, and {scale} {list(shape)}"
-    if weight.dtype.itemsize == 1 and quantization_format(checkpoint.config) is None:
-        yield f"is {weight.dtype}, and config.json says nothing of quantization"
-
-
-def _other_faults(checkpoint: Checkpoint) -> Iterator[Fault]:
-    """Finds the faults of tensors that are no matrices: scales, norms, biases."""
-    matrices = set(checkpoint.matrices())
-    for name, shard in checkpoint.where.items():
-        module, _, part = name.rpartition(".")
-        if module in matrices and part in ("weight", "compressed", "bitmask"):
-            continue
-        try:
-            tensor = shard.read(name)
-        except DamagedError as error:
-            yield _fault(error)
-            continue
-        if not tensor.is_floating_point():
-            continue
-        values = comparable(tensor)
-        if not bool(torch.isfinite(values).all()):
-            yield Fault(shard.path.name, name, "holds NaN or infinity")
-        elif part.endswith("_scale") and not bool((values > 0).all()):
-            yield Fault(shard.path.name, name, "holds a scale that is not positive")
-
-
-def _file_faults(path: Path) -> tuple[Fault, ...]:
-    """Lists every file that cannot be read, where the checkpoint could not be."""
-    if (path / SINGLE).exists():
-        files = {SINGLE}
-    else:
-        try:
-            named = read_json(path / INDEX).get("weight_map")
-        except DamagedError as error:
-            return (_fault(error),)
-        files = set(named.values()) if isinstance(named, dict) else set()
-    faults = []
-    for file in sorted(name for name in files if isinstance(name, str)):
-        try:
-            open_shard(path / file)
-        except DamagedError as error:
-            faults.append(_fault(error))
-    return tuple(faults)
-
-
-def _fault(error: DamagedError) -> Fault:
-    return Fault(error.path.name, error.tensor, error.reason)

@@ -11,8 +11,14 @@ from torch import Tensor
 
 from nm_permute_plugin.checkpoint import transaction
 from nm_permute_plugin.checkpoint.bitmask import compress_any
+from nm_permute_plugin.checkpoint.checksums import refuse_changed, write_checksums
 from nm_permute_plugin.checkpoint.codec import clear_negative_zeros, compress
-from nm_permute_plugin.checkpoint.config import Format, Json, with_sparsity_config
+from nm_permute_plugin.checkpoint.config import (
+    Format,
+    Json,
+    quantization_format,
+    with_sparsity_config,
+)
 from nm_permute_plugin.checkpoint.directory import (
     INDEX,
     PARTS,
@@ -22,13 +28,16 @@ from nm_permute_plugin.checkpoint.directory import (
 )
 from nm_permute_plugin.checkpoint.legacy import legacy_config, legacy_tokenizer_config
 from nm_permute_plugin.checkpoint.plan import (
+    SPARSE_ALL_THE_SAME,
     TWO_FOUR,
     Plan,
     global_sparsity,
     make_plan,
     sparsity_config,
 )
-from nm_permute_plugin.checkpoint.shards import Shard, ShardWriter, open_shard
+from nm_permute_plugin.checkpoint.record import FOLDER
+from nm_permute_plugin.checkpoint.shard_writer import ShardWriter, tie
+from nm_permute_plugin.checkpoint.shards import DamagedError, Shard, open_shard
 from nm_permute_plugin.maths.pattern import NMPattern
 
 Announced = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -79,17 +88,25 @@ def convert(
     :param modules: those that must be stored sparse; None for every matrix that follows
         the pattern, embeddings aside
     :param pattern: 2:4, or another for the format ``sparse-bitmask``
-    :param clear_zeros: store -0.0 as +0.0, which a product with a mask leaves behind
+    :param clear_zeros: store -0.0 as +0.0, which a product with a mask leaves behind;
+        for sparse formats
     :param dense_experts: leave routed experts dense, as vLLM serves them
     :param legacy: write config and tokenizer for transformers 4 and vLLM up to 0.18.1
     :param overwrite: replace a target that is not the source and not empty
     :raises ValueError: if the source is damaged, a module of ``modules`` is missing or
-        does not follow the pattern, or the format cannot store the pattern
+        does not follow the pattern, or the format cannot store the pattern; where
+        ``modules`` is None, if no matrix follows the pattern, or one does but for -0.0
     :raises FileExistsError: if the target holds something and ``overwrite`` is not set
     :raises OSError: if the target cannot be written, the disk being full for example
     """
+    if clear_zeros and format == "dense":
+        raise ValueError("clearing -0.0 is for sparse formats, and not for dense")
     checkpoint = open_checkpoint(Path(source).resolve())
+    refuse_changed(checkpoint.path)
+    _refuse_unsaid(checkpoint)
     plan = make_plan(checkpoint, format, modules, pattern, clear_zeros, dense_experts)
+    if modules is None:
+        _refuse_pointless(checkpoint, plan)
     return rewrite(checkpoint, plan, Path(target).resolve(), legacy, overwrite)
 
 
@@ -99,8 +116,14 @@ def rewrite(
     target: Path,
     legacy: bool = False,
     overwrite: bool = False,
+    checksums: bool = True,
 ) -> Conversion:
-    """Does what a plan says, as ``convert`` describes; ``target`` is a resolved path."""
+    """
+    Does what a plan says, as ``convert`` describes.
+
+    :param target: a resolved path
+    :param checksums: whether files are complete, and get their checksums
+    """
     source = checkpoint.path
     zeros = global_sparsity(checkpoint, plan)
     config = with_sparsity_config(checkpoint.config, sparsity_config(plan, zeros))
@@ -119,6 +142,7 @@ def rewrite(
     with transaction.directory(target, keep if target == source else None) as fresh:
         for shard in checkpoint.shards:
             _write_shard(checkpoint, plan, shard, fresh / shard.path.name)
+        tie([fresh / name for name in names])
         after = sum((fresh / name).stat().st_size for name in names)
         if checkpoint.index is not None:
             index = _index(checkpoint.index, fresh, names)
@@ -130,6 +154,10 @@ def rewrite(
             transaction.write_json(fresh / words.name, new)
         if target != source:
             transaction.take(source, fresh, keep)
+        elif checksums:
+            transaction.take(source, fresh, FOLDER.__eq__, link=True)
+        if checksums:
+            write_checksums(fresh, names)
     logger.info(
         f"{target} stores {len(plan.nonzeros)} matrices as {plan.format} and leaves "
         f"{len(plan.dense)} dense; its weights take {after / 1e6:.1f} MB after "
@@ -137,6 +165,39 @@ def rewrite(
     )
     compressed = tuple(plan.nonzeros)
     return Conversion(plan.format, compressed, plan.dense, before, after, zeros)
+
+
+def _refuse_unsaid(checkpoint: Checkpoint) -> None:
+    """Refuses quantized weights of which config.json says nothing: nothing reads them."""
+    if quantization_format(checkpoint.config) is not None:
+        return
+    for module in checkpoint.matrices():
+        dtype, _ = checkpoint.dense_layout(module)
+        if dtype.itemsize == 1:
+            raise DamagedError(
+                checkpoint.path / "config.json",
+                f"says nothing of quantization, and {module} is {dtype}: take "
+                "quantization_config from the config.json that it came with",
+            )
+
+
+def _refuse_pointless(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Refuses a source that is not sparse, or that -0.0 keeps from being sparse."""
+    negative = [name for name, found in plan.violations.items() if found.cleared]
+    if negative:
+        raise ValueError(
+            f"{checkpoint.path}: {negative[0]} is {plan.pattern} but for -0.0, which a "
+            f"product with a mask leaves behind ({plan.violations[negative[0]]}); as it "
+            f"are {len(negative) - 1} other matrices. --clear-zeros, clear_zeros=True in "
+            "Python, stores +0.0 instead"
+        )
+    unfit = any(reason in SPARSE_ALL_THE_SAME for reason in plan.dense.values())
+    if plan.violations and not plan.nonzeros and not unfit:
+        name, found = next(iter(plan.violations.items()))
+        raise ValueError(
+            f"{checkpoint.path} is not sparse: none of its matrices is {plan.pattern} "
+            f"({name}: {found}). Prune it first, with `nm-permute prune`"
+        )
 
 
 def _write_shard(checkpoint: Checkpoint, plan: Plan, shard: Shard, path: Path) -> None:

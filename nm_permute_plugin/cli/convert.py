@@ -16,6 +16,13 @@ def convert(
         str, Option(help="dense, sparse-24-bitmask or sparse-bitmask.")
     ] = "sparse-24-bitmask",
     pattern: Annotated[str, Option(help="Pattern that sparse-bitmask stores.")] = "2:4",
+    clear_zeros: Annotated[
+        bool,
+        Option(
+            "--clear-zeros",
+            help="Store +0.0 for -0.0, which a product with a mask leaves behind.",
+        ),
+    ] = False,
     dense_experts: Annotated[
         bool, Option("--dense-experts", help="Leave routed experts dense, for vLLM.")
     ] = False,
@@ -31,11 +38,14 @@ def convert(
     formats = get_args(config.Format)
     if format not in formats:
         raise ValueError(f"format {format!r} is unknown; use {', '.join(formats)}")
+    if format == "dense" and not legacy and not clear_zeros:
+        _refuse_copy(source)
     done = writer.convert(
         source,
         target,
         cast("config.Format", format),
         pattern=NMPattern.parse(pattern),
+        clear_zeros=clear_zeros,
         dense_experts=dense_experts,
         legacy=legacy,
     )
@@ -47,6 +57,17 @@ def convert(
     typer.echo(f"{target}: {before:.1f} -> {after:.1f} MB")
     for line in _storage(format, pattern, done.compressed, done.dense):
         typer.echo(line)
+
+
+def _refuse_copy(source: Path) -> None:
+    """Refuse to write a dense checkpoint as a dense one, which changes nothing."""
+    from nm_permute_plugin.checkpoint.directory import open_checkpoint
+
+    if set(open_checkpoint(source).formats.values()) == {"dense"}:
+        raise ValueError(
+            f"{source} is not stored sparse: every matrix is dense already, and nothing "
+            "is to be converted"
+        )
 
 
 def _storage(

@@ -14,7 +14,11 @@ def verify(
     checkpoint: Annotated[Path, Argument(help="Folder of the checkpoint.")],
     pattern: Annotated[
         str | None,
-        Option(help="Demand this pattern of every matrix, '2:4' for example."),
+        Option(
+            help="Demand this pattern, '2:4' for example, of every matrix that the "
+            "checkpoint says is sparse, or of every linear of the layers where it says "
+            "nothing."
+        ),
     ] = None,
 ) -> None:
     """Check that a checkpoint is whole, and as sparse as its config promises."""
@@ -35,7 +39,19 @@ def verify(
         lines.append(f"| {' | '.join(cells)} |")
     print_table("\n".join(lines))
     for fault in report.faults:
-        typer.echo(f"fault: {fault.file} {fault.tensor}: {fault.message}", err=True)
+        place = f"{fault.file} {fault.tensor}".strip()
+        typer.echo(f"fault: {place}: {fault.message}", err=True)
+    if not report.checksums:
+        typer.echo(
+            f"{checkpoint} has no checksums (nm_permute/checksums.json): changed bytes "
+            "that leave numbers behind are not seen"
+        )
     if not report.good:
         raise typer.Exit(1)
-    typer.echo(f"{checkpoint}: {len(report.rows)} matrices, no fault")
+    promised = sum(row.promised for row in report.rows)
+    said = (
+        f"{promised} of them sparse as promised"
+        if promised
+        else "none of them promised to be sparse (--pattern 2:4 demands it)"
+    )
+    typer.echo(f"{checkpoint}: {len(report.rows)} matrices, {said}, no fault")

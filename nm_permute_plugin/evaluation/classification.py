@@ -149,7 +149,7 @@ def image_outputs(
 
 def _order_of(checkpoint: Path) -> Permutation | None:
     """Read from the run's record how a fold has ordered the hidden states, if one has."""
-    if not (checkpoint / FOLDER).exists():
+    if not (checkpoint / FOLDER / "report.json").exists():
         return None
     return read_record(checkpoint)[0].get("residual")
 

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from nm_permute_plugin.checkpoint.checksums import refuse_changed
 from nm_permute_plugin.pruning.running.fast_dtype import to_fast_dtype
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -54,7 +55,10 @@ def load_checkpoint(checkpoint: str | Path, device: str) -> nn.Module:
     Load a model as it is on disk, sparse formats included, ready to be run.
 
     On a CPU it is held in the dtype in which that is fast.
+
+    :raises ValueError: if it has checksums, and a file is not as it was written
     """
+    refuse_changed(Path(checkpoint))
     model = model_class(checkpoint).from_pretrained(checkpoint, dtype="auto")
     loaded: nn.Module = model.to(device).eval()
     to_fast_dtype(loaded)

@@ -7,13 +7,35 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from nm_permute_plugin.checkpoint.finish import Finish
 from nm_permute_plugin.checkpoint.layout24 import WORDS
+from nm_permute_plugin.checkpoint.model_card import Card
+from nm_permute_plugin.checkpoint.plan import TWO_FOUR
 
 KINDS = ["bf16", "fp16", "fp8", "int8"]
 Tensors = dict[str, Tensor]
 MakeDense = Callable[..., Path]
+
+
+def linears(model: PreTrainedModel) -> list[str]:
+    """The names of a tiny model's linears, the head aside."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head"
+    ]
+
+
+def finish_of(model: PreTrainedModel, asked: str = "auto") -> Finish:
+    """What is done with each checkpoint of a run that pruned all these linears."""
+    pruned = linears(model)
+    card = Card("folder", TWO_FOUR, pruned, 1e-7, (0.5, 0.6), [], {"torch": "2"})
+    report = {"pruned": pruned, "modifier": {"mask_structure": "2:4"}}
+    perms = {"residual": torch.arange(32)}
+    return Finish(asked, card, perms, report)
 
 
 def quantize(path: Path, kind: str) -> None:

@@ -9,14 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
+from checkpoint_files import finish_of, linears
 from safetensors.torch import load_file
-from torch import nn
 from transformers import PreTrainedModel
 
 from nm_permute_plugin.checkpoint import directory, transaction
-from nm_permute_plugin.checkpoint.finish import Finish
-from nm_permute_plugin.checkpoint.model_card import Card
 from nm_permute_plugin.checkpoint.plan import TWO_FOUR
 from nm_permute_plugin.checkpoint.saving import save_checkpoint
 from nm_permute_plugin.checkpoint.shards import Shard
@@ -32,22 +29,6 @@ def model(tiny_model) -> PreTrainedModel:
         weight = made.get_submodule(name).weight.data
         weight.masked_fill_(~nm_mask(weight.abs().float(), TWO_FOUR), 0)
     return made
-
-
-def linears(model: PreTrainedModel) -> list[str]:
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name != "lm_head"
-    ]
-
-
-def finish_of(model: PreTrainedModel, asked: str = "auto") -> Finish:
-    pruned = linears(model)
-    card = Card("folder", TWO_FOUR, pruned, 1e-7, (0.5, 0.6), [], {"torch": "2"})
-    report = {"pruned": pruned, "modifier": {"mask_structure": "2:4"}}
-    perms = {"residual": torch.arange(32)}
-    return Finish(asked, card, perms, report)
 
 
 def content_of(folder: Path) -> dict[str, bytes]:

@@ -126,3 +126,117 @@ def test_what_may_not_be_replaced_is_refused(target: Path, tmp_path: Path) -> No
         transaction.refuse_occupied(target)
     with pytest.raises(FileExistsError, match=r"notes.txt exists and is not an empty"):
         transaction.refuse_occupied(target / "notes.txt", overwrite=True)
+
+
+def test_two_runs_into_one_new_folder(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+
+    def second() -> None:
+        with transaction.directory(target) as fresh:
+            fill(fresh)
+            with transaction.directory(target) as faster:
+                (faster / "config.json").write_text("first")
+
+    with pytest.raises(FileExistsError, match=r"target was written .*\(config.json\)"):
+        second()
+    assert content_of(tmp_path) == {
+        "target/config.json": "first",
+        "target-2/config.json": "new",
+        "target-2/weights": "new",
+    }
+
+
+def test_two_runs_into_one_folder_that_is_empty(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+
+    def second() -> None:
+        with transaction.directory(target) as fresh:
+            fill(fresh)
+            with transaction.directory(target) as faster:
+                (faster / "weights").write_text("first")
+
+    with pytest.raises(FileExistsError, match=r"\(weights\).* is in .*target-2"):
+        second()
+    assert content_of(target) == {"weights": "first"}
+    assert content_of(tmp_path / "target-2") == {"config.json": "new", "weights": "new"}
+
+
+@pytest.mark.parametrize("mount", [False, True], ids=["renamed", "filled"])
+def test_two_runs_over_one_old_result(
+    target: Path, monkeypatch: pytest.MonkeyPatch, mount: bool
+) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: mount and path == target)
+
+    def second() -> None:
+        with transaction.directory(target, everything) as fresh:
+            fill(fresh)
+            with transaction.directory(target, everything) as faster:
+                (faster / "config.json").write_text("first")
+
+    with pytest.raises(FileExistsError, match=r"\(config.json\)"):
+        second()
+    aside = (target if mount else target.parent) / "target-2"
+    assert content_of(aside) == {"config.json": "new", "weights": "new"}
+    found = content_of(target)
+    expected = KEPT | {"config.json": "first"}
+    del expected["weights"]
+    assert {name: found[name] for name in expected} == expected
+    assert len(found) == len(expected) + 2 * mount
+
+
+@pytest.mark.parametrize("mount", [False, True], ids=["renamed", "filled"])
+def test_what_appears_meanwhile_stays(
+    target: Path, monkeypatch: pytest.MonkeyPatch, mount: bool
+) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: mount and path == target)
+    with transaction.directory(target) as fresh:
+        fill(fresh)
+        (target / "late.txt").write_text("late")
+        (target / "more" / "late").write_text("late")
+    assert content_of(target) == {
+        "config.json": "new",
+        "weights": "new",
+        "late.txt": "late",
+        "more/file": "old",
+        "more/late": "late",
+    }
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_what_appears_in_a_folder_that_was_not_there_stays(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with transaction.directory(target) as fresh:
+        fill(fresh)
+        target.mkdir()
+        (target / "notes.txt").write_text("mine")
+    expected = {"config.json": "new", "weights": "new", "notes.txt": "mine"}
+    assert content_of(target) == expected
+
+
+def test_what_appears_at_the_last_moment_stays(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the listing of the old folder and its going away, two files appear."""
+    rename = Path.rename
+
+    def late(self: Path, to: Path) -> Path:
+        if self == target:
+            (target / name).write_text("late")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", late)
+    name = "late.txt"
+    with transaction.directory(target) as fresh:
+        fill(fresh)
+    assert content_of(target)["late.txt"] == "late"
+    name = "weights"
+
+    def again() -> None:
+        with transaction.directory(target) as fresh:
+            fill(fresh)
+
+    with pytest.raises(FileExistsError, match=r"\(weights\)"):
+        again()
+    assert content_of(target)["weights"] == "late"
+    assert content_of(target)["config.json"] == "new"

@@ -10,6 +10,7 @@ import torch
 from checkpoint_files import KINDS, MakeDense, Tensors, assert_same_bits, tensors_of
 from safetensors.torch import load_file, save_file
 
+from nm_permute_plugin.checkpoint import checksums
 from nm_permute_plugin.checkpoint.directory import INDEX, SINGLE, open_checkpoint
 from nm_permute_plugin.checkpoint.verify import Fault, verify
 from nm_permute_plugin.checkpoint.writer import convert
@@ -19,11 +20,16 @@ DOWN = "model.layers.0.mlp.down_proj"
 
 @pytest.fixture
 def make_sparse(tmp_path: Path, make_dense: MakeDense) -> MakeDense:
-    """A factory like ``make_dense``, of checkpoints that are stored sparse."""
+    """
+    A factory like ``make_dense``, of checkpoints that are stored sparse.
+
+    The checksums of whole files are gone, so that each check has to find its own fault.
+    """
 
     def make(kind: str = "bf16", shard: str = "1GB", **options: object) -> Path:
         dense, path = make_dense(kind, shard, **options), tmp_path / f"sparse-{kind}"
         convert(dense, path, "sparse-24-bitmask")
+        (path / checksums.FILE).unlink()
         return path
 
     return make
@@ -124,6 +130,24 @@ def test_scales_that_are_missing_or_too_few(make_sparse: MakeDense) -> None:
     assert_fault(path, SINGLE, DOWN, f"{scale} [5, 1]")
     rewrite(path, **{scale: None})
     assert_fault(path, SINGLE, DOWN, f"there is no {scale}")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "shape"),
+    [({"group_size": 4}, (32, 13)), ({"block_structure": [8, 16]}, (4, 4))],
+    ids=["groups", "blocks"],
+)
+def test_scales_of_groups_and_of_blocks(
+    make_sparse: MakeDense, scheme: dict, shape: tuple[int, int]
+) -> None:
+    """What the config says of them is right, and nothing else is."""
+    path, scale = make_sparse("int8"), f"{DOWN}.weight_scale"
+    rewrite(path, **{scale: torch.ones(shape)})
+    assert_fault(path, SINGLE, DOWN, f"{scale} {list(shape)}")
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"] |= scheme
+    (path / "config.json").write_text(json.dumps(config))
+    assert verify(path).good
 
 
 @pytest.mark.parametrize("part", ["compressed", "bitmask", "shape"])

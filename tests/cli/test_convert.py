@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import assert_one_error, listing, nm_permute
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
-from nm_permute_plugin.cli.app import app
+from nm_permute_plugin.checkpoint import writer
 
 EXPERT = "model.layers.0.mlp.experts.{}.up_proj"
 Q = "model.layers.0.self_attn.q_proj"
@@ -36,7 +36,7 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
 def convert(source: Path, *options: str) -> tuple[list[str], set[str]]:
     """The lines that are printed, and the names of the tensors that are written."""
     out = source.parent / f"out{len(list(source.parent.iterdir()))}"
-    result = CliRunner().invoke(app, ["convert", str(source), str(out), *options])
+    result = nm_permute("convert", source, out, *options)
     assert result.exit_code == 0, result.output
     return result.stdout.splitlines(), set(load_file(out / "model.safetensors"))
 
@@ -94,3 +94,109 @@ def test_experts_in_one_tensor_are_named(checkpoint: Checkpoint) -> None:
     assert f"dense: {packed}: {said}" in lines
     assert lines[-1] == "1 modules are stored as sparse-24-bitmask"
     assert packed in written
+
+
+DENSE = torch.arange(1.0, 129.0).view(8, 16).bfloat16()
+
+
+def refused(source: Path, message: str, *options: str, out: str = "refused") -> None:
+    """The command ends with one line, and nothing is written."""
+    before = listing(source.parent)
+    assert_one_error(
+        nm_permute("convert", source, source.parent / out, *options), message
+    )
+    assert listing(source.parent) == before
+
+
+def test_what_is_not_sparse_is_refused(checkpoint: Checkpoint) -> None:
+    tensors = {f"{Q}.weight": DENSE, "lm_head.weight": DENSE.clone()}
+    source = checkpoint({}, tensors)
+    said = (
+        r"is not sparse: none of its matrices is 2:4 \(lm_head: row 0, channels 0\.\.3"
+    )
+    refused(source, said)
+    refused(source, said, "--format", "sparse-bitmask")
+    refused(source, said, "--clear-zeros")
+    refused(source, "every matrix is dense already", "--format", "dense")
+    conv1d = {"transformer.h.0.attn.c_attn.weight": DENSE}
+    (source / "config.json").write_text('{"model_type": "gpt2"}')
+    save_file(conv1d, source / "model.safetensors", {"format": "pt"})
+    refused(source, r"none of its matrices is 2:4 \(transformer\.h\.0\.attn\.c_attn:")
+
+
+def test_a_product_with_a_mask_is_cleared_where_asked_for(
+    checkpoint: Checkpoint,
+) -> None:
+    mask = torch.tensor([1.0, 0.0, 1.0, 0.0]).repeat(8, 4).bfloat16()
+    masked = {f"{Q}.weight": -DENSE * mask, f"{Q[:-6]}k_proj.weight": DENSE * mask}
+    source = checkpoint({}, masked)
+    refused(source, rf"{Q} is 2:4 but for -0\.0, .*0 other matrices\. --clear-zeros")
+    refused(source, "is for sparse formats", "--format", "dense", "--clear-zeros")
+    lines, written = convert(source, "--clear-zeros")
+    assert lines[-1] == "2 modules are stored as sparse-24-bitmask"
+    assert f"{Q}.compressed" in written
+    (out,) = source.parent.glob("out*")
+    result = nm_permute("convert", out, source.parent / "back", "--format", "dense")
+    assert result.exit_code == 0, result.output
+    weight = load_file(source.parent / "back" / "model.safetensors")[f"{Q}.weight"]
+    assert torch.equal(weight, -DENSE * mask)
+    assert not torch.signbit(weight[weight == 0]).any()
+
+
+def test_levels_around_a_zero_point_stay_dense(checkpoint: Checkpoint) -> None:
+    """As the save and ``verify`` see it, they are 2:4, and no format holds them."""
+    levels = {f"{Q}.weight": TWO_FOUR.to(torch.int8) + 7}
+    levels |= {f"{Q}.weight_scale": torch.ones(8, 1)}
+    levels |= {f"{Q}.weight_zero_point": torch.full((8, 1), 7, dtype=torch.int8)}
+    quantized = {"quant_method": "compressed-tensors", "format": "int-quantized"}
+    source = checkpoint({"quantization_config": quantized}, levels)
+    assert nm_permute("verify", source, "--pattern", "2:4").exit_code == 0
+    lines, written = convert(source)
+    assert f"dense: {Q}: quantized around a zero point, zeros are not stored as" in (
+        "\n".join(lines)
+    )
+    assert written == set(levels)
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "empty"])
+def test_of_two_runs_into_one_folder_the_first_result_stands(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    """A whole second run ends while the first is at work, which then gives way."""
+    source = checkpoint({}, mixture())
+    out = source.parent / "out"
+    if there:
+        out.mkdir()
+    write, runs = writer._write_shard, []
+
+    def slow(*arguments: object) -> None:
+        monkeypatch.setattr(writer, "_write_shard", write)
+        runs.append(nm_permute("convert", source, out, "--dense-experts"))
+        write(*arguments)
+
+    monkeypatch.setattr(writer, "_write_shard", slow)
+    late = nm_permute("convert", source, out)
+    assert runs[0].exit_code == 0, runs[0].output
+    assert_one_error(late, r"out was written by something else .* is in \S*out-2$")
+    assert f"{EXPERT.format(0)}.weight" in load_file(out / "model.safetensors")
+    assert nm_permute("verify", out).exit_code == 0
+    assert nm_permute("verify", source.parent / "out-2").exit_code == 0
+    assert sorted(p.name for p in source.parent.iterdir()) == ["out", "out-2", "source"]
+
+
+def test_a_file_that_appears_meanwhile_stays(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = checkpoint({}, mixture())
+    out = source.parent / "out"
+    write = writer._write_shard
+
+    def slow(*arguments: object) -> None:
+        out.mkdir()
+        (out / "notes.txt").write_text("mine")
+        write(*arguments)
+
+    monkeypatch.setattr(writer, "_write_shard", slow)
+    assert nm_permute("convert", source, out).exit_code == 0
+    assert (out / "notes.txt").read_text() == "mine"
+    assert nm_permute("verify", out).exit_code == 0
