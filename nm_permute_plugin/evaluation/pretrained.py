@@ -10,6 +10,8 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from nm_permute_plugin.pruning.positions import fit_length
+
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 """A name that transformers may look up on the Hugging Face hub: ``ORGANISATION/NAME``."""
 
@@ -52,6 +54,21 @@ def load_checkpoint(checkpoint: str | Path, device: str) -> nn.Module:
     model = model_class(checkpoint).from_pretrained(checkpoint, dtype="auto")
     loaded: nn.Module = model.to(device).eval()
     return loaded
+
+
+def row_length(
+    folder: str | Path,
+    asked: int | None,
+    default: int,
+    option: str = "--sequence-length",
+) -> int:
+    """
+    The length of rows of text for a checkpoint, which its positions limit.
+
+    :param asked: by the option, in tokens; None for the default
+    :raises ValueError: if the model has fewer learned positions than was asked for
+    """
+    return fit_length(AutoConfig.from_pretrained(folder), asked, default, option)
 
 
 def image_processor(folder: str | Path) -> Any:

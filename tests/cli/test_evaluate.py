@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 from commands import assert_one_error, nm_permute, prune
-from torch import Tensor
 
-from nm_permute_plugin.evaluation import perplexity
-from nm_permute_plugin.evaluation.perplexity import tokenize
+from nm_permute_plugin.evaluation import text
+from nm_permute_plugin.evaluation.text import TextTokenizer
 
 
 @pytest.fixture
@@ -131,11 +130,12 @@ def test_evaluate_tokenises_a_text_once(
     assert prune(tmp_path, "--text", text_file).exit_code == 0
     read: list[Path] = []
 
-    def counted(folder: str, text: str) -> Tensor:
-        read.append(Path(folder))
-        return tokenize(folder, text)
+    class Counted(TextTokenizer):
+        def __init__(self, folder: str) -> None:
+            read.append(Path(folder))
+            super().__init__(folder)
 
-    monkeypatch.setattr(perplexity, "tokenize", counted)
+    monkeypatch.setattr(text, "TextTokenizer", Counted)
     out, dense = tmp_path / "out", tmp_path / "dense"
     result = evaluate(out, "--text", test_text, "--dense", dense, "--card")
     assert result.exit_code == 0, result.output

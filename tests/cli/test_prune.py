@@ -16,6 +16,7 @@ from transformers import (
 
 from nm_permute_plugin.checkpoint.verify import verify
 from nm_permute_plugin.cli.prune import calibration_rows, prune_checkpoint
+from nm_permute_plugin.evaluation.corpus import Corpus
 
 ROWS = [list(range(32))] * 10
 
@@ -167,7 +168,7 @@ def test_a_full_disk_is_an_os_error_and_leaves_nothing(
 
 def test_rows_are_cut_one_after_the_other(tiny_checkpoint, chain_rows, words) -> None:
     tokens = chain_rows(1, 70, seed=0)[0]
-    rows = calibration_rows(tiny_checkpoint(), [words(tokens)], 99, 20)
+    rows = calibration_rows(tiny_checkpoint(), Corpus(words(tokens)), 99, 20)
     assert torch.equal(torch.tensor(rows), tokens[:60].view(3, 20))
 
 
@@ -175,19 +176,19 @@ def test_rows_are_spread_evenly_over_all_texts(
     tiny_checkpoint, chain_rows, words
 ) -> None:
     texts = [words(chain_rows(1, 400, seed=seed)) for seed in range(2)]
-    folder = tiny_checkpoint()
-    every = calibration_rows(folder, texts, samples=99, sequence_length=20)
-    some = calibration_rows(folder, texts, samples=5, sequence_length=20)
+    folder, corpus = tiny_checkpoint(), Corpus("\n\n".join(texts))
+    every = calibration_rows(folder, corpus, samples=99, sequence_length=20)
+    some = calibration_rows(folder, corpus, samples=5, sequence_length=20)
     assert len(every) == 40
     assert some == [every[i] for i in (0, 9, 19, 29, 39)]
 
 
-@pytest.mark.parametrize("texts", [[], [""], [" \n\n", "\t"]])
-def test_text_of_blanks_is_refused(tiny_checkpoint, texts: list[str]) -> None:
+@pytest.mark.parametrize("text", ["", " \n\n", "\t"])
+def test_text_of_blanks_is_refused(tiny_checkpoint, text: str) -> None:
     with pytest.raises(ValueError, match="calibration text is empty"):
-        calibration_rows(tiny_checkpoint(), texts, 8, 16)
+        calibration_rows(tiny_checkpoint(), Corpus(text), 8, 16)
 
 
 def test_text_of_less_than_two_rows_is_refused(tiny_checkpoint) -> None:
     with pytest.raises(ValueError, match="has 31 tokens, fewer than two rows of 16"):
-        calibration_rows(tiny_checkpoint(), ["w05 " * 31], 8, 16)
+        calibration_rows(tiny_checkpoint(), Corpus("w05 " * 31), 8, 16)
