@@ -21,8 +21,9 @@ from transformers import AutoConfig, AutoTokenizer
 from compared import arguments, compare
 from nm_permute_plugin.evaluation.classification import mean_cosine
 from nm_permute_plugin.evaluation.pretrained import model_class
-from nm_permute_plugin.pruning.data import rows_of, split_text
+from nm_permute_plugin.pruning.data import split_text
 from nm_permute_plugin.pruning.pipeline import Record
+from nm_permute_plugin.pruning.reading import rows_of
 
 
 def main() -> None:
