@@ -192,7 +192,7 @@ class TextTokenizer:
             # A template writes the beginning itself, or means there to be none.
             written = bool(begin) and ids[: len(begin)] == begin
             ids, begin = (ids[len(begin) :], begin) if written else (ids, [])
-        body = self._body(length)
+        body = self._body(length) + len(self.begin) - len(begin)
         for first in range(0, len(ids), body):
             row = [*begin, *ids[first : first + body], *self.end]
             if len(row) > 1:
