@@ -10,6 +10,7 @@ import pytest
 from click.testing import Result
 from commands import assert_one_error, nm_permute, prune
 from helpers import TURNS, begin_texts_with, give_template
+from loguru import logger
 
 from nm_permute_plugin.evaluation import text
 from nm_permute_plugin.evaluation.text import TextTokenizer
@@ -259,8 +260,14 @@ def test_windows_beyond_rotary_positions_are_warned_of(
     trained_checkpoint: Path, test_text: Path
 ) -> None:
     words = ["evaluate", trained_checkpoint, "--text", test_text, "--device", "cpu"]
+    said: list[str] = []
+    sink = logger.add(said.append, level="WARNING")
     result = nm_permute(*words, "--sequence-length", 80)
     assert result.exit_code == 0, result.output
     assert "(windows of 80 tokens, 640 tokens)" in result.stdout
+    (warning,) = said
+    assert "has 64 positions, and rows of 80 tokens go beyond" in warning
     default = nm_permute(*words)
+    logger.remove(sink)
+    assert said == [warning]
     assert "(windows of 64 tokens, 640 tokens)" in default.stdout
