@@ -25,7 +25,10 @@ def sample(
         ),
     ] = None,
     seed: Annotated[int, Option(help="Seed of the random draws.")] = 0,
-    batch_size: Annotated[int, Option(min=1, help="Texts at a time.")] = 128,
+    batch_size: Annotated[
+        int | None,
+        Option(min=1, help="Texts at a time (as many as fit; 128 on a CPU)."),
+    ] = None,
     device: Device = None,
 ) -> None:
     """Write text that the model itself generates, for the option --text of prune.
@@ -50,7 +53,7 @@ def sample_text(
     tokens: int,
     start: str | None,
     seed: int,
-    batch_size: int,
+    batch_size: int | None,
     device: str,
 ) -> list[str]:
     """
@@ -62,13 +65,14 @@ def sample_text(
     :param start: the special token that begins a document. By default what the tokenizer
         puts before a text; its beginning of text, or its end, if it puts nothing there
     :param seed: the same one gives the same text on the same hardware
+    :param batch_size: texts at a time; as many as fit if None
     :raises ValueError: for a start that is no single token, or for none at all
     """
     import torch
     from loguru import logger
-    from tqdm import tqdm
 
     from nm_permute_plugin.evaluation.pretrained import load_checkpoint
+    from nm_permute_plugin.evaluation.sampling import draw, texts_at_a_time
     from nm_permute_plugin.evaluation.text import TextTokenizer
 
     text = TextTokenizer(model)
@@ -79,22 +83,15 @@ def sample_text(
     if not loaded.can_generate():
         raise ValueError(f"{type(loaded).__name__} predicts no next token of text")
     known = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    options = {
-        "do_sample": True,
-        "temperature": 1.0,
-        "top_k": 0,
-        "top_p": 1.0,
-        "min_new_tokens": tokens,
-        "max_new_tokens": tokens,
-        "suppress_tokens": sorted(known | set(tokenizer.all_special_ids)),
-        "pad_token_id": first[0],
-    }
+    ends = loaded.generation_config.eos_token_id
+    known |= set(ends if isinstance(ends, list) else [ends]) - {None}
+    never = sorted(known | set(tokenizer.all_special_ids))
+    size = batch_size or texts_at_a_time(loaded, len(first) + tokens)
     texts: list[str] = []
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for begun in tqdm(range(0, rows, batch_size), desc="Sampling text"):
-            beginning = torch.tensor([first] * min(batch_size, rows - begun))
-            drawn = loaded.generate(beginning.to(device), **options)[:, len(first) :]
+        for begun in range(0, rows, size):
+            drawn = draw(loaded, first, min(size, rows - begun), tokens, never)
             texts += tokenizer.batch_decode(drawn, skip_special_tokens=True)
     logger.info(f"sampled {rows} texts of {tokens} tokens from {model}")
     return texts
