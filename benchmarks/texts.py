@@ -19,7 +19,7 @@ def text_rows(
 
     :raises ValueError: if the text fills not even two rows
     """
-    rows = TextTokenizer(model).rows(read_corpus(files), sequence_length, count)
+    rows = TextTokenizer(model).rows(read_corpus(files), sequence_length)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
     return [torch.tensor(rows[i]) for i in order[:count].tolist()]
 

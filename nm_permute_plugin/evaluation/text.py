@@ -69,7 +69,9 @@ class TextTokenizer:
         has_class_token = self.tokenizer.cls_token_id in self.begin
         self.end: list[int] = full[at + len(plain) :] if has_class_token else []
 
-    def rows(self, corpus: Corpus, length: int, wanted: int) -> list[list[int]]:
+    def rows(
+        self, corpus: Corpus, length: int, wanted: int | None = None
+    ) -> list[list[int]]:
         """
         Cut a corpus into rows of text: all rows of a small one, enough of a large one.
 
@@ -78,14 +80,17 @@ class TextTokenizer:
         pieces spread over it are tokenized, which begin at paragraphs.
 
         :param length: tokens of a row, special ones included
-        :param wanted: how many rows will be used; there may be more
+        :param wanted: how many rows will be used, of perhaps more; None for all there are
         :raises ValueError: if the corpus is empty or fills not even two rows, or if a
             conversation cannot go through the chat template
         """
         if not corpus.text.strip() and not corpus.documents:
             raise ValueError("the calibration text is empty")
         rows, rest = self._text_rows(corpus.text, self._body(length), wanted)
-        for document in spread(corpus.documents, wanted):
+        documents = corpus.documents
+        if wanted is not None:
+            documents = spread(documents, wanted)
+        for document in documents:
             rows += self._document_rows(document, length)
         if len(rows) < 2:
             tokens = sum(map(len, rows)) + rest
@@ -156,12 +161,11 @@ class TextTokenizer:
         return length - special
 
     def _text_rows(
-        self, text: str, body: int, wanted: int
+        self, text: str, body: int, wanted: int | None
     ) -> tuple[list[list[int]], int]:
         """The rows of a plain text, and how many tokens fill no row."""
-        if len(text) > max(WHOLE, 2 * wanted * body * GENEROUS):
-            cut = self._spread_rows(text, body, wanted)
-            rest = 0
+        if wanted and len(text) > max(WHOLE, 2 * wanted * body * GENEROUS):
+            cut, rest = self._spread_rows(text, body, wanted), 0
         else:
             ids = self._ids(text)
             cut, rest = _cut(ids, body), len(ids) % body

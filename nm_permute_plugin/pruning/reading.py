@@ -220,11 +220,8 @@ def _inputs(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
             f"a calibration batch holds {', '.join(batch) or 'nothing'}, but no "
             "input_ids and no pixel_values; process the dataset first"
         )
-    takes |= {"loss_mask"}  # which is for us alone
-    if "pixel_values" not in batch:
-        takes |= {
-            "position_ids"
-        }  # say what is a document, even if the model takes none
+    # For us alone: which tokens count, and where a document of a row begins.
+    takes |= {"loss_mask"} if "pixel_values" in batch else {"loss_mask", "position_ids"}
     return {
         name: value
         for name, value in batch.items()
