@@ -10,19 +10,21 @@ rows (the mean of the final hidden states, unit length) and the dense model's.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from compared import arguments, compare
 from nm_permute_plugin.evaluation.classification import mean_cosine
 from nm_permute_plugin.evaluation.pretrained import model_class
-from nm_permute_plugin.pruning.data import rows_of, split_text
+from nm_permute_plugin.pruning.data import split_text
 from nm_permute_plugin.pruning.pipeline import Record
+from nm_permute_plugin.pruning.reading import rows_of
+from texts import text_rows
 
 
 def main() -> None:
@@ -33,12 +35,12 @@ def main() -> None:
     parser.add_argument("--test-rows", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=128, help="of a row")
     args = parser.parse_args()
-    train = _rows(args.train, args.rows, args)
-    test = _rows(args.test, args.test_rows, args)
+    train = text_rows(args.model, args.train, args.rows, args.tokens)
+    test = torch.stack(text_rows(args.model, args.test, args.test_rows, args.tokens))
     dense = _embeddings(args.model, test, args)
     print(f"{len(train)} training rows, {len(test)} test rows of {args.tokens} tokens")
     vocabulary = AutoConfig.from_pretrained(args.model).vocab_size
-    rows = rows_of([{"input_ids": train}], vocabulary)
+    rows = rows_of([{"input_ids": torch.stack(train)}], vocabulary)
 
     def measure(folder: Path, record: Record) -> Mapping[str, float]:
         return {"fidelity": mean_cosine(_embeddings(folder, test, args), dense)}
@@ -51,19 +53,6 @@ def main() -> None:
         ),
         measure,
     )
-
-
-def _rows(files: Sequence[Path], count: int, args: argparse.Namespace) -> Tensor:
-    """Rows of the text in a fixed random order, each with the tokenizer's special ends."""
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    text = "\n\n".join(file.read_text() for file in files)
-    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    body = args.tokens - 2
-    rows = torch.tensor(ids[: len(ids) // body * body]).view(-1, body)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-    ends = torch.tensor([[tokenizer.cls_token_id, tokenizer.sep_token_id]])
-    ends = ends.expand(len(rows), 2)
-    return torch.cat([ends[:, :1], rows, ends[:, 1:]], dim=1)[order[:count]]
 
 
 def _embeddings(folder: Path, rows: Tensor, args: argparse.Namespace) -> Tensor:

@@ -32,10 +32,10 @@ from nm_permute_plugin.checkpoint.record import read_promise
 from nm_permute_plugin.checkpoint.verify import verify
 from nm_permute_plugin.checkpoint.writer import convert
 from nm_permute_plugin.cli.prune import prune_checkpoint
-from nm_permute_plugin.evaluation.perplexity import perplexity, tokenize
+from nm_permute_plugin.evaluation.perplexity import perplexity
 from nm_permute_plugin.evaluation.pretrained import load_checkpoint
 from nm_permute_plugin.pruning.settings import Settings
-from texts import text_rows
+from texts import text_rows, text_windows
 
 DENSE: Format = "dense"
 SPARSE: Format = "sparse-24-bitmask"
@@ -52,8 +52,7 @@ def main() -> None:
         row.tolist()
         for row in text_rows(args.model, args.train, args.rows, args.sequence_length)
     ]
-    test = tokenize(args.model, "\n\n".join(f.read_text() for f in args.test))
-    test = test[: args.windows * args.window]
+    test = text_windows(args.model, args.test, args.window, False, args.windows)
     if not (out / DENSE / "config.json").exists():
         recipe = out / f"{DENSE}.yaml"
         recipe.write_text(yaml.safe_dump({"prune_stage": _learned(args)}))
@@ -66,7 +65,7 @@ def main() -> None:
             _quantize(out / DENSE, out / scheme, scheme, args, rows)
 
     print(f"files in {out}; {len(rows)} rows of {args.sequence_length} tokens to learn")
-    print(f"tested on {len(test)} tokens in windows of {args.window}, {args.device}")
+    print(f"tested on {len(test)} windows of {args.window} tokens, {args.device}")
     print("| stored | perplexity | MB on disk | verify |\n|---|---|---|---|")
     logits: dict[str, Tensor] = {}
     folders = {"not pruned": Path(args.model)}
@@ -75,9 +74,9 @@ def main() -> None:
         model = load_checkpoint(folder, args.device)
         if name in (DENSE, SPARSE):
             with torch.no_grad():
-                window = test[None, : args.window].to(args.device)
+                window = test[0][None].to(args.device)
                 logits[name] = model(window, use_cache=False).logits
-        value = perplexity(model, test, args.window)
+        value = perplexity(model, test)
         size = sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 1e6
         promised = None if name == "not pruned" else _pruned(out / DENSE)
         good = "good" if verify(folder, promised).good else "FAULTS"

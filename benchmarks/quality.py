@@ -30,11 +30,12 @@ from methods import (
     prune,
     settings_of,
 )
-from nm_permute_plugin.evaluation.perplexity import evaluate_checkpoint, tokenize
+from nm_permute_plugin.evaluation.perplexity import evaluate_checkpoint
+from nm_permute_plugin.evaluation.text import Window
 from nm_permute_plugin.pruning.data import Row, split_text
 from nm_permute_plugin.pruning.settings import Settings
 from report import Record, check_protocol, merged, plot, read, table, write
-from texts import text_rows
+from texts import text_rows, text_windows
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -67,9 +68,7 @@ def _measure(args: argparse.Namespace) -> Record:
         check_protocol(arguments, before["arguments"])
         results = before["results"]
     rows = text_rows(args.model, args.train, args.rows, args.sequence_length)
-    test = tokenize(args.model, "\n\n".join(f.read_text() for f in args.test))
-    if args.windows is not None:
-        test = test[: args.windows * args.window]
+    test = text_windows(args.model, args.test, args.window, args.stream, args.windows)
     record: Record = {
         "hardware": _hardware(args.device),
         "arguments": arguments,
@@ -97,7 +96,7 @@ def _run(
     method: str,
     seed: int,
     rows: list[Row],
-    test: torch.Tensor,
+    test: Sequence[Window],
     args: argparse.Namespace,
 ) -> Record:
     """One method with one seed: prune, save, read back, measure."""
@@ -140,9 +139,9 @@ def asked(args: argparse.Namespace, seed: int) -> list[Change]:
 
 
 def _perplexity(
-    folder: str | Path, test: torch.Tensor, args: argparse.Namespace
+    folder: str | Path, test: Sequence[Window], args: argparse.Namespace
 ) -> float:
-    return evaluate_checkpoint(folder, test, args.window, args.device, args.batch_size)
+    return evaluate_checkpoint(folder, test, args.device, args.batch_size)
 
 
 def _hardware(device: str) -> str:
@@ -173,6 +172,13 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--sequence-length", type=int, default=1024)
     add("--window", type=int, default=2048)
     add("--windows", type=int, help="the first ones only; all if absent")
+    add(
+        "--stream",
+        action="store_true",
+        help="test on one stream of tokens, as published tables do; by default every "
+        "window begins as the tokenizer begins a text. The same for a tokenizer that "
+        "adds nothing, such as SmolLM2's",
+    )
     add("--batch-size", type=int, default=default.batch_size)
     add("--validation-share", type=float, default=0.01)
     steps = default.learn.steps

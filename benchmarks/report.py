@@ -22,6 +22,7 @@ PROTOCOL = (
     "sequence_length",
     "window",
     "windows",
+    "stream",
     "batch_size",
     "validation_share",
     "steps",
@@ -44,6 +45,8 @@ def read(path: Path) -> Record:
     record = json.loads(path.read_text())
     if not isinstance(record, dict) or not {"dense", "results"} <= record.keys():
         raise ValueError(f"{path} is no record of quality.py: it has no results")
+    # Before there was a choice, the test was one stream.
+    record.setdefault("arguments", {}).setdefault("stream", "True")
     return record
 
 

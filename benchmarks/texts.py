@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from nm_permute_plugin.evaluation.perplexity import tokenize
+from nm_permute_plugin.evaluation.corpus import read_corpus
+from nm_permute_plugin.evaluation.text import TextTokenizer, Window
 from nm_permute_plugin.pruning.data import Row
 
 
@@ -16,15 +17,22 @@ def text_rows(
     """
     Rows of the text in a fixed random order, so that all files mix; at most so many.
 
-    :raises ValueError: if the text fills no row
+    :raises ValueError: if the text fills not even two rows
     """
-    tokens = tokenize(model, "\n\n".join(file.read_text() for file in files))
-    there = len(tokens) // sequence_length
-    if there == 0:
-        raise ValueError(
-            f"{', '.join(map(str, files))}: {len(tokens)} tokens fill no row of "
-            f"{sequence_length}; give more text or a smaller --sequence-length"
-        )
-    rows = tokens[: there * sequence_length].view(there, -1)
-    order = torch.randperm(there, generator=torch.Generator().manual_seed(0))
-    return list(rows[order[:count]])
+    rows = TextTokenizer(model).rows(read_corpus(files), sequence_length)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    return [torch.tensor(rows[i]) for i in order[:count].tolist()]
+
+
+def text_windows(
+    model: Path, files: Sequence[Path], window: int, stream: bool, count: int | None
+) -> list[Window]:
+    """
+    Windows of the text, as ``nm-permute evaluate`` cuts them; the first ``count`` of them.
+
+    :param stream: cut one stream of tokens, as ``evaluate --stream``
+    :raises ValueError: if the text fills no window
+    """
+    cut = TextTokenizer(model).windows(read_corpus(files), window, stream)
+    print(f"tested on {cut.form}")
+    return list(cut.windows[:count])

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from nm_permute_plugin.modifiers import (
         LearnablePermutationModifier as LearnablePermutationModifier,
     )
-    from nm_permute_plugin.pruning.data import read_samples as read_samples
+    from nm_permute_plugin.pruning.reading import read_samples as read_samples
     from nm_permute_plugin.pruning.run import prune as prune
     from nm_permute_plugin.pruning.run import save as save
     from nm_permute_plugin.pruning.session import session as session
@@ -42,7 +42,7 @@ _PLACES = {
     "convert": "checkpoint.writer",
     "fold": "specs.fold",
     "prune": "pruning.run",
-    "read_samples": "pruning.data",
+    "read_samples": "pruning.reading",
     "save": "pruning.run",
     "session": "pruning.session",
     "spec_of": "specs.architectures",

@@ -2,8 +2,11 @@
 """Small things that the tests of several folders share; imported by name."""
 
 import json
+from pathlib import Path
 
 from einops import rearrange
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 from nm_permute_plugin.maths.permutation import Permutation
 
@@ -54,3 +57,30 @@ def same_groups(first: Permutation, second: Permutation, m: int) -> bool:
 
 def _groups(perm: Permutation, m: int) -> set[frozenset[int]]:
     return {frozenset(group) for group in rearrange(perm, "(g m) -> g m", m=m).tolist()}
+
+
+def begin_texts_with(folder: Path, word: str, last: str | None = None) -> None:
+    """Have the tokenizer of a tiny checkpoint put a word before every text."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    words = [x for x in (word, last) if x is not None]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=" ".join([word, "$A", *words[1:]]),
+        special_tokens=[(x, tokenizer.convert_tokens_to_ids(x)) for x in words],
+    )
+    if last is not None:
+        tokenizer.cls_token, tokenizer.sep_token = word, last
+    tokenizer.save_pretrained(folder)
+
+
+def give_template(folder: Path, template: str) -> None:
+    """Give the tokenizer of a tiny checkpoint a chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+
+
+TURNS = (
+    "{% for message in messages %}{% if message.role == 'user' %}w10 {% else %}w11 "
+    "{% endif %}{{ message.content }} {% endfor %}"
+)
+"""A chat template: a word for whose turn it is, then what is said."""

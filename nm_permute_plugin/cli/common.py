@@ -116,27 +116,6 @@ def one_kind(text: list[Path] | None, images: Path | None, what: str) -> None:
         )
 
 
-def read_text(files: list[Path]) -> str:
-    """
-    Join the text of files, with an empty line between them.
-
-    :raises FileNotFoundError: if one does not exist
-    :raises ValueError: if one is empty, or is not UTF-8
-    """
-    texts = []
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"text file {file} does not exist")
-        try:
-            content = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"text file {file} is no UTF-8 text: {error}") from error
-        if not content.strip():
-            raise ValueError(f"text file {file} is empty")
-        texts.append(content)
-    return "\n\n".join(texts)
-
-
 def print_table(table: str) -> None:
     """Draw a Markdown table on a terminal, and print it as it is to a program."""
     if not sys.stdout.isatty():

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from nm_permute_plugin.cli.common import Device, find_device, print_table, read_text
+from nm_permute_plugin.cli.common import Device, find_device, print_table
 from nm_permute_plugin.cli.embedded import (
     Parts,
     embedded_text,
@@ -21,6 +21,7 @@ from nm_permute_plugin.cli.embedded import (
     write_embedded_model,
 )
 from nm_permute_plugin.cli.prune import calibration_rows, prune_checkpoint
+from nm_permute_plugin.evaluation.corpus import Corpus, plain_text
 from nm_permute_plugin.evaluation.report import Result, gap_of, markdown
 
 
@@ -39,7 +40,7 @@ def demo(
     device: Device = None,
 ) -> None:
     """Prune a real model that comes with a package, by every method; print the table."""
-    parts = split_parts(read_text(text)) if text else embedded_text()
+    parts = split_parts(plain_text(text)) if text else embedded_text()
     where = find_device(device)
     folder = out or Path(tempfile.mkdtemp(prefix="nm-permute-demo-"))
     typer.echo(f"The demo prunes SmolLM2-135M-Instruct 2:4: {Budget()}.", err=True)
@@ -109,18 +110,20 @@ def run_demo(out: Path, text: Parts, budget: Budget, device: str) -> list[Result
     """
     from loguru import logger
 
-    from nm_permute_plugin.evaluation.perplexity import evaluate_checkpoint, tokenize
+    from nm_permute_plugin.evaluation.perplexity import evaluate_checkpoint
+    from nm_permute_plugin.evaluation.text import TextTokenizer
 
     logger.info(f"demo: {budget}, seed 0, on {device}")
     started = time.perf_counter()
     dense = write_embedded_model(out / "dense")
-    rows = calibration_rows(dense, [text.train], budget.rows, budget.sequence_length)
-    test = tokenize(dense, text.test)[: budget.windows * budget.sequence_length]
+    length = budget.sequence_length
+    rows = calibration_rows(dense, Corpus(text.train), budget.rows, length)
+    test = TextTokenizer(dense).windows(Corpus(text.test), length).windows
 
     results: list[Result] = []
     for method, folder, minutes in _checkpoints(out, dense, rows, budget, device):
         before = time.perf_counter()
-        value = evaluate_checkpoint(folder, test, budget.sequence_length, device)
+        value = evaluate_checkpoint(folder, test[: budget.windows], device)
         if method == "dense":
             window = (time.perf_counter() - before) / budget.windows
             about = (FIXED_SECONDS + window * budget.passes) / 60

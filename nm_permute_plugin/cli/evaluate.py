@@ -3,23 +3,43 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Argument, Option
 
-from nm_permute_plugin.cli.common import Device, find_device, one_kind, read_text
+from nm_permute_plugin.cli.common import Device, find_device, one_kind
+from nm_permute_plugin.evaluation.corpus import Corpus, read_corpus
+
+if TYPE_CHECKING:
+    from nm_permute_plugin.evaluation.text import Windows
 
 
 def evaluate(
     checkpoint: Annotated[str, Argument(help="Folder of the checkpoint.")],
     text: Annotated[
-        list[Path] | None, Option("--text", help="Text to evaluate on; repeatable.")
+        list[Path] | None,
+        Option(
+            "--text",
+            help="Text to evaluate on, or a .jsonl file whose lines have messages or "
+            "text; repeatable.",
+        ),
     ] = None,
     images: Annotated[
         Path | None, Option("--images", help="Folder of CLASS/*.jpg, instead of text.")
     ] = None,
-    sequence_length: Annotated[int, Option(min=2, help="Tokens of a window.")] = 2048,
+    sequence_length: Annotated[
+        int | None,
+        Option(min=2, help="Tokens of a window (2048, or the model's positions)."),
+    ] = None,
+    stream: Annotated[
+        bool,
+        Option(
+            "--stream",
+            help="Cut one stream of tokens, as published tables of perplexity do: what "
+            "the tokenizer puts before a text stands before the first window alone.",
+        ),
+    ] = False,
     base: Annotated[
         str | None,
         Option(
@@ -51,7 +71,9 @@ def evaluate(
         raise ValueError("--base and --card are for --text, not for --images")
     if base is not None and dense is None:
         raise ValueError("--base needs --dense: the gap closed lies between the two")
-    content = read_text(text or [])
+    if images is not None and stream:
+        raise ValueError("--stream is for --text, not for --images")
+    corpus = read_corpus(text or [])
     where = find_device(device)
     from nm_permute_plugin.evaluation.pretrained import must_be_model
 
@@ -61,8 +83,8 @@ def evaluate(
     if images is not None:
         _print_accuracy(checkpoint, images, where, batch_size or 32, dense)
         return
-    values, used = _print_perplexities(
-        folders, content, sequence_length, where, batch_size or 1
+    values, cut = _print_perplexities(
+        folders, corpus, sequence_length, stream, where, batch_size or 1
     )
     gap = None
     if base is not None:
@@ -76,35 +98,39 @@ def evaluate(
         from nm_permute_plugin.checkpoint.model_card import Evaluation, add_evaluation
 
         name = " + ".join(file.name for file in text or [])
-        row = Evaluation(name, sequence_length, used, values[0], gap)
+        length = max(map(len, cut.windows))
+        if cut.form != f"windows of {length} tokens":
+            name += f" ({cut.form})"
+        row = Evaluation(name, length, cut.used, values[0], gap)
         add_evaluation(Path(checkpoint), row)
 
 
 def _print_perplexities(
     folders: Sequence[str],
-    text: str,
-    sequence_length: int,
+    corpus: Corpus,
+    sequence_length: int | None,
+    stream: bool,
     device: str,
     batch_size: int,
-) -> tuple[list[float], int]:
-    """Print and return each perplexity, and how many tokens of the first were used."""
-    from nm_permute_plugin.evaluation.perplexity import evaluate_checkpoint, tokenize
-    from nm_permute_plugin.evaluation.pretrained import refuse_perplexity_of
+) -> tuple[list[float], "Windows"]:
+    """Print and return each perplexity, with the windows of the first."""
+    from nm_permute_plugin.evaluation.perplexity import evaluate_checkpoint
+    from nm_permute_plugin.evaluation.pretrained import refuse_perplexity_of, row_length
+    from nm_permute_plugin.evaluation.text import TextTokenizer
 
     for folder in folders:
         refuse_perplexity_of(folder)
-    values, counts = [], []
+    length = min(row_length(folder, sequence_length, 2048) for folder in folders)
+    values: list[float] = []
+    cuts: list[Windows] = []
     for folder in folders:
-        tokens = tokenize(folder, text)
-        values.append(
-            evaluate_checkpoint(folder, tokens, sequence_length, device, batch_size)
-        )
-        counts.append(len(tokens))
+        cut = TextTokenizer(folder).windows(corpus, length, stream)
+        values.append(evaluate_checkpoint(folder, cut.windows, device, batch_size))
+        cuts.append(cut)
         typer.echo(
-            f"{folder}: perplexity {values[-1]:.2f} "
-            f"(windows of {sequence_length} tokens, {len(tokens)} tokens)"
+            f"{folder}: perplexity {values[-1]:.2f} ({cut.form}, {cut.tokens} tokens)"
         )
-    return values, counts[0] // sequence_length * sequence_length
+    return values, cuts[0]
 
 
 def _print_accuracy(

@@ -7,14 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, cast
 
 import typer
 from typer import Argument, Option
 
-from nm_permute_plugin.cli.common import Model, find_device, one_kind, read_text
-
-T = TypeVar("T")
+from nm_permute_plugin.cli.common import Model, find_device, one_kind
+from nm_permute_plugin.evaluation.corpus import Corpus, read_corpus, spread
 
 
 def prune(
@@ -23,7 +22,11 @@ def prune(
     out: Annotated[Path, Argument(help="Folder of the checkpoint, new or empty.")],
     text: Annotated[
         list[Path] | None,
-        Option("--text", help="Text to calibrate and train on; repeatable."),
+        Option(
+            "--text",
+            help="Text to calibrate and train on, or a .jsonl file whose lines have "
+            "messages or text; repeatable.",
+        ),
     ] = None,
     images: Annotated[
         Path | None, Option("--images", help="Folder of images, instead of text.")
@@ -31,7 +34,10 @@ def prune(
     samples: Annotated[
         int, Option(min=2, help="Rows of calibration text, or images, at most.")
     ] = 512,
-    sequence_length: Annotated[int, Option(min=2, help="Tokens of a row.")] = 1024,
+    sequence_length: Annotated[
+        int | None,
+        Option(min=2, help="Tokens of a row (1024, or the model's positions)."),
+    ] = None,
     device: Annotated[
         str | None,
         Option(
@@ -43,7 +49,7 @@ def prune(
 ) -> None:
     """Run a recipe with LearnablePermutationModifier on a model."""
     one_kind(text, images, "give calibration text")
-    content = read_text(text or [])
+    corpus = read_corpus(text or [])
     if not recipe.exists():
         raise FileNotFoundError(f"{recipe} does not exist")
     where = find_device(device)
@@ -58,9 +64,10 @@ def prune(
         amount, test = f"{len(files)} images", ["--images", "CLASS_FOLDERS"]
     else:
         pretrained.refuse_text_for(model)
-        rows = calibration_rows(model, [content], samples, sequence_length)
+        length = pretrained.row_length(model, sequence_length, 1024)
+        rows = calibration_rows(model, corpus, samples, length)
         minutes = prune_checkpoint(model, recipe, out, rows, where)
-        amount, test = f"{len(rows) * sequence_length} tokens", ["--text", "TEST.txt"]
+        amount, test = f"{sum(map(len, rows))} tokens", ["--text", "TEST.txt"]
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6
     following = ["nm-permute", "evaluate", str(out), *test, "--dense", model]
     typer.echo(
@@ -128,16 +135,6 @@ def prune_with_images(
     return _prune(model, recipe, out, data, device)
 
 
-def spread(items: Sequence[T], samples: int) -> list[T]:
-    """Choose ``samples`` of the items at most, spread evenly."""
-    import torch
-
-    if len(items) <= samples:
-        return list(items)
-    chosen = torch.linspace(0, len(items) - 1, samples).long().tolist()
-    return [items[i] for i in chosen]
-
-
 def _prune(
     model: str | Path,
     recipe: Path,
@@ -179,27 +176,19 @@ def _prune(
 
 
 def calibration_rows(
-    model: str | Path, texts: Sequence[str], samples: int, sequence_length: int
+    model: str | Path, corpus: Corpus, samples: int, sequence_length: int
 ) -> list[list[int]]:
     """
-    Cut texts into rows of ``sequence_length`` tokens, and spread those taken evenly.
+    Cut text into rows that begin as the model's tokenizer does, and spread those taken.
 
     :param samples: the most rows that are taken
-    :raises ValueError: if the texts are empty or fill not even two rows
+    :param sequence_length: tokens of a row; those of documents may be shorter
+    :raises ValueError: if the text is empty or fills not even two rows
     """
-    from nm_permute_plugin.evaluation.perplexity import tokenize
+    from nm_permute_plugin.evaluation.text import TextTokenizer
 
-    if not any(text.strip() for text in texts):
-        raise ValueError("the calibration text is empty")
-    tokens = tokenize(model, "\n\n".join(texts))
-    count = len(tokens) // sequence_length
-    if count < 2:
-        raise ValueError(
-            f"the calibration text has {len(tokens)} tokens, fewer than two rows of "
-            f"{sequence_length}: give more text or a smaller --sequence-length"
-        )
-    rows = tokens[: count * sequence_length].view(count, sequence_length)
-    return spread(cast("list[list[int]]", rows.tolist()), samples)
+    rows = TextTokenizer(model).rows(corpus, sequence_length, samples)
+    return spread(rows, samples)
 
 
 class _Stderr:

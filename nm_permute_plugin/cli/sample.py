@@ -14,13 +14,21 @@ def sample(
     model: Model,
     out: Annotated[Path, Argument(help="Text file to write, new.")],
     rows: Annotated[int, Option(min=1, help="Texts to write.")] = 768,
-    tokens: Annotated[int, Option(min=1, help="Tokens of each text.")] = 1024,
+    tokens: Annotated[
+        int | None,
+        Option(min=1, help="Tokens of each text (1024, or the model's positions)."),
+    ] = None,
     start: Annotated[
         str | None,
-        Option(help="First token of a document; the tokenizer's if left out."),
+        Option(
+            help="First token of a document; as the tokenizer begins a text if left out."
+        ),
     ] = None,
     seed: Annotated[int, Option(help="Seed of the random draws.")] = 0,
-    batch_size: Annotated[int, Option(min=1, help="Texts at a time.")] = 128,
+    batch_size: Annotated[
+        int | None,
+        Option(min=1, help="Texts at a time (as many as fit; 128 on a CPU)."),
+    ] = None,
     device: Device = None,
 ) -> None:
     """Write text that the model itself generates, for the option --text of prune.
@@ -30,9 +38,13 @@ def sample(
     if out.exists():
         raise FileExistsError(f"{out} exists; give a new file")
     where = find_device(device)
-    texts = sample_text(model, rows, tokens, start, seed, batch_size, where)
+    from nm_permute_plugin.evaluation.pretrained import must_be_model, row_length
+
+    must_be_model(model)
+    length = row_length(model, tokens, 1024, "--tokens")
+    texts = sample_text(model, rows, length, start, seed, batch_size, where)
     out.write_text("\n\n".join(texts), encoding="utf-8")
-    typer.echo(f"{out}: {rows} texts of {tokens} tokens")
+    typer.echo(f"{out}: {rows} texts of {length} tokens")
 
 
 def sample_text(
@@ -41,7 +53,7 @@ def sample_text(
     tokens: int,
     start: str | None,
     seed: int,
-    batch_size: int,
+    batch_size: int | None,
     device: str,
 ) -> list[str]:
     """
@@ -50,48 +62,42 @@ def sample_text(
     Every text goes on until it is long enough; special tokens are never drawn.
 
     :param tokens: the length of each text
-    :param start: the special token that begins a document; the tokenizer's beginning of
-        text by default, or its end of text where it has none
+    :param start: the special token that begins a document. By default what the tokenizer
+        puts before a text; its beginning of text, or its end, if it puts nothing there
     :param seed: the same one gives the same text on the same hardware
+    :param batch_size: texts at a time; as many as fit if None
     :raises ValueError: for a start that is no single token, or for none at all
     """
     import torch
     from loguru import logger
-    from tqdm import tqdm
-    from transformers import AutoTokenizer
 
-    from nm_permute_plugin.evaluation.pretrained import load_checkpoint, must_be_model
+    from nm_permute_plugin.evaluation.pretrained import load_checkpoint
+    from nm_permute_plugin.evaluation.sampling import draw, texts_at_a_time
+    from nm_permute_plugin.evaluation.text import TextTokenizer
 
-    must_be_model(model)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    first = _first_token(tokenizer, start)
+    text = TextTokenizer(model)
+    tokenizer = text.tokenizer
+    first = text.begin if start is None and text.begin else [_first(tokenizer, start)]
     # Loosely typed: transformers' stubs do not know what a loaded model can do.
     loaded: Any = load_checkpoint(model, device)
     if not loaded.can_generate():
         raise ValueError(f"{type(loaded).__name__} predicts no next token of text")
     known = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    options = {
-        "do_sample": True,
-        "temperature": 1.0,
-        "top_k": 0,
-        "top_p": 1.0,
-        "min_new_tokens": tokens,
-        "max_new_tokens": tokens,
-        "suppress_tokens": sorted(known | set(tokenizer.all_special_ids)),
-        "pad_token_id": first,
-    }
+    ends = loaded.generation_config.eos_token_id
+    known |= set(ends if isinstance(ends, list) else [ends]) - {None}
+    never = sorted(known | set(tokenizer.all_special_ids))
+    size = batch_size or texts_at_a_time(loaded, len(first) + tokens)
     texts: list[str] = []
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for begun in tqdm(range(0, rows, batch_size), desc="Sampling text"):
-            beginning = torch.full((min(batch_size, rows - begun), 1), first)
-            drawn = loaded.generate(beginning.to(device), **options)[:, 1:]
+        for begun in range(0, rows, size):
+            drawn = draw(loaded, first, min(size, rows - begun), tokens, never)
             texts += tokenizer.batch_decode(drawn, skip_special_tokens=True)
     logger.info(f"sampled {rows} texts of {tokens} tokens from {model}")
     return texts
 
 
-def _first_token(tokenizer: Any, start: str | None) -> int:
+def _first(tokenizer: Any, start: str | None) -> int:
     """Return the token that begins a document."""
     if start is not None:
         ids = tokenizer(start, add_special_tokens=False).input_ids

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from nm_permute_plugin.checkpoint.checksums import refuse_changed
+from nm_permute_plugin.pruning.positions import fit_length
 from nm_permute_plugin.pruning.running.fast_dtype import to_fast_dtype
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -63,6 +64,21 @@ def load_checkpoint(checkpoint: str | Path, device: str) -> nn.Module:
     loaded: nn.Module = model.to(device).eval()
     to_fast_dtype(loaded)
     return loaded
+
+
+def row_length(
+    folder: str | Path,
+    asked: int | None,
+    default: int,
+    option: str = "--sequence-length",
+) -> int:
+    """
+    The length of rows of text for a checkpoint, which its positions limit.
+
+    :param asked: by the option, in tokens; None for the default
+    :raises ValueError: if the model has fewer learned positions than was asked for
+    """
+    return fit_length(AutoConfig.from_pretrained(folder), asked, default, option)
 
 
 def image_processor(folder: str | Path) -> Any:

@@ -19,8 +19,8 @@ from nm_permute_plugin.modifiers.fields import PermutationFields
 from nm_permute_plugin.modifiers.names import name_experts_for_saving
 from nm_permute_plugin.modifiers.recipe import is_pruned_later, refuse_shared_pass
 from nm_permute_plugin.modifiers.save import after_save
-from nm_permute_plugin.pruning.data import read_samples
 from nm_permute_plugin.pruning.pipeline import Record, permute_and_prune
+from nm_permute_plugin.pruning.reading import read_samples
 from nm_permute_plugin.pruning.run import Pruned, PrunePlan
 from nm_permute_plugin.pruning.targets import refuse_packed
 

@@ -6,6 +6,7 @@ No layer is pruned while they are taken: the same score on statistics of pruned 
 is far worse.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -53,10 +54,10 @@ def input_norms(
     flattens the tokens; all patches of images do.
 
     :param linears: module names
-    :raises ValueError: if there are no tokens, if an activation is not finite, or if a
-        linear never ran
+    :raises ValueError: if there are no tokens, if an activation is not finite, or its
+        square is not, or if a linear never ran
     """
-    linears = list(linears)
+    linears, batches = list(linears), list(batches)
     device = next(model.parameters()).device
     sums: dict[str, Float[Tensor, " in"]] = {}
 
@@ -88,6 +89,13 @@ def input_norms(
             )
         if not bool(torch.isfinite(sums[name]).all()):
             channel = int((~torch.isfinite(sums[name])).nonzero()[0])
+            largest = _largest(model, name, channel, batches)
+            if math.isfinite(largest):
+                raise ValueError(
+                    f"the activations that enter {name} reach {largest:.1e} (channel "
+                    f"{channel}), and their squares are beyond float32: check the weights "
+                    "of the layers before it"
+                )
             raise ValueError(
                 f"the activations that enter {name} are not finite (channel {channel}); "
                 "load the model in bfloat16 or float32 and check its weights"
@@ -143,6 +151,23 @@ def output_sensitivity(
         squares[name] = squares.get(name, torch.zeros(rows)).cpu()
     mean = torch.cat(list(squares.values())).mean()
     return {name: (s / mean).clamp_min(FLOOR).sqrt() for name, s in squares.items()}
+
+
+def _largest(
+    model: nn.Module, name: str, channel: int, batches: Iterable[Batch]
+) -> float:
+    """The largest magnitude in an input channel of a linear; NaN if there is one."""
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found.append(inputs[0][..., channel].abs().max())
+
+    hook = linear(model, name).register_forward_pre_hook(keep)
+    with torch.no_grad(), _hooked([hook]):
+        for batch in batches:
+            for part in without_padding(batch):
+                forward(model, on_device(part, model))
+    return float(torch.stack(found).max())
 
 
 def _add(

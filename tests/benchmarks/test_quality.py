@@ -90,5 +90,5 @@ def test_change_that_nothing_reads_is_refused(run) -> None:
 
 
 def test_text_that_fills_no_row_is_refused(run) -> None:
-    with pytest.raises(ValueError, match="768 tokens fill no row of 4096"):
+    with pytest.raises(ValueError, match="has 768 tokens, fewer than two rows of 4096"):
         run("none.json", "--methods", "wanda", "--sequence-length", "4096")

@@ -3,10 +3,18 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 sys.path.insert(0, str(Path(__file__).parent))  # for commands.py beside the tests
 from commands import listing  # noqa: E402
@@ -28,6 +36,32 @@ def ready(tiny_checkpoint, recipe: Path, text_file: Path, tmp_path: Path) -> lis
     """Model, recipe and text lie in ``tmp_path``; what is there now."""
     tiny_checkpoint()
     return listing(tmp_path)
+
+
+@pytest.fixture(params=["gpt2", "opt"])
+def older_checkpoint(
+    request: pytest.FixtureRequest, tiny_checkpoint, tmp_path: Path
+) -> Callable[..., Path]:
+    """A factory: the folder of a tiny model with so many learned positions."""
+
+    def save(positions: int) -> Path:
+        torch.manual_seed(0)
+        ends = {"vocab_size": 48, "bos_token_id": 1, "eos_token_id": 2}
+        if request.param == "gpt2":
+            size = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": positions}
+            model = GPT2LMHeadModel(GPT2Config(**ends, **size))
+        else:
+            size = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2}
+            size |= {"num_attention_heads": 4, "word_embed_proj_dim": 32}
+            config = OPTConfig(**ends, **size, max_position_embeddings=positions)
+            model = OPTForCausalLM(config)
+        folder = tmp_path / request.param
+        model.save_pretrained(folder)
+        dense = tiny_checkpoint(name="llama")
+        AutoTokenizer.from_pretrained(dense).save_pretrained(folder)
+        return folder
+
+    return save
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command ``evaluate``: the perplexity, the gap closed, and one error a mistake."""
 
+import json
 import math
 import re
 from pathlib import Path
@@ -8,10 +9,11 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 from commands import assert_one_error, nm_permute, prune
-from torch import Tensor
+from helpers import TURNS, begin_texts_with, give_template
+from loguru import logger
 
-from nm_permute_plugin.evaluation import perplexity
-from nm_permute_plugin.evaluation.perplexity import tokenize
+from nm_permute_plugin.evaluation import text
+from nm_permute_plugin.evaluation.text import TextTokenizer
 
 
 @pytest.fixture
@@ -131,11 +133,12 @@ def test_evaluate_tokenises_a_text_once(
     assert prune(tmp_path, "--text", text_file).exit_code == 0
     read: list[Path] = []
 
-    def counted(folder: str, text: str) -> Tensor:
-        read.append(Path(folder))
-        return tokenize(folder, text)
+    class Counted(TextTokenizer):
+        def __init__(self, folder: str) -> None:
+            read.append(Path(folder))
+            super().__init__(folder)
 
-    monkeypatch.setattr(perplexity, "tokenize", counted)
+    monkeypatch.setattr(text, "TextTokenizer", Counted)
     out, dense = tmp_path / "out", tmp_path / "dense"
     result = evaluate(out, "--text", test_text, "--dense", dense, "--card")
     assert result.exit_code == 0, result.output
@@ -184,3 +187,87 @@ def test_evaluate_refuses_batches_of_nothing(
     result = evaluate(trained_checkpoint, "--text", test_text, "--batch-size", 0)
     assert isinstance(result.exception, SystemExit), repr(result.exception)
     assert "--batch-size" in result.stderr
+
+
+def test_windows_begin_as_the_tokenizer_begins_a_text(
+    tiny_checkpoint, test_text: Path
+) -> None:
+    folder = tiny_checkpoint()
+    before = evaluate(folder, "--text", test_text)
+    begin_texts_with(folder, "w03")
+    began = evaluate(folder, "--text", test_text)
+    assert began.exit_code == 0, began.output
+    assert "(windows of 32 tokens that begin with w03, 640 tokens)" in began.stdout
+    stream = evaluate(folder, "--text", test_text, "--stream")
+    said = "(one stream that begins with w03 in windows of 32 tokens, 640 tokens)"
+    assert said in stream.stdout
+    values = [figures(result) for result in (before, began, stream)]
+    assert values[0] != values[1] != values[2]
+
+
+def test_a_stream_of_a_tokenizer_that_adds_nothing_is_no_other_measure(
+    trained_checkpoint: Path, test_text: Path
+) -> None:
+    plain = evaluate(trained_checkpoint, "--text", test_text)
+    stream = evaluate(trained_checkpoint, "--text", test_text, "--stream")
+    assert "(one stream in windows of 32 tokens, 640 tokens)" in stream.stdout
+    assert figures(plain) == figures(stream)
+
+
+def test_the_card_says_how_the_text_was_cut(
+    ready: list[str], text_file: Path, test_text: Path, tmp_path: Path
+) -> None:
+    assert prune(tmp_path, "--text", text_file).exit_code == 0
+    result = evaluate(tmp_path / "out", "--text", test_text, "--card", "--stream")
+    assert result.exit_code == 0, result.output
+    name = f"{test_text.name} (one stream in windows of 32 tokens)"
+    assert f"| {name} | 32 | 640 | " in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_conversations_are_measured_one_by_one(tiny_checkpoint, tmp_path: Path) -> None:
+    folder = tiny_checkpoint()
+    give_template(folder, TURNS)
+    file = tmp_path / "chat.jsonl"
+    turns = [{"role": "user", "content": "w20"}, {"role": "bot", "content": "w30 w31"}]
+    file.write_text(json.dumps({"messages": turns}) + "\n" + '{"text": "w05 w06"}\n')
+    result = evaluate(folder, "--text", file)
+    assert result.exit_code == 0, result.output
+    assert "(2 documents in windows of up to 32 tokens, 7 tokens)" in result.stdout
+    refused = evaluate(folder, "--text", file, "--stream")
+    assert_one_error(refused, r"--stream is for plain text, but .*chat\.jsonl line 1")
+    file.write_text('{"text": "w05 w06"}\n{"prompt": "w05"}\n')
+    refused = evaluate(folder, "--text", file)
+    assert_one_error(refused, r"chat\.jsonl line 2 holds prompt, but neither messages")
+
+
+def test_the_default_window_is_what_the_model_can_read(
+    older_checkpoint, test_text: Path
+) -> None:
+    folder = older_checkpoint(positions=48)
+    words = ["evaluate", folder, "--text", test_text, "--device", "cpu"]
+    result = nm_permute(*words)
+    assert result.exit_code == 0, result.output
+    assert "(windows of 48 tokens, 640 tokens)" in result.stdout
+    refused = nm_permute(*words, "--sequence-length", 49)
+    assert_one_error(
+        refused,
+        r"48 learned positions and cannot read rows of 49 tokens: give --sequence-length "
+        "48 or less",
+    )
+
+
+def test_windows_beyond_rotary_positions_are_warned_of(
+    trained_checkpoint: Path, test_text: Path
+) -> None:
+    words = ["evaluate", trained_checkpoint, "--text", test_text, "--device", "cpu"]
+    said: list[str] = []
+    sink = logger.add(said.append, level="WARNING")
+    result = nm_permute(*words, "--sequence-length", 80)
+    assert result.exit_code == 0, result.output
+    assert "(windows of 80 tokens, 640 tokens)" in result.stdout
+    (warning,) = said
+    assert "has 64 positions, and rows of 80 tokens go beyond" in warning
+    default = nm_permute(*words)
+    logger.remove(sink)
+    assert said == [warning]
+    assert "(windows of 64 tokens, 640 tokens)" in default.stdout

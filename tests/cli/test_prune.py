@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run leaves a finished checkpoint, or nothing at all."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
-from commands import listing
+from commands import assert_one_error, listing, nm_permute, prune
+from helpers import TURNS, begin_texts_with, give_template
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -16,6 +19,7 @@ from transformers import (
 
 from nm_permute_plugin.checkpoint.verify import verify
 from nm_permute_plugin.cli.prune import calibration_rows, prune_checkpoint
+from nm_permute_plugin.evaluation.corpus import Corpus
 
 ROWS = [list(range(32))] * 10
 
@@ -167,7 +171,7 @@ def test_a_full_disk_is_an_os_error_and_leaves_nothing(
 
 def test_rows_are_cut_one_after_the_other(tiny_checkpoint, chain_rows, words) -> None:
     tokens = chain_rows(1, 70, seed=0)[0]
-    rows = calibration_rows(tiny_checkpoint(), [words(tokens)], 99, 20)
+    rows = calibration_rows(tiny_checkpoint(), Corpus(words(tokens)), 99, 20)
     assert torch.equal(torch.tensor(rows), tokens[:60].view(3, 20))
 
 
@@ -175,19 +179,65 @@ def test_rows_are_spread_evenly_over_all_texts(
     tiny_checkpoint, chain_rows, words
 ) -> None:
     texts = [words(chain_rows(1, 400, seed=seed)) for seed in range(2)]
-    folder = tiny_checkpoint()
-    every = calibration_rows(folder, texts, samples=99, sequence_length=20)
-    some = calibration_rows(folder, texts, samples=5, sequence_length=20)
+    folder, corpus = tiny_checkpoint(), Corpus("\n\n".join(texts))
+    every = calibration_rows(folder, corpus, samples=99, sequence_length=20)
+    some = calibration_rows(folder, corpus, samples=5, sequence_length=20)
     assert len(every) == 40
     assert some == [every[i] for i in (0, 9, 19, 29, 39)]
 
 
-@pytest.mark.parametrize("texts", [[], [""], [" \n\n", "\t"]])
-def test_text_of_blanks_is_refused(tiny_checkpoint, texts: list[str]) -> None:
+@pytest.mark.parametrize("text", ["", " \n\n", "\t"])
+def test_text_of_blanks_is_refused(tiny_checkpoint, text: str) -> None:
     with pytest.raises(ValueError, match="calibration text is empty"):
-        calibration_rows(tiny_checkpoint(), texts, 8, 16)
+        calibration_rows(tiny_checkpoint(), Corpus(text), 8, 16)
 
 
 def test_text_of_less_than_two_rows_is_refused(tiny_checkpoint) -> None:
     with pytest.raises(ValueError, match="has 31 tokens, fewer than two rows of 16"):
-        calibration_rows(tiny_checkpoint(), ["w05 " * 31], 8, 16)
+        calibration_rows(tiny_checkpoint(), Corpus("w05 " * 31), 8, 16)
+
+
+def test_the_default_row_is_what_the_model_can_read(
+    older_checkpoint, recipe: Path, text_file: Path, tmp_path: Path
+) -> None:
+    folder = older_checkpoint(positions=48)
+    words = ["prune", folder, recipe, tmp_path / "out", "--text", text_file]
+    refused = nm_permute(*words, "--device", "cpu", "--sequence-length", 64)
+    assert_one_error(
+        refused, "48 learned positions .* give --sequence-length 48 or less"
+    )
+    assert not (tmp_path / "out").exists()
+    result = nm_permute(*words, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert f"out: {1280 // 48 * 48} tokens" in result.stdout
+
+
+def test_rows_that_begin_as_the_tokenizer_does_give_other_weights(
+    ready: list[str], text_file: Path, tmp_path: Path
+) -> None:
+    assert prune(tmp_path, "--text", text_file).exit_code == 0
+    begin_texts_with(tmp_path / "dense", "w03")
+    result = prune(tmp_path, "--text", text_file, out=tmp_path / "begun")
+    assert result.exit_code == 0, result.output
+    assert f"begun: {1280 // 31 * 32} tokens" in result.stdout
+    plain, begun = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("out", "begun")
+    )
+    assert any(not torch.equal(begun[name], plain[name]) for name in plain)
+
+
+def test_conversations_calibrate(
+    ready: list[str], chain_rows, words, tmp_path: Path
+) -> None:
+    file = tmp_path / "chat.jsonl"
+    said = [words(row) for row in chain_rows(20, 40, seed=3)]
+    lines = [{"messages": [{"role": "user", "content": text}]} for text in said]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    refused = prune(tmp_path, "--text", file)
+    assert_one_error(refused, r"chat\.jsonl line 1 holds messages, .* no chat template")
+    give_template(tmp_path / "dense", TURNS)
+    result = prune(tmp_path, "--text", file)
+    assert result.exit_code == 0, result.output
+    # A word for whose turn it is and 40 that are said, in rows of at most 32.
+    assert f"out: {20 * 41} tokens" in result.stdout
+    assert verify(tmp_path / "out").good

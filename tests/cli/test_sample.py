@@ -4,6 +4,8 @@
 from pathlib import Path
 
 import pytest
+from commands import assert_one_error, nm_permute
+from helpers import begin_texts_with
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -50,3 +52,25 @@ def test_the_command_writes_a_new_file(model: Path, tmp_path: Path) -> None:
     again = CliRunner().invoke(app, [str(word) for word in words])
     assert again.exit_code == 1
     assert "exists; give a new file" in again.stderr
+
+
+def test_the_default_text_is_as_long_as_the_model_can_read(
+    older_checkpoint, tmp_path: Path
+) -> None:
+    folder, out = older_checkpoint(positions=48), tmp_path / "own.txt"
+    words = ["sample", folder, out, "--rows", 2, "--device", "cpu"]
+    refused = nm_permute(*words, "--tokens", 49)
+    assert_one_error(refused, "48 learned positions .* give --tokens 48 or less")
+    assert not out.exists()
+    result = nm_permute(*words)
+    assert result.exit_code == 0, result.output
+    assert f"{out}: 2 texts of 48 tokens" in result.stdout
+
+
+def test_a_text_begins_as_the_tokenizer_begins_one(model: Path) -> None:
+    assert sample(model) == sample(
+        model, start="w02"
+    )  # the end of text: there is no other
+    begin_texts_with(model, "w07")
+    assert sample(model) == sample(model, start="w07")
+    assert sample(model) != sample(model, start="w02")

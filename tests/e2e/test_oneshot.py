@@ -5,10 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers import ours, quantize, wanda
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from nm_permute_plugin.maths.masks import nm_mask
+from nm_permute_plugin.maths.pattern import NMPattern
 
 pytestmark = pytest.mark.slow
 
@@ -127,6 +131,55 @@ def test_the_saved_recipe_repeats_the_run(
     run_oneshot(folder, str(tmp_path / "first" / "recipe.yaml"), tmp_path / "again")
     first, again = stored(tmp_path / "first"), stored(tmp_path / "again")
     assert [name for name in first if not torch.equal(first[name], again[name])] == []
+
+
+def test_a_data_set_is_shuffled_by_the_seed(
+    tiny_checkpoint, run_oneshot, chain_rows, tmp_path: Path
+) -> None:
+    folder, rows = tiny_checkpoint(), chain_rows(40, 32, seed=999).tolist()
+    # The defaults of the host: 12 of 40 rows, drawn anew by every run.
+    drawn = {"rows": rows, "shuffle_calibration_samples": True}
+    drawn |= {"num_calibration_samples": 12}
+    weights = []
+    for name, seed in (("first", 0), ("again", 0), ("other", 1)):
+        fields = {"method": "search", "format": "dense", "seed": seed}
+        run_oneshot(folder, ours(**fields), tmp_path / name, **drawn)
+        weights.append(stored(tmp_path / name))
+    first, again, other = weights
+    assert [name for name in first if not torch.equal(first[name], again[name])] == []
+    assert [name for name in first if not torch.equal(first[name], other[name])]
+
+
+def test_only_the_tokens_of_a_loss_mask_count(
+    tiny_checkpoint, run_oneshot, chain_rows, tmp_path: Path
+) -> None:
+    folder, ids = tiny_checkpoint(), chain_rows(24, 32, seed=999)
+    late = (torch.arange(32) >= 16).long().expand(24, 32)
+    runs = {"all": None, "ones": torch.ones_like(late), "late": late}
+    for name, mask in runs.items():
+        column = {} if mask is None else {"loss_mask": mask.tolist()}
+        data = Dataset.from_dict({"input_ids": ids.tolist(), **column})
+        options = {"dataset": data, "use_loss_mask": True}
+        options |= {"num_calibration_samples": 24}
+        run_oneshot(folder, recipe("identity"), tmp_path / name, **options)
+    whole, ones, some = (stored(tmp_path / name) for name in runs)
+    assert [name for name in whole if not torch.equal(whole[name], ones[name])] == []
+    # By hand: Wanda's mask of the norms over the second halves of the rows.
+    name = "model.layers.0.self_attn.q_proj"
+    dense, inputs = load(folder), []
+    dense.get_submodule(name).register_forward_pre_hook(
+        lambda _, args: inputs.append(args[0])
+    )
+    logits_of(dense, ids)
+    weight = stored(folder)[f"{name}.weight"]
+    for saved, counted in ((whole, inputs[0]), (some, inputs[0][:, 16:])):
+        # A tenth of the rows judges, and the seed says which.
+        norms = counted.flatten(0, 1).norm(dim=0)
+        kept = nm_mask(weight.abs() * norms, NMPattern(2, 4))
+        agree = (kept == (saved[f"{name}.weight"] != 0)).float().mean()
+        assert agree > 0.97
+    changed = (whole[f"{name}.weight"] != 0) != (some[f"{name}.weight"] != 0)
+    assert bool(changed.any())
 
 
 def test_a_search_loses_less_than_the_order_as_it_is(

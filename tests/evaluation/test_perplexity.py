@@ -9,11 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nm_permute_plugin.evaluation.perplexity import (
-    evaluate_checkpoint,
-    perplexity,
-    tokenize,
-)
+from nm_permute_plugin.evaluation.perplexity import evaluate_checkpoint, perplexity
 from nm_permute_plugin.evaluation.pretrained import load_checkpoint
 
 PROBABILITIES = torch.tensor([0.5, 0.25, 0.125, 0.125])
@@ -47,19 +43,20 @@ class CopiesTheLast(nn.Module):
 def test_perplexity_of_a_known_distribution() -> None:
     # 0 opens the window; then -log2 p is 1, 2, 3, 3, 1 bits: 2 bits on average.
     tokens = torch.tensor([3, 0, 1, 2, 3, 0])
-    assert perplexity(Fixed(), tokens, 6) == pytest.approx(2 ** (10 / 5))
+    assert perplexity(Fixed(), [tokens]) == pytest.approx(2 ** (10 / 5))
 
 
 def test_a_uniform_model_is_as_perplexed_as_it_has_tokens() -> None:
     model = Fixed(torch.full((7,), 1 / 7))
-    assert perplexity(model, torch.arange(7).repeat(4), 5) == pytest.approx(7)
+    windows = torch.arange(7).repeat(5).view(7, 5)
+    assert perplexity(model, list(windows)) == pytest.approx(7)
 
 
 def test_the_first_token_of_every_window_is_not_predicted() -> None:
     # Windows (3 0 0) and (3 0 0): the rare 3 comes first and counts nowhere.
     tokens = torch.tensor([3, 0, 0, 3, 0, 0])
-    assert perplexity(Fixed(), tokens, 3) == pytest.approx(2)
-    assert perplexity(Fixed(), tokens, 6) == pytest.approx(2 ** (7 / 5))
+    assert perplexity(Fixed(), tokens.split(3)) == pytest.approx(2)
+    assert perplexity(Fixed(), [tokens]) == pytest.approx(2 ** (7 / 5))
 
 
 def test_each_token_is_predicted_from_those_before_it() -> None:
@@ -67,34 +64,40 @@ def test_each_token_is_predicted_from_those_before_it() -> None:
     right = math.exp(4) / (math.exp(4) + 3)
     wrong = 1 / (math.exp(4) + 3)
     expected = math.exp(-(2 * math.log(right) + math.log(wrong)) / 3)
-    assert perplexity(model, tokens, 4) == pytest.approx(expected)
-
-
-def test_the_rest_that_fills_no_window_is_left_out() -> None:
-    model = Fixed()
-    tokens = torch.tensor([0, 0, 0, 0, 3, 3, 3])
-    assert perplexity(model, tokens, 4) == pytest.approx(2)
-    assert [batch.tolist() for batch in model.seen] == [[[0, 0, 0, 0]]]
+    assert perplexity(model, [tokens]) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
 def test_windows_at_a_time_change_nothing(batch_size: int) -> None:
     tokens = torch.randint(4, (50,), generator=torch.Generator().manual_seed(0))
-    one = perplexity(Fixed(), tokens, 7)
+    windows = tokens.split(7)
+    one = perplexity(Fixed(), windows)
     model = Fixed()
-    assert perplexity(model, tokens, 7, batch_size) == pytest.approx(one)
-    assert max(map(len, model.seen)) == min(batch_size, 7)
+    assert perplexity(model, windows, batch_size) == pytest.approx(one)
+    assert max(map(len, model.seen)) == min(batch_size, 8)
 
 
-def test_a_text_that_fills_no_window_is_refused() -> None:
-    with pytest.raises(ValueError, match="has 9 tokens, less than one window of 10"):
-        perplexity(Fixed(), torch.zeros(9, dtype=torch.int64), 10)
+def test_windows_of_a_batch_may_differ_in_length() -> None:
+    windows = [torch.tensor(row) for row in ([3, 0, 0, 0, 0], [3, 2], [1, 1, 0])]
+    # Five times 1 bit, 2 bits, and 3 bits; padding, which would be token 0, is none.
+    assert perplexity(Fixed(), windows, 3) == pytest.approx(2 ** (10 / 7))
 
 
-@pytest.mark.parametrize("length", [1, 0, -4])
-def test_a_window_that_predicts_nothing_is_refused(length: int) -> None:
-    with pytest.raises(ValueError, match="at least 2"):
-        perplexity(Fixed(), torch.zeros(9, dtype=torch.int64), length)
+def test_a_model_in_training_is_measured_without_dropout(tiny_model, tokens) -> None:
+    model = tiny_model("llama", attention_dropout=0.5)
+    windows = list(tokens)
+    expected = perplexity(model, windows)
+    model.train()
+    model.model.layers[0].eval()
+    assert perplexity(model, windows) == expected
+    assert model.training
+    assert not model.model.layers[0].training
+
+
+@pytest.mark.parametrize("windows", [[], [torch.tensor([1])]])
+def test_windows_that_predict_nothing_are_refused(windows: list[Tensor]) -> None:
+    with pytest.raises(ValueError, match="nothing is predicted"):
+        perplexity(Fixed(), windows)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +107,7 @@ def test_a_window_that_predicts_nothing_is_refused(length: int) -> None:
 )
 def test_broken_weights_are_refused(logits: Tensor) -> None:
     with pytest.raises(ValueError, match="broken weights"):
-        perplexity(Fixed(logits.exp()), torch.tensor([3, 3, 3]), 3)
+        perplexity(Fixed(logits.exp()), [torch.tensor([3, 3, 3])])
 
 
 def test_a_likelihood_too_small_for_a_float_is_refused() -> None:
@@ -112,22 +115,15 @@ def test_a_likelihood_too_small_for_a_float_is_refused() -> None:
     with torch.no_grad():
         model.logits.copy_(torch.tensor([9000.0, 0.0, 0.0, 0.0]))
     with pytest.raises(ValueError, match="broken weights"):
-        perplexity(model, torch.tensor([3, 3, 3]), 3)
-
-
-def test_text_becomes_one_stream_without_special_tokens(tiny_checkpoint) -> None:
-    tokens = tokenize(tiny_checkpoint(), "w03 w05\n\nw47 unknown")
-    assert tokens.tolist() == [3, 5, 47, 0]
-    assert tokens.dtype == torch.int64
-    assert tokenize(tiny_checkpoint(), "").tolist() == []
+        perplexity(model, [torch.tensor([3, 3, 3])])
 
 
 def test_a_checkpoint_from_disk_is_as_good_as_its_model(
     trained_checkpoint: Path, chain_rows
 ) -> None:
-    tokens = chain_rows(1, 640, seed=77)[0]
+    windows = list(chain_rows(20, 32, seed=77))
     model = load_checkpoint(trained_checkpoint, "cpu")
-    measured = evaluate_checkpoint(trained_checkpoint, tokens, 32, "cpu", batch_size=4)
-    assert measured == pytest.approx(perplexity(model, tokens, 32))
+    measured = evaluate_checkpoint(trained_checkpoint, windows, "cpu", batch_size=4)
+    assert measured == pytest.approx(perplexity(model, windows))
     # 48 tokens, of which nine in ten are certain once the chain is learned
     assert 1.5 < measured < 4

@@ -13,15 +13,13 @@ from torch import Tensor
 from zoo_models import zoo_batches, zoo_model
 
 from nm_permute_plugin.pruning.data import (
-    FEWEST_TOKENS,
     Data,
     endless,
-    read_samples,
-    rows_of,
     split_images,
     split_text,
     token_mask,
 )
+from nm_permute_plugin.pruning.reading import FEWEST_TOKENS, read_samples, rows_of
 
 VOCABULARY = 1000
 VIT, TEXT, BOTH = "vit-labels", "llama-gqa", "qwen2.5-vl"

@@ -9,8 +9,9 @@ from torch import nn
 from whole_runs import resolved_of
 from zoo_models import CASES, tiny, zoo_batches, zoo_linears, zoo_model
 
-from nm_permute_plugin.pruning.data import first_sample, read_samples
+from nm_permute_plugin.pruning.data import first_sample
 from nm_permute_plugin.pruning.pipeline import Record, permute_and_prune
+from nm_permute_plugin.pruning.reading import read_samples
 from nm_permute_plugin.pruning.running.loss import answer
 from nm_permute_plugin.pruning.settings import RecoverStage, Settings
 from nm_permute_plugin.pruning.statistics import input_norms, output_sensitivity

@@ -16,9 +16,11 @@ from nm_permute_plugin.maths.permutation import check_permutation
 from nm_permute_plugin.maths.scores import ScoreName, score_weight
 from nm_permute_plugin.pruning.data import Data
 from nm_permute_plugin.pruning.problem import Solution, SpaceScores
+from nm_permute_plugin.pruning.run import prune
 from nm_permute_plugin.pruning.running.loss import loss, run
 from nm_permute_plugin.pruning.settings import Method, Settings
 from nm_permute_plugin.pruning.statistics import input_norms
+from nm_permute_plugin.specs.architectures import LLAMA
 from nm_permute_plugin.specs.fold import fold, invert_all
 
 METHODS = get_args(Method)
@@ -194,6 +196,22 @@ def test_the_same_seed_gives_the_same_weights(tiny_model, go, method: str) -> No
     assert_same(records[0].perms, records[1].perms)
     assert records[0].history == records[1].history
     assert records[0].retained == records[1].retained
+
+
+@pytest.mark.parametrize("own_spec", [False, True], ids=["known", "own spec"])
+def test_a_model_in_training_is_pruned_without_dropout(
+    tiny_model, data: Data, own_spec: bool
+) -> None:
+    settings = Settings(method="search", spec=LLAMA if own_spec else None)
+    weights = []
+    for training in (False, True):
+        model = tiny_model("llama", attention_dropout=0.5).train(training)
+        model.lm_head.train(not training)
+        prune(model, data, settings)
+        assert model.training == training
+        assert model.lm_head.training != training
+        weights.append(weights_of(model))
+    assert_same(*weights)
 
 
 def test_another_seed_gives_other_weights(tiny_model, go) -> None:

@@ -120,6 +120,21 @@ def test_activations_that_are_not_finite_are_refused_by_the_first_linear(
     assert hooks_of(model) == 0
 
 
+def test_activations_whose_squares_overflow_are_not_called_infinite(
+    tiny_model, tokens: Tensor
+) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].post_attention_layernorm.weight[5] = 1e20
+    message = (
+        r"that enter model\.layers\.0\.mlp\.up_proj reach \d\.\de\+(19|20) \(channel 5\), "
+        "and their squares are beyond float32"
+    )
+    with pytest.raises(ValueError, match=message):
+        input_norms(model, ["model.layers.0.mlp.up_proj"], [{"input_ids": tokens}])
+    assert hooks_of(model) == 0
+
+
 def test_no_batches_are_refused(tiny_model) -> None:
     with pytest.raises(ValueError, match="holds no tokens"):
         input_norms(tiny_model("llama"), NAMES, [])

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read files of text: plain ones, and JSONL with a document or a conversation a line."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+JSONL = ".jsonl"
+"""The suffix of files that hold a JSON object a line; all others are plain text."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """
+    One line of a JSONL file.
+
+    :param where: the file and the number of the line, from 1 on
+    :param content: a text, or a conversation: messages with ``role`` and ``content``
+    :param tools: what the conversation may call, as chat templates take it
+    """
+
+    where: str
+    content: str | list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """
+    What all files together hold.
+
+    :param text: the plain files, with an empty line between them
+    :param documents: the lines of the JSONL files; none of them runs on into another
+    """
+
+    text: str = ""
+    documents: Sequence[Document] = ()
+
+
+def read_corpus(files: Sequence[Path]) -> Corpus:
+    """
+    Read all files: JSONL by their suffix, the others as plain text.
+
+    :raises FileNotFoundError: if one does not exist
+    :raises ValueError: if one is empty, or is not UTF-8, or for a line of JSONL that
+        holds neither ``messages`` nor ``text``
+    """
+    texts: list[str] = []
+    documents: list[Document] = []
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"text file {file} does not exist")
+        try:
+            content = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"text file {file} is no UTF-8 text: {error}") from error
+        if not content.strip():
+            raise ValueError(f"text file {file} is empty")
+        if file.suffix.lower() == JSONL:
+            documents += _documents(file, content)
+        else:
+            texts.append(content)
+    return Corpus("\n\n".join(texts), documents)
+
+
+def plain_text(files: Sequence[Path]) -> str:
+    """
+    Read files of plain text alone, with an empty line between them.
+
+    :raises FileNotFoundError: if one does not exist
+    :raises ValueError: as ``read_corpus``, and for a JSONL file
+    """
+    for file in files:
+        if file.suffix.lower() == JSONL:
+            raise ValueError(
+                f"{file} is a JSONL file, but plain text is needed here: write the "
+                "text of its lines into a .txt file"
+            )
+    return read_corpus(files).text
+
+
+def spread(items: Sequence[T], samples: int) -> list[T]:
+    """Choose ``samples`` of the items at most, spread evenly."""
+    import torch  # late: files are read, and refused, in a moment
+
+    if len(items) <= samples:
+        return list(items)
+    chosen = torch.linspace(0, len(items) - 1, samples).long().tolist()
+    return [items[i] for i in chosen]
+
+
+def _documents(file: Path, content: str) -> list[Document]:
+    # Not splitlines(): JSON may hold other ends of line than this one.
+    lines = enumerate(content.split("\n"), 1)
+    return [
+        _document(f"{file} line {number}", line)
+        for number, line in lines
+        if line.strip()
+    ]
+
+
+def _document(where: str, line: str) -> Document:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is no JSON: {error}") from error
+    if not isinstance(value, dict) or not {"messages", "text"} & set(value):
+        found = ", ".join(value) if isinstance(value, dict) else type(value).__name__
+        raise ValueError(
+            f"{where} holds {found or 'nothing'}, but neither messages nor text; give a "
+            'JSON object a line: {"messages": [{"role": ..., "content": ...}]} or '
+            '{"text": ...}'
+        )
+    if "messages" not in value:
+        if not isinstance(value["text"], str):
+            raise ValueError(
+                f"{where}: text is a {type(value['text']).__name__}, not a string"
+            )
+        return Document(where, value["text"])
+    messages, tools = value["messages"], value.get("tools")
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{where}: messages is no list of messages, or an empty one")
+    if not all(
+        isinstance(message, Mapping) and "role" in message for message in messages
+    ):
+        raise ValueError(
+            f"{where}: every one of messages needs a role, as in "
+            '{"role": "user", "content": "Hello"}'
+        )
+    return Document(where, messages, tools or None)

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+How text becomes tokens: rows to calibrate and train on, windows to evaluate on.
+
+Every row and window begins as the tokenizer begins a text, as with ``<bos>``, because the
+model was trained so. Conversations go through the tokenizer's chat template.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Int
+from loguru import logger
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from nm_permute_plugin.evaluation.corpus import Corpus, Document, spread
+
+Window = Int[Tensor, " _tokens"]
+"""Windows of documents differ in length."""
+
+WHOLE = 1_500_000
+"""Characters that are tokenized in any case; of a longer text, as much as is used."""
+
+GENEROUS = 8
+"""Characters that hold a token, with room to spare: English has about four."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """
+    What a perplexity is measured on.
+
+    :param tokens: how many tokens the text has; the rest that fills no window is among them
+    :param form: how the text was cut, in words
+    """
+
+    windows: Sequence[Window]
+    tokens: int
+    form: str
+
+    @property
+    def used(self) -> int:
+        """How many tokens the windows hold."""
+        return sum(map(len, self.windows))
+
+
+class TextTokenizer:
+    """
+    A checkpoint's tokenizer, and how it begins and ends a text.
+
+    :ivar begin: the special tokens that it puts before a text
+    :ivar end: those that it puts behind a text, of encoders alone (``[SEP]``): a row of a
+        language model seldom ends where a text does
+    """
+
+    def __init__(self, checkpoint: str | Path) -> None:
+        # Loosely typed: transformers' stubs do not know what a loaded tokenizer can do.
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
+        probe = "a"
+        plain = self._ids(probe)
+        full = list(self.tokenizer(probe, verbose=False).input_ids)
+        places = range(len(full) - len(plain) + 1)
+        at = next((i for i in places if full[i : i + len(plain)] == plain), 0)
+        self.begin: list[int] = full[:at]
+        has_class_token = self.tokenizer.cls_token_id in self.begin
+        self.end: list[int] = full[at + len(plain) :] if has_class_token else []
+
+    def rows(
+        self, corpus: Corpus, length: int, wanted: int | None = None
+    ) -> list[list[int]]:
+        """
+        Cut a corpus into rows of text: all rows of a small one, enough of a large one.
+
+        Plain text gives rows of exactly ``length`` tokens. Every document begins a row, and
+        its last one may be shorter. Of a text that is far longer than ``wanted`` rows,
+        pieces spread over it are tokenized, which begin at paragraphs.
+
+        :param length: tokens of a row, special ones included
+        :param wanted: how many rows will be used, of perhaps more; None for all there are
+        :raises ValueError: if the corpus is empty or fills not even two rows, or if a
+            conversation cannot go through the chat template
+        """
+        if not corpus.text.strip() and not corpus.documents:
+            raise ValueError("the calibration text is empty")
+        rows, rest = self._text_rows(corpus.text, self._body(length), wanted)
+        documents = corpus.documents
+        if wanted is not None:
+            documents = spread(documents, wanted)
+        for document in documents:
+            rows += self._document_rows(document, length)
+        if len(rows) < 2:
+            tokens = sum(map(len, rows)) + rest
+            raise ValueError(
+                f"the calibration text has {tokens} tokens, fewer than two rows of "
+                f"{length}: give more text or a smaller --sequence-length"
+            )
+        return rows
+
+    def windows(self, corpus: Corpus, length: int, stream: bool = False) -> Windows:
+        """
+        Cut a whole corpus into windows that do not overlap.
+
+        :param length: tokens of a window, special ones included; those of documents may
+            be shorter
+        :param stream: one stream of tokens cut into windows, as the scripts of Wanda and
+            SparseGPT do it: the tokenizer's beginning stands before the first window alone
+        :raises ValueError: if the text fills no window
+        """
+        if length < 2:
+            raise ValueError(f"a window needs at least 2 tokens, not {length}")
+        if stream and corpus.documents:
+            raise ValueError(
+                f"--stream is for plain text, but {corpus.documents[0].where} is a "
+                "document of its own: leave --stream out, or give a .txt file"
+            )
+        ids = self._ids(corpus.text)
+        if stream:
+            rows = _cut([*self.begin, *ids], length)
+        else:
+            rows = [[*self.begin, *row] for row in _cut(ids, self._body(length))]
+        tokens = len(ids)
+        for document in corpus.documents:
+            pieces = list(self._document_rows(document, length))
+            rows += pieces
+            tokens += sum(map(len, pieces))
+        if not rows:
+            raise ValueError(
+                f"the text has {tokens} tokens, less than one window of {length}: give "
+                "more text or a smaller --sequence-length"
+            )
+        form = self._form(length, len(corpus.documents), stream)
+        return Windows([torch.tensor(row) for row in rows], tokens, form)
+
+    def _form(self, length: int, documents: int, stream: bool) -> str:
+        """How text was cut, in words."""
+        begin = "".join(self.tokenizer.convert_ids_to_tokens(self.begin))
+        if stream:
+            behind = f" that begins with {begin}" if begin else ""
+            return f"one stream{behind} in windows of {length} tokens"
+        behind = f" that begin with {begin}" if begin else ""
+        if not documents:
+            return f"windows of {length} tokens{behind}"
+        return f"{documents} documents in windows of up to {length} tokens{behind}"
+
+    def _ids(self, text: str) -> list[int]:
+        found = self.tokenizer(text, add_special_tokens=False, verbose=False)
+        return list(found.input_ids)
+
+    def _body(self, length: int) -> int:
+        """Tokens of text in a row of that length."""
+        special = len(self.begin) + len(self.end)
+        if length <= special:
+            raise ValueError(
+                f"rows of {length} tokens have no room beside the {special} special tokens "
+                "of the tokenizer; give a larger --sequence-length"
+            )
+        return length - special
+
+    def _text_rows(
+        self, text: str, body: int, wanted: int | None
+    ) -> tuple[list[list[int]], int]:
+        """The rows of a plain text, and how many tokens fill no row."""
+        if wanted and len(text) > max(WHOLE, 2 * wanted * body * GENEROUS):
+            cut, rest = self._spread_rows(text, body, wanted), 0
+        else:
+            ids = self._ids(text)
+            cut, rest = _cut(ids, body), len(ids) % body
+        return [[*self.begin, *row, *self.end] for row in cut], rest
+
+    def _spread_rows(self, text: str, body: int, wanted: int) -> list[list[int]]:
+        """``wanted`` rows, one from the beginning of every part of a long text."""
+        size = len(text) // wanted
+        starts = [_border(text, i * size, i * size + size // 4) for i in range(wanted)]
+        parts = zip(starts, [*starts[1:], len(text)], strict=True)
+        taken = [
+            text[first : min(last, first + body * GENEROUS)] for first, last in parts
+        ]
+        found = self.tokenizer(taken, add_special_tokens=False, verbose=False).input_ids
+        rows = [list(ids[:body]) for ids in found if len(ids) >= body]
+        if len(rows) < wanted:  # more characters of this text are a token
+            return _cut(self._ids(text), body)
+        logger.info(
+            f"Tokenized {sum(map(len, taken)):,} of {len(text):,} characters: {wanted} "
+            "rows spread over the text"
+        )
+        return rows
+
+    def _document_rows(self, document: Document, length: int) -> Iterator[list[int]]:
+        """The rows of a document; one of a single token predicts nothing."""
+        ids, begin = self._document_ids(document), self.begin
+        if not isinstance(document.content, str):
+            # A template writes the beginning itself, or means there to be none.
+            written = bool(begin) and ids[: len(begin)] == begin
+            ids, begin = (ids[len(begin) :], begin) if written else (ids, [])
+        body = self._body(length) + len(self.begin) - len(begin)
+        for first in range(0, len(ids), body):
+            row = [*begin, *ids[first : first + body], *self.end]
+            if len(row) > 1:
+                yield row
+
+    def _document_ids(self, document: Document) -> list[int]:
+        if isinstance(document.content, str):
+            return self._ids(document.content)
+        if self.tokenizer.chat_template is None:
+            raise ValueError(
+                f"{document.where} holds messages, but the tokenizer has no chat template "
+                "that turns them into text; give plain text, or the tokenizer of a chat "
+                "model"
+            )
+        try:
+            ids = self.tokenizer.apply_chat_template(
+                document.content, tools=document.tools, return_dict=False
+            )
+        except Exception as error:  # of Jinja, or of the template's own
+            raise ValueError(
+                f"{document.where} does not go through the chat template: {error}"
+            ) from error
+        return cast("list[int]", list(ids))
+
+
+def _cut(ids: list[int], length: int) -> list[list[int]]:
+    """Pieces of that length; the rest that fills none is left out."""
+    return [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+
+
+def _border(text: str, first: int, last: int) -> int:
+    """Where a paragraph begins between two places, or a line, or a word."""
+    for end in ("\n\n", "\n", " "):
+        found = text.find(end, first, last)
+        if found >= 0 and first:
+            return found + len(end)
+    return first
