@@ -12,9 +12,11 @@ from nm_permute_plugin.checkpoint.directory import open_checkpoint
 from nm_permute_plugin.checkpoint.model_card import Card, write_card
 from nm_permute_plugin.checkpoint.pattern import check_pattern
 from nm_permute_plugin.checkpoint.plan import choose_format, make_plan, to_store_sparse
-from nm_permute_plugin.checkpoint.record import write_record
+from nm_permute_plugin.checkpoint.record import composed, earlier_record, write_record
+from nm_permute_plugin.checkpoint.source import Source, carry_files
+from nm_permute_plugin.checkpoint.unloaded import carry_tensors
 from nm_permute_plugin.checkpoint.writer import rewrite
-from nm_permute_plugin.maths.permutation import Permutation
+from nm_permute_plugin.maths.permutation import Permutation, is_identity
 
 
 @dataclass(frozen=True)
@@ -26,22 +28,31 @@ class Finish:
     :param card: what the card tells; its format and reason are found out here
     :param perms: by space, ``new[j] = old[perm[j]]``
     :param report: goes into the record, and must fit into JSON
+    :param source: the folder that the model was loaded from, if there is one
     """
 
     asked: AskedFormat
     card: Card
     perms: Mapping[str, Permutation]
     report: Mapping[str, object]
+    source: Source | None = None
 
     def __call__(self, folder: Path) -> None:
         """
-        Checks a checkpoint's pattern, stores it as asked, and adds record and card.
+        Checks a checkpoint's pattern, stores it as asked, adds record and card, and
+        what the model's folder holds beside the model.
+
+        The record is told from the model that was folded first, also where an earlier
+        run of this process or of the folder folded it before.
 
         :raises ValueError: if a pruned module does not follow the pattern any more,
             naming module, row and channels
         """
         pattern, pruned = self.card.pattern, self.card.pruned
         transposed = self.card.transposed
+        source = self._source()
+        if source is not None:
+            carry_tensors(source.path, folder, source.carried)
         checkpoint = open_checkpoint(folder)
         counted = check_pattern(checkpoint, pruned, pattern, transposed)
         format, reason = choose_format(
@@ -56,5 +67,25 @@ class Finish:
             )
             rewrite(checkpoint, plan, folder)
             checkpoint = open_checkpoint(folder)
-        write_record(folder, self.perms, self.report)
-        write_card(checkpoint, replace(self.card, format=format, reason=reason))
+        perms, report = self.perms, self.report
+        earlier = earlier_record(folder)
+        if earlier is not None:
+            perms, report = composed(*earlier, perms, report)
+        elif self.source is not None and self.source.report is not None:
+            earlier_report = self.source.report
+            perms, report = composed(self.source.perms, earlier_report, perms, report)
+        write_record(folder, perms, report)
+        moved = not all(is_identity(perm) for perm in perms.values())
+        card = replace(self.card, format=format, reason=reason, moved=moved)
+        write_card(checkpoint, card)
+        if source is not None:
+            carry_files(source.path, folder)
+
+    def _source(self) -> Source | None:
+        if self.source is not None and not self.source.path.is_dir():
+            logger.warning(
+                f"{self.source.path} is gone: its files that are no weights, such as a "
+                "license, do not travel into the checkpoint"
+            )
+            return None
+        return self.source

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,14 +53,54 @@ def save_checkpoint(
     inside = transaction.is_unfinished(target)  # whoever made it puts it in its place
     if inside or not first:
         fresh = target if inside else transaction.unfinished(target, _MARK)
-        save(fresh, **save_options)
+        with _savable(model):
+            save(fresh, **save_options)
         if first:
+            _keep_generation_config(model, fresh)
             finish(fresh)
         return
     with transaction.directory(target, _stays, _MARK) as fresh:
-        save(fresh, **save_options)
+        with _savable(model):
+            save(fresh, **save_options)
+        _keep_generation_config(model, fresh)
         finish(fresh)
         keep_foreign_card(target, fresh)
+
+
+@contextmanager
+def _savable(model: PreTrainedModel) -> Iterator[None]:
+    """
+    Hides generation settings that transformers loads and does not save.
+
+    Such are a temperature without sampling, which many models of the hub have.
+    """
+    settings = model.generation_config if _is_refused(model) else None
+    if settings is None:
+        yield
+        return
+    model.generation_config = type(settings)()
+    try:
+        yield
+    finally:
+        model.generation_config = settings
+
+
+def _keep_generation_config(model: PreTrainedModel, folder: Path) -> None:
+    """Writes generation settings as they are where transformers would not save them."""
+    if _is_refused(model):
+        path = folder / "generation_config.json"
+        model.generation_config.to_json_file(path, keys_to_pop=["compile_config"])
+
+
+def _is_refused(model: PreTrainedModel) -> bool:
+    settings = getattr(model, "generation_config", None)
+    if settings is None:
+        return False
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        return True
+    return False
 
 
 def _stays(name: str) -> bool:

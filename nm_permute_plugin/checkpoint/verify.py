@@ -14,9 +14,9 @@ from nm_permute_plugin.checkpoint.config import (
     read_sparsity_config,
 )
 from nm_permute_plugin.checkpoint.directory import (
-    INDEX,
     SINGLE,
     Checkpoint,
+    index_of,
     open_checkpoint,
     read_json,
 )
@@ -254,14 +254,12 @@ def _other_faults(checkpoint: Checkpoint) -> Iterator[Fault]:
 
 def _file_faults(path: Path) -> tuple[Fault, ...]:
     """Lists every file that cannot be read, where the checkpoint could not be."""
-    if (path / SINGLE).exists():
-        files = {SINGLE}
-    else:
-        try:
-            named = read_json(path / INDEX).get("weight_map")
-        except DamagedError as error:
-            return (_fault(error),)
-        files = set(named.values()) if isinstance(named, dict) else set()
+    try:
+        index = index_of(path)
+    except DamagedError as error:
+        return (_fault(error),)
+    named = {"": SINGLE} if index is None else index.get("weight_map")
+    files = set(named.values()) if isinstance(named, dict) else set()
     faults = []
     for file in sorted(name for name in files if isinstance(name, str)):
         try:
