@@ -13,7 +13,7 @@ from nm_permute_plugin.checkpoint.model_card import Card, write_card
 from nm_permute_plugin.checkpoint.pattern import check_pattern
 from nm_permute_plugin.checkpoint.plan import choose_format, make_plan, to_store_sparse
 from nm_permute_plugin.checkpoint.record import composed, earlier_record, write_record
-from nm_permute_plugin.checkpoint.source import Source, carry_files
+from nm_permute_plugin.checkpoint.source import Source
 from nm_permute_plugin.checkpoint.unloaded import carry_tensors
 from nm_permute_plugin.checkpoint.writer import rewrite
 from nm_permute_plugin.maths.permutation import Permutation, is_identity
@@ -39,8 +39,7 @@ class Finish:
 
     def __call__(self, folder: Path) -> None:
         """
-        Checks a checkpoint's pattern, stores it as asked, adds record and card, and
-        what the model's folder holds beside the model.
+        Checks a checkpoint's pattern, stores it as asked, and adds record and card.
 
         The record is told from the model that was folded first, also where an earlier
         run of this process or of the folder folded it before.
@@ -50,8 +49,8 @@ class Finish:
         """
         pattern, pruned = self.card.pattern, self.card.pruned
         transposed = self.card.transposed
-        source = self._source()
-        if source is not None:
+        source = self.source
+        if source is not None and source.carried:
             carry_tensors(source.path, folder, source.carried)
         checkpoint = open_checkpoint(folder)
         counted = check_pattern(checkpoint, pruned, pattern, transposed)
@@ -71,21 +70,9 @@ class Finish:
         earlier = earlier_record(folder)
         if earlier is not None:
             perms, report = composed(*earlier, perms, report)
-        elif self.source is not None and self.source.report is not None:
-            earlier_report = self.source.report
-            perms, report = composed(self.source.perms, earlier_report, perms, report)
+        elif source is not None and source.report is not None:
+            perms, report = composed(source.perms, source.report, perms, report)
         write_record(folder, perms, report)
         moved = not all(is_identity(perm) for perm in perms.values())
         card = replace(self.card, format=format, reason=reason, moved=moved)
         write_card(checkpoint, card)
-        if source is not None:
-            carry_files(source.path, folder)
-
-    def _source(self) -> Source | None:
-        if self.source is not None and not self.source.path.is_dir():
-            logger.warning(
-                f"{self.source.path} is gone: its files that are no weights, such as a "
-                "license, do not travel into the checkpoint"
-            )
-            return None
-        return self.source

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import Permutation, compose
@@ -67,11 +68,11 @@ def earlier_record(
 
 
 def composed(
-    earlier: Mapping[str, Permutation],
+    earlier: Mapping[str, Tensor],
     earlier_report: Mapping[str, object],
-    perms: Mapping[str, Permutation],
+    perms: Mapping[str, Tensor],
     report: Mapping[str, object],
-) -> tuple[dict[str, Permutation], dict[str, object]]:
+) -> tuple[dict[str, Tensor], dict[str, object]]:
     """
     Makes the record of two runs, one after the other: from the first model to the last.
 

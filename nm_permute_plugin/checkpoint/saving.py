@@ -13,6 +13,7 @@ from torch import distributed
 
 from nm_permute_plugin.checkpoint import transaction
 from nm_permute_plugin.checkpoint.model_card import keep_foreign_card
+from nm_permute_plugin.checkpoint.source import Source, carry_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,16 +27,19 @@ def save_checkpoint(
     folder: str | Path,
     finish: Callable[[Path], None],
     save: Callable[..., None] | None = None,
+    source: Source | None = None,
     **save_options: object,
 ) -> None:
     """
     Saves a model, finishes its checkpoint, and only then puts it into the folder.
 
     Where saving or ``finish`` fails, the folder holds what it held before. Files of an
-    older save are replaced, other files in the folder stay.
+    older save are replaced, other files in the folder stay. What the model's own folder
+    holds beside its weights is taken along.
 
     :param finish: is called with the directory of the saved checkpoint
     :param save: writes the model to a directory; by default ``model.save_pretrained``
+    :param source: the model's own folder
     :param save_options: go to ``save``
     :raises ValueError: for ``push_to_hub``, which would upload what is not finished
     """
@@ -56,14 +60,12 @@ def save_checkpoint(
         with _savable(model):
             save(fresh, **save_options)
         if first:
-            _keep_generation_config(model, fresh)
-            finish(fresh)
+            _finish(model, finish, source, fresh)
         return
     with transaction.directory(target, _stays, _MARK) as fresh:
         with _savable(model):
             save(fresh, **save_options)
-        _keep_generation_config(model, fresh)
-        finish(fresh)
+        _finish(model, finish, source, fresh, target)
         keep_foreign_card(target, fresh)
 
 
@@ -85,11 +87,19 @@ def _savable(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = settings
 
 
-def _keep_generation_config(model: PreTrainedModel, folder: Path) -> None:
-    """Writes generation settings as they are where transformers would not save them."""
+def _finish(
+    model: PreTrainedModel,
+    finish: Callable[[Path], None],
+    source: Source | None,
+    folder: Path,
+    target: Path | None = None,
+) -> None:
     if _is_refused(model):
         path = folder / "generation_config.json"
         model.generation_config.to_json_file(path, keys_to_pop=["compile_config"])
+    finish(folder)
+    if source is not None:
+        carry_files(source.path, folder, target)
 
 
 def _is_refused(model: PreTrainedModel) -> bool:

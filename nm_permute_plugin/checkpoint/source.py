@@ -172,15 +172,24 @@ def check_files(source: Path) -> None:
         )
 
 
-def carry_files(source: Path, folder: Path) -> None:
+def carry_files(source: Path, folder: Path, target: Path | None = None) -> None:
     """
     Copies the files that travel into a checkpoint's folder, but never over one there.
 
     Links are copied as the files they lead to.
+
+    :param target: the place that ``folder`` will take; what is there stays as well
     """
+    if not source.is_dir():
+        logger.warning(
+            f"{source} is gone: what it held beside the weights, such as a license, does "
+            "not travel into the checkpoint"
+        )
+        return
     for name in list_files(source).travels:
         to = folder / name
-        if os.path.lexists(to) or folder.is_relative_to(source / name.parts[0]):
+        there = os.path.lexists(to) or (target and os.path.lexists(target / name))
+        if there or folder.is_relative_to(source / name.parts[0]):
             continue
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source / name, to)

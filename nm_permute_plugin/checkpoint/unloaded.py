@@ -75,7 +75,7 @@ def carry_tensors(source: Path, folder: Path, names: Sequence[str]) -> None:
     tensors = {}
     for file in _weight_files(source):
         with _opened(file) as stored:
-            for name in stored.keys() & set(missing):
+            for name in set(stored.keys()) & set(missing):
                 tensors[name] = stored.get_tensor(name)
     announced = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
     with ShardWriter(folder / FILE, announced, {"format": "pt"}) as out:

@@ -204,7 +204,9 @@ def save(model: nn.Module, folder: str | Path, pruned: Pruned) -> None:
 
     :raises ValueError: if a pruned module does not follow the pattern any more
     """
-    save_checkpoint(cast("PreTrainedModel", model), folder, pruned.finish())
+    source = pruned.plan.source
+    hosted = cast("PreTrainedModel", model)
+    save_checkpoint(hosted, folder, pruned.finish(), source=source)
 
 
 def _version(package: str) -> str | None:
