@@ -34,7 +34,9 @@ def _front_matter(path: Path) -> Mapping[str, object]:
         return {}
     ends = [i for i, line in enumerate(lines) if i and line.strip() == "---"]
     try:
-        matter = yaml.safe_load("\n".join(lines[1 : ends[0]])) if ends else None
+        # Everything is text to it: to other loaders Norwegian, `no`, is a boolean.
+        front = "\n".join(lines[1 : ends[0]]) if ends else ""
+        matter = yaml.load(front, Loader=yaml.BaseLoader)
     except yaml.YAMLError as error:
         logger.warning(
             f"{path}: its front matter is no YAML, so that license and language do not "

@@ -72,8 +72,8 @@ def folder_of(model: Any) -> Path | None:
 
 
 def _from_hub(name: str, commit: str) -> Path | None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from httpx import HTTPError
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
 
     try:
         found = snapshot_download(
@@ -89,13 +89,15 @@ def _from_hub(name: str, commit: str) -> Path | None:
             ],
             ignore_patterns=["*/*.json", "*/*.md", "*/*.txt", "*/*.model"],
         )
-    except (HfHubHTTPError, OSError, ValueError) as error:
+        return Path(found)
+    except (HTTPError, OSError, ValueError) as error:
+        cached = try_to_load_from_cache(name, "config.json", revision=commit)
         logger.warning(
-            f"The files of {name} that are no weights (its license, its processor) cannot "
-            f"be found, and do not travel into the checkpoint: {error}"
+            f"Files of {name} that are no weights, its license or its processor say, travel "
+            "into the checkpoint only if they are in the hub's cache: "
+            f"{str(error).splitlines()[0]}"
         )
-        return None
-    return Path(found)
+        return Path(cached).parent if isinstance(cached, str) else None
 
 
 def list_files(source: Path) -> Listing:
