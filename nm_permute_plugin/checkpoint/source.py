@@ -86,6 +86,7 @@ def _from_hub(name: str, commit: str) -> Path | None:
                 "*.md",
                 "*.model",
                 "LICENSE*",
+                "NOTICE*",
             ],
             ignore_patterns=["*/*.json", "*/*.md", "*/*.txt", "*/*.model"],
         )
@@ -93,9 +94,9 @@ def _from_hub(name: str, commit: str) -> Path | None:
     except (HTTPError, OSError, ValueError) as error:
         cached = try_to_load_from_cache(name, "config.json", revision=commit)
         logger.warning(
-            f"Files of {name} that are no weights, its license or its processor say, travel "
+            f"Files of {name} that are no weights, its license or processor say, travel "
             "into the checkpoint only if they are in the hub's cache: "
-            f"{str(error).splitlines()[0]}"
+            f"{' '.join(str(error).split())}"
         )
         return Path(cached).parent if isinstance(cached, str) else None
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find and keep the tensors of a model's folder that transformers does not load."""
 
+import copy
 import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -103,7 +104,7 @@ def _places(model: "PreTrainedModel", names: Collection[str]) -> dict[str, str]:
 
     # llm-compressor may have taken the model's experts apart; a new one is as it was.
     with torch.device("meta"):
-        empty: Any = type(model)(model.config)
+        empty: Any = type(model)(copy.deepcopy(model.config))
     known = empty.state_dict()
     mapping = get_model_conversion_mapping(empty)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]

@@ -2,12 +2,14 @@
 """All of the model's folder travels into its checkpoint, or is refused by name."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from helpers import ours
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -15,7 +17,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import nm_permute_plugin as nmp
 from nm_permute_plugin.checkpoint.record import read_record
 from nm_permute_plugin.checkpoint.verify import verify
+from nm_permute_plugin.evaluation.pretrained import image_processor, load_checkpoint
 from nm_permute_plugin.maths.permutation import invert
+
+for folder in ("cli", "specs"):
+    sys.path.insert(0, str(Path(__file__).parents[1] / folder))
+from commands import nm_permute  # noqa: E402
+from zoo import ZOO, tiny  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -91,6 +99,41 @@ def test_files_that_are_no_weights_travel(
     model.save_pretrained(tmp_path / "again")
     again = TRAVELS | {"special_notes.json": "[2]"}
     assert text_of(tmp_path / "again") == again
+
+
+def test_a_model_of_images_and_text_keeps_its_processor(
+    tiny_checkpoint, words, chain_rows, image_folder: Path, tmp_path: Path
+) -> None:
+    """Text alone calibrates it, and its checkpoint still knows how images become pixels."""
+    name, config, size = next(e.values for e in ZOO if e.id == "qwen2-vl")
+    dense, out = tiny_checkpoint(), tmp_path / "out"
+    tiny(name, config, size, torch.float32).save_pretrained(dense)
+    pixels = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
+    kinds = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2VLProcessor",
+        "size": {"shortest_edge": 64, "longest_edge": 4096},
+    }
+    (dense / "preprocessor_config.json").write_text(json.dumps(kinds | pixels))
+    (tmp_path / "recipe.yaml").write_text(
+        ours(**QUICK, targets=["re:.*language.*proj"])
+    )
+    # The tokens of images begin at 40.
+    (tmp_path / "text.txt").write_text(words(chain_rows(40, 32, seed=3) % 40))
+    given = [dense, tmp_path / "recipe.yaml", out, "--text", tmp_path / "text.txt"]
+    result = nm_permute("prune", *given, "--sequence-length", 32, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    with Image.open(next(image_folder.rglob("*.png"))) as picture:
+        before = image_processor(dense)(picture, return_tensors="pt")
+        after = image_processor(out)(picture, return_tensors="pt")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    count = int(after["image_grid_thw"].prod()) // 4
+    tokens = torch.tensor([[1, 42, *[40] * count, 43, 2]])
+    kinds = (tokens == 40).int()
+    model = load_checkpoint(out, "cpu")
+    answer = model(input_ids=tokens, mm_token_type_ids=kinds, **after)
+    assert answer.logits.isfinite().all()
 
 
 def test_a_model_in_memory_finds_its_folder(
