@@ -111,7 +111,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         file and tensor
     """
     config = read_json(path / "config.json")
-    index = None if (path / SINGLE).exists() else read_json(path / INDEX)
+    index = index_of(path)
     named = _weight_map(path, index)
     files = sorted({SINGLE} if named is None else set(named.values()))
     shards = tuple(open_shard(path / file) for file in files)
@@ -127,6 +127,23 @@ def open_checkpoint(path: Path) -> Checkpoint:
         _compare(path / INDEX, named, where)
     refuse_mixture(shards)
     return Checkpoint(path, config, index, shards, where, stored_formats(where))
+
+
+def index_of(path: Path) -> Json | None:
+    """
+    Reads the index of a checkpoint; None where the single file is all there is.
+
+    An index beside the single file counts if it names that file.
+
+    :raises DamagedError: if there is neither a single file nor an index
+    """
+    if not (path / SINGLE).exists():
+        return read_json(path / INDEX)
+    if not (path / INDEX).exists():
+        return None
+    index = read_json(path / INDEX)
+    named = index.get("weight_map")
+    return index if isinstance(named, dict) and SINGLE in named.values() else None
 
 
 def stored_formats(names: Mapping[str, Shard]) -> dict[str, Format]:

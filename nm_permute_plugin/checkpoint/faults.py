@@ -14,10 +14,9 @@ from nm_permute_plugin.checkpoint.config import (
     weight_schemes,
 )
 from nm_permute_plugin.checkpoint.directory import (
-    INDEX,
     SINGLE,
     Checkpoint,
-    read_json,
+    index_of,
 )
 from nm_permute_plugin.checkpoint.pattern import comparable
 from nm_permute_plugin.checkpoint.prunable import packed_experts
@@ -122,14 +121,12 @@ def unexamined(
 
 def file_faults(path: Path) -> list[Fault]:
     """Lists every file that cannot be read, where the checkpoint could not be."""
-    if (path / SINGLE).exists():
-        files = {SINGLE}
-    else:
-        try:
-            named = read_json(path / INDEX).get("weight_map")
-        except DamagedError as error:
-            return [fault_of(error)]
-        files = set(named.values()) if isinstance(named, dict) else set()
+    try:
+        index = index_of(path)
+    except DamagedError as error:
+        return [fault_of(error)]
+    named = {"": SINGLE} if index is None else index.get("weight_map")
+    files = set(named.values()) if isinstance(named, dict) else set()
     faults = []
     for file in sorted(name for name in files if isinstance(name, str)):
         try:

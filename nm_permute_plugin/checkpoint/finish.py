@@ -13,9 +13,11 @@ from nm_permute_plugin.checkpoint.directory import open_checkpoint
 from nm_permute_plugin.checkpoint.model_card import Card, write_card
 from nm_permute_plugin.checkpoint.pattern import check_pattern
 from nm_permute_plugin.checkpoint.plan import choose_format, make_plan, to_store_sparse
-from nm_permute_plugin.checkpoint.record import write_record
+from nm_permute_plugin.checkpoint.record import composed, earlier_record, write_record
+from nm_permute_plugin.checkpoint.source import Source
+from nm_permute_plugin.checkpoint.unloaded import carry_tensors
 from nm_permute_plugin.checkpoint.writer import rewrite
-from nm_permute_plugin.maths.permutation import Permutation
+from nm_permute_plugin.maths.permutation import Permutation, is_identity
 
 
 @dataclass(frozen=True)
@@ -27,23 +29,31 @@ class Finish:
     :param card: what the card tells; its format and reason are found out here
     :param perms: by space, ``new[j] = old[perm[j]]``
     :param report: goes into the record, and must fit into JSON
+    :param source: the folder that the model was loaded from, if there is one
     """
 
     asked: AskedFormat
     card: Card
     perms: Mapping[str, Permutation]
     report: Mapping[str, object]
+    source: Source | None = None
 
     def __call__(self, folder: Path) -> None:
         """
         Checks a checkpoint's pattern, stores it as asked, and adds record, checksums
         and card.
 
+        The record is told from the model that was folded first, also where an earlier
+        run of this process or of the folder folded it before.
+
         :raises ValueError: if a pruned module does not follow the pattern any more,
             naming module, row and channels
         """
         pattern, pruned = self.card.pattern, self.card.pruned
         transposed = self.card.transposed
+        source = self.source
+        if source is not None and source.carried:
+            carry_tensors(source.path, folder, source.carried)
         checkpoint = open_checkpoint(folder)
         counted = check_pattern(checkpoint, pruned, pattern, transposed)
         format, reason = choose_format(
@@ -58,7 +68,14 @@ class Finish:
             )
             rewrite(checkpoint, plan, folder, checksums=False)
             checkpoint = open_checkpoint(folder)
-        write_record(folder, self.perms, self.report)
-        names = [shard.path.name for shard in checkpoint.shards]
-        write_checksums(folder, names)
-        write_card(checkpoint, replace(self.card, format=format, reason=reason))
+        perms, report = self.perms, self.report
+        earlier = earlier_record(folder)
+        if earlier is not None:
+            perms, report = composed(*earlier, perms, report)
+        elif source is not None and source.report is not None:
+            perms, report = composed(source.perms, source.report, perms, report)
+        write_record(folder, perms, report)
+        write_checksums(folder, [shard.path.name for shard in checkpoint.shards])
+        moved = not all(is_identity(perm) for perm in perms.values())
+        card = replace(self.card, format=format, reason=reason, moved=moved)
+        write_card(checkpoint, card)

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write the README.md of a checkpoint: what it is, how it was made, how to load it."""
 
-import json
 import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,13 @@ _TASKS = {
 }
 """Maps a part of a class's name to the hub's word for the task, and to its loader."""
 
+_ADAPTERS = (
+    "\n\nIts channels have other places, so that nothing that was made for the channels of "
+    "`{base}` fits: LoRA adapters, draft models that read hidden states, probes and "
+    "steering vectors give wrong results, without an error. "
+    "`nm-permute adapt ADAPTER FOLDER OUT` carries a LoRA adapter over."
+)
+
 
 @dataclass(frozen=True)
 class Card:
@@ -52,6 +58,8 @@ class Card:
     :param format: how the pruned modules are stored
     :param reason: why they are stored so
     :param transposed: the pruned modules that are stored as [in, out]
+    :param base: what holds of the base model's front matter too
+    :param moved: whether channels have other places than in the base model
     """
 
     base_model: str
@@ -64,6 +72,8 @@ class Card:
     format: Format = "dense"
     reason: str = ""
     transposed: Sequence[str] = ()
+    base: Mapping[str, object] = field(default_factory=dict)
+    moved: bool = False
 
 
 @dataclass(frozen=True)
@@ -186,17 +196,21 @@ def _task_of(config: Mapping[str, Any]) -> tuple[str, str, bool]:
 
 
 def _front_matter(checkpoint: Checkpoint, card: Card) -> str:
+    import yaml
+
     tags = ["nm-permute-plugin", "llm-compressor", "compressed-tensors"]
     if card.pruned:
         tags += ["sparsity", str(card.pattern).replace(":", "of")]
     tag, _, _ = _task_of(checkpoint.config)
-    lines = ["library_name: transformers", f"pipeline_tag: {tag}"]
-    if (
-        "/" in card.base_model
-    ):  # the hub would take a folder's name for a model of its own
-        lines.append(f"base_model: {json.dumps(card.base_model)}")
-    lines += ["tags:", *(f"- {tag}" for tag in tags)]
-    return "\n".join(["---", *lines, "---"])
+    theirs = card.base.get("tags", ())
+    before = theirs if isinstance(theirs, list) else []
+    matter = {"library_name": "transformers", "pipeline_tag": tag, **card.base}
+    # the hub would take a folder's name for a model of its own
+    if "/" in card.base_model:
+        matter["base_model"] = card.base_model
+    matter["tags"] = list(dict.fromkeys([*before, *tags]))
+    text = yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)
+    return f"---\n{text}---"
 
 
 def _title(card: Card) -> str:
@@ -210,13 +224,15 @@ def _what(card: Card) -> str:
         f"dense model's outputs moved by {card.fold_error:.1e} (relative), which is "
         "rounding: the permutation alone changes nothing."
     )
+    adapters = _ADAPTERS.format(base=card.base_model) if card.moved else ""
     if not card.pruned:
-        return made + " Nothing is pruned."
+        return made + " Nothing is pruned." + adapters
     before, after = card.retained
     return made + (
         f" Then the recipe below kept {card.pattern.n} of every {card.pattern.m} "
         f"neighbouring weights. The best masks keep {after:.4f} of the total score that "
         f"the permutation was made for, and would have kept {before:.4f} without it."
+        + adapters
     )
 
 

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.maths.permutation import Permutation
+from nm_permute_plugin.maths.permutation import Permutation, compose
 
 FOLDER = "nm_permute"
 """Names the folder of the record inside the checkpoint: vLLM takes every *.safetensors
@@ -41,6 +43,49 @@ def read_record(checkpoint: Path) -> tuple[dict[str, Permutation], dict[str, obj
     folder = checkpoint / FOLDER
     report: dict[str, object] = json.loads((folder / "report.json").read_text())
     return load_file(folder / "permutations.safetensors"), report
+
+
+def earlier_record(
+    folder: Path,
+) -> tuple[dict[str, Permutation], dict[str, object]] | None:
+    """
+    Reads a folder's record, or returns None where there is none.
+
+    :raises ValueError: if there is a record and it cannot be read
+    """
+    if not (folder / FOLDER).is_dir():
+        return None
+    try:
+        perms, report = read_record(folder)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(
+            f"{folder / FOLDER} is no whole record of a run ({error}). Fetch or make the "
+            "folder again, or remove it where the channels never moved."
+        ) from error
+    if not isinstance(report, dict):
+        raise ValueError(f"{folder / FOLDER}/report.json must hold an object")
+    return perms, report
+
+
+def composed(
+    earlier: Mapping[str, Tensor],
+    earlier_report: Mapping[str, object],
+    perms: Mapping[str, Tensor],
+    report: Mapping[str, object],
+) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """
+    Makes the record of two runs, one after the other: from the first model to the last.
+
+    :param perms: by space, of the later run
+    :return: the permutations of both in one, and the later report with the earlier in it
+    """
+    both = {name: perm.cpu() for name, perm in {**earlier, **perms}.items()}
+    for name in earlier.keys() & perms.keys():
+        both[name] = compose(earlier[name].cpu(), perms[name].cpu())
+    told = {**report, "earlier": dict(earlier_report)}
+    if "base_model" in earlier_report:
+        told["base_model"] = earlier_report["base_model"]
+    return both, told
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from nm_permute_plugin.checkpoint.plan import (
 from nm_permute_plugin.checkpoint.record import FOLDER
 from nm_permute_plugin.checkpoint.shard_writer import ShardWriter, tie
 from nm_permute_plugin.checkpoint.shards import DamagedError, Shard, open_shard
+from nm_permute_plugin.checkpoint.source import carry_files, check_files
 from nm_permute_plugin.maths.pattern import NMPattern
 
 Announced = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -79,7 +80,8 @@ def convert(
     """
     Writes a checkpoint again in another format; no stored weight changes a bit.
 
-    Shards stay shards, and one matrix at a time is in memory. The target appears when
+    Shards stay shards, and one matrix at a time is in memory. Files that are not weights
+    travel along, other weights of the source do not. The target appears when
     it is complete; whatever goes wrong before, the old one stays as it is. Source and
     target may be the same directory. 4-bit and other packed quantizations stay as they
     are, and ``dense`` of the result says so.
@@ -139,6 +141,7 @@ def rewrite(
         raise ValueError(f"{target} holds {source}; write somewhere else")
     if target != source:
         transaction.refuse_occupied(target, overwrite)
+        check_files(source)
     with transaction.directory(target, keep if target == source else None) as fresh:
         for shard in checkpoint.shards:
             _write_shard(checkpoint, plan, shard, fresh / shard.path.name)
@@ -153,7 +156,8 @@ def rewrite(
             new = legacy_tokenizer_config(read_json(words))
             transaction.write_json(fresh / words.name, new)
         if target != source:
-            transaction.take(source, fresh, keep)
+            transaction.take(source, fresh, FOLDER.__eq__)
+            carry_files(source, fresh)
         elif checksums:
             transaction.take(source, fresh, FOLDER.__eq__, link=True)
         if checksums:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from typer import Option
 
+from nm_permute_plugin.cli.adapt import adapt
 from nm_permute_plugin.cli.bench_serve import bench_serve
 from nm_permute_plugin.cli.common import Commands
 from nm_permute_plugin.cli.convert import convert
@@ -17,7 +18,17 @@ from nm_permute_plugin.cli.spec import spec
 from nm_permute_plugin.cli.verify import verify
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False)
-for command in (demo, prune, sample, evaluate, verify, spec, convert, bench_serve):
+for command in (
+    demo,
+    prune,
+    sample,
+    evaluate,
+    verify,
+    spec,
+    convert,
+    adapt,
+    bench_serve,
+):
     app.command()(command)
 
 

@@ -36,6 +36,11 @@ def invert(perm: Permutation) -> Permutation:
     return torch.argsort(perm)
 
 
+def is_identity(perm: Permutation) -> bool:
+    """Whether every channel stays where it is."""
+    return torch.equal(perm.cpu(), torch.arange(len(perm)))
+
+
 def compose(first: Permutation, second: Permutation) -> Permutation:
     """
     The one permutation that equals ``first``, then ``second``.

@@ -121,7 +121,7 @@ class LearnablePermutationModifier(PermutationFields, Modifier):
             )
         promised = self._plan.saved if self._is_pruned else []
         pruned = Pruned(self.settings(), self._plan, self._record, promised)
-        after_save(state.model, pruned.finish())
+        after_save(state.model, pruned.finish(), self._plan.source)
         before, after = self._record.retained
         logger.info(
             f"Retained score {before:.4f} -> {after:.4f}, outputs moved by the fold "

@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any, cast
 from loguru import logger
 from torch import nn
 
+from nm_permute_plugin.checkpoint.base_card import base_matter
 from nm_permute_plugin.checkpoint.finish import Finish
 from nm_permute_plugin.checkpoint.model_card import Card
 from nm_permute_plugin.checkpoint.saved_names import saved_names
 from nm_permute_plugin.checkpoint.saving import save_checkpoint
+from nm_permute_plugin.checkpoint.source import Source
 from nm_permute_plugin.pruning.data import Data
 from nm_permute_plugin.pruning.folding import refuse_inexact
 from nm_permute_plugin.pruning.pipeline import Record, permute_and_prune
 from nm_permute_plugin.pruning.settings import Settings
+from nm_permute_plugin.pruning.source import source_of
 from nm_permute_plugin.pruning.targets import (
     base_model_of,
     match_linears,
@@ -53,6 +56,7 @@ class PrunePlan:
     :param saved: what the pruned linears are called on disk
     :param transposed: those of ``saved`` that are stored as [in, out]
     :param base_model: the hub name of the model, or the name of its folder
+    :param source: the folder that the model was loaded from, if there is one
     """
 
     prunable: list[str]
@@ -60,6 +64,7 @@ class PrunePlan:
     saved: list[str]
     transposed: list[str]
     base_model: str
+    source: Source | None = None
 
     @classmethod
     def of(cls, model: nn.Module, settings: Settings) -> "PrunePlan":
@@ -83,6 +88,7 @@ class PrunePlan:
             saved_names(hosted, prunable),
             saved_names(hosted, transposed),
             base_model_of(model),
+            source_of(model, resolved, settings),
         )
 
     def log(self, settings: Settings) -> None:
@@ -132,8 +138,10 @@ class Pruned:
             history=record.history,
             versions=versions,
             transposed=plan.transposed,
+            base=base_matter(plan.source.path) if plan.source is not None else {},
         )
         report = {
+            "base_model": plan.base_model,
             "modifier": self.settings.model_dump(),
             "versions": versions,
             "pruned": list(self.promised),
@@ -144,7 +152,7 @@ class Pruned:
             "history": record.history,
             "recovered": [asdict(stage) for stage in record.recovered],
         }
-        return Finish(self.settings.format, card, record.perms, report)
+        return Finish(self.settings.format, card, record.perms, report, plan.source)
 
 
 def prune(model: nn.Module, data: Data, settings: Settings | None = None) -> Pruned:
@@ -191,12 +199,14 @@ def save(model: nn.Module, folder: str | Path, pruned: Pruned) -> None:
     """
     Save a model that ``prune`` pruned: check it, store it as asked, describe it.
 
-    The folder holds what it held before until everything is written. Save the tokenizer
-    into it as ever.
+    The folder holds what it held before until everything is written. What the model's own
+    folder holds beside its weights travels along. Save the tokenizer into it as ever.
 
     :raises ValueError: if a pruned module does not follow the pattern any more
     """
-    save_checkpoint(cast("PreTrainedModel", model), folder, pruned.finish())
+    source = pruned.plan.source
+    hosted = cast("PreTrainedModel", model)
+    save_checkpoint(hosted, folder, pruned.finish(), source=source)
 
 
 def _version(package: str) -> str | None:

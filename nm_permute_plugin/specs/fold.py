@@ -47,12 +47,7 @@ def fold(
     :raises ValueError: for an unknown space, or an index vector that is no permutation
         of the space, or one that leaves its segment; nothing has been written then
     """
-    for name, perm in perms.items():
-        if name not in resolved.spaces:
-            raise ValueError(
-                f"the model has no space {name!r}; it has {', '.join(resolved.spaces)}"
-            )
-        _check(perm, resolved.spaces[name])
+    check_perms(resolved, perms)
     for parameter in resolved.parameters:
         if not parameter.spaces & perms.keys():
             continue
@@ -66,6 +61,42 @@ def fold(
             )
         ]
         write(owner, leaf, torch.stack(new) if parameter.packed else new[0])
+
+
+def check_perms(resolved: ResolvedSpec, perms: Mapping[str, Permutation]) -> None:
+    """
+    Refuse permutations that cannot be folded.
+
+    :raises ValueError: as ``fold``
+    """
+    for name, perm in perms.items():
+        if name not in resolved.spaces:
+            raise ValueError(
+                f"the model has no space {name!r}; it has {', '.join(resolved.spaces)}"
+            )
+        _check(perm, resolved.spaces[name])
+
+
+def moved_axis(
+    tensor: Shaped[Tensor, "..."],
+    dim: int,
+    axis: Axis,
+    resolved: ResolvedSpec,
+    perms: Mapping[str, Permutation],
+) -> Shaped[Tensor, "..."]:
+    """
+    One axis of a tensor, moved as the axis of a parameter is.
+
+    :param perms: as for ``fold``
+    """
+    if not any(part.space in perms for part in axis):
+        return tensor
+    runs = [_index(part, resolved, perms) for part in axis]
+    starts = accumulate((part.length for part in axis[:-1]), initial=0)
+    index = torch.cat([run + start for run, start in zip(runs, starts, strict=True)])
+    if axis[0].interleaved:
+        index = _interleaved(index, axis, resolved)
+    return tensor.index_select(dim, index.to(tensor.device))
 
 
 def moved_along(
@@ -118,15 +149,7 @@ def _moved(
     perms: Mapping[str, Permutation],
 ) -> Shaped[Tensor, "..."]:
     for dim, axis in enumerate(axes):
-        if any(part.space in perms for part in axis):
-            runs = [_index(part, resolved, perms) for part in axis]
-            starts = accumulate((part.length for part in axis[:-1]), initial=0)
-            index = torch.cat(
-                [run + start for run, start in zip(runs, starts, strict=True)]
-            )
-            if axis[0].interleaved:
-                index = _interleaved(index, axis, resolved)
-            tensor = tensor.index_select(dim, index.to(tensor.device))
+        tensor = moved_axis(tensor, dim, axis, resolved, perms)
     return tensor
 
 

@@ -34,17 +34,20 @@ class MovedParameter:
         return {part.space for part in parts if part.space is not None}
 
 
-def claim(model: nn.Module, spec: Mapping[str, str]) -> list[MovedParameter]:
+def claim(
+    model: nn.Module, spec: Mapping[str, str], with_values: bool = True
+) -> list[MovedParameter]:
     """
     Give every parameter its line; parameters that share storage stay together.
 
+    :param with_values: refuse parameters without values
     :raises ValueError: if a parameter has no line or two, a line fits no parameter, tied
         parameters move differently, or weights are quantized or have no values
     """
     lines = Lines(spec)
     names: dict[int, list[str]] = defaultdict(list)
     tensors: dict[int, Tensor] = {}
-    for name, tensor in _tensors(model, lines):
+    for name, tensor in _tensors(model, lines, with_values):
         names[_identity(tensor)].append(name)
         tensors[_identity(tensor)] = tensor
     claims = []
@@ -88,7 +91,9 @@ def _identity(tensor: Tensor) -> int:
     return tensor.data_ptr() if stored else id(tensor)
 
 
-def _tensors(model: nn.Module, lines: Lines) -> Iterator[tuple[str, Tensor]]:
+def _tensors(
+    model: nn.Module, lines: Lines, with_values: bool
+) -> Iterator[tuple[str, Tensor]]:
     """Yield every name of every parameter, and of each buffer that could hold channels."""
     for name, tensor in model.named_parameters(remove_duplicate=False):
         if not torch.is_floating_point(tensor) or tensor.dtype.itemsize == 1:
@@ -98,7 +103,7 @@ def _tensors(model: nn.Module, lines: Lines) -> Iterator[tuple[str, Tensor]]:
             )
         # An offloaded module keeps its parameters in a cache, not in a dict.
         owner = model.get_submodule(name.rpartition(".")[0])
-        if tensor.is_meta and type(owner._parameters) is dict:
+        if with_values and tensor.is_meta and type(owner._parameters) is dict:
             raise ValueError(
                 f"parameter {name} is on the meta device: it has no values. Load the "
                 "model's weights first."

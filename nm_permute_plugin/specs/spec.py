@@ -126,6 +126,7 @@ def resolve(
     pattern: NMPattern,
     prunable: Iterable[str],
     head_dim: HeadDim = None,
+    with_values: bool = True,
 ) -> ResolvedSpec:
     """
     Fit a spec to a model, or say which parameter does not fit.
@@ -136,10 +137,11 @@ def resolve(
 
     :param prunable: the names of the linears that will be pruned
     :param head_dim: the channels of an attention head; needed where a word has ``:heads``
+    :param with_values: refuse parameters on the meta device, which have no values
     :raises ValueError: if something does not fit; the error names the parameter, says what
         was found and what to do
     """
-    claims, sizes = measure(claim(model, spec), head_dim)
+    claims, sizes = measure(claim(model, spec, with_values), head_dim)
     inputs = {name: input_axis(model.get_submodule(name)) for name in prunable}
     consumers, unordered = _consumers(claims, sizes, pattern, inputs)
     return ResolvedSpec(

@@ -74,6 +74,38 @@ def test_the_card_of_a_sparse_checkpoint(sparse) -> None:
     assert [part for part in said if part not in body] == []
 
 
+def test_what_holds_of_the_base_stays_in_the_front_matter(sparse) -> None:
+    path, modules = sparse
+    base = {
+        "license": "other",
+        "license_name": "own: terms",
+        "language": ["en", "no"],
+        "base_model": ["a/b", "c/d"],
+        "tags": ["chat", "sparsity"],
+    }
+    text = make_card(path, "dense", modules, base_model="folder", base=base)
+    matter = yaml.safe_load(text.split("---\n")[1])
+    assert {name: matter[name] for name in base if name != "tags"} == {
+        name: value for name, value in base.items() if name != "tags"
+    }
+    assert matter["tags"][:2] == ["chat", "sparsity"]
+    assert {"nm-permute-plugin", "2of4"} < set(matter["tags"])
+    assert len(matter["tags"]) == len(set(matter["tags"]))
+    # The hub's name of the source says more than its own card.
+    text = make_card(path, "dense", modules, base=base)
+    assert yaml.safe_load(text.split("---\n")[1])["base_model"] == 'some/"model"'
+
+
+def test_what_was_made_for_the_base_does_not_fit_where_channels_moved(sparse) -> None:
+    path, modules = sparse
+    said = "LoRA adapters, draft models that read hidden states, probes and steering"
+    text = make_card(path, "dense", modules, moved=True)
+    assert said in text
+    assert "`nm-permute adapt ADAPTER FOLDER OUT` carries a LoRA adapter over" in text
+    assert said in make_card(path, "dense", (), moved=True)
+    assert "nm-permute adapt" not in make_card(path, "dense", modules)
+
+
 def test_the_card_of_a_dense_checkpoint_needs_no_plugin(make_dense: MakeDense) -> None:
     dense = make_dense()
     modules = ("model.layers.0.mlp.down_proj",)

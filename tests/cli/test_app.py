@@ -194,7 +194,7 @@ def test_the_demo_measures_every_method_from_disk(
     assert leftovers == []
 
 
-COMMANDS = ["demo", "prune", "sample", "evaluate", "verify", "spec", "convert"]
+COMMANDS = ["demo", "prune", "sample", "evaluate", "verify", "spec", "convert", "adapt"]
 
 
 def test_help_names_the_commands() -> None:
