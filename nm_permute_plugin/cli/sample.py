@@ -58,12 +58,15 @@ def sample_text(
     import torch
     from loguru import logger
     from tqdm import tqdm
-    from transformers import AutoTokenizer
 
-    from nm_permute_plugin.evaluation.pretrained import load_checkpoint, must_be_model
+    from nm_permute_plugin.evaluation.pretrained import (
+        load_checkpoint,
+        must_be_model,
+        tokenizer_of,
+    )
 
     must_be_model(model)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = tokenizer_of(model)
     first = _first_token(tokenizer, start)
     # Loosely typed: transformers' stubs do not know what a loaded model can do.
     loaded: Any = load_checkpoint(model, device)

@@ -9,9 +9,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
-from nm_permute_plugin.evaluation.pretrained import load_checkpoint
+from nm_permute_plugin.evaluation.pretrained import load_checkpoint, tokenizer_of
 
 MOST_NATS = 700.0
 """A larger mean negative log-likelihood, in nats, overflows the exponential."""
@@ -58,7 +57,7 @@ def perplexity(
 
 def tokenize(checkpoint: str | Path, text: str) -> Int[Tensor, " tokens"]:
     """Turn text into one stream of the checkpoint's tokens, without special tokens."""
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = tokenizer_of(checkpoint)
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     return torch.tensor(ids, dtype=torch.int64)
 
