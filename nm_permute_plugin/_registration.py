@@ -17,13 +17,15 @@ def register_when_imported() -> None:
 
     The hosts take seconds to import, so their import is awaited rather than done.
     """
+    # By name: a package that was imported anew has another class of finders, and two
+    # finders that wait for one host would ask each other for ever.
+    sys.meta_path[:] = [
+        finder for finder in sys.meta_path if type(finder).__name__ != FINDER
+    ]
     for host, register in REGISTER.items():
         if host in sys.modules:
             register()
-        elif not any(
-            isinstance(finder, _HostFinder) and finder.host == host
-            for finder in sys.meta_path
-        ):
+        else:
             sys.meta_path.insert(0, _HostFinder(host, register))
 
 
@@ -63,6 +65,10 @@ REGISTER: dict[str, Callable[[], None]] = {
     "transformers.modeling_utils": _register_refusal,
 }
 """What to do once a module of a host has been imported."""
+
+
+FINDER = "_HostFinder"
+"""What the class below is called, in whichever import of this package."""
 
 
 class _HostFinder(MetaPathFinder):

@@ -2,8 +2,10 @@
 """Let a directory appear whole or not at all: whatever writes a checkpoint does it here."""
 
 import errno
+import fcntl
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _UNFINISHED = ".unfinished"
+_OLD = ".old"
 
 
 @contextmanager
@@ -21,22 +24,30 @@ def directory(
     Yields a new, empty directory, which takes the target's place when the block ends.
 
     What was written is on disk before that. If the block raises, the new directory is
-    removed and the target stays what it was. What appears in the target meanwhile is
-    never lost: it stays beside the new files, or, where one of them has its name, the
-    target stays and the new directory gets another name.
+    removed and the target stays what it was. What a process that was killed has left of
+    its own is removed first. What appears in the target meanwhile is never lost: it stays
+    beside the new files, or, where one of them has its name, the target stays and the new
+    directory gets another name.
 
     :param target: a resolved path
     :param keep: says which entries of an existing target stay, by name, where the new
         directory has none of that name; by default none does
     :param mark: names the new directory, for processes that write to it together; by
         default the name is unique
-    :raises OSError: if the directory cannot be made, naming its parent
+    :raises OSError: if the directory cannot be made, naming its parent, or another
+        process writes to it
     :raises FileExistsError: if something else wrote the same files to the target
         meanwhile, naming where the new directory is now
     """
     before = _state(target)
     fresh = unfinished(target, mark or uuid.uuid4().hex[:8])
-    shutil.rmtree(fresh, ignore_errors=True)  # of a run that was killed
+    clear_abandoned(target)
+    if fresh.exists():
+        raise FileExistsError(
+            f"another process writes {target} at the moment (to {fresh}); wait for it, "
+            "or name another folder"
+        )
+    lock = None
     try:
         try:
             fresh.mkdir(parents=True)
@@ -44,14 +55,44 @@ def directory(
             raise OSError(
                 f"cannot write to {fresh.parent}: {error.strerror}"
             ) from error
+        lock = _lock(fresh)
         yield fresh
         for folder, _, files in os.walk(fresh):
             for name in (*files, "."):
+                _share(Path(folder, name), fresh)
                 _sync(Path(folder, name))
         _put(fresh, target, keep or (lambda name: False), before)
         _sync(target.parent)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def clear_abandoned(target: Path) -> None:
+    """
+    Removes what processes that were killed have left beside a target, or inside of it.
+
+    A process holds a lock on its new directory for as long as it lives. One that was
+    killed between the two renames that put a directory in its place left the target
+    under another name: it gets its own back.
+    """
+    parent = unfinished(target, "any").parent
+    if not parent.is_dir():
+        return
+    name = re.escape(target.name)
+    new = re.compile(rf"\.+{name}(\.[0-9a-z]+{re.escape(_UNFINISHED)})+")
+    old = re.compile(rf"\.{name}\.[0-9a-z]+{re.escape(_OLD)}")
+    for path in sorted(parent.iterdir()):
+        if new.fullmatch(path.name) and _is_abandoned(path):
+            shutil.rmtree(path, ignore_errors=True)
+    for path in sorted(parent.iterdir()):
+        if not old.fullmatch(path.name) or path.with_suffix(_UNFINISHED).exists():
+            continue
+        if target.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.rename(target)
 
 
 def unfinished(target: Path, mark: str) -> Path:
@@ -114,6 +155,34 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def _share(path: Path, folder: Path) -> None:
+    """Lets everyone read weights who may read the directory: safetensors lets nobody."""
+    if path.suffix == ".safetensors" and not path.is_symlink():
+        path.chmod(path.stat().st_mode | folder.stat().st_mode & 0o666)
+
+
+def _lock(folder: Path) -> int | None:
+    """Locks a directory for this process; returns None where file systems have no locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _is_abandoned(folder: Path) -> bool:
+    """Tells whether no process writes to a directory; not sure is no."""
+    if not folder.is_dir() or folder.is_symlink():
+        return False
+    lock = _lock(folder)
+    if lock is None:
+        return False
+    os.close(lock)
+    return True
+
+
 def _link(source: str | Path, to: str | Path) -> None:
     try:
         if not os.path.islink(source):
@@ -170,7 +239,7 @@ def _put(
     seen = _state(target)
     ours = {entry.name for entry in fresh.iterdir()}
     take(target, fresh, lambda name: name in appeared or keep(name), link=True)
-    old = fresh.with_suffix(".old")
+    old = fresh.with_suffix(_OLD)
     target.rename(old)
     try:
         late = _appeared(old, seen)  # from here on nobody finds it by its name

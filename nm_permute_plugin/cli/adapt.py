@@ -18,17 +18,11 @@ def adapt(
     out: Annotated[Path, Argument(help="Folder of the new adapter, new or empty.")],
 ) -> None:
     """Permute a LoRA adapter of the base model as the checkpoint's channels were."""
-    import torch
-    from transformers import AutoConfig
-
-    from nm_permute_plugin.evaluation.pretrained import model_class, must_be_model
+    from nm_permute_plugin.evaluation.pretrained import empty_model, must_be_model
     from nm_permute_plugin.pruning.adapter import adapt as adapt_folder
 
     must_be_model(checkpoint)
-    config = AutoConfig.from_pretrained(checkpoint)
-    with torch.device("meta"):
-        model = model_class(checkpoint)(config)
-    moved, count = adapt_folder(adapter, checkpoint, out, model)
+    moved, count = adapt_folder(adapter, checkpoint, out, empty_model(checkpoint))
     typer.echo(
         f"{out}: {moved} of {count} tensors have moved to the places of {checkpoint}'s "
         f"channels; next: PeftModel.from_pretrained(model of {checkpoint}, {str(out)!r})"

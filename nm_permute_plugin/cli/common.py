@@ -2,7 +2,12 @@
 """What several commands share: options, reading text, printing tables, errors."""
 
 import dis
+import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,13 +42,48 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:  # a class that typer keeps to itself
         try:
-            return super().invoke(ctx)
+            with stopped_cleanly():
+                return super().invoke(ctx)
         except Exception as error:
             line = _one_line(error, ctx.invoked_subcommand)
             if line is None or ctx.params["debug"]:
                 raise
             typer.echo(f"error: {line}", err=True)
             raise typer.Exit(1) from error
+
+
+@contextmanager
+def stopped_cleanly() -> Iterator[None]:
+    """
+    Have SIGTERM and SIGHUP end the block as an interrupt does, so that it cleans up.
+
+    The exit status is the shell's for a signal: 143 and 129. A signal that is ignored,
+    as ``nohup`` does, stays so.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may handle signals
+        return
+    owner = os.getpid()
+
+    def stop(number: int, frame: object) -> None:
+        for each in before:  # a second one must not interrupt the cleaning up
+            signal.signal(each, signal.SIG_IGN)
+        if os.getpid() != owner:
+            os._exit(128 + number)  # a process that we started, and must not clean up
+        name = signal.Signals(number).name
+        typer.echo(f"error: stopped by {name}; nothing unfinished is left", err=True)
+        raise SystemExit(128 + number)
+
+    before = {
+        number: signal.signal(number, stop)
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _one_line(error: Exception, command: str | None) -> str | None:

@@ -33,10 +33,13 @@ def write_embedded_model(folder: Path) -> Path:
     model = AutoModelForCausalLM.from_pretrained(
         source,
         gguf_file=GGUF,
+        trust_remote_code=False,
         dtype=torch.bfloat16,
         quantization_config=GgufConfig(dequantize=True),
     )
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    tokenizer = AutoTokenizer.from_pretrained(
+        source, gguf_file=GGUF, trust_remote_code=False
+    )
     # The GGUF names another end of text than the model was trained with.
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
     tokenizer.save_pretrained(folder)

@@ -94,18 +94,19 @@ def prune_checkpoint(
     :raises OSError: if ``out`` cannot be written
     """
     from datasets import Dataset
-    from transformers import AutoTokenizer
+
+    from nm_permute_plugin.evaluation.pretrained import tokenizer_of
 
     def data() -> dict[str, Any]:
         return {
-            "tokenizer": AutoTokenizer.from_pretrained(model),
+            "tokenizer": tokenizer_of(model),
             "dataset": Dataset.from_dict({"input_ids": [list(row) for row in rows]}),
             "max_seq_length": max(map(len, rows)),
             "num_calibration_samples": len(rows),
             "shuffle_calibration_samples": False,
         }
 
-    return _prune(model, recipe, out, data, device)
+    return _prune(model, recipe, out, data, len(rows), device)
 
 
 def prune_with_images(
@@ -132,7 +133,7 @@ def prune_with_images(
         loader = DataLoader(cast("Dataset[Any]", batches), batch_size=None)
         return {"processor": processor, "dataset": loader}
 
-    return _prune(model, recipe, out, data, device)
+    return _prune(model, recipe, out, data, len(files), device)
 
 
 def _prune(
@@ -140,6 +141,7 @@ def _prune(
     recipe: Path,
     out: Path,
     data: Callable[[], dict[str, Any]],
+    samples: int,
     device: str | None,
 ) -> float:
     """``oneshot`` into a folder that appears only when all went well; minutes."""
@@ -149,18 +151,17 @@ def _prune(
     # From its import on, llm-compressor logs to what is stdout then.
     with redirect_stdout(cast("Any", _Stderr())):
         from llmcompressor import oneshot, reset_session
-    from nm_permute_plugin.checkpoint.transaction import directory, refuse_occupied
-    from nm_permute_plugin.evaluation.pretrained import model_class
-    from nm_permute_plugin.modifiers.recipe import read_recipe
+    from nm_permute_plugin.checkpoint.transaction import directory
+    from nm_permute_plugin.evaluation.pretrained import empty_model, load_model
+    from nm_permute_plugin.modifiers.preflight import look_before_loading
 
-    read_recipe(recipe)
     out = out.resolve()
-    refuse_occupied(out)
+    look_before_loading(empty_model(model), model, recipe, out, samples)
     started = time.perf_counter()
     try:
         with directory(out) as unfinished:
             calibration = data()
-            loaded = model_class(model).from_pretrained(model, dtype="auto")
+            loaded = load_model(model)
             default = "cuda" if torch.cuda.is_available() else "cpu"
             reset_session()
             oneshot(

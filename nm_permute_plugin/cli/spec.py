@@ -190,15 +190,17 @@ def read_spec(file: Path) -> Mapping[str, str]:
 
 def _load(folder: Path, layers: int | None, seed: int) -> Any:
     import torch
-    import transformers
 
-    from nm_permute_plugin.evaluation.pretrained import model_class
+    from nm_permute_plugin.evaluation.pretrained import (
+        config_of,
+        load_model,
+        model_class,
+    )
     from nm_permute_plugin.specs.exactness import random_model, to_float64
 
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no model (no config.json)")
     kind = model_class(folder)
     if layers is None and any(folder.glob("*.safetensors")):
-        return to_float64(kind.from_pretrained(folder, dtype=torch.float64))
-    config = transformers.AutoConfig.from_pretrained(folder)
-    return random_model(kind, config, seed, layers)
+        return to_float64(load_model(folder, dtype=torch.float64))
+    return random_model(kind, config_of(folder), seed, layers)

@@ -15,9 +15,9 @@ from tqdm import tqdm
 from nm_permute_plugin.checkpoint.record import FOLDER, read_record
 from nm_permute_plugin.evaluation.images import LabelledImages, labelled_images, pixels
 from nm_permute_plugin.evaluation.pretrained import (
+    config_of,
     image_processor,
     load_checkpoint,
-    model_class,
     refuse_images_for,
 )
 from nm_permute_plugin.maths.permutation import Permutation, invert
@@ -100,9 +100,7 @@ def evaluate_images(
         labels = images.labels
     else:
         neighbours, scores = 0, ours.logits
-        names = (
-            model_class(checkpoint).config_class.from_pretrained(checkpoint).id2label
-        )
+        names = config_of(checkpoint).id2label
         labels = labels_of(images, [names[i] for i in range(scores.shape[1])])
     return ImageResult(
         top1=accuracy(scores, labels, 1),

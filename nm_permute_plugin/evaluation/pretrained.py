@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Open a model's folder: its class, what that takes, its weights, its image processor."""
 
+import json
 import re
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from nm_permute_plugin.checkpoint.checksums import refuse_changed
@@ -16,6 +19,10 @@ from nm_permute_plugin.pruning.running.fast_dtype import to_fast_dtype
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 """A name that transformers may look up on the Hugging Face hub: ``ORGANISATION/NAME``."""
+
+
+CODE = "wants code of its own to be run"
+"""In the message of an error about a folder that transformers would run code of."""
 
 
 def must_be_model(name: str | Path) -> None:
@@ -35,13 +42,22 @@ def must_be_model(name: str | Path) -> None:
         )
 
 
+def config_of(folder: str | Path) -> Any:
+    """
+    Read a checkpoint's config, without running code that may lie beside it.
+
+    :raises ValueError: if it needs such code, or cannot be read
+    """
+    return _without_code(AutoConfig, folder)
+
+
 def model_class(folder: str | Path) -> Any:
     """
     Find the class of transformers that a checkpoint's config names.
 
     :raises ValueError: if it names none
     """
-    names = AutoConfig.from_pretrained(folder).architectures or []
+    names = config_of(folder).architectures or []
     kind = getattr(transformers, names[0], None) if names else None
     if kind is None:
         raise ValueError(
@@ -49,6 +65,44 @@ def model_class(folder: str | Path) -> Any:
             f"{names}"
         )
     return kind
+
+
+def tokenizer_of(folder: str | Path) -> Any:
+    """
+    Load a checkpoint's tokenizer, without running code that may lie beside it.
+
+    :raises ValueError: if it needs such code, or cannot be read
+    """
+    return _without_code(AutoTokenizer, folder)
+
+
+def load_model(folder: str | Path, **options: Any) -> Any:
+    """
+    Load a model as it is on disk, without running code that may lie beside it.
+
+    :param options: as ``from_pretrained`` takes them; the dtype is the stored one
+    :raises ValueError: for pickled weights that are damaged, or that would run code
+    """
+    kind = model_class(folder)
+    pickled = [] if any(Path(folder).glob("*.safetensors")) else _pickled(folder)
+    try:
+        return _without_code(kind, folder, **{"dtype": "auto", **options})
+    except (UnpicklingError, EOFError, KeyError, RuntimeError) as error:
+        if not pickled:
+            raise
+        names = ", ".join(str(file) for file in pickled)
+        raise ValueError(
+            f"{names}: these pickled weights are damaged, or would run code when they "
+            "are read; take the model as safetensors"
+        ) from error
+
+
+def empty_model(folder: str | Path) -> nn.Module:
+    """Make a checkpoint's model on the device meta, which takes no memory."""
+    kind = model_class(folder)
+    with torch.device("meta"):
+        made: nn.Module = kind._from_config(config_of(folder))
+    return made
 
 
 def load_checkpoint(checkpoint: str | Path, device: str) -> nn.Module:
@@ -60,8 +114,7 @@ def load_checkpoint(checkpoint: str | Path, device: str) -> nn.Module:
     :raises ValueError: if it has checksums, and a file is not as it was written
     """
     refuse_changed(Path(checkpoint))
-    model = model_class(checkpoint).from_pretrained(checkpoint, dtype="auto")
-    loaded: nn.Module = model.to(device).eval()
+    loaded: nn.Module = load_model(checkpoint).to(device).eval()
     to_fast_dtype(loaded)
     return loaded
 
@@ -78,7 +131,7 @@ def row_length(
     :param asked: by the option, in tokens; None for the default
     :raises ValueError: if the model has fewer learned positions than was asked for
     """
-    return fit_length(AutoConfig.from_pretrained(folder), asked, default, option)
+    return fit_length(config_of(folder), asked, default, option)
 
 
 def image_processor(folder: str | Path) -> Any:
@@ -88,12 +141,49 @@ def image_processor(folder: str | Path) -> Any:
     :raises ValueError: if the checkpoint has none
     """
     try:
-        return AutoImageProcessor.from_pretrained(folder, backend="pil")
+        return _without_code(AutoImageProcessor, folder, backend="pil")
     except (OSError, ValueError) as error:
+        if CODE in str(error):
+            raise
         raise ValueError(
             f"{folder} has no image processor (preprocessor_config.json), which says how "
             "images become pixels; copy it from the model's original folder"
         ) from error
+
+
+def _without_code(kind: Any, folder: str | Path, **options: Any) -> Any:
+    """
+    Load something of a checkpoint; never asks, and never runs code of the folder.
+
+    :raises ValueError: if it cannot be had without, or a JSON file is nested too deep
+    """
+    try:
+        return kind.from_pretrained(folder, trust_remote_code=False, **options)
+    except RecursionError as error:
+        deep = [file for file in sorted(Path(folder).glob("*.json")) if _is_deep(file)]
+        named = deep[0] if deep else folder
+        raise ValueError(f"{named} is nested too deep to be JSON of a model") from error
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{folder} {CODE}, which is never run: take a model whose class is part of "
+            "transformers, or remove `auto_map` from its JSON files"
+        ) from error
+
+
+def _pickled(folder: str | Path) -> list[Path]:
+    return sorted(Path(folder).glob("pytorch_model*.bin"))
+
+
+def _is_deep(file: Path) -> bool:
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
 
 
 def refuse_images_for(folder: str | Path) -> None:

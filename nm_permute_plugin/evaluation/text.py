@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Int
 from loguru import logger
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from nm_permute_plugin.evaluation.corpus import Corpus, Document, spread
+from nm_permute_plugin.evaluation.pretrained import tokenizer_of
 
 Window = Int[Tensor, " _tokens"]
 """Windows of documents differ in length."""
@@ -59,7 +59,7 @@ class TextTokenizer:
 
     def __init__(self, checkpoint: str | Path) -> None:
         # Loosely typed: transformers' stubs do not know what a loaded tokenizer can do.
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
+        self.tokenizer: Any = tokenizer_of(checkpoint)
         probe = "a"
         plain = self._ids(probe)
         full = list(self.tokenizer(probe, verbose=False).input_ids)

@@ -8,7 +8,7 @@ from compressed_tensors.offload import (
     disable_onloading,
     update_offload_parameter,
 )
-from llmcompressor.core import Event, State
+from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.utils.helpers import DisableQuantization
 from loguru import logger
@@ -17,7 +17,9 @@ from pydantic import PrivateAttr
 from nm_permute_plugin.checkpoint.plan import experts_of
 from nm_permute_plugin.modifiers.fields import PermutationFields
 from nm_permute_plugin.modifiers.names import name_experts_for_saving
-from nm_permute_plugin.modifiers.recipe import is_pruned_later, refuse_shared_pass
+from nm_permute_plugin.modifiers.neighbours import is_pruned_later
+from nm_permute_plugin.modifiers.preflight import look_of, refuse_many_processes
+from nm_permute_plugin.modifiers.recipe import refuse_shared_pass
 from nm_permute_plugin.modifiers.save import after_save
 from nm_permute_plugin.pruning.pipeline import Record, permute_and_prune
 from nm_permute_plugin.pruning.reading import read_samples
@@ -46,7 +48,8 @@ class LearnablePermutationModifier(PermutationFields, Modifier):
 
     Lifecycle:
 
-    - on_initialize: match targets, resolve the permutation spec, refuse what cannot be
+    - on_initialize: look over everything, match targets, resolve the permutation spec,
+      refuse what cannot be
     - on_calibration_start: measure the dense model, search and learn, fold, prune, and
       change the kept weights if `recover` says so
     - on_finalize: report; every save from then on is checked against the pattern, whatever
@@ -68,12 +71,16 @@ class LearnablePermutationModifier(PermutationFields, Modifier):
 
     def on_initialize(self, state: State, **kwargs: object) -> bool:
         model, settings = state.model, self.settings()
+        refuse_many_processes()
+        modifiers = active_session().lifecycle.recipe.modifiers
+        with disable_onloading():
+            look_of(self, modifiers, state).refuse()
         if experts_of(name for name, _ in model.named_modules()):
             name_experts_for_saving(model)
         # Offloaded tensors are handed out as fresh copies; ties show only without.
         with disable_onloading():
             self._plan = PrunePlan.of(model, settings)
-        self._is_pruned = self.prune or is_pruned_later(self, self.mask_structure)
+        self._is_pruned = self.prune or is_pruned_later(self, modifiers)
         refuse_packed(self._plan.resolved)
         self._plan.log(settings)
         return True

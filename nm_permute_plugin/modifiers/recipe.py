@@ -66,26 +66,6 @@ def refuse_shared_pass(modifier: Modifier) -> None:
         )
 
 
-def is_pruned_later(modifier: Modifier, mask_structure: str) -> bool:
-    """
-    Whether a modifier further down the recipe prunes.
-
-    :raises ValueError: if it prunes another pattern than the permutation is made for
-    """
-    modifiers = active_session().lifecycle.recipe.modifiers
-    places = [i for i, other in enumerate(modifiers) if other is modifier]
-    later = modifiers[places[0] + 1 :] if places else []
-    pruners = [other for other in later if hasattr(other, "mask_structure")]
-    for other in pruners:
-        if other.mask_structure != mask_structure:
-            raise ValueError(
-                f"the permutation is made for mask_structure {mask_structure!r}, and "
-                f"{type(other).__name__} prunes {other.mask_structure!r}; give both the "
-                "same"
-            )
-    return bool(pruners)
-
-
 def _named_modifiers(node: object) -> list[str]:
     """Every key of the document that is a modifier's name."""
     if isinstance(node, list):

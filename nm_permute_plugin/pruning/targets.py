@@ -69,6 +69,22 @@ def match_linears(
     return matched
 
 
+def linears_among(
+    model: nn.Module, targets: Sequence[str], ignore: Sequence[str]
+) -> list[str]:
+    """The linears that ``match_linears`` would find, where targets may match nothing."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if is_linear(module)
+        and any(
+            _means(entry, name, module) or (entry == "Linear" and is_transposed(module))
+            for entry in targets
+        )
+        and not any(_means(entry, name, module) for entry in ignore)
+    ]
+
+
 def refuse_tied(model: nn.Module, names: Sequence[str]) -> None:
     """
     Refuse to prune a table of embeddings under another name.

@@ -3,9 +3,13 @@
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from nm_permute_plugin.checkpoint import transaction
 
@@ -240,3 +244,94 @@ def test_what_appears_at_the_last_moment_stays(
         again()
     assert content_of(target)["weights"] == "late"
     assert content_of(target)["config.json"] == "new"
+
+
+WRITER = """
+import os, signal, sys
+from pathlib import Path
+from nm_permute_plugin.checkpoint import transaction
+target = Path(sys.argv[1])
+with transaction.directory(target) as outer, transaction.directory(outer) as inner:
+    (outer / "weights").write_text("half")
+    (inner / "weights").write_text("half")
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+def writer(target: Path) -> subprocess.Popen[str]:
+    """A process that stands in the middle of writing a directory."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(target)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    process = writer(target)
+    process.kill()
+    process.wait()
+    (tmp_path / ".target.b.0123abcd.unfinished").mkdir()  # another target's
+    assert len(list(tmp_path.iterdir())) == 3
+    with transaction.directory(target) as fresh:
+        fill(fresh)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [".target.b.0123abcd.unfinished", "target"]
+
+
+def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    process = writer(target)
+    try:
+        with transaction.directory(target) as fresh:
+            fill(fresh)
+        assert len([p for p in tmp_path.iterdir() if p != target]) == 2
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_directory_that_another_process_writes_under_the_same_mark_is_refused(
+    tmp_path: Path,
+) -> None:
+    target = tmp_path / "target"
+    with transaction.directory(target, mark="saved") as fresh:
+        with (
+            pytest.raises(FileExistsError, match="another process writes"),
+            transaction.directory(target, mark="saved"),
+        ):
+            pass
+        fill(fresh)
+    assert content_of(target) == {"config.json": "new", "weights": "new"}
+
+
+def test_a_target_that_was_moved_aside_by_a_killed_process_comes_back(
+    target: Path,
+) -> None:
+    old = content_of(target)
+    aside = target.with_name(".target.0123abcd.old")
+    target.rename(aside)
+    transaction.clear_abandoned(target)
+    assert content_of(target) == old
+    assert not aside.exists()
+    (aside / "more").mkdir(parents=True)
+    transaction.clear_abandoned(target)
+    assert content_of(target) == old
+    assert not aside.exists()
+
+
+def test_weights_may_be_read_by_whom_the_directory_may(target: Path) -> None:
+    # the safetensors package makes files that only their owner may read
+    with transaction.directory(target) as fresh:
+        (fresh / "more").mkdir()
+        for name in ("model.safetensors", "more/permutations.safetensors"):
+            save_file({"x": torch.zeros(4)}, fresh / name)
+        (fresh / "plain").write_text("")
+    modes = {oct(p.stat().st_mode) for p in target.rglob("*") if p.is_file()}
+    assert modes == {oct((target / "plain").stat().st_mode)}

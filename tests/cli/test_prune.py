@@ -96,7 +96,7 @@ def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(
     before: list[str], recipe: Path, full_disk: Path
 ) -> None:
     # A mounted volume cannot be renamed onto; the work of hours would be lost.
-    with pytest.raises(OSError, match="is a mount point"):
+    with pytest.raises(ValueError, match="is a mount point"):  # and too small
         prune_checkpoint(recipe.parent / "dense", recipe, full_disk, ROWS, "cpu")
     assert list(full_disk.iterdir()) == []
 
@@ -159,10 +159,21 @@ def test_a_bad_recipe_is_refused_before_the_model_is_read(
     assert listing(tmp_path) == ["recipe.yaml"]
 
 
-def test_a_full_disk_is_an_os_error_and_leaves_nothing(
+def test_a_disk_that_is_too_small_is_refused_before_the_work(
     before: list[str], recipe: Path, full_disk: Path
 ) -> None:
     model = recipe.parent / "dense"
+    with pytest.raises(ValueError, match="the disk of .*small has 33 kB free"):
+        prune_checkpoint(model, recipe, full_disk / "out", ROWS, "cpu")
+    assert list(full_disk.iterdir()) == []
+
+
+def test_a_disk_that_fills_meanwhile_is_an_os_error_and_leaves_nothing(
+    before: list[str], recipe: Path, full_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = recipe.parent / "dense"
+    # What others write while the run goes on is not there when it begins.
+    monkeypatch.setattr("nm_permute_plugin.modifiers.preflight.no_room", lambda *_: ())
     with pytest.raises(OSError, match="No space left|os error 28"):
         prune_checkpoint(model, recipe, full_disk / "out", ROWS, "cpu")
     assert list(full_disk.iterdir()) == []

@@ -40,6 +40,13 @@ from llmcompressor.modifiers.factory import ModifierFactory
 assert "LearnablePermutationModifier" in ModifierFactory._registered_registry
 importlib.reload(nm_permute_plugin)
 """,
+    "imported anew, as tests and notebooks do": """
+import sys
+import nm_permute_plugin
+for name in [n for n in sys.modules if n.startswith("nm_permute_plugin")]:
+    del sys.modules[name]
+import nm_permute_plugin
+""",
     "probed, and imported twice": """
 import importlib, importlib.util
 import nm_permute_plugin

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a folder can take a checkpoint, and its disk what a save writes."""
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from llmcompressor.modifiers import Modifier
+from torch import nn
+
+from nm_permute_plugin.checkpoint.plan import TWO_FOUR
+from nm_permute_plugin.modifiers.neighbours import is_pruned_later, weight_bits
+from nm_permute_plugin.pruning.settings import Settings
+from nm_permute_plugin.pruning.targets import linears_among
+from nm_permute_plugin.specs.conv1d import is_transposed, weight_of
+
+
+def unfit_folder(out: Path, source: Path | None) -> Iterator[str]:
+    """Yield why a folder cannot take the checkpoint."""
+    out = out.resolve()
+    if source is not None and (source / "config.json").is_file():
+        source = source.resolve()
+        if out == source or source in out.parents:
+            where = "is" if out == source else "lies inside of"
+            yield (
+                f"{out} {where} the folder of the dense model, {source}: name a folder "
+                "outside of it"
+            )
+    parent = _nearest(out)
+    if not parent.is_dir():
+        yield f"cannot write to {out}: {parent} is no folder; name another"
+    elif not os.access(parent, os.W_OK | os.X_OK):
+        yield f"cannot write to {parent}: it is read-only for you; name another folder"
+
+
+def no_room(out: Path, saved: int, stored: int) -> Iterator[str]:
+    """
+    Yield that the disk cannot hold what a save writes until it is finished.
+
+    :param saved: bytes of the weights as llm-compressor saves them
+    :param stored: bytes of the sparse weights that are then written beside them
+    """
+    parent = _nearest(out.resolve())
+    if not parent.is_dir():
+        return
+    free = shutil.disk_usage(parent).free
+    if free < saved + stored:
+        both = f", and {_size(stored)} more until it is stored sparse" if stored else ""
+        yield (
+            f"the disk of {parent} has {_size(free)} free, and the checkpoint takes "
+            f"{_size(saved)} as it is saved{both}: make room, or name a folder on "
+            "another disk"
+        )
+
+
+def bytes_of_a_save(
+    model: nn.Module,
+    settings: Settings,
+    ours: Modifier,
+    modifiers: Sequence[Modifier],
+) -> tuple[int, int]:
+    """
+    Estimate the bytes of the weights as llm-compressor saves them, and as they are stored.
+
+    :return: the second is 0 where the checkpoint stays as it is saved
+    """
+    bits = weight_bits(ours, modifiers, model)
+    pattern = settings.pattern
+    pruned = settings.prune or is_pruned_later(ours, modifiers)
+    sparse = settings.format != "dense" and pruned
+    if settings.format == "auto":
+        sparse = sparse and pattern == TWO_FOUR
+    saved = sum(p.numel() * p.itemsize for p in model.parameters())
+    names = set(linears_among(model, settings.targets, settings.ignore))
+    gained = 0
+    for name in names | bits.keys():
+        module = model.get_submodule(name)
+        weight = weight_of(module)
+        kept = bits.get(name, 8 * weight.itemsize)
+        saved -= weight.numel() * (8 * weight.itemsize - kept) // 8
+        if name in names:
+            sparse = sparse and kept >= 8 and not is_transposed(module)
+            # n of m values stay, and a bit for each
+            gained += int(weight.numel() * (kept * (1 - pattern.density) - 1) / 8)
+    return saved, saved - gained if sparse else 0
+
+
+def _nearest(path: Path) -> Path:
+    """Return a path, or the nearest of its parents that exists."""
+    while not os.path.lexists(path):
+        path = path.parent
+    return path
+
+
+def _size(count: int) -> str:
+    """
+    Write a number of bytes for people.
+
+    >>> _size(45_568), _size(1_234_567), _size(25_000_000_000)
+    ('46 kB', '1.2 MB', '25.0 GB')
+    """
+    if count < 1e6:
+        return f"{count / 1e3:.0f} kB"
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
