@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         LearnablePermutationModifier as LearnablePermutationModifier,
     )
     from nm_permute_plugin.pruning.data import read_samples as read_samples
+    from nm_permute_plugin.pruning.keep_masks import keep_masks as keep_masks
     from nm_permute_plugin.pruning.run import prune as prune
     from nm_permute_plugin.pruning.run import save as save
     from nm_permute_plugin.pruning.settings import Settings as Settings
@@ -40,6 +41,7 @@ _PLACES = {
     "Settings": "pruning.settings",
     "convert": "checkpoint.writer",
     "fold": "specs.fold",
+    "keep_masks": "pruning.keep_masks",
     "prune": "pruning.run",
     "read_samples": "pruning.data",
     "save": "pruning.run",

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from loguru import logger
 
-from nm_permute_plugin.checkpoint.config import AskedFormat
-from nm_permute_plugin.checkpoint.directory import open_checkpoint
+from nm_permute_plugin.checkpoint.config import AskedFormat, Format
+from nm_permute_plugin.checkpoint.directory import Checkpoint, open_checkpoint
 from nm_permute_plugin.checkpoint.model_card import Card, write_card
 from nm_permute_plugin.checkpoint.pattern import check_pattern
 from nm_permute_plugin.checkpoint.plan import choose_format, make_plan, to_store_sparse
-from nm_permute_plugin.checkpoint.record import write_record
+from nm_permute_plugin.checkpoint.record import Promise, write_record
 from nm_permute_plugin.checkpoint.writer import rewrite
 from nm_permute_plugin.maths.permutation import Permutation
 
@@ -40,21 +40,33 @@ class Finish:
         :raises ValueError: if a pruned module does not follow the pattern any more,
             naming module, row and channels
         """
-        pattern, pruned = self.card.pattern, self.card.pruned
-        transposed = self.card.transposed
-        checkpoint = open_checkpoint(folder)
-        counted = check_pattern(checkpoint, pruned, pattern, transposed)
-        format, reason = choose_format(
-            checkpoint, self.asked, pattern, pruned, transposed
-        )
-        logger.info(f"The checkpoint is stored as {format}: {reason}")
-        if format != "dense":
-            # pruning modifiers of llm-compressor leave -0.0 behind
-            sparse = to_store_sparse(self.asked, pruned)
-            plan = make_plan(
-                checkpoint, format, sparse, pattern, clear=True, counted=counted
-            )
-            rewrite(checkpoint, plan, folder)
-            checkpoint = open_checkpoint(folder)
+        card = self.card
+        promise = Promise(list(card.pruned), card.pattern, list(card.transposed))
+        checkpoint, format, reason = store(folder, self.asked, promise)
         write_record(folder, self.perms, self.report)
-        write_card(checkpoint, replace(self.card, format=format, reason=reason))
+        write_card(checkpoint, replace(card, format=format, reason=reason))
+
+
+def store(
+    folder: Path, asked: AskedFormat, promise: Promise
+) -> tuple[Checkpoint, Format, str]:
+    """
+    Checks that a checkpoint keeps a promise, and stores it as asked.
+
+    :return: the checkpoint, how it is stored, and why
+    :raises ValueError: if a promised module does not follow the pattern
+    """
+    pattern, pruned, transposed = promise.pattern, promise.modules, promise.transposed
+    checkpoint = open_checkpoint(folder)
+    counted = check_pattern(checkpoint, pruned, pattern, transposed)
+    format, reason = choose_format(checkpoint, asked, pattern, pruned, transposed)
+    logger.info(f"The checkpoint is stored as {format}: {reason}")
+    if format != "dense":
+        # pruning modifiers of llm-compressor leave -0.0 behind
+        sparse = to_store_sparse(asked, pruned)
+        plan = make_plan(
+            checkpoint, format, sparse, pattern, clear=True, counted=counted
+        )
+        rewrite(checkpoint, plan, folder)
+        checkpoint = open_checkpoint(folder)
+    return checkpoint, format, reason

@@ -52,6 +52,7 @@ class Card:
     :param format: how the pruned modules are stored
     :param reason: why they are stored so
     :param transposed: the pruned modules that are stored as [in, out]
+    :param changed_later: whether the kept weights changed in a later session
     """
 
     base_model: str
@@ -64,6 +65,7 @@ class Card:
     format: Format = "dense"
     reason: str = ""
     transposed: Sequence[str] = ()
+    changed_later: bool = False
 
 
 @dataclass(frozen=True)
@@ -213,6 +215,11 @@ def _what(card: Card) -> str:
     if not card.pruned:
         return made + " Nothing is pruned."
     before, after = card.retained
+    if card.changed_later:
+        later = (
+            " In a later session the kept weights were trained further, or quantized"
+        )
+        return f"{made} Then it was pruned {card.pattern}.{later}; the zeros stayed."
     return made + (
         f" Then the recipe below kept {card.pattern.n} of every {card.pattern.m} "
         f"neighbouring weights. The best masks keep {after:.4f} of the total score that "
@@ -242,7 +249,12 @@ def _sparse(
             "(Conv1D): there the pattern runs down the columns, and no sparse format or "
             "kernel takes it"
         )
-    return "\n".join(lines if pruned else lines[3:])
+    lines.append(
+        "- to train it further: `nm_permute_plugin.keep_masks(model)` keeps the zeros, and "
+        "`nm_permute_plugin.save(model, FOLDER)` writes a checkpoint that is "
+        f"{promise.pattern} again. Without it the model turns dense at the first step"
+    )
+    return "\n".join(lines if pruned else lines[3:-1])
 
 
 def _families(modules: Sequence[str]) -> str:

@@ -86,8 +86,9 @@ def check_pattern(
             raise ValueError(
                 f"{module} is not {pattern} any more: {found}. A modifier after the "
                 "pruning does not keep its zeros (GPTQModifier does not, "
-                "QuantizationModifier does), or leaves this module out; the checkpoint "
-                "is not written."
+                "QuantizationModifier does), or leaves this module out; training keeps "
+                "them under nm_permute_plugin.keep_masks only. The checkpoint is not "
+                "written."
             )
         nonzeros[module] = found
     return nonzeros
