@@ -210,10 +210,15 @@ def save(model: nn.Module, folder: str | Path, pruned: Pruned | None = None) -> 
     if pruned is not None:
         finish: Callable[[Path], None] = pruned.finish()
     else:
-        name, prefix = hosted.name_or_path, hosted.base_model_prefix
-        source = Path(name) if name and Path(name, "config.json").exists() else None
-        finish = FinishAgain(Origin(source, base_model_of(model), prefix))
+        finish = FinishAgain(origin_of(hosted))
     save_checkpoint(hosted, folder, finish)
+
+
+def origin_of(model: "PreTrainedModel") -> Origin:
+    """Tells where a model was read from."""
+    name = model.name_or_path
+    folder = Path(name) if name and Path(name, "config.json").exists() else None
+    return Origin(folder, base_model_of(model), model.base_model_prefix)
 
 
 def _version(package: str) -> str | None:
