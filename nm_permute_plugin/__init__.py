@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from nm_permute_plugin.modifiers import (
         LearnablePermutationModifier as LearnablePermutationModifier,
     )
+    from nm_permute_plugin.pruning.keep_masks import keep_masks as keep_masks
     from nm_permute_plugin.pruning.reading import read_samples as read_samples
     from nm_permute_plugin.pruning.run import prune as prune
     from nm_permute_plugin.pruning.run import save as save
@@ -41,6 +42,7 @@ _PLACES = {
     "Settings": "pruning.settings",
     "convert": "checkpoint.writer",
     "fold": "specs.fold",
+    "keep_masks": "pruning.keep_masks",
     "prune": "pruning.run",
     "read_samples": "pruning.reading",
     "save": "pruning.run",

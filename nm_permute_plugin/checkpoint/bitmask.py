@@ -52,7 +52,7 @@ def compress_any(weight: Tensor, name: str = "weight") -> SparseBitmask:
     counts = flags.sum(-1)
     return SparseBitmask(
         compressed=words[flags].view(weight.dtype),
-        bitmask=_pack(flags),
+        bitmask=pack_bits(flags),
         row_offsets=counts.cumsum(0) - counts,
         shape=torch.tensor(list(weight.shape), device=weight.device),
     )
@@ -89,7 +89,7 @@ def decompress_any(
             f"{name}: shape says {sizes}, bitmask is {tuple(bitmask.shape)} and "
             f"compressed {tuple(compressed.shape)}. The checkpoint is damaged."
         )
-    bits = _unpack(bitmask)
+    bits = unpack_bits(bitmask)
     flags = bits[:, :columns]
     counts = flags.sum(-1)
     starts = counts.cumsum(0) - counts
@@ -109,14 +109,16 @@ def decompress_any(
     return words.view(compressed.dtype)
 
 
-def _pack(flags: Bool[Tensor, "out in"]) -> UInt8[Tensor, "out bytes"]:
+def pack_bits(flags: Bool[Tensor, "rows bits"]) -> UInt8[Tensor, "rows bytes"]:
+    """Packs eight flags into a byte, the first into its lowest bit, row by row."""
     padded = torch.nn.functional.pad(flags, (0, -flags.shape[1] % 8))
-    weights = 1 << torch.arange(8, device=flags.device)
+    weights = 1 << torch.arange(8, device=flags.device, dtype=torch.uint8)
     octets = padded.view(len(flags), padded.shape[1] // 8, 8)
-    return (octets * weights).sum(-1).to(torch.uint8)
+    return (octets * weights).sum(-1, dtype=torch.uint8)
 
 
-def _unpack(bitmask: UInt8[Tensor, "out bytes"]) -> Bool[Tensor, "out bits"]:
-    places = torch.arange(8, device=bitmask.device, dtype=torch.uint8)
-    bits = (bitmask.unsqueeze(-1) >> places & 1).bool()
-    return bits.view(len(bitmask), 8 * bitmask.shape[1])
+def unpack_bits(packed: UInt8[Tensor, "rows bytes"]) -> Bool[Tensor, "rows bits"]:
+    """Gives back the flags that ``pack_bits`` packed, filled up to whole bytes."""
+    places = torch.arange(8, device=packed.device, dtype=torch.uint8)
+    bits = (packed.unsqueeze(-1) >> places & 1).bool()
+    return bits.view(len(packed), 8 * packed.shape[1])

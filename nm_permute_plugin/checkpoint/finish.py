@@ -8,12 +8,17 @@ from pathlib import Path
 from loguru import logger
 
 from nm_permute_plugin.checkpoint.checksums import write_checksums
-from nm_permute_plugin.checkpoint.config import AskedFormat
-from nm_permute_plugin.checkpoint.directory import open_checkpoint
+from nm_permute_plugin.checkpoint.config import AskedFormat, Format
+from nm_permute_plugin.checkpoint.directory import Checkpoint, open_checkpoint
 from nm_permute_plugin.checkpoint.model_card import Card, write_card
 from nm_permute_plugin.checkpoint.pattern import check_pattern
 from nm_permute_plugin.checkpoint.plan import choose_format, make_plan, to_store_sparse
-from nm_permute_plugin.checkpoint.record import composed, earlier_record, write_record
+from nm_permute_plugin.checkpoint.record import (
+    Promise,
+    composed,
+    earlier_record,
+    write_record,
+)
 from nm_permute_plugin.checkpoint.source import Source
 from nm_permute_plugin.checkpoint.unloaded import carry_tensors
 from nm_permute_plugin.checkpoint.writer import rewrite
@@ -49,25 +54,11 @@ class Finish:
         :raises ValueError: if a pruned module does not follow the pattern any more,
             naming module, row and channels
         """
-        pattern, pruned = self.card.pattern, self.card.pruned
-        transposed = self.card.transposed
-        source = self.source
+        card, source = self.card, self.source
         if source is not None and source.carried:
             carry_tensors(source.path, folder, source.carried)
-        checkpoint = open_checkpoint(folder)
-        counted = check_pattern(checkpoint, pruned, pattern, transposed)
-        format, reason = choose_format(
-            checkpoint, self.asked, pattern, pruned, transposed
-        )
-        logger.info(f"The checkpoint is stored as {format}: {reason}")
-        if format != "dense":
-            # pruning modifiers of llm-compressor leave -0.0 behind
-            sparse = to_store_sparse(self.asked, pruned)
-            plan = make_plan(
-                checkpoint, format, sparse, pattern, clear=True, counted=counted
-            )
-            rewrite(checkpoint, plan, folder, checksums=False)
-            checkpoint = open_checkpoint(folder)
+        promise = Promise(list(card.pruned), card.pattern, list(card.transposed))
+        checkpoint, format, reason = store(folder, self.asked, promise)
         perms, report = self.perms, self.report
         earlier = earlier_record(folder)
         if earlier is not None:
@@ -77,5 +68,30 @@ class Finish:
         write_record(folder, perms, report)
         write_checksums(folder, [shard.path.name for shard in checkpoint.shards])
         moved = not all(is_identity(perm) for perm in perms.values())
-        card = replace(self.card, format=format, reason=reason, moved=moved)
+        card = replace(card, format=format, reason=reason, moved=moved)
         write_card(checkpoint, card)
+
+
+def store(
+    folder: Path, asked: AskedFormat, promise: Promise
+) -> tuple[Checkpoint, Format, str]:
+    """
+    Checks that a checkpoint keeps a promise, and stores it as asked, without checksums.
+
+    :return: the checkpoint, how it is stored, and why
+    :raises ValueError: if a promised module does not follow the pattern
+    """
+    pattern, pruned, transposed = promise.pattern, promise.modules, promise.transposed
+    checkpoint = open_checkpoint(folder)
+    counted = check_pattern(checkpoint, pruned, pattern, transposed)
+    format, reason = choose_format(checkpoint, asked, pattern, pruned, transposed)
+    logger.info(f"The checkpoint is stored as {format}: {reason}")
+    if format != "dense":
+        # pruning modifiers of llm-compressor leave -0.0 behind
+        sparse = to_store_sparse(asked, pruned)
+        plan = make_plan(
+            checkpoint, format, sparse, pattern, clear=True, counted=counted
+        )
+        rewrite(checkpoint, plan, folder, checksums=False)
+        checkpoint = open_checkpoint(folder)
+    return checkpoint, format, reason

@@ -60,6 +60,7 @@ class Card:
     :param transposed: the pruned modules that are stored as [in, out]
     :param base: what holds of the base model's front matter too
     :param moved: whether channels have other places than in the base model
+    :param changed_later: whether the kept weights changed in a later session
     """
 
     base_model: str
@@ -74,6 +75,7 @@ class Card:
     transposed: Sequence[str] = ()
     base: Mapping[str, object] = field(default_factory=dict)
     moved: bool = False
+    changed_later: bool = False
 
 
 @dataclass(frozen=True)
@@ -228,6 +230,11 @@ def _what(card: Card) -> str:
     if not card.pruned:
         return made + " Nothing is pruned." + adapters
     before, after = card.retained
+    if card.changed_later:
+        later = (
+            " In a later session the kept weights were trained further, or quantized"
+        )
+        return f"{made} Then it was pruned {card.pattern}.{later}; the zeros stayed."
     return made + (
         f" Then the recipe below kept {card.pattern.n} of every {card.pattern.m} "
         f"neighbouring weights. The best masks keep {after:.4f} of the total score that "
@@ -258,7 +265,12 @@ def _sparse(
             "(Conv1D): there the pattern runs down the columns, and no sparse format or "
             "kernel takes it"
         )
-    return "\n".join(lines if pruned else lines[3:])
+    lines.append(
+        "- to train it further: `nm_permute_plugin.keep_masks(model)` keeps the zeros, and "
+        "`nm_permute_plugin.save(model, FOLDER)` writes a checkpoint that is "
+        f"{promise.pattern} again. Without it the model turns dense at the first step"
+    )
+    return "\n".join(lines if pruned else lines[3:-1])
 
 
 def _families(modules: Sequence[str]) -> str:

@@ -58,6 +58,10 @@ class Violation:
         return text
 
 
+class BrokenPatternError(ValueError):
+    """Says that a module does not follow the pattern that it was pruned to."""
+
+
 def check_pattern(
     checkpoint: Checkpoint,
     modules: Collection[str],
@@ -71,8 +75,9 @@ def check_pattern(
 
     :param transposed: the modules that are stored as [in, out]
     :return: the number of non-zeros of each module
-    :raises ValueError: if a module does not follow the pattern, naming module, row and
-        channels, or if the checkpoint has no weight for it
+    :raises BrokenPatternError: if a module does not follow the pattern, naming module,
+        row and channels
+    :raises ValueError: if the checkpoint has no weight for a module
     """
     nonzeros = {}
     known = {*checkpoint.formats, *packed_modules(checkpoint)}
@@ -85,11 +90,11 @@ def check_pattern(
             checkpoint, module, pattern, transposed=module in transposed
         ).found
         if isinstance(found, Violation):
-            raise ValueError(
+            raise BrokenPatternError(
                 f"{module} is not {pattern} any more: {found}. A modifier after the "
                 "pruning does not keep its zeros (GPTQModifier does not, "
-                "QuantizationModifier does), or leaves this module out; the checkpoint "
-                "is not written."
+                "QuantizationModifier does), or leaves this module out; training keeps "
+                "them under nm_permute_plugin.keep_masks only."
             )
         nonzeros[module] = found
     return nonzeros

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -62,7 +63,9 @@ def check_names(
     Checks that every sparse weight has a place in the model, and every promised module
     a weight.
 
-    transformers fills weights that it does not find with random numbers.
+    transformers fills weights that it does not find with random numbers. A model of
+    another class than the one that was saved may have a new head, or pooler: a module
+    is new if the checkpoint has none like it in any layer.
 
     :param renamed: the model's name of each tensor in the files
     """
@@ -89,6 +92,9 @@ def check_names(
         if "." in name and not name.startswith("re:") and name not in formats:
             raise ValueError(_missing(name))
     found = set(renamed.values())
+    saved_as = getattr(model.config, "architectures", None) or ()
+    is_same_class = type(model).__name__ in saved_as
+    kinds_found = {_without_numbers(name) for name in found}
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     for module_name, module in model.named_modules():
         weight = f"{module_name}.weight"
@@ -98,8 +104,14 @@ def check_names(
             and sparsity.promises(module_name)
             and weight not in found | tied
             and files
+            and (is_same_class or _without_numbers(weight) in kinds_found)
         ):
             raise ValueError(_missing(module_name))
+
+
+def _without_numbers(name: str) -> str:
+    """Replaces the numbers of layers and experts in a tensor's name."""
+    return re.sub(r"\.\d+\.", ".*.", name)
 
 
 def _missing(module: str) -> str:

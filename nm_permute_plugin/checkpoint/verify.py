@@ -126,7 +126,7 @@ def _verify(
     said = sparsity.pattern if sparsity else recorded and recorded.pattern
     declared = set(modules or ())
     if modules is None and sparsity is not None:
-        declared = _declared(checkpoint, sparsity)
+        declared = declared_sparse(checkpoint, sparsity)
     transposed = set(recorded.transposed if recorded else ())
     promised = declared | set(recorded.modules if recorded else ())
     faults = []
@@ -217,7 +217,7 @@ def _examine(
     return row, [Fault(file, module, message) for message in messages]
 
 
-def _declared(checkpoint: Checkpoint, sparsity: SparsityConfig) -> set[str]:
+def declared_sparse(checkpoint: Checkpoint, sparsity: SparsityConfig) -> set[str]:
     """Lists what config.json says is sparse; no class means embeddings."""
     targets = sparsity.targets
     named = {n for n in targets or () if "." in n and not n.startswith("re:")}

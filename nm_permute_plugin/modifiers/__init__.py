@@ -3,8 +3,10 @@
 
 from llmcompressor.modifiers.factory import ModifierFactory
 
+from nm_permute_plugin.modifiers.later import keep_promises
 from nm_permute_plugin.modifiers.permutation import LearnablePermutationModifier
 
 ModifierFactory.register("LearnablePermutationModifier", LearnablePermutationModifier)
+keep_promises()
 
 __all__ = ["LearnablePermutationModifier"]

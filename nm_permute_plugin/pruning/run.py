@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run on a model in memory, from its settings to its checkpoint, without a recipe."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from loguru import logger
 from torch import nn
 
+from nm_permute_plugin.checkpoint.again import FinishAgain, Origin
 from nm_permute_plugin.checkpoint.base_card import base_matter
 from nm_permute_plugin.checkpoint.finish import Finish
 from nm_permute_plugin.checkpoint.model_card import Card
@@ -195,18 +196,40 @@ def prune(model: nn.Module, data: Data, settings: Settings | None = None) -> Pru
     return Pruned(settings, plan, record, plan.saved if settings.prune else [])
 
 
-def save(model: nn.Module, folder: str | Path, pruned: Pruned) -> None:
+def save(model: nn.Module, folder: str | Path, pruned: Pruned | None = None) -> None:
     """
-    Save a model that ``prune`` pruned: check it, store it as asked, describe it.
+    Save a pruned model: check it, store it as asked, describe it.
 
     The folder holds what it held before until everything is written. What the model's own
     folder holds beside its weights travels along. Save the tokenizer into it as ever.
 
-    :raises ValueError: if a pruned module does not follow the pattern any more
+    :param pruned: what ``prune`` returned; None for a model that was pruned in an earlier
+        session and has been trained under ``keep_masks`` since, or quantized. It must
+        be as sparse as the checkpoint that it was read from says it is
+    :raises ValueError: if a pruned module does not follow the pattern any more, or if the
+        model is a PEFT model whose adapter is not merged yet
     """
-    source = pruned.plan.source
+    if hasattr(model, "merge_and_unload"):
+        raise ValueError(
+            f"{type(model).__name__} would save its adapter alone: merge it first, "
+            "`model = model.merge_and_unload()`, and `apply()` the masks again"
+        )
     hosted = cast("PreTrainedModel", model)
-    save_checkpoint(hosted, folder, pruned.finish(), source=source)
+    if pruned is not None:
+        finish: Callable[[Path], None] = pruned.finish()
+        source = pruned.plan.source
+    else:
+        origin = origin_of(hosted)
+        finish = FinishAgain(origin)
+        source = None if origin.folder is None else Source(origin.folder)
+    save_checkpoint(hosted, folder, finish, source=source)
+
+
+def origin_of(model: "PreTrainedModel") -> Origin:
+    """Tells where a model was read from."""
+    name = model.name_or_path
+    folder = Path(name) if name and Path(name, "config.json").exists() else None
+    return Origin(folder, base_model_of(model), model.base_model_prefix)
 
 
 def _version(package: str) -> str | None:

@@ -70,6 +70,15 @@ class SparseLinear:
             warm_up(weight, layer)
         return layer
 
+    def refill(self, other: "SparseLinear") -> None:
+        """
+        Take over the weight of another layer in place, as captured CUDA graphs need it.
+
+        :param other: of the same shape, dtype and kernels
+        """
+        for mine, theirs in zip(self.packed, other.packed, strict=True):
+            mine.copy_(theirs)
+
     @property
     def signature(self) -> str:
         """What a graph compiled with the layer depends on: table, kernels, our source."""

@@ -27,6 +27,9 @@ STORED_TENSORS = ("compressed", "bitmask", "shape")
 _READ_BY_OTHERS = ("kv_b_proj",)
 """vLLM's attention reads the dense weight of these layers, so they stay dense."""
 
+_FIRST_TWO = 0x33
+"""The byte of a bitmask that keeps the first two of every four channels."""
+
 
 @register_weight_loader_v2_supported_method
 class Sparse24LinearMethod(LinearMethodBase):
@@ -34,7 +37,8 @@ class Sparse24LinearMethod(LinearMethodBase):
     Loads a 2:4 weight, and multiplies by it with the fastest kernel.
 
     The stock method makes the weight and its scales, and serves the layer if no sparse
-    kernel can.
+    kernel can. Weights that vLLM loads later (``reload_weights``) take the place of the
+    first in memory, where captured CUDA graphs read them.
 
     :param stock: the method that vLLM would use if the layer were dense
     :param name: the layer's name
@@ -59,6 +63,8 @@ class Sparse24LinearMethod(LinearMethodBase):
         self.mode = mode
         self.report = report
         self.product: Product | None = None
+        self.is_loaded = False
+        self.is_dummy = False
 
     def create_weights(
         self,
@@ -84,9 +90,11 @@ class Sparse24LinearMethod(LinearMethodBase):
             layer, *local, *whole, params_dtype, **extra_weight_attrs
         )
         self.widths = list(output_partition_sizes)
+        config = get_current_vllm_config()
+        self.is_dummy = config.load_config.load_format == "dummy"
         # vLLM keys its compiled graphs by its config: add what our graphs depend on.
-        config = get_current_vllm_config().additional_config
-        self.compiled_for = config.setdefault(NAME, []) if type(config) is dict else []
+        more = config.additional_config
+        self.compiled_for = more.setdefault(NAME, []) if type(more) is dict else []
         self.report.expect(self.name)
         if not self.stored:
             return
@@ -113,28 +121,35 @@ class Sparse24LinearMethod(LinearMethodBase):
         values = weight.new_empty(rows, columns // 2)
         # zeros are no valid bitmask: tensors missing in the checkpoint are noticed
         bits = weight.new_zeros(rows, -(-columns // 8), dtype=torch.uint8)
-        sizes = weight.new_zeros(2, 1, dtype=torch.int64)
+        sizes = weight.new_zeros(2, len(self.sparse), dtype=torch.int64)
         if all(self.sparse):
             del layer.weight
         layer.compressed = ModelWeightParameter(data=values, **self.axes)
         layer.bitmask = ModelWeightParameter(data=bits, **self.axes)
-        layer.shape = BasevLLMParameter(data=sizes, weight_loader=_no_load)
+        layer.shape = BasevLLMParameter(data=sizes, weight_loader=_load_shape)
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
         """
         Unpack the loaded weight, and pack it for the kernels that multiply by it.
 
-        :raises ValueError: if a stored weight is damaged or missing
+        :raises ValueError: if a stored weight is damaged or missing, or if weights that
+            are loaded later cannot be served as the first ones are
         """
+        if self.is_dummy and not self.is_loaded:
+            self._make_two_of_four(layer)
         if self.stored:
             self._unpack(layer)
+        if self.is_loaded:
+            self._refill(layer)
+            return
+        self.is_loaded = True
         linear = self._prepare(layer)
         self.report.note(self.name, linear if isinstance(linear, str) else None)
         if isinstance(linear, str):
             self.stock.process_weights_after_loading(layer)
             return
         self.product = product_of(linear, layer)
-        layer.weight = Parameter(layer.weight.data.new_empty(0), requires_grad=False)
+        self._drop_weight(layer)
         scale = getattr(layer, "weight_scale", None)
         scales = "no scales" if scale is None else f"scales in {scale.dtype}"
         self.compiled_for.append(f"{self.name} {linear.signature}, {scales}")
@@ -145,6 +160,36 @@ class Sparse24LinearMethod(LinearMethodBase):
             out: Tensor = self.stock.apply(layer, x, bias)
             return out
         return self.product(layer, x, bias)
+
+    def _refill(self, layer: LinearBase) -> None:
+        """Put weights that were loaded later where the first are, served as these are."""
+        if self.product is None:
+            self.stock.process_weights_after_loading(layer)
+            return
+        linear = self._prepare(layer)
+        if isinstance(linear, str):
+            raise ValueError(
+                f"{self.name} is served sparse, and the weights that are loaded now cannot "
+                f"be: {linear}. Start an engine with them instead."
+            )
+        product_of(linear, layer)  # brings the scales into shape
+        self.product.linear.refill(linear)
+        self._drop_weight(layer)
+
+    def _drop_weight(self, layer: LinearBase) -> None:
+        """Free the dense weight, which is packed elsewhere."""
+        layer.weight = Parameter(layer.weight.data.new_empty(0), requires_grad=False)
+
+    def _make_two_of_four(self, layer: LinearBase) -> None:
+        """Give the random weights of ``--load-format dummy`` the pattern they stand for."""
+        if self.stored:
+            bits = layer.bitmask.data.fill_(_FIRST_TWO)
+            if 2 * layer.compressed.shape[1] % 8:
+                bits[:, -1] &= 0x0F
+            return
+        weight = layer.weight.data
+        groups = weight.view(WORDS[weight.dtype]).view(len(weight), -1, 4)
+        groups[:, :, 2:] = 0
 
     def _unpack(self, layer: LinearBase) -> None:
         """Replace the stored tensors by the dense weight."""
@@ -186,5 +231,15 @@ class Sparse24LinearMethod(LinearMethodBase):
         return SparseLinear.prepare(weight, self.mode, is_checked=self.stored)
 
 
-def _no_load(parameter: Parameter, loaded: Tensor, shard: object = None) -> None:
-    """Ignore the stored shape: the other tensors are checked against the model's own."""
+def _load_shape(param: Parameter, loaded: Tensor, shard: object = None) -> None:
+    """
+    Copy the stored shape of a part [2, 1], which nothing reads, into a column of its own.
+
+    vLLM counts the numbers that are copied into a layer that it loads again, and finishes
+    the layer as soon as all of them have come.
+
+    :param param: vLLM passes it by this name
+    :param shard: "q", "k" or "v", the number of a part, or None for the only one
+    """
+    column = "qkv".find(shard) if isinstance(shard, str) else shard
+    param[:, column if isinstance(column, int) else 0].copy_(loaded.flatten())

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multiplies a layer's input by its 2:4 weight: in 16 bits, or in 8 bits with scales."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,9 +27,6 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
 
 from nm_permute_plugin.serving.kernels.scaling import narrowest
 from nm_permute_plugin.serving.linear import SparseLinear
-
-Product = Callable[[LinearBase, Tensor, Tensor | None], Tensor]
-"""Computes a layer's output from the layer, its input x [..., in] and its bias."""
 
 Quantize = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """Maps x and its static scale, None for one per token, to x in 8 bits and the scale."""
@@ -71,6 +71,15 @@ def product_of(linear: SparseLinear, layer: LinearBase) -> Product:
     layer.input_scale = _constant(layer.input_scale.data.max()) if static else None
     is_fp8 = isinstance(scheme, CompressedTensorsW8A8Fp8)
     return ScaledProduct(linear, fp8_quantizer(static) if is_fp8 else quantize_int8)
+
+
+class Product(Protocol):
+    """Computes a layer's output from the layer, its input and its bias."""
+
+    linear: SparseLinear
+
+    def __call__(self, layer: LinearBase, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., in] -> [..., out]."""
 
 
 class FloatProduct:

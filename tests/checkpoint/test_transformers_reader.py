@@ -20,6 +20,8 @@ from transformers.quantizers import auto
 from nm_permute_plugin.checkpoint.directory import INDEX, SINGLE
 from nm_permute_plugin.checkpoint.transformers_reader import register_reader
 from nm_permute_plugin.checkpoint.writer import convert
+from nm_permute_plugin.maths.masks import nm_mask
+from nm_permute_plugin.maths.pattern import NMPattern
 
 DOWN = "model.layers.0.mlp.down_proj"
 TOKENS = torch.arange(32)[None]
@@ -122,6 +124,59 @@ def test_a_base_model_is_read_without_its_head(
     assert_same_bits(found, expected)
 
 
+def test_another_class_gets_a_new_head_and_all_other_weights(
+    tmp_path: Path, make_dense: MakeDense
+) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    convert(make_dense(), tmp_path / "sparse", "sparse-24-bitmask")
+    found = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "sparse", num_labels=3
+    )
+    assert found.score.weight.shape == (3, 32)
+    assert bool((found.score.weight != 0).any())
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
+    expected = whole.model.state_dict()
+    assert found.model.state_dict().keys() == expected.keys()
+    for name, weight in found.model.state_dict().items():
+        assert_same_bits(weight, expected[name])
+
+
+def test_an_encoder_without_a_pooler_gets_a_new_one(tmp_path: Path) -> None:
+    from transformers import (
+        AutoModelForSequenceClassification,
+        BertConfig,
+        BertForMaskedLM,
+    )
+
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    model = BertForMaskedLM(BertConfig(**size, num_attention_heads=2, vocab_size=40))
+    for module in model.bert.encoder.modules():
+        if isinstance(module, torch.nn.Linear):
+            mask = nm_mask(module.weight.data.abs(), NMPattern(2, 4))
+            module.weight.data.masked_fill_(~mask, 0)
+    model.save_pretrained(tmp_path / "dense")
+    convert(tmp_path / "dense", tmp_path / "sparse", "sparse-24-bitmask")
+    found = AutoModelForSequenceClassification.from_pretrained(tmp_path / "sparse")
+    expected = model.bert.state_dict()
+    for name, weight in found.bert.state_dict().items():
+        assert weight.isfinite().all()
+        if not name.startswith("pooler."):
+            assert_same_bits(weight, expected[name])
+
+
+@pytest.mark.parametrize("module", [DOWN, "model.layers.1.self_attn.q_proj"])
+def test_another_class_misses_a_layers_weight_all_the_same(
+    tmp_path: Path, make_dense: MakeDense, module: str
+) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    convert(make_dense(shard="1GB"), tmp_path / "sparse", "sparse-24-bitmask")
+    drop_module(tmp_path / "sparse", module)
+    with pytest.raises(ValueError, match=f"no weight for {module}"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "sparse")
+
+
 def test_registering_twice_changes_nothing() -> None:
     before = auto.AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"]
     register_reader()
@@ -171,11 +226,11 @@ def damage_byte(path: Path) -> None:
     (path / SINGLE).write_bytes(content)
 
 
-def drop_module(path: Path) -> None:
+def drop_module(path: Path, module: str = DOWN) -> None:
     """No weight at all for a module that the config promises."""
     tensors = load_file(path / SINGLE)
     for part in ("compressed", "bitmask", "shape"):
-        del tensors[f"{DOWN}.{part}"]
+        del tensors[f"{module}.{part}"]
     save_file(tensors, path / SINGLE, {"format": "pt"})
 
 
