@@ -11,6 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from nm_permute_plugin.pruning.targets import refuse_adapters
+
 Batch = Mapping[str, Tensor]
 """
 Keyword arguments of the model's forward, one of
@@ -84,13 +86,14 @@ def read_samples(
     :param validation_share: the share of samples that only judge; one at least, never all
     :param seed: of the random split
     :raises ValueError: if there is no data, if it is of another kind than the model takes,
-        or if it is broken
+        if it is broken, or for a model with adapters of PEFT
     """
     if batches is None:
         raise ValueError(
             "there is no calibration data: give `oneshot` a dataset (or `nm-permute "
             "prune` a --text FILE or --images FOLDER)"
         )
+    refuse_adapters(model)
     kept = [_inputs(batch, model) for batch in batches]
     with_images = ["pixel_values" in batch for batch in kept]
     if not any(with_images):

@@ -6,20 +6,27 @@ Everything that can be said of a run: the fields of a recipe, with their default
 setting that nothing would read is refused, so none is ignored in silence.
 """
 
+import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
+    ValidationError,
     model_validator,
 )
 
 from nm_permute_plugin.checkpoint.config import AskedFormat
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.scores import ScoreName
+from nm_permute_plugin.pruning.setting_errors import with_remedies
+from nm_permute_plugin.specs.spec_file import read_spec
 
 Method = Literal["learned", "search", "identity"]
 Objective = Literal["end_to_end", "layer_wise"]
@@ -42,15 +49,57 @@ def _refuse_unread(of: BaseModel, name: str, place: str, because: str) -> None:
         )
 
 
+def _in_quotes(value: object) -> object:
+    """Tell that YAML reads 2:4 without quotes as hours and minutes: the number 124."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        n, m = divmod(value, 60)
+        wanted = f"{n}:{m}" if 0 < n < m else "2:4"
+        raise ValueError(
+            f'write it in quotes, mask_structure: "{wanted}"; without them YAML reads the '
+            f"number {value}"
+        )
+    return value
+
+
+def _read_file(value: object) -> object:
+    """A path stands for the lines of the YAML file that it names."""
+    return read_spec(Path(value)) if isinstance(value, str | Path) else value
+
+
+def _readable(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuse a pattern that is no regular expression."""
+    for name in names:
+        try:
+            re.compile(name.removeprefix("re:") if name.startswith("re:") else "")
+        except re.error as error:
+            raise ValueError(
+                f"{name!r} is no regular expression: {error}; write a backslash before a "
+                "sign that stands for itself"
+            ) from error
+    return names
+
+
 # Recipes are YAML, which knows lists and no tuples.
 _LIST = (BeforeValidator(_listed), PlainSerializer(list))
-Names = Annotated[tuple[str, ...], *_LIST]
+Names = Annotated[tuple[str, ...], *_LIST, AfterValidator(_readable)]
 
 
 class Frozen(BaseModel):
     """A group of settings that never changes, and refuses what it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True
+    )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _lead_to_remedies(cls, value: Any, validate: Callable[[Any], Any]) -> Any:
+        try:
+            return validate(value)
+        except ValidationError as error:
+            # A modifier has fields of its host beside these, which no recipe names.
+            own = next(kind for kind in cls.__mro__ if kind.__module__ == __name__)
+            raise with_remedies(error, cls, list(own.model_fields)) from None
 
 
 class LossSettings(Frozen):
@@ -356,7 +405,8 @@ class Settings(Frozen):
         sparse-24-bitmask (2:4 only, smaller; this plugin reads it), sparse-bitmask (any
         pattern, likewise), or auto: sparse-24-bitmask for 2:4, dense for other patterns,
         experts, and what no sparse format holds (4-bit quantization, Conv1D)
-    :param spec: a permutation spec for an architecture that is not known
+    :param spec: a permutation spec for an architecture that is not known, as a mapping or
+        as the path of a YAML file that holds it
     :param objective: end_to_end (the loss of the whole model) or layer_wise (the output
         error of one decoder layer after the other, for models that do not fit on their
         device; the residual stream keeps the search's permutation)
@@ -371,7 +421,7 @@ class Settings(Frozen):
     :param memory: how a step fits into memory
     """
 
-    mask_structure: str = "2:4"
+    mask_structure: Annotated[str, BeforeValidator(_in_quotes)] = "2:4"
     score: ScoreName = "wanda"
     method: Method = "learned"
     spaces: Annotated[tuple[Family, ...], *_LIST] = Field(
@@ -381,7 +431,7 @@ class Settings(Frozen):
     ignore: Names = ("lm_head",)
     prune: bool = True
     format: AskedFormat = "auto"
-    spec: dict[str, str] | None = None
+    spec: Annotated[dict[str, str] | None, BeforeValidator(_read_file)] = None
     objective: Objective = "end_to_end"
     batch_size: int = Field(default=8, ge=1)
     seed: int = 0

@@ -207,3 +207,28 @@ def test_the_version_is_printed() -> None:
     result = nm_permute("--version")
     assert result.exit_code == 0
     assert result.stdout == f"nm-permute-plugin {version('nm-permute-plugin')}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (["prune", "a", "b", "c", "--txt", "d"], "--text"),
+        (["prune", "a", "b", "c", "--seqence-length", "8"], "--sequence-length"),
+        (["verfy", "a"], "verify"),
+        (["--debg", "verify", "a"], "--debug"),
+    ],
+)
+def test_a_misspelt_option_or_command_is_told_the_near_one(
+    words: list[str], offered: str
+) -> None:
+    result = nm_permute(*words)
+    assert result.exit_code == 2
+    assert re.search(rf"(Possible options:|Did you mean) .?{offered}", result.stderr)
+
+
+def test_an_adapter_is_told_to_be_merged(ready: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    result = nm_permute("evaluate", folder, "--text", tmp_path / "text.txt")
+    assert_one_error(result, "holds a PEFT adapter and no model.*merge_and_unload")

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The spec resolves and describes every architecture and option right."""
 
+import re
+
 import pytest
 import torch
 from transformers import T5Config, T5EncoderModel
 
-from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
+from nm_permute_plugin.specs.architectures import SPECS, head_dim_of, spec_of
 
 
 def test_every_parameter_has_its_axes(
@@ -84,8 +86,18 @@ def test_tied_embeddings_are_one_parameter(
 
 def test_an_unknown_architecture_is_refused_with_the_way_out() -> None:
     config = T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    with pytest.raises(NotImplementedError, match=r"T5EncoderModel.*`spec:`"):
+    with pytest.raises(NotImplementedError, match=r"T5EncoderModel.*`spec: FILE`"):
         spec_of(T5EncoderModel(config))
+
+
+def test_an_unknown_class_is_told_those_with_like_names() -> None:
+    unknown = type("LlamaForTokenClassification", (torch.nn.Module,), {})
+    with pytest.raises(NotImplementedError) as refusal:
+        spec_of(unknown())
+    said = str(refusal.value)
+    assert "LlamaForSequenceClassification" in said
+    assert "`nm-permute spec --list`" in said
+    assert len([name for name in SPECS if re.search(rf"\b{name}\b", said)]) <= 3
 
 
 def test_a_plain_module_is_refused_by_its_class() -> None:
