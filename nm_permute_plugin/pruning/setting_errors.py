@@ -22,7 +22,6 @@ WANTED = {
     "tuple_type": "must be a list",
     "dict_type": "must be a mapping",
     "too_short": "must name at least one",
-    "missing": "is missing",
 }
 """What is said instead of pydantic's words, by the type of its error."""
 
@@ -109,6 +108,8 @@ def _message(error: ErrorDetails, of: type[BaseModel], fields: list[str]) -> str
         return f"must be {taken}, got {got}{near}"
     if kind == "value_error":
         return str(context["error"])
+    if kind == "missing":
+        return "is missing"
     if kind in WANTED:
         return f"{WANTED[kind]}, got {got}"
     said = error["msg"].replace("Input should be", "must be")

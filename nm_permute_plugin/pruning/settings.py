@@ -98,7 +98,11 @@ class Frozen(BaseModel):
             return validate(value)
         except ValidationError as error:
             # A modifier has fields of its host beside these, which no recipe names.
-            own = next(kind for kind in cls.__mro__ if kind.__module__ == __name__)
+            own = next(
+                kind
+                for kind in cls.__mro__
+                if issubclass(kind, Frozen) and kind.__module__ == __name__
+            )
             raise with_remedies(error, cls, list(own.model_fields)) from None
 
 

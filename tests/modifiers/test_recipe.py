@@ -111,7 +111,7 @@ NEAR = {
     ),
     "a misspelt field of the host": (
         f"a_stage:{OURS}{WANDA}".replace("sparsity:", "sparsty:"),
-        r"WandaPruningModifier: sparsty: there is no such field; did you mean sparsity",
+        r"WandaPruningModifier: .*sparsty: there is no such field; did you mean sparsity",
     ),
     "a pattern without quotes": (
         f"prune_stage:{OURS}      mask_structure: 2:4\n",
