@@ -11,13 +11,24 @@ from nm_permute_plugin.cli.common import Commands
 from nm_permute_plugin.cli.convert import convert
 from nm_permute_plugin.cli.demo import demo
 from nm_permute_plugin.cli.evaluate import evaluate
+from nm_permute_plugin.cli.fields import fields
 from nm_permute_plugin.cli.prune import prune
 from nm_permute_plugin.cli.sample import sample
 from nm_permute_plugin.cli.spec import spec
 from nm_permute_plugin.cli.verify import verify
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False)
-for command in (demo, prune, sample, evaluate, verify, spec, convert, bench_serve):
+for command in (
+    demo,
+    prune,
+    fields,
+    sample,
+    evaluate,
+    verify,
+    spec,
+    convert,
+    bench_serve,
+):
     app.command()(command)
 
 

@@ -194,7 +194,16 @@ def test_the_demo_measures_every_method_from_disk(
     assert leftovers == []
 
 
-COMMANDS = ["demo", "prune", "sample", "evaluate", "verify", "spec", "convert"]
+COMMANDS = [
+    "demo",
+    "prune",
+    "fields",
+    "sample",
+    "evaluate",
+    "verify",
+    "spec",
+    "convert",
+]
 
 
 def test_help_names_the_commands() -> None:
