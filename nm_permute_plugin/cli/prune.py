@@ -2,7 +2,6 @@
 """``nm-permute prune``: run a recipe, and leave a finished checkpoint or nothing."""
 
 import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -13,6 +12,7 @@ import typer
 from typer import Argument, Option
 
 from nm_permute_plugin.cli.common import Model, find_device, one_kind, read_text
+from nm_permute_plugin.cli.logs import HostLog, nothing_misleading
 
 T = TypeVar("T")
 
@@ -64,8 +64,25 @@ def prune(
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6
     following = ["nm-permute", "evaluate", str(out), *test, "--dense", model]
     typer.echo(
-        f"{out}: {amount}, {minutes:.1f} minutes, {size:,.1f} MB; next: "
+        f"{out}: {amount}, {minutes:.1f} minutes, {size:,.1f} MB, {_outcome(out)}; next: "
         f"{shlex.join(following)}"
+    )
+
+
+def _outcome(out: Path) -> str:
+    """Say what the masks keep, and how far the pruned model is from the dense one."""
+    from nm_permute_plugin.checkpoint.record import read_record
+
+    report: dict[str, Any] = read_record(out)[1]
+    before, after = report["retained"]
+    said = f"{after:.1%} of the {report['modifier']['score']} score kept"
+    if report["modifier"]["method"] != "identity":
+        said += f" ({before:.1%} without a permutation)"
+    losses = [entry["validation"] for entry in report["history"]]
+    for stage in report["recovered"]:
+        losses += stage["validation"] if stage["kept"] else stage["validation"][:1]
+    return said + (
+        f", validation loss {losses[0]:.3f} -> {min(losses):.3f}" if losses else ""
     )
 
 
@@ -150,7 +167,7 @@ def _prune(
     from safetensors import SafetensorError
 
     # From its import on, llm-compressor logs to what is stdout then.
-    with redirect_stdout(cast("Any", _Stderr())):
+    with redirect_stdout(cast("Any", HostLog())):
         from llmcompressor import oneshot, reset_session
     from nm_permute_plugin.checkpoint.transaction import directory, refuse_occupied
     from nm_permute_plugin.evaluation.pretrained import model_class
@@ -161,7 +178,7 @@ def _prune(
     refuse_occupied(out)
     started = time.perf_counter()
     try:
-        with directory(out) as unfinished:
+        with nothing_misleading(), directory(out) as unfinished:
             calibration = data()
             loaded = model_class(model).from_pretrained(model, dtype="auto")
             default = "cuda" if torch.cuda.is_available() else "cpu"
@@ -200,10 +217,3 @@ def calibration_rows(
         )
     rows = tokens[: count * sequence_length].view(count, sequence_length)
     return spread(cast("list[list[int]]", rows.tolist()), samples)
-
-
-class _Stderr:
-    """Write to the stderr of the moment: a log outlives the stream it was set up with."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stderr, name)

@@ -95,7 +95,8 @@ class LearnablePermutationModifier(PermutationFields, Modifier):
         )
         logger.info(
             f"{self.method} for {self.mask_structure} {self.score}: "
-            f"{len(plan.prunable)} linears, {data} to train on"
+            f"{len(plan.prunable)} linears, {data} to learn from, on "
+            f"{next(model.parameters()).device}"
         )
         # Weights stay on the device that they are fetched to: each is read many times.
         held = nullcontext() if settings.layer_wise else disable_offloading()

@@ -29,8 +29,9 @@ def test_prune_writes_a_checkpoint_and_nothing_beside_it(
         f"nm-permute evaluate {out} --text TEST.txt --dense {tmp_path / 'dense'}"
     )
     assert re.fullmatch(
-        rf"{out}: 2560 tokens, \d+\.\d minutes, {bytes_written / 1e6:.1f} MB; "
-        rf"next: {following}",
+        rf"{out}: 2560 tokens, \d+\.\d minutes, {bytes_written / 1e6:.1f} MB, "
+        rf"\d\d\.\d% of the wanda score kept \(\d\d\.\d% without a permutation\), "
+        rf"validation loss \d\.\d+ -> \d\.\d+; next: {following}",
         line,
     )
     assert [x for x in listing(tmp_path) if not x.startswith("out")] == ready
