@@ -19,7 +19,9 @@ T = TypeVar("T")
 
 def prune(
     model: Model,
-    recipe: Annotated[Path, Argument(help="YAML recipe.")],
+    recipe: Annotated[
+        Path, Argument(help="YAML recipe; `nm-permute fields` explains it.")
+    ],
     out: Annotated[Path, Argument(help="Folder of the checkpoint, new or empty.")],
     text: Annotated[
         list[Path] | None,
@@ -41,7 +43,7 @@ def prune(
         ),
     ] = None,
 ) -> None:
-    """Run a recipe with LearnablePermutationModifier on a model."""
+    """Prune a model as a recipe says, into a folder that is complete or not there."""
     one_kind(text, images, "give calibration text")
     content = read_text(text or [])
     if not recipe.exists():

@@ -146,10 +146,9 @@ def check_spec(
     :raises ValueError: if the spec does not fit; the error names the parameter
     :raises FileNotFoundError: if the folder holds no model, or the file does not exist
     """
-    from nm_permute_plugin.checkpoint.config import matches
     from nm_permute_plugin.maths.pattern import NMPattern
+    from nm_permute_plugin.pruning.targets import match_linears
     from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
-    from nm_permute_plugin.specs.conv1d import is_linear
     from nm_permute_plugin.specs.exactness import (
         fold_checked,
         outputs_of,
@@ -162,11 +161,7 @@ def check_spec(
 
     loaded = _load(model, layers, seed)
     varied = vary_constants(loaded, seed)
-    linears = [
-        name
-        for name, module in loaded.named_modules()
-        if is_linear(module) and not any(matches(entry, name) for entry in ignore)
-    ]
+    linears = match_linears(loaded, ["Linear"], ignore)
     resolved = resolve(
         loaded,
         spec_of(loaded) if spec is None else read_spec(spec),

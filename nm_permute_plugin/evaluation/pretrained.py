@@ -28,7 +28,10 @@ def must_be_model(name: str | Path) -> None:
             "what merge_and_unload() returns, and give that folder"
         )
     if Path(name).exists():
-        raise FileNotFoundError(f"{name} holds no checkpoint (no config.json)")
+        raise FileNotFoundError(
+            f"{name} holds no checkpoint (no config.json); give the folder that "
+            "save_pretrained wrote"
+        )
     if not HUB_NAME.fullmatch(str(name)):
         raise FileNotFoundError(
             f"{name} does not exist; give a model's folder, or its name on the Hugging "

@@ -61,6 +61,11 @@ def _in_quotes(value: object) -> object:
     return value
 
 
+def _pattern(value: str) -> str:
+    """Refuse what is no pattern by itself, before any other field is compared with it."""
+    return str(NMPattern.parse(value))
+
+
 def _read_file(value: object) -> object:
     """A path stands for the lines of the YAML file that it names."""
     return read_spec(Path(value)) if isinstance(value, str | Path) else value
@@ -441,7 +446,9 @@ class Settings(Frozen):
         ``end_to_end``
     """
 
-    mask_structure: Annotated[str, BeforeValidator(_in_quotes)] = "2:4"
+    mask_structure: Annotated[
+        str, BeforeValidator(_in_quotes), AfterValidator(_pattern)
+    ] = "2:4"
     score: ScoreName = "wanda"
     method: Method = "learned"
     spaces: Annotated[tuple[Family, ...], *_LIST] = Field(

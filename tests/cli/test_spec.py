@@ -149,3 +149,9 @@ def test_the_known_classes_are_listed() -> None:
     result = spec("--list")
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines() == list(SPECS)
+
+
+def test_an_ignore_that_matches_nothing_is_refused(folder) -> None:
+    model = folder("llama-gqa", weights=False)
+    said = refused(spec(model, "--ignore", "lm_hed"))
+    assert "'lm_hed' matches no module of the model; did you mean 'lm_head'?" in said
