@@ -121,7 +121,7 @@ def _rows(
     for name, field in of.model_fields.items():
         path, inner = f"{prefix}{name}", schema["properties"][name]
         if "$ref" in inner:
-            yield FieldRow(path, "a group of fields", "", meanings[name])
+            yield FieldRow(path, "fields of its own", "", meanings[name])
             group = groups[inner["$ref"].rpartition("/")[2]]
             yield from _rows(field.annotation, group, groups, f"{path}.")  # type: ignore[arg-type]
         else:
@@ -144,16 +144,15 @@ def _takes(schema: dict[str, Any]) -> str:
     if kind == "array":
         return f"list of {_takes(schema['items'])}"
     words = {
-        "integer": "whole number",
         "boolean": "true, false",
         "string": "text",
         "object": "mapping",
     }
     bounds = {
-        "minimum": "from",
-        "exclusiveMinimum": "above",
-        "maximum": "to",
-        "exclusiveMaximum": "below",
+        "minimum": ">=",
+        "exclusiveMinimum": ">",
+        "maximum": "<=",
+        "exclusiveMaximum": "<",
     }
     said = [
         f"{word} {schema[name]:g}" for name, word in bounds.items() if name in schema

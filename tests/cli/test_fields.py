@@ -51,8 +51,8 @@ def test_every_row_says_what_the_field_takes_and_does() -> None:
     assert [row.path for row in field_rows() if not (row.takes and row.meaning)] == []
     takes = {row.path: row.takes for row in field_rows()}
     assert takes["method"] == "learned, search, identity"
-    assert takes["learn.swaps.share"] == "number above 0 to 1"
-    assert takes["validation.share"] == "number above 0 below 1"
+    assert takes["learn.swaps.share"] == "number > 0 <= 1"
+    assert takes["validation.share"] == "number > 0 < 1"
     assert takes["memory.gradient_checkpointing"] == "true, false or null"
     assert takes["spaces"] == "list of residual, hidden, value"
 

@@ -55,8 +55,8 @@ CASES = {
     "mask_structure: 2/4": "mask_structure: the pattern '2/4' is not of the form "
     "'N:M', '2:4' for example",
     "{mask_structure: '4:2', learn: {stages: [swaps], swaps: {block_size: 6}}}": ""
-    "mask_structure: 4:2 is no sparsity pattern: N:M keeps N of every M weights, so 0 < N < M is needed. "
-    "Use 2:4 or 4:8, say.",
+    "mask_structure: 4:2 is no sparsity pattern: N:M keeps N of every M weights, so 0 < N "
+    "< M is needed. Use 2:4 or 4:8, say.",
     "{method: learnt, seed: x}": "method: must be 'learned', 'search' or 'identity', got "
     "'learnt'; did you mean learned?; seed: must be a whole number, got 'x'",
 }
