@@ -163,9 +163,8 @@ def rewrite(
         if checksums:
             write_checksums(fresh, names)
     logger.info(
-        f"{target} stores {len(plan.nonzeros)} matrices as {plan.format} and leaves "
-        f"{len(plan.dense)} dense; its weights take {after / 1e6:.1f} MB after "
-        f"{before / 1e6:.1f} MB"
+        f"{len(plan.nonzeros)} matrices are stored as {plan.format} and {len(plan.dense)} "
+        f"dense; the weights take {after / 1e6:.1f} MB after {before / 1e6:.1f} MB"
     )
     compressed = tuple(plan.nonzeros)
     return Conversion(plan.format, compressed, plan.dense, before, after, zeros)

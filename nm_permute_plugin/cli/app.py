@@ -12,6 +12,8 @@ from nm_permute_plugin.cli.common import Commands
 from nm_permute_plugin.cli.convert import convert
 from nm_permute_plugin.cli.demo import demo
 from nm_permute_plugin.cli.evaluate import evaluate
+from nm_permute_plugin.cli.fields import fields
+from nm_permute_plugin.cli.logs import be_quiet
 from nm_permute_plugin.cli.prune import prune
 from nm_permute_plugin.cli.sample import sample
 from nm_permute_plugin.cli.spec import spec
@@ -21,6 +23,7 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=F
 for command in (
     demo,
     prune,
+    fields,
     sample,
     evaluate,
     verify,
@@ -51,6 +54,12 @@ def main(
             help="Show tracebacks; stands before the command.",
         ),
     ] = False,
+    quiet: Annotated[
+        bool,
+        Option(
+            "--quiet", help="Show errors and results only; stands before the command."
+        ),
+    ] = False,
     version: Annotated[
         bool,
         Option(
@@ -61,4 +70,9 @@ def main(
         ),
     ] = False,
 ) -> None:
-    """Permute channels so that N:M (2:4) pruning of a model loses less."""
+    """Permute channels so that N:M (2:4) pruning of a model loses less.
+
+    Results are written to stdout, logs to stderr.
+    """
+    if quiet:
+        be_quiet()

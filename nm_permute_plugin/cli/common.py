@@ -31,8 +31,8 @@ MENDABLE = (ValueError, OSError, ModuleNotFoundError)
 
 OUT_OF_MEMORY = "use a smaller --batch-size, or --device cpu"
 PRUNE_OUT_OF_MEMORY = (
-    "set micro_batch_size: 1, gradient_checkpointing: true or objective: layer_wise in "
-    "the recipe; a model that fills the device by itself is pruned by "
+    "write memory: {micro_batch_size: 1, gradient_checkpointing: true} or objective: "
+    "layer_wise into the recipe; a model that fills the device by itself is pruned by "
     "llmcompressor.oneshot, which can offload it"
 )
 

@@ -15,7 +15,9 @@ def convert(
     format: Annotated[
         str, Option(help="dense, sparse-24-bitmask or sparse-bitmask.")
     ] = "sparse-24-bitmask",
-    pattern: Annotated[str, Option(help="Pattern that sparse-bitmask stores.")] = "2:4",
+    pattern: Annotated[
+        str, Option(help="N:M pattern that sparse-bitmask stores.")
+    ] = "2:4",
     clear_zeros: Annotated[
         bool,
         Option(

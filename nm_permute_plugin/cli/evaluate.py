@@ -43,7 +43,8 @@ def evaluate(
     base: Annotated[
         str | None,
         Option(
-            help="Checkpoint without permutation; with --dense, for the gap closed."
+            help="Checkpoint that was pruned without a permutation; needs --dense, and "
+            "prints the share of the gap between the two that is closed."
         ),
     ] = None,
     dense: Annotated[

@@ -2,7 +2,6 @@
 """``nm-permute prune``: run a recipe, and leave a finished checkpoint or nothing."""
 
 import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -13,12 +12,15 @@ import typer
 from typer import Argument, Option
 
 from nm_permute_plugin.cli.common import Model, find_device, one_kind
+from nm_permute_plugin.cli.logs import HostLog, nothing_misleading
 from nm_permute_plugin.evaluation.corpus import Corpus, read_corpus, spread
 
 
 def prune(
     model: Model,
-    recipe: Annotated[Path, Argument(help="YAML recipe.")],
+    recipe: Annotated[
+        Path, Argument(help="YAML recipe; `nm-permute fields` explains it.")
+    ],
     out: Annotated[Path, Argument(help="Folder of the checkpoint, new or empty.")],
     text: Annotated[
         list[Path] | None,
@@ -47,7 +49,7 @@ def prune(
         ),
     ] = None,
 ) -> None:
-    """Run a recipe with LearnablePermutationModifier on a model."""
+    """Prune a model as a recipe says, into a folder that is complete or not there."""
     one_kind(text, images, "give calibration text")
     corpus = read_corpus(text or [])
     if not recipe.exists():
@@ -71,8 +73,25 @@ def prune(
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6
     following = ["nm-permute", "evaluate", str(out), *test, "--dense", model]
     typer.echo(
-        f"{out}: {amount}, {minutes:.1f} minutes, {size:,.1f} MB; next: "
+        f"{out}: {amount}, {minutes:.1f} minutes, {size:,.1f} MB, {_outcome(out)}; next: "
         f"{shlex.join(following)}"
+    )
+
+
+def _outcome(out: Path) -> str:
+    """Say what the masks keep, and how far the pruned model is from the dense one."""
+    from nm_permute_plugin.checkpoint.record import read_record
+
+    report: dict[str, Any] = read_record(out)[1]
+    before, after = report["retained"]
+    said = f"{after:.1%} of the {report['modifier']['score']} score kept"
+    if report["modifier"]["method"] != "identity":
+        said += f" ({before:.1%} without a permutation)"
+    losses = [entry["validation"] for entry in report["history"]]
+    for stage in report["recovered"]:
+        losses += stage["validation"] if stage["kept"] else stage["validation"][:1]
+    return said + (
+        f", validation loss {losses[0]:.3f} -> {min(losses):.3f}" if losses else ""
     )
 
 
@@ -149,7 +168,7 @@ def _prune(
     from safetensors import SafetensorError
 
     # From its import on, llm-compressor logs to what is stdout then.
-    with redirect_stdout(cast("Any", _Stderr())):
+    with redirect_stdout(cast("Any", HostLog())):
         from llmcompressor import oneshot, reset_session
     from nm_permute_plugin.checkpoint.transaction import directory
     from nm_permute_plugin.evaluation.pretrained import empty_model, load_model
@@ -159,7 +178,7 @@ def _prune(
     look_before_loading(empty_model(model), model, recipe, out, samples)
     started = time.perf_counter()
     try:
-        with directory(out) as unfinished:
+        with nothing_misleading(), directory(out) as unfinished:
             calibration = data()
             loaded = load_model(model)
             default = "cuda" if torch.cuda.is_available() else "cpu"
@@ -190,10 +209,3 @@ def calibration_rows(
 
     rows = TextTokenizer(model).rows(corpus, sequence_length, samples)
     return spread(rows, samples)
-
-
-class _Stderr:
-    """Write to the stderr of the moment: a log outlives the stream it was set up with."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stderr, name)

@@ -3,7 +3,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +12,15 @@ import typer
 from typer import Argument, Option
 
 from nm_permute_plugin.cli.common import print_table
+
+
+def _print_known(asked: bool) -> bool:
+    if asked:
+        from nm_permute_plugin.specs.architectures import SPECS
+
+        typer.echo("\n".join(SPECS))
+        raise typer.Exit
+    return asked
 
 
 def spec(
@@ -35,6 +44,15 @@ def spec(
         Option(min=1, help="Check this many layers of random weights instead."),
     ] = None,
     seed: Annotated[int, Option(help="Seed of permutations, inputs, weights.")] = 0,
+    known: Annotated[
+        bool,
+        Option(
+            "--list",
+            is_eager=True,
+            callback=_print_known,
+            help="Print the model classes with a known spec, and exit.",
+        ),
+    ] = False,
 ) -> None:
     """Check a permutation spec: which channels move together, and that it is exact."""
     ignored = ["lm_head"] if ignore is None else ignore
@@ -128,10 +146,9 @@ def check_spec(
     :raises ValueError: if the spec does not fit; the error names the parameter
     :raises FileNotFoundError: if the folder holds no model, or the file does not exist
     """
-    from nm_permute_plugin.checkpoint.config import matches
     from nm_permute_plugin.maths.pattern import NMPattern
+    from nm_permute_plugin.pruning.targets import match_linears
     from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
-    from nm_permute_plugin.specs.conv1d import is_linear
     from nm_permute_plugin.specs.exactness import (
         fold_checked,
         outputs_of,
@@ -140,14 +157,11 @@ def check_spec(
         vary_constants,
     )
     from nm_permute_plugin.specs.spec import resolve
+    from nm_permute_plugin.specs.spec_file import read_spec
 
     loaded = _load(model, layers, seed)
     varied = vary_constants(loaded, seed)
-    linears = [
-        name
-        for name, module in loaded.named_modules()
-        if is_linear(module) and not any(matches(entry, name) for entry in ignore)
-    ]
+    linears = match_linears(loaded, ["Linear"], ignore)
     resolved = resolve(
         loaded,
         spec_of(loaded) if spec is None else read_spec(spec),
@@ -160,32 +174,6 @@ def check_spec(
         loaded, resolved, perms, lambda: outputs_of(loaded, batch), math.inf
     )
     return SpecReport(type(loaded).__name__, resolved, change, varied)
-
-
-def read_spec(file: Path) -> Mapping[str, str]:
-    """
-    Read a spec from a YAML file.
-
-    :raises ValueError: if it is no mapping of lines to words
-    :raises FileNotFoundError: if it does not exist
-    """
-    import yaml
-
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist")
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no YAML: {error}".replace("\n", " ")) from error
-    if not isinstance(content, dict) or not content:
-        raise ValueError(
-            f"{file} holds no spec; write a line a parameter, for example "
-            "'model.layers.{i}.mlp.down_proj.weight: residual hidden.{i}'"
-        )
-    for line, words in content.items():
-        if not isinstance(line, str) or not isinstance(words, str):
-            raise ValueError(f"{file}: {line!r}: {words!r} is no line of a spec")
-    return content
 
 
 def _load(folder: Path, layers: int | None, seed: int) -> Any:

@@ -33,8 +33,16 @@ def must_be_model(name: str | Path) -> None:
     """
     if (Path(name) / "config.json").is_file():
         return
+    if (Path(name) / "adapter_config.json").is_file():
+        raise FileNotFoundError(
+            f"{name} holds a PEFT adapter and no model: load it on its base model, save "
+            "what merge_and_unload() returns, and give that folder"
+        )
     if Path(name).exists():
-        raise FileNotFoundError(f"{name} holds no checkpoint (no config.json)")
+        raise FileNotFoundError(
+            f"{name} holds no checkpoint (no config.json); give the folder that "
+            "save_pretrained wrote"
+        )
     if not HUB_NAME.fullmatch(str(name)):
         raise FileNotFoundError(
             f"{name} does not exist; give a model's folder, or its name on the Hugging "

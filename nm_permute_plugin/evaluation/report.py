@@ -38,7 +38,11 @@ def gap_closed(ours: float, base: float, dense: float) -> float:
     0.5
     """
     if base <= dense:
-        raise ValueError(f"no gap to close: base perplexity {base} <= dense {dense}")
+        raise ValueError(
+            f"there is no gap to close: the base's perplexity {base:.2f} is not above the "
+            f"dense model's {dense:.2f}; the base is the checkpoint that was pruned "
+            "without a permutation"
+        )
     return (math.log(base) - math.log(ours)) / (math.log(base) - math.log(dense))
 
 

@@ -27,7 +27,7 @@ class NMPattern:
     def __post_init__(self) -> None:
         if not 0 < self.n < self.m:
             raise ValueError(
-                f"mask_structure {self.n}:{self.m} is no sparsity pattern: N:M keeps "
+                f"{self.n}:{self.m} is no sparsity pattern: N:M keeps "
                 "N of every M weights, so 0 < N < M is needed. Use 2:4 or 4:8, say."
             )
 
@@ -44,7 +44,7 @@ class NMPattern:
         found = re.fullmatch(r"(\d+):(\d+)", text)
         if found is None:
             raise ValueError(
-                f"mask_structure {text!r} is not of the form 'N:M', '2:4' for example"
+                f"the pattern {text!r} is not of the form 'N:M', '2:4' for example"
             )
         return cls(int(found[1]), int(found[2]))
 

@@ -101,8 +101,9 @@ class LearnablePermutationModifier(PermutationFields, Modifier):
             settings.seed,
         )
         logger.info(
-            f"{self.method} for {self.mask_structure} {self.score}: "
-            f"{len(plan.prunable)} linears, {data} to train on"
+            f"{len(plan.prunable)} linears are pruned {self.mask_structure} by "
+            f"{self.score}, method {self.method}; {data} to learn from, on "
+            f"{next(model.parameters()).device}"
         )
         # Weights stay on the device that they are fetched to: each is read many times.
         held = nullcontext() if settings.layer_wise else disable_offloading()
@@ -131,7 +132,7 @@ class LearnablePermutationModifier(PermutationFields, Modifier):
         after_save(state.model, pruned.finish(), self._plan.source)
         before, after = self._record.retained
         logger.info(
-            f"Retained score {before:.4f} -> {after:.4f}, outputs moved by the fold "
+            f"Retained score {before:.4f} -> {after:.4f}; the fold moved the outputs by "
             f"{self._record.fold_error:.1e}"
         )
         return True

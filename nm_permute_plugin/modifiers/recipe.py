@@ -7,11 +7,17 @@ modifiers may not do.
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import yaml
 from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.factory import ModifierFactory
 from llmcompressor.recipe import Recipe
+from pydantic import ValidationError
+
+from nm_permute_plugin._near_names import did_you_mean
+from nm_permute_plugin.pruning.setting_errors import one_line, with_remedies
 
 OURS = "LearnablePermutationModifier"
 
@@ -25,14 +31,22 @@ def read_recipe(path: Path) -> str:
     """
     text = path.read_text()
     try:
-        document = yaml.safe_load(text)
+        document = yaml.load(text, _UniqueKeys)
     except yaml.YAMLError as error:
-        raise ValueError(f"recipe {path} is no YAML: {error}") from error
+        said = " ".join(str(error).split())
+        raise ValueError(f"recipe {path} is no YAML: {said}") from error
     if not isinstance(document, dict):
         raise ValueError(f"recipe {path} holds no stages; see recipes/ for examples")
-    _refuse_empty_bodies(document, path)
+    _refuse_bad_bodies(document, path)
+    _refuse_unknown_modifiers(document, path)
     written = _named_modifiers(document)
-    parsed = [type(m).__name__ for m in Recipe.create_instance(text).modifiers]
+    try:
+        parsed = [type(m).__name__ for m in Recipe.create_instance(text).modifiers]
+    except ValidationError as error:
+        name = error.title
+        if name != OURS:  # which says by itself what to write
+            error = with_remedies(error, _known_modifiers()[name])
+        raise ValueError(f"recipe {path}: {name}: {one_line(error)}") from error
     dropped = sorted(Counter(written) - Counter(parsed))
     if dropped:
         raise ValueError(
@@ -76,13 +90,67 @@ def _named_modifiers(node: object) -> list[str]:
     return own + [name for value in node.values() for name in _named_modifiers(value)]
 
 
-def _refuse_empty_bodies(node: object, path: Path) -> None:
+def _refuse_bad_bodies(node: object, path: Path) -> None:
     if not isinstance(node, dict):
         return
     for key, value in node.items():
-        if str(key).endswith("Modifier") and value is None:
+        if not str(key).endswith("Modifier"):
+            _refuse_bad_bodies(value, path)
+        elif value is None:
             raise ValueError(
                 f"recipe {path}: {key} has an empty body, which llm-compressor cannot "
                 "read; give it at least one field"
             )
-        _refuse_empty_bodies(value, path)
+        elif not isinstance(value, dict):
+            raise ValueError(
+                f"recipe {path}: {key} takes fields, 'method: search' for example, got "
+                f"{value!r}"
+            )
+
+
+def _refuse_unknown_modifiers(document: dict[str, Any], path: Path) -> None:
+    """Offer near names for a modifier that llm-compressor would not find."""
+    groups = [
+        group
+        for stage in document.values()
+        if isinstance(stage, dict)
+        for name, group in stage.items()
+        if str(name).endswith("_modifiers") and isinstance(group, dict)
+    ]
+    known = _known_modifiers()
+    for name in (name for group in groups for name in group):
+        if name not in known:
+            near = did_you_mean(str(name), known)
+            raise ValueError(
+                f"recipe {path}: there is no modifier {name}"
+                f"{near or '; there are ' + ', '.join(sorted(known))}"
+            )
+
+
+def _known_modifiers() -> dict[str, type[Modifier]]:
+    """The modifiers that a recipe may name, by their names."""
+    if not ModifierFactory._loaded:  # as llm-compressor does when it reads a recipe
+        ModifierFactory.refresh()
+    return {
+        **ModifierFactory._main_registry,
+        **ModifierFactory._experimental_registry,
+        **ModifierFactory._registered_registry,
+    }
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error: the first would be ignored."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
+        keys = [
+            key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"
+        ]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                raise yaml.constructor.ConstructorError(
+                    None,
+                    None,
+                    f"{key!r} stands twice",
+                    node.value[number][0].start_mark,
+                )
+        return super().construct_mapping(node, deep)

@@ -158,4 +158,4 @@ class _Clock:
         now = time.perf_counter()
         self.seconds[stage] = now - self._last
         self._last = now
-        logger.info(f"{stage}: {self.seconds[stage]:.1f} s")
+        logger.info(f"The stage {stage} took {self.seconds[stage]:.1f} s")

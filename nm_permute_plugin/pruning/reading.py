@@ -22,6 +22,7 @@ from nm_permute_plugin.pruning.data import (
     token_mask,
 )
 from nm_permute_plugin.pruning.positions import check_length
+from nm_permute_plugin.pruning.targets import refuse_adapters
 
 FEWEST_TOKENS = 256
 """Fewer calibration tokens than this are refused: their input norms would say nothing."""
@@ -52,13 +53,15 @@ def read_samples(
     :param validation_share: the share of samples that only judge; one at least, never all
     :param seed: of the random split as well
     :raises ValueError: if there is no data, if it is of another kind than the model takes,
-        if its rows are longer than the model's learned positions, or if it is broken
+        if its rows are longer than the model's learned positions, if it is broken, or for
+        a model with adapters of PEFT
     """
     if batches is None:
         raise ValueError(
             "there is no calibration data: give `oneshot` a dataset (or `nm-permute "
             "prune` a --text FILE or --images FOLDER)"
         )
+    refuse_adapters(model)
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
         kept = [_inputs(batch, model) for batch in batches]

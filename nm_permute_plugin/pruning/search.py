@@ -96,7 +96,8 @@ def search(
     found = _rounds_of_all(spaces, pattern, seed, device)
     next(found)  # the start: the channels as they are or dealt, whichever retains more
     step = ROUNDS_BETWEEN_VALIDATIONS
-    for number in tqdm(range(step, rounds + step, step), "Searching the permutation"):
+    numbers = range(step, rounds + step, step)
+    for number in tqdm(numbers, "Searching the permutation") if numbers else ():
         perms = list(islice(found, step))[-1]
         for names in (list(spaces), *_families(spaces)):
             tried = best | {name: perms[name] for name in names}

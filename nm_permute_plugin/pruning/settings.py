@@ -6,20 +6,27 @@ Everything that can be said of a run: the fields of a recipe, with their default
 setting that nothing would read is refused, so none is ignored in silence.
 """
 
+import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
+    ValidationError,
     model_validator,
 )
 
 from nm_permute_plugin.checkpoint.config import AskedFormat
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.scores import ScoreName
+from nm_permute_plugin.pruning.setting_errors import with_remedies
+from nm_permute_plugin.specs.spec_file import read_spec
 
 Method = Literal["learned", "search", "identity"]
 Objective = Literal["end_to_end", "layer_wise"]
@@ -42,28 +49,79 @@ def _refuse_unread(of: BaseModel, name: str, place: str, because: str) -> None:
         )
 
 
+def _in_quotes(value: object) -> object:
+    """Tell that YAML reads 2:4 without quotes as hours and minutes: the number 124."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        n, m = divmod(value, 60)
+        wanted = f"{n}:{m}" if 0 < n < m else "2:4"
+        raise ValueError(
+            f'write it in quotes, mask_structure: "{wanted}"; without them YAML reads the '
+            f"number {value}"
+        )
+    return value
+
+
+def _pattern(value: str) -> str:
+    """Refuse what is no pattern by itself, before any other field is compared with it."""
+    return str(NMPattern.parse(value))
+
+
+def _read_file(value: object) -> object:
+    """A path stands for the lines of the YAML file that it names."""
+    return read_spec(Path(value)) if isinstance(value, str | Path) else value
+
+
+def _readable(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuse a pattern that is no regular expression."""
+    for name in names:
+        try:
+            re.compile(name.removeprefix("re:") if name.startswith("re:") else "")
+        except re.error as error:
+            raise ValueError(
+                f"{name!r} is no regular expression: {error}; write a backslash before a "
+                "sign that stands for itself"
+            ) from error
+    return names
+
+
 # Recipes are YAML, which knows lists and no tuples.
 _LIST = (BeforeValidator(_listed), PlainSerializer(list))
-Names = Annotated[tuple[str, ...], *_LIST]
+Names = Annotated[tuple[str, ...], *_LIST, AfterValidator(_readable)]
 
 
 class Frozen(BaseModel):
     """A group of settings that never changes, and refuses what it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True
+    )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _lead_to_remedies(cls, value: Any, validate: Callable[[Any], Any]) -> Any:
+        try:
+            return validate(value)
+        except ValidationError as error:
+            # A modifier has fields of its host beside these, which no recipe names.
+            own = next(
+                kind
+                for kind in cls.__mro__
+                if issubclass(kind, Frozen) and kind.__module__ == __name__
+            )
+            raise with_remedies(error, cls, list(own.model_fields)) from None
 
 
 class LossSettings(Frozen):
     """
     Weights of the parts of the loss, each a mean over tokens; 0 leaves a part out.
 
-    :param divergence: of the KL divergence of the pruned model's next-token (or class)
-        distribution from the dense one's; of the relative squared error of the final
-        hidden states where the model has no head
-    :param cross_entropy: of the next token of the text
-    :param hidden: of the Smooth-L1 distance of every layer's hidden states from the dense
-        ones, summed over layers (https://arxiv.org/abs/2601.22980, eq. 7)
-    :param cosine: of one minus the cosine similarity of the final hidden states
+    :param divergence: weight of the KL divergence of the pruned model's next-token (or
+        class) distribution from the dense one's; where the model has no head, of the
+        relative squared error of the final hidden states
+    :param cross_entropy: weight of the cross entropy of the next token of the text
+    :param hidden: weight of the Smooth-L1 distance of every layer's hidden states from
+        the dense ones, summed over layers (https://arxiv.org/abs/2601.22980, eq. 7)
+    :param cosine: weight of one minus the cosine similarity of the final hidden states
         (https://arxiv.org/abs/2510.10136, eq. 10)
     """
 
@@ -113,8 +171,9 @@ class _BlockSettings(Frozen):
     """
     Which channels may mix.
 
-    :param block_size: channels of a block, a multiple of M; none leaves its block
-    :param blocks_per_space: into how many blocks a space is cut, instead of ``block_size``
+    :param block_size: channels of a block, a multiple of M; no channel leaves its block
+    :param blocks_per_space: into how many blocks a space is cut, instead of
+        ``block_size``
     """
 
     block_size: int = Field(default=64, ge=2)
@@ -148,9 +207,10 @@ class SwapSettings(_BlockSettings):
     """
     A learned permutation: in every block the two channels that promise most change places.
 
-    :param share: of the blocks in which two channels swap at the first step; it falls
-        linearly to 0
-    :param row_limit: rows of a space that weigh the moves of a step; null takes all of them
+    :param share: share of the blocks in which two channels swap at the first step; it
+        falls linearly to 0
+    :param row_limit: rows of a space that weigh the moves of a step; null takes all of
+        them
     """
 
     share: float = Field(default=1.0, gt=0, le=1)
@@ -164,10 +224,10 @@ class PublishedSettings(_BlockSettings):
 
     :param rate: learning rate of AdamW on the logits of the matching; it falls linearly
         to 0
-    :param weight_decay: of AdamW on the logits
-    :param temperature: of the matching, at the first and at the last step
+    :param weight_decay: weight decay of AdamW on the logits
+    :param temperature: temperature of the matching at the first and at the last step
     :param start_logit: how firmly a channel starts in its place
-    :param sinkhorn_iterations: pairs of row and column normalisations
+    :param sinkhorn_iterations: pairs of row and column normalisations in the matching
     """
 
     rate: float = Field(default=0.01, gt=0)
@@ -197,15 +257,16 @@ class LearnSettings(Frozen):
     """
     What is learned while the weights are frozen, one stage after the other.
 
-    :param stages: ``multipliers`` of the scores, which choose the mask; permutations by
-        ``swaps`` of two channels; the published permutations ``soft`` (a soft matching that
-        is hardened at the end, https://arxiv.org/abs/2601.22980) and ``straight_through``
-        (a hard matching with the soft one's gradient, https://arxiv.org/abs/2510.10136)
+    :param stages: what is learned, one stage after the other: ``multipliers`` of the
+        scores, which choose the mask; permutations by ``swaps`` of two channels; the
+        published permutations ``soft`` (a soft matching that is hardened at the end,
+        https://arxiv.org/abs/2601.22980) and ``straight_through`` (a hard matching with
+        the soft one's gradient, https://arxiv.org/abs/2510.10136)
     :param steps: optimizer steps of every stage (of every layer with ``objective:
         layer_wise``); a list gives each stage its own number
-    :param multipliers: read by the stage ``multipliers``
-    :param swaps: read by the stage ``swaps``
-    :param published: read by the stages ``soft`` and ``straight_through``
+    :param multipliers: how the stage ``multipliers`` learns
+    :param swaps: how the stage ``swaps`` learns
+    :param published: how the stages ``soft`` and ``straight_through`` learn
     """
 
     stages: Annotated[tuple[LearnStage, ...], *_LIST] = Field(
@@ -274,8 +335,8 @@ class DistillSettings(Frozen):
     """
     Recovery of the whole model by distillation.
 
-    :param steps: optimizer steps, a batch each
-    :param rate: as in ``BlockSettings``
+    :param steps: optimizer steps; each takes one batch
+    :param rate: learning rate of AdamW, as in ``recover.blocks.rate``
     """
 
     steps: int = Field(default=200, ge=1)
@@ -288,11 +349,12 @@ class RecoverSettings(Frozen):
 
     In a recipe a list of stages may stand for the whole: ``recover: [end_to_end]``.
 
-    :param stages: ``rescale`` (one factor for every output row, in closed form), ``blocks``
-        (decoder layers rebuilt against the dense model's), ``end_to_end`` (the whole model
-        distilled); each goes on from what the one before left
-    :param blocks: read by the stage ``blocks``
-    :param end_to_end: read by the stage ``end_to_end``
+    :param stages: what changes the kept weights: ``rescale`` (one factor for every output
+        row, in closed form), ``blocks`` (decoder layers rebuilt against the dense
+        model's), ``end_to_end`` (the whole model distilled); each stage goes on from what
+        the one before left
+    :param blocks: how the stage ``blocks`` trains
+    :param end_to_end: how the stage ``end_to_end`` trains
     """
 
     stages: Annotated[tuple[RecoverStage, ...], *_LIST] = ()
@@ -318,7 +380,7 @@ class ValidationSettings(Frozen):
     """
     The data that only judges: it chooses permutations, multipliers and weights.
 
-    :param share: of the calibration rows that validate; at least one row, never all
+    :param share: share of the calibration rows that validate; at least one row, never all
     :param every: optimizer steps from one validation to the next
     """
 
@@ -330,10 +392,10 @@ class MemorySettings(Frozen):
     """
     How a step fits into memory, in learning and in the recovery ``end_to_end``.
 
-    :param micro_batch_size: rows that go through the model at a time; null takes a whole
-        batch. The gradient is the same
-    :param gradient_checkpointing: keep only what enters a layer, and run the layer again in
-        backward; null decides by the GPU's free memory
+    :param micro_batch_size: rows that go through the model at a time, with the same
+        gradient; null takes a whole batch
+    :param gradient_checkpointing: true keeps only what enters a layer, and runs the layer
+        again in backward; null decides by the GPU's free memory
     """
 
     micro_batch_size: int | None = Field(default=None, ge=1)
@@ -344,34 +406,49 @@ class Settings(Frozen):
     """
     What a run does to a model.
 
-    :param mask_structure: N:M, N weights are kept of every M neighbouring input channels
-    :param score: which weights are worth keeping: wanda, ria or magnitude
-    :param method: learned (starts from the search), search (a permutation, nothing is
-        learned) or identity (the plain score, no permutation)
-    :param spaces: the kinds of channels that may change places
-    :param targets: the linears to prune, as names, ``re:`` patterns or class names
-    :param ignore: the linears that stay dense
-    :param prune: false folds the permutation only, for a pruning modifier that follows
-    :param format: how the checkpoint is stored: dense (zeros are stored, loads everywhere),
-        sparse-24-bitmask (2:4 only, smaller; this plugin reads it), sparse-bitmask (any
-        pattern, likewise), or auto: sparse-24-bitmask for 2:4, dense for other patterns,
-        experts, and what no sparse format holds (4-bit quantization, Conv1D)
-    :param spec: a permutation spec for an architecture that is not known
-    :param objective: end_to_end (the loss of the whole model) or layer_wise (the output
-        error of one decoder layer after the other, for models that do not fit on their
-        device; the residual stream keeps the search's permutation)
-    :param batch_size: rows of text, or images, of an optimizer step; a sample of text with
-        images is a batch of its own
-    :param seed: of every random choice
-    :param learn: what is learned (``method: learned``)
-    :param search: the search (``method: search`` and ``learned``)
-    :param recover: how kept weights change
-    :param loss: what learning, the recovery and every validation measure
-    :param validation: the data that only judges
-    :param memory: how a step fits into memory
+    :param mask_structure: the pattern N:M, in quotes: N weights are kept of every M
+        neighbouring input channels
+    :param score: how the worth of a weight is measured: ``wanda`` and ``ria`` by weights
+        and activations, ``magnitude`` by weights alone
+    :param method: ``learned`` searches a permutation and then learns what ``learn`` says;
+        ``search`` learns nothing; ``identity`` prunes by the plain score, without a
+        permutation
+    :param spaces: the kinds of channels that may change places: of the residual stream,
+        of the inner width of MLPs (``hidden``), of attention values
+    :param targets: the linears to prune, as names of modules, ``re:`` patterns or names
+        of classes
+    :param ignore: the linears that stay dense, named in the same ways
+    :param prune: false only folds the permutation into the weights, for a pruning
+        modifier that follows in the recipe
+    :param format: how the checkpoint is stored: ``dense`` (zeros are stored, loads
+        everywhere), ``sparse-24-bitmask`` (2:4 only, smaller; this plugin reads it),
+        ``sparse-bitmask`` (any pattern, likewise), or ``auto``: sparse-24-bitmask for
+        2:4, dense for other patterns, experts, and what no sparse format holds (4-bit
+        quantization, Conv1D)
+    :param spec: a permutation spec for an architecture that has no known one, as a
+        mapping or as the path of a YAML file that holds it
+    :param objective: what learning makes small: ``end_to_end`` the loss of the whole
+        model; ``layer_wise`` the output error of one decoder layer after the other, for
+        models that do not fit on their device (the residual stream keeps the search's
+        permutation)
+    :param batch_size: rows of text, or images, of an optimizer step; a sample of text
+        with images is a batch of its own
+    :param seed: seed of every random choice
+    :param learn: what is learned, with ``method: learned``
+    :param search: the search for a permutation, with ``method: search`` and ``learned``
+    :param recover: how the weights that the masks keep are changed, by default not at
+        all; a list of stages may stand for the group: ``recover: [end_to_end]``
+    :param loss: weights of the parts of the loss, which learning, the recovery and every
+        validation measure; 0 leaves a part out
+    :param validation: the calibration data that only judges: it chooses permutations,
+        multipliers and weights
+    :param memory: how a step fits into memory, in learning and in the recovery
+        ``end_to_end``
     """
 
-    mask_structure: str = "2:4"
+    mask_structure: Annotated[
+        str, BeforeValidator(_in_quotes), AfterValidator(_pattern)
+    ] = "2:4"
     score: ScoreName = "wanda"
     method: Method = "learned"
     spaces: Annotated[tuple[Family, ...], *_LIST] = Field(
@@ -381,7 +458,7 @@ class Settings(Frozen):
     ignore: Names = ("lm_head",)
     prune: bool = True
     format: AskedFormat = "auto"
-    spec: dict[str, str] | None = None
+    spec: Annotated[dict[str, str] | None, BeforeValidator(_read_file)] = None
     objective: Objective = "end_to_end"
     batch_size: int = Field(default=8, ge=1)
     seed: int = 0

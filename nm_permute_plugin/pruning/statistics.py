@@ -66,7 +66,7 @@ def input_norms(
         _add(sums, name, values if mask is None else counted_rows(values, mask))
 
     tokens = 0
-    parts = (part for batch in batches for part in without_padding(batch))
+    bar = tqdm(batches, desc="Measuring input norms")
     with (
         torch.no_grad(),
         _hooked(
@@ -74,7 +74,7 @@ def input_norms(
             for name in linears
         ),
     ):
-        for part in tqdm(parts, desc="Measuring input norms"):
+        for part in (part for batch in bar for part in without_padding(batch)):
             # Only a sample with images can hold padding still: it is not cut.
             counted: Tensor = token_mask(part)
             mask = None if bool(counted.all()) else counted.to(device)

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which modules the settings mean, and which cannot be pruned."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from nm_permute_plugin._near_names import near_names
 from nm_permute_plugin.checkpoint.config import AskedFormat, matches
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.pruning.settings import Settings
@@ -28,25 +30,25 @@ def match_linears(
     :param targets: module names, class names, or ``re:`` patterns
     :param ignore: likewise, the modules that stay dense
     :raises ValueError: if a target or an ignore matches nothing, if a target is no
-        linear, or if nothing is left
+        linear, if nothing is left, or for a model with adapters of PEFT
     """
     modules = dict(model.named_modules())
+    refuse_adapters(model)
     if "Linear" in targets and any(map(is_transposed, modules.values())):
         has_linears = any(_means("Linear", n, m) for n, m in modules.items())
         targets = [t for t in targets if has_linears or t != "Linear"] + [CONV1D]
-    example = max(modules, key=lambda name: name.count("."))
     default = Settings.model_fields["ignore"].default
     for entry in ignore if tuple(ignore) != default else ():
         if not any(_means(entry, n, m) for n, m in modules.items()):
             raise ValueError(
-                f"ignore pattern {entry!r} matches no module of the model; module "
-                f"names look like {example!r}, patterns start with 're:'"
+                f"`ignore`: {entry!r} matches no module of the model"
+                f"{_what_matches(entry, modules)}"
             )
     for entry in targets:
         if not any(_means(entry, n, m) for n, m in modules.items()):
             raise ValueError(
-                f"target {entry!r} matches no module of the model; use 'Linear', a "
-                f"name like {example!r}, or a pattern that starts with 're:'"
+                f"`targets`: {entry!r} matches no module of the model"
+                f"{_what_matches(entry, modules)}"
             )
     matched = [
         name
@@ -83,6 +85,21 @@ def linears_among(
         )
         and not any(_means(entry, name, module) for entry in ignore)
     ]
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """
+    Refuse a model that PEFT has wrapped: its weights lie in adapters as well.
+
+    :raises ValueError: naming the first wrapped module
+    """
+    for name, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            raise ValueError(
+                f"the model has PEFT adapters ({name or type(module).__name__}): merge "
+                "them into its weights first, `model = peft_model.merge_and_unload()`, "
+                "and prune the result"
+            )
 
 
 def refuse_tied(model: nn.Module, names: Sequence[str]) -> None:
@@ -154,6 +171,27 @@ def base_model_of(model: Any) -> str:
     """The hub name of a model, or the name of its folder; no path of this machine."""
     name = str(getattr(model, "name_or_path", "") or type(model).__name__)
     return Path(name).resolve().name if Path(name).exists() else name
+
+
+def _what_matches(entry: str, modules: Mapping[str, nn.Module]) -> str:
+    """Say what would match, for an entry that matches no module."""
+    if "*" in entry and not entry.startswith("re:"):
+        pattern = re.escape(entry).replace(r"\*", ".*")
+        return f"; a pattern starts with 're:': did you mean 're:{pattern}'?"
+    word = entry.removeprefix("re:").strip(".*^$")
+    if any(f".{word}." in f".{name}." for name in modules if word):
+        return f"; a name is whole, 're:' begins a pattern: did you mean 're:.*{word}'?"
+    whole = {*modules, *(type(module).__name__ for module in modules.values())}
+    split = [name.split(".") for name in modules]
+    parts = {part for names in split for part in names if part.isidentifier()}
+    parts |= {".".join(names[-2:]) for names in split}
+    for near in near_names(word, sorted(whole | parts), 1):
+        return f"; did you mean {near if near in whole else f're:.*{near}'!r}?"
+    example = max(modules, key=lambda name: name.count("."))
+    return (
+        f"; give a whole name such as {example!r}, a class such as 'Linear', or a "
+        "pattern that starts with 're:'"
+    )
 
 
 def _means(entry: str, name: str, module: nn.Module) -> bool:

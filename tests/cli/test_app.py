@@ -29,8 +29,9 @@ def test_prune_writes_a_checkpoint_and_nothing_beside_it(
         f"nm-permute evaluate {out} --text TEST.txt --dense {tmp_path / 'dense'}"
     )
     assert re.fullmatch(
-        rf"{out}: 2560 tokens, \d+\.\d minutes, {bytes_written / 1e6:.1f} MB; "
-        rf"next: {following}",
+        rf"{out}: 2560 tokens, \d+\.\d minutes, {bytes_written / 1e6:.1f} MB, "
+        rf"\d\d\.\d% of the wanda score kept \(\d\d\.\d% without a permutation\), "
+        rf"validation loss \d\.\d+ -> \d\.\d+; next: {following}",
         line,
     )
     assert [x for x in listing(tmp_path) if not x.startswith("out")] == ready
@@ -194,7 +195,17 @@ def test_the_demo_measures_every_method_from_disk(
     assert leftovers == []
 
 
-COMMANDS = ["demo", "prune", "sample", "evaluate", "verify", "spec", "convert", "adapt"]
+COMMANDS = [
+    "demo",
+    "prune",
+    "fields",
+    "sample",
+    "evaluate",
+    "verify",
+    "spec",
+    "convert",
+    "adapt",
+]
 
 
 def test_help_names_the_commands() -> None:
@@ -207,3 +218,28 @@ def test_the_version_is_printed() -> None:
     result = nm_permute("--version")
     assert result.exit_code == 0
     assert result.stdout == f"nm-permute-plugin {version('nm-permute-plugin')}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (["prune", "a", "b", "c", "--txt", "d"], "--text"),
+        (["prune", "a", "b", "c", "--seqence-length", "8"], "--sequence-length"),
+        (["verfy", "a"], "verify"),
+        (["--debg", "verify", "a"], "--debug"),
+    ],
+)
+def test_a_misspelt_option_or_command_is_told_the_near_one(
+    words: list[str], offered: str
+) -> None:
+    result = nm_permute(*words)
+    assert result.exit_code == 2
+    assert re.search(rf"(Possible options:|Did you mean) .?{offered}", result.stderr)
+
+
+def test_an_adapter_is_told_to_be_merged(ready: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    result = nm_permute("evaluate", folder, "--text", tmp_path / "text.txt")
+    assert_one_error(result, "holds a PEFT adapter and no model.*merge_and_unload")

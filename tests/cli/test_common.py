@@ -2,6 +2,7 @@
 """What a person can mend is one line; an internal error keeps its traceback."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,12 +13,14 @@ from typing import Annotated
 import pytest
 import torch
 import typer
+import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
 from nm_permute_plugin.cli import bench_serve
-from nm_permute_plugin.cli.common import Commands, find_device
+from nm_permute_plugin.cli.common import PRUNE_OUT_OF_MEMORY, Commands, find_device
 from nm_permute_plugin.cli.prune import spread
+from nm_permute_plugin.pruning.settings import Settings
 from nm_permute_plugin.serving.bench import Workload
 
 
@@ -180,3 +183,10 @@ def test_a_model_of_the_hub_is_pruned_and_logs_stay_out_of_the_result(
     assert line.startswith(f"{out}: 1280 tokens, ")
     assert line.endswith(" --dense someone/tiny")
     assert "Retained score" in done.stderr
+
+
+def test_the_remedy_for_full_memory_is_a_recipe_that_is_taken() -> None:
+    (memory,) = re.findall(r"memory: \{.*?\}", PRUNE_OUT_OF_MEMORY)
+    (objective,) = re.findall(r"objective: \w+", PRUNE_OUT_OF_MEMORY)
+    assert Settings(**yaml.safe_load(memory)).memory.micro_batch_size == 1
+    assert Settings(**yaml.safe_load(objective)).layer_wise

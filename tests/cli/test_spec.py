@@ -13,7 +13,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from nm_permute_plugin.cli.app import app
-from nm_permute_plugin.specs.architectures import LLAMA
+from nm_permute_plugin.specs.architectures import LLAMA, SPECS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "specs"))  # for the zoo
 from zoo import ZOO, tiny  # noqa: E402
@@ -143,3 +143,15 @@ def test_a_width_that_the_pattern_does_not_divide_can_be_ignored(folder) -> None
     ignore = ["--ignore", "re:vit.*(_proj|fc1)$", "--ignore", "classifier"]
     result = spec(model, "--pattern", "4:8", *ignore)
     assert result.exit_code == 0, result.output
+
+
+def test_the_known_classes_are_listed() -> None:
+    result = spec("--list")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines() == list(SPECS)
+
+
+def test_an_ignore_that_matches_nothing_is_refused(folder) -> None:
+    model = folder("llama-gqa", weights=False)
+    said = refused(spec(model, "--ignore", "lm_hed"))
+    assert "'lm_hed' matches no module of the model; did you mean 'lm_head'?" in said

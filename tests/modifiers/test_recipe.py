@@ -87,16 +87,54 @@ def test_a_recipe_that_would_be_read_in_part_is_refused(
         read_recipe(written(text))
 
 
-def test_an_unknown_modifier_is_refused(written) -> None:
-    text = f"prune_stage:{OURS}".replace("LearnablePerm", "LearnedPerm")
-    with pytest.raises(ValueError, match="LearnedPermutationModifier"):
-        read_recipe(written(text))
+NEAR = {
+    "a misspelt modifier": (
+        f"prune_stage:{OURS}".replace("Modifier:", "Modifer:"),
+        r"no modifier LearnablePermutationModifer; did you mean LearnablePermutationMod",
+    ),
+    "half a modifier": (
+        f"prune_stage:{OURS}".replace("PermutationModifier", "Permutation"),
+        r"no modifier LearnablePermutation; did you mean LearnablePermutationModifier\?",
+    ),
+    "a misspelt modifier of the host": (
+        f"a_stage:{OURS}{WANDA}".replace("WandaPruning", "WandaPruner"),
+        r"no modifier WandaPrunerModifier; did you mean WandaPruningModifier",
+    ),
+    "a modifier like none": (
+        f"a_stage:{OURS}{WANDA}".replace("WandaPruningModifier", "Xyz"),
+        r"no modifier Xyz; there are .*LearnablePermutationModifier.*WandaPruningModif",
+    ),
+    "a misspelt field": (
+        f"prune_stage:{OURS}".replace("method", "methud"),
+        r"LearnablePermutationModifier: methud: there is no such field; did you mean "
+        r"method\?",
+    ),
+    "a misspelt field of the host": (
+        f"a_stage:{OURS}{WANDA}".replace("sparsity:", "sparsty:"),
+        r"WandaPruningModifier: .*sparsty: there is no such field; did you mean sparsity",
+    ),
+    "a pattern without quotes": (
+        f"prune_stage:{OURS}      mask_structure: 2:4\n",
+        r'write it in quotes, mask_structure: "2:4"',
+    ),
+    "a list of fields": (
+        f"prune_stage:{OURS}".replace("method", "- method"),
+        r"LearnablePermutationModifier takes fields, 'method: search' for example",
+    ),
+    "a field twice": (
+        f"prune_stage:{OURS}      method: learned\n",
+        r"'method' stands twice",
+    ),
+}
 
 
-def test_a_misspelt_field_is_refused(written) -> None:
-    text = f"prune_stage:{OURS}".replace("method", "methud")
-    with pytest.raises(ValueError, match="methud"):
+@pytest.mark.parametrize(("text", "message"), NEAR.values(), ids=NEAR)
+def test_a_mistake_leads_to_the_remedy_in_one_line(
+    written, text: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"recipe .*mine\.yaml.*{message}") as refusal:
         read_recipe(written(text))
+    assert "\n" not in str(refusal.value)
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 """The targets of a recipe mean the linears of a model, whichever way it stores them."""
 
 import pytest
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model, PreTrainedModel
 
+from nm_permute_plugin.checkpoint.config import matches
+from nm_permute_plugin.pruning.data import read_samples
 from nm_permute_plugin.pruning.targets import match_linears, transposed_of
 
 DEFAULT_IGNORE = ["lm_head"]
@@ -42,3 +45,52 @@ def test_what_has_no_matrix_is_no_target(bare: PreTrainedModel) -> None:
         match_linears(bare, ["re:.*ln_1$"], DEFAULT_IGNORE)
     with pytest.raises(ValueError, match="takes away all"):
         match_linears(bare, ["Linear"], ["re:.*"])
+
+
+@pytest.mark.parametrize(
+    ("entry", "remedy"),
+    [
+        ("attn.c_atn", "'re:.*attn.c_attn'"),
+        ("c_fc", "'re:.*c_fc'"),
+        ("mlp.c_fc", "'re:.*mlp.c_fc'"),
+        ("re:.*c_fcc$", "'re:.*c_fc'"),
+        ("h.0.mlp.c_fcc", "'h.0.mlp.c_fc'"),
+        ("Conv1d", "'Conv1D'"),
+        ("*.mlp.*", r"'re:.*\.mlp\..*'"),
+    ],
+)
+@pytest.mark.parametrize("where", ["targets", "ignore"])
+def test_what_matches_nothing_is_told_what_would(
+    bare: PreTrainedModel, entry: str, remedy: str, where: str
+) -> None:
+    lists = {"targets": ["Linear"], "ignore": DEFAULT_IGNORE, where: [entry]}
+    with pytest.raises(ValueError, match="matches no module") as refusal:
+        match_linears(bare, **lists)
+    said = str(refusal.value)
+    assert said.startswith(f"`{where}`: {entry!r} ")
+    assert said.endswith(f"did you mean {remedy}?")
+    names = [(name, type(module).__name__) for name, module in bare.named_modules()]
+    assert any(matches(remedy.strip("'"), *name) for name in names)
+
+
+def test_what_resembles_nothing_is_told_what_names_look_like(
+    bare: PreTrainedModel,
+) -> None:
+    with pytest.raises(ValueError, match=r"such as 'h\.0\.attn\.c_attn', a class"):
+        match_linears(bare, ["xyz"], DEFAULT_IGNORE)
+
+
+class StandInForLora(nn.Linear):
+    """Stands in for ``peft.tuners.lora.Linear``: PEFT is not installed for the tests."""
+
+    __module__ = "peft.tuners.lora.layer"
+
+
+def test_a_model_with_adapters_is_told_to_merge_them(tiny_model, chain_rows) -> None:
+    model = tiny_model("llama")
+    model.model.layers[1].self_attn.q_proj = StandInForLora(32, 32, bias=False)
+    said = r"adapters \(model\.layers\.1\.self_attn\.q_proj\).*merge_and_unload"
+    with pytest.raises(ValueError, match=said):
+        match_linears(model, ["Linear"], DEFAULT_IGNORE)
+    with pytest.raises(ValueError, match=said):
+        read_samples(model, [{"input_ids": chain_rows(12, 32, seed=1)}])

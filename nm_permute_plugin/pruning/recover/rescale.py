@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One factor for every row of kept weights, in closed form, from one pass of the data."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -52,7 +52,7 @@ def rescaled(student: Student, batches: Sequence[Batch]) -> Values:
             module = linear(student.model, name)
             hook = module.register_forward_hook(partial(add, name))
             hooks.callback(hook.remove)
-        for part in tqdm(_parts(batches), desc="Rescaling rows"):
+        for part in _parts(tqdm(batches, desc="Rescaling rows")):
             mask = token_mask(part)  # of a sample with images: that is not cut
             forward(student.model, on_device(part, student.model))
     values: Values = {}
@@ -65,5 +65,5 @@ def rescaled(student: Student, batches: Sequence[Batch]) -> Values:
     return values
 
 
-def _parts(batches: Sequence[Batch]) -> Iterator[Batch]:
+def _parts(batches: Iterable[Batch]) -> Iterator[Batch]:
     return (part for batch in batches for part in without_padding(batch))

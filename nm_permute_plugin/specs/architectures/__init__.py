@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from nm_permute_plugin._near_names import near_names
 from nm_permute_plugin.specs.architectures.bert import BERT_CLASSES
 from nm_permute_plugin.specs.architectures.layer_norm import LAYER_NORM_CLASSES
 from nm_permute_plugin.specs.architectures.llama import LLAMA, LLAMA_CLASSES
@@ -42,20 +43,17 @@ def spec_of(model: nn.Module) -> Spec:
     """
     name = type(model).__name__
     if name not in SPECS:
+        near = near_names(name, SPECS, 3)
         raise NotImplementedError(
-            f"no permutation spec for {name}. Give one as `spec:` in the recipe: a line a "
-            "parameter, a word an axis, for example "
-            "'model.layers.{i}.mlp.down_proj.weight': 'residual hidden.{i}'. Known are "
-            f"classes of {', '.join(_families())}."
+            f"no permutation spec for {name} is known, and none is guessed. Write one into "
+            "a YAML file, a line a parameter and a word an axis, 'model.layers.{i}.mlp."
+            "down_proj.weight: residual hidden.{i}' for example; `nm-permute spec MODEL "
+            "--spec FILE` checks it, and `spec: FILE` in the recipe uses it. "
+            + (f"Known classes with like names: {', '.join(near)}. " if near else "")
+            + "`nm-permute spec --list` prints all known ones."
         )
     spec = SPECS[name]
     return spec if isinstance(spec, Mapping) else spec(model.config)
-
-
-def _families() -> list[str]:
-    """Return the names of the known classes, without what kind of model each is."""
-    ends = re.compile(r"(Text|Vision|LMHead)?Model$|For[A-Z]\w+$")
-    return list(dict.fromkeys(ends.sub("", name) for name in SPECS))
 
 
 def head_dim_of(config: Any) -> HeadDim:
