@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Permutation specs of known architectures: data only."""
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
