@@ -26,9 +26,10 @@ from nm_permute_plugin.maths.permutation import (
 )
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
 from nm_permute_plugin.specs.conv1d import is_transposed
-from nm_permute_plugin.specs.fold import check_perms, moved_axis
+from nm_permute_plugin.specs.fold import check_perms
 from nm_permute_plugin.specs.grammar import Axis
 from nm_permute_plugin.specs.matching import MovedParameter
+from nm_permute_plugin.specs.moving import moved_axis
 from nm_permute_plugin.specs.spec import ResolvedSpec, resolve
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

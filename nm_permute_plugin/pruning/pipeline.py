@@ -27,7 +27,8 @@ from nm_permute_plugin.pruning.running.masked import evaluating
 from nm_permute_plugin.pruning.search import History, search_problem
 from nm_permute_plugin.pruning.settings import Settings
 from nm_permute_plugin.pruning.targets import refuse_sparse
-from nm_permute_plugin.specs.fold import Write, moved_along, write_in_place
+from nm_permute_plugin.specs.fold import Write, write_in_place
+from nm_permute_plugin.specs.moving import moved_along
 from nm_permute_plugin.specs.spec import ResolvedSpec
 
 
