@@ -327,7 +327,7 @@ def _loading(checkpoint: Checkpoint, format: Format) -> str:
             "plugin, and run it as a dense model.\n\n" + python.format(first="")
         )
     text = (
-        "- transformers 5: `pip install nm-permute-plugin[compress]`, then\n\n"
+        "- transformers 5: `pip install nm-permute-plugin[transformers]`, then\n\n"
         + python.format(first="import nm_permute_plugin\n")
         + "\n\n- "
     )
