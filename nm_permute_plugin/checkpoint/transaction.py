@@ -17,7 +17,10 @@ _UNFINISHED = ".unfinished"
 
 @contextmanager
 def directory(
-    target: Path, keep: Callable[[str], bool] | None = None, mark: str | None = None
+    target: Path,
+    keep: Callable[[str], bool] | None = None,
+    mark: str | None = None,
+    was_empty: bool = False,
 ) -> Iterator[Path]:
     """
     Yields a new, empty directory, which takes the target's place when the block ends.
@@ -32,11 +35,13 @@ def directory(
         directory has none of that name; by default none does
     :param mark: names the new directory, for processes that write to it together; by
         default the name is unique
+    :param was_empty: whether the target has been seen to be missing or empty, so that all
+        that it holds has appeared since
     :raises OSError: if the directory cannot be made, naming its parent
     :raises FileExistsError: if something else wrote the same files to the target
         meanwhile, naming where the new directory is now
     """
-    before = _state(target)
+    before = {} if was_empty else _state(target)
     fresh = unfinished(target, mark or uuid.uuid4().hex[:8])
     shutil.rmtree(fresh, ignore_errors=True)  # of a run that was killed
     try:

@@ -161,7 +161,7 @@ def _prune(
     refuse_occupied(out)
     started = time.perf_counter()
     try:
-        with directory(out) as unfinished:
+        with directory(out, was_empty=True) as unfinished:
             calibration = data()
             loaded = model_class(model).from_pretrained(model, dtype="auto")
             default = "cuda" if torch.cuda.is_available() else "cpu"

@@ -218,6 +218,19 @@ def test_what_appears_in_a_folder_that_was_not_there_stays(tmp_path: Path) -> No
     assert content_of(target) == expected
 
 
+def test_what_appears_before_the_work_begins_stays(target: Path) -> None:
+    """It was empty when it was looked at, and the work began a little later."""
+
+    def late() -> None:
+        with transaction.directory(target, was_empty=True) as fresh:
+            fill(fresh)
+
+    before = content_of(target)
+    with pytest.raises(FileExistsError, match=r"\(config.json\)"):
+        late()
+    assert content_of(target) == before
+
+
 def test_what_appears_at_the_last_moment_stays(
     target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
