@@ -106,13 +106,19 @@ class Examined:
     Is a module's weight, and what a pattern says of it.
 
     :param stored: [out, in], the weight, or the levels of a packed one
-    :param zeros: the share of its weights that are zero, 0 to 1
+    :param levels: [out, in], all bits 0 exactly where the weight is zero
     :param found: the number of non-zeros, or where the pattern is broken
     """
 
     stored: Tensor
-    zeros: float
+    levels: Tensor
     found: int | Violation
+
+    @property
+    def zeros(self) -> float:
+        """Returns the share of its weights that are zero, 0 to 1."""
+        nonzeros = int((comparable(self.levels) != 0).sum())
+        return 1 - nonzeros / max(1, self.levels.numel())
 
 
 def examine_module(
@@ -138,9 +144,7 @@ def examine_module(
     levels = levels_of(checkpoint, module, stored, clear)
     if transposed:
         stored, levels = stored.t(), levels.t()
-    nonzeros = int((comparable(levels) != 0).sum())
-    zeros = 1 - nonzeros / max(1, levels.numel())
-    return Examined(stored, zeros, examine(levels, pattern))
+    return Examined(stored, levels, examine(levels, pattern))
 
 
 def read_stored(checkpoint: Checkpoint, module: str) -> Tensor:

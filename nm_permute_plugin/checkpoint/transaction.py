@@ -9,7 +9,8 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 _UNFINISHED = ".unfinished"
@@ -18,7 +19,10 @@ _OLD = ".old"
 
 @contextmanager
 def directory(
-    target: Path, keep: Callable[[str], bool] | None = None, mark: str | None = None
+    target: Path,
+    keep: Callable[[str], bool] | None = None,
+    mark: str | None = None,
+    was_empty: bool = False,
 ) -> Iterator[Path]:
     """
     Yields a new, empty directory, which takes the target's place when the block ends.
@@ -34,12 +38,14 @@ def directory(
         directory has none of that name; by default none does
     :param mark: names the new directory, for processes that write to it together; by
         default the name is unique
+    :param was_empty: whether the target has been seen to be missing or empty, so that all
+        that it holds has appeared since
     :raises OSError: if the directory cannot be made, naming its parent, or another
         process writes to it
     :raises FileExistsError: if something else wrote the same files to the target
         meanwhile, naming where the new directory is now
     """
-    before = _state(target)
+    before = {} if was_empty else _state(target)
     fresh = unfinished(target, mark or uuid.uuid4().hex[:8])
     clear_abandoned(target)
     if fresh.exists():
@@ -61,7 +67,8 @@ def directory(
             for name in (*files, "."):
                 _share(Path(folder, name), fresh)
                 _sync(Path(folder, name))
-        _put(fresh, target, keep or (lambda name: False), before)
+        with _one_at_a_time(fresh.parent):
+            _put(fresh, target, keep or (lambda name: False), before)
         _sync(target.parent)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -213,9 +220,20 @@ def _state(folder: Path) -> _State:
     return state
 
 
-def _appeared(folder: Path, before: _State) -> set[str]:
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Lets other processes wait that put something into the same directory."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # not every file system has locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _appeared(now: _State, before: _State) -> set[str]:
     """Names the entries of a directory that hold something new or written since."""
-    now = _state(folder)
     return {Path(path).parts[0] for path in now if now[path] != before.get(path)}
 
 
@@ -230,19 +248,19 @@ def _put(
     inside = fresh.parent == target
     if not inside and _replaces_nothing(fresh, target):
         return
-    appeared = _appeared(target, before)
+    seen = _state(target)
+    appeared = _appeared(seen, before)
     _refuse_written(fresh, target, appeared)
     if inside:
         _refill(fresh, target, lambda name: name in appeared or keep(name))
         return
     shutil.copymode(target, fresh)
-    seen = _state(target)
     ours = {entry.name for entry in fresh.iterdir()}
     take(target, fresh, lambda name: name in appeared or keep(name), link=True)
     old = fresh.with_suffix(_OLD)
     target.rename(old)
     try:
-        late = _appeared(old, seen)  # from here on nobody finds it by its name
+        late = _appeared(_state(old), seen)  # from here on nobody finds it by its name
         if not late & ours:
             take(old, fresh, late.__contains__, link=True)
             fresh.rename(target)
@@ -279,10 +297,10 @@ def _refuse_written(fresh: Path, target: Path, appeared: set[str]) -> None:
     taken = sorted(entry.name for entry in fresh.iterdir() if entry.name in appeared)
     if not taken:
         return
-    number = 2
-    while (aside := fresh.parent / f"{target.name}-{number}").exists():
-        number += 1
-    fresh.rename(aside)
+    for number in count(2):
+        aside = fresh.parent / f"{target.name}-{number}"
+        if not aside.exists() and _replaces_nothing(fresh, aside):
+            break
     raise FileExistsError(
         f"{target} was written by something else while this ran ({', '.join(taken)}): it "
         f"stays as it is, and what was made here is in {aside}"

@@ -24,8 +24,11 @@ def register_refusal() -> None:
     """
     from transformers.modeling_utils import PreTrainedModel
 
-    stock = getattr(PreTrainedModel, "_load_pretrained_model", None)
-    if stock is None or hasattr(stock, "refuses_sparse"):
+    held = inspect.getattr_static(PreTrainedModel, "_load_pretrained_model", None)
+    if not isinstance(held, staticmethod):
+        return
+    stock = held.__func__
+    if hasattr(stock, "refuses_sparse"):
         return
     signature = inspect.signature(stock)
 

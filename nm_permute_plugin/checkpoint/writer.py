@@ -35,6 +35,7 @@ from nm_permute_plugin.checkpoint.plan import (
     make_plan,
     sparsity_config,
 )
+from nm_permute_plugin.checkpoint.prunable import is_prunable
 from nm_permute_plugin.checkpoint.record import FOLDER
 from nm_permute_plugin.checkpoint.shard_writer import ShardWriter, tie
 from nm_permute_plugin.checkpoint.shards import DamagedError, Shard, open_shard
@@ -103,13 +104,18 @@ def convert(
     """
     if clear_zeros and format == "dense":
         raise ValueError("clearing -0.0 is for sparse formats, and not for dense")
-    checkpoint = open_checkpoint(Path(source).resolve())
-    refuse_changed(checkpoint.path)
+    source, target = Path(source).resolve(), Path(target).resolve()
+    checkpoint = open_checkpoint(source)
+    if target in source.parents:
+        raise ValueError(f"{target} holds {source}; write somewhere else")
+    if target != source:
+        transaction.refuse_occupied(target, overwrite)
+    refuse_changed(source)
     _refuse_unsaid(checkpoint)
     plan = make_plan(checkpoint, format, modules, pattern, clear_zeros, dense_experts)
     if modules is None:
         _refuse_pointless(checkpoint, plan)
-    return rewrite(checkpoint, plan, Path(target).resolve(), legacy, overwrite)
+    return rewrite(checkpoint, plan, target, legacy, was_empty=not overwrite)
 
 
 def rewrite(
@@ -117,13 +123,14 @@ def rewrite(
     plan: Plan,
     target: Path,
     legacy: bool = False,
-    overwrite: bool = False,
+    was_empty: bool = False,
     checksums: bool = True,
 ) -> Conversion:
     """
     Does what a plan says, as ``convert`` describes.
 
     :param target: a resolved path
+    :param was_empty: whether a target that is not the source has been seen to be empty
     :param checksums: whether files are complete, and get their checksums
     """
     source = checkpoint.path
@@ -137,12 +144,14 @@ def rewrite(
     def keep(name: str) -> bool:
         return name not in (*names, INDEX)
 
-    if target in source.parents:
-        raise ValueError(f"{target} holds {source}; write somewhere else")
-    if target != source:
-        transaction.refuse_occupied(target, overwrite)
+    in_place = target == source
+    if not in_place:
         check_files(source)
-    with transaction.directory(target, keep if target == source else None) as fresh:
+    with transaction.directory(
+        target,
+        keep if in_place else None,
+        was_empty=was_empty and not in_place,
+    ) as fresh:
         for shard in checkpoint.shards:
             _write_shard(checkpoint, plan, shard, fresh / shard.path.name)
         tie([fresh / name for name in names])
@@ -188,18 +197,19 @@ def _refuse_pointless(checkpoint: Checkpoint, plan: Plan) -> None:
     """Refuses a source that is not sparse, or that -0.0 keeps from being sparse."""
     negative = [name for name, found in plan.violations.items() if found.cleared]
     if negative:
+        name, others = negative[0], len(negative) - 1
         raise ValueError(
-            f"{checkpoint.path}: {negative[0]} is {plan.pattern} but for -0.0, which a "
-            f"product with a mask leaves behind ({plan.violations[negative[0]]}); as it "
-            f"are {len(negative) - 1} other matrices. --clear-zeros, clear_zeros=True in "
-            "Python, stores +0.0 instead"
+            f"{checkpoint.path}: {name} and {others} other matrices are {plan.pattern} "
+            "but for -0.0, which a product with a mask leaves behind "
+            f"({plan.violations[name]}); --clear-zeros, clear_zeros=True in Python, "
+            "stores +0.0 instead"
         )
     unfit = any(reason in SPARSE_ALL_THE_SAME for reason in plan.dense.values())
     if plan.violations and not plan.nonzeros and not unfit:
-        name, found = next(iter(plan.violations.items()))
+        name = max(plan.violations, key=is_prunable)  # the first, the head aside
         raise ValueError(
             f"{checkpoint.path} is not sparse: none of its matrices is {plan.pattern} "
-            f"({name}: {found}). Prune it first, with `nm-permute prune`"
+            f"({name}: {plan.violations[name]}). Prune it first, with `nm-permute prune`"
         )
 
 

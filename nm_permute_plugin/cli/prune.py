@@ -178,7 +178,7 @@ def _prune(
     look_before_loading(empty_model(model), model, recipe, out, samples)
     started = time.perf_counter()
     try:
-        with nothing_misleading(), directory(out) as unfinished:
+        with nothing_misleading(), directory(out, was_empty=True) as unfinished:
             calibration = data()
             loaded = load_model(model)
             default = "cuda" if torch.cuda.is_available() else "cpu"

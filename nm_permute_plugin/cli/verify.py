@@ -50,8 +50,8 @@ def verify(
         raise typer.Exit(1)
     promised = sum(row.promised for row in report.rows)
     said = (
-        f"{promised} of them sparse as promised"
+        f"{promised} of them sparse as they must be"
         if promised
-        else "none of them promised to be sparse (--pattern 2:4 demands it)"
+        else "none of which has to be sparse (--pattern 2:4 demands it)"
     )
     typer.echo(f"{checkpoint}: {len(report.rows)} matrices, {said}, no fault")

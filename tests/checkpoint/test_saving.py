@@ -93,6 +93,23 @@ def test_what_is_saved_is_finished_and_other_files_stay(
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
+def test_of_two_saves_into_one_folder_both_results_stay(
+    model: PreTrainedModel, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+
+    def meanwhile(fresh: Path) -> None:
+        finish_of(model, "dense")(fresh)
+        save_checkpoint(model, out, finish_of(model))
+
+    with pytest.raises(FileExistsError, match="what was made here is in .*out-2"):
+        save_checkpoint(model, out, meanwhile)
+    for folder, form in ((out, "sparse-24-bitmask"), (tmp_path / "out-2", "dense")):
+        report = verify(folder)
+        assert report.good
+        assert {row.format for row in report.rows if row.promised} == {form}
+
+
 @pytest.mark.parametrize("old", [True, False], ids=["over an older one", "new"])
 def test_a_checkpoint_that_is_refused_leaves_no_trace(
     model: PreTrainedModel, tmp_path: Path, old: bool

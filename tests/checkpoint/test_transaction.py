@@ -2,10 +2,14 @@
 """A directory appears whole or not at all, on every kind of file system."""
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -218,6 +222,19 @@ def test_what_appears_in_a_folder_that_was_not_there_stays(tmp_path: Path) -> No
     assert content_of(target) == expected
 
 
+def test_what_appears_before_the_work_begins_stays(target: Path) -> None:
+    """It was empty when it was looked at, and the work began a little later."""
+
+    def late() -> None:
+        with transaction.directory(target, was_empty=True) as fresh:
+            fill(fresh)
+
+    before = content_of(target)
+    with pytest.raises(FileExistsError, match=r"\(config.json\)"):
+        late()
+    assert content_of(target) == before
+
+
 def test_what_appears_at_the_last_moment_stays(
     target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,3 +352,42 @@ def test_weights_may_be_read_by_whom_the_directory_may(target: Path) -> None:
         (fresh / "plain").write_text("")
     modes = {oct(p.stat().st_mode) for p in target.rglob("*") if p.is_file()}
     assert modes == {oct((target / "plain").stat().st_mode)}
+
+
+@pytest.mark.parametrize("locks", [True, False], ids=["locks", "no locks"])
+@pytest.mark.parametrize("there", ["nothing", "empty", "old"])
+def test_of_many_runs_at_the_same_moment_none_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str, locks: bool
+) -> None:
+    if not locks:  # as on some network file systems
+        monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK)))
+    runs, rounds = 4, 8
+    barrier = threading.Barrier(runs)
+
+    def run(target: Path, number: int) -> bool:
+        try:
+            with transaction.directory(target, everything) as fresh:
+                for name in ("config.json", "weights"):
+                    (fresh / name).write_text(str(number))
+                barrier.wait()
+        except FileExistsError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(runs) as pool:
+        for number in range(rounds):
+            folder = tmp_path / str(number)
+            target = folder / "out"
+            folder.mkdir()
+            if there != "nothing":
+                target.mkdir()
+            if there == "old":
+                (target / "notes.txt").write_text("mine")
+                (target / "config.json").write_text("old")
+            done = list(pool.map(run, [target] * runs, range(runs)))
+            assert sum(done) == 1
+            content = content_of(target)
+            assert content["config.json"] == content["weights"] == str(done.index(True))
+            assert content.get("notes.txt") == ("mine" if there == "old" else None)
+            found = [(made / "weights").read_text() for made in folder.iterdir()]
+            assert sorted(found) == [str(number) for number in range(runs)]
