@@ -362,7 +362,7 @@ class Settings(Frozen):
         device; the residual stream keeps the search's permutation)
     :param batch_size: rows of text, or images, of an optimizer step; a sample of text with
         images is a batch of its own
-    :param seed: of every random choice
+    :param seed: of every random choice, such as the order of a shuffled data set
     :param learn: what is learned (``method: learned``)
     :param search: the search (``method: search`` and ``learned``)
     :param recover: how kept weights change
