@@ -144,7 +144,9 @@ class TextTokenizer:
         behind = f" that begin with {begin}" if begin else ""
         if not corpus.documents:
             return f"windows of {length} tokens{behind}"
-        what = f"{'text and ' if corpus.text else ''}{len(corpus.documents)} documents"
+        count = len(corpus.documents)
+        what = f"{count} document{'s' if count > 1 else ''}"
+        what = f"text and {what}" if corpus.text else what
         return f"{what} in windows of up to {length} tokens{behind}"
 
     def _ids(self, text: str) -> list[int]:

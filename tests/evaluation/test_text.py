@@ -129,7 +129,7 @@ def test_text_and_documents_mix(plain: TextTokenizer) -> None:
     assert plain.rows(corpus, 10, 99) == expected
     cut = plain.windows(corpus, 10)
     assert lists(cut) == expected
-    assert cut.form == "text and 1 documents in windows of up to 10 tokens"
+    assert cut.form == "text and 1 document in windows of up to 10 tokens"
 
 
 def test_conversations_go_through_the_chat_template(tiny_checkpoint) -> None:
