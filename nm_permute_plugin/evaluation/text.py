@@ -132,19 +132,22 @@ class TextTokenizer:
                 f"the text has {tokens} tokens, less than one window of {length}: give "
                 "more text or a smaller --sequence-length"
             )
-        form = self._form(length, len(corpus.documents), stream)
+        form = self._form(corpus, length, stream)
         return Windows([torch.tensor(row) for row in rows], tokens, form)
 
-    def _form(self, length: int, documents: int, stream: bool) -> str:
+    def _form(self, corpus: Corpus, length: int, stream: bool) -> str:
         """How text was cut, in words."""
         begin = "".join(self.tokenizer.convert_ids_to_tokens(self.begin))
         if stream:
             behind = f" that begins with {begin}" if begin else ""
             return f"one stream{behind} in windows of {length} tokens"
         behind = f" that begin with {begin}" if begin else ""
-        if not documents:
+        if not corpus.documents:
             return f"windows of {length} tokens{behind}"
-        return f"{documents} documents in windows of up to {length} tokens{behind}"
+        count = len(corpus.documents)
+        what = f"{count} document{'s' if count > 1 else ''}"
+        what = f"text and {what}" if corpus.text else what
+        return f"{what} in windows of up to {length} tokens{behind}"
 
     def _ids(self, text: str) -> list[int]:
         found = self.tokenizer(text, add_special_tokens=False, verbose=False)
@@ -217,7 +220,8 @@ class TextTokenizer:
             )
         except Exception as error:  # of Jinja, or of the template's own
             raise ValueError(
-                f"{document.where} does not go through the chat template: {error}"
+                f"{document.where} does not go through the chat template: "
+                f"{' '.join(str(error).split())}"
             ) from error
         return cast("list[int]", list(ids))
 

@@ -433,7 +433,7 @@ class Settings(Frozen):
         permutation)
     :param batch_size: rows of text, or images, of an optimizer step; a sample of text
         with images is a batch of its own
-    :param seed: seed of every random choice
+    :param seed: seed of every random choice, such as the order of a shuffled data set
     :param learn: what is learned, with ``method: learned``
     :param search: the search for a permutation, with ``method: search`` and ``learned``
     :param recover: how the weights that the masks keep are changed, by default not at

@@ -63,6 +63,22 @@ def test_stopped_run_is_resumed(run, monkeypatch: pytest.MonkeyPatch) -> None:
         run("part.json", *methods, "--resume", "--pattern", "4:8")
 
 
+def test_a_stream_is_measured_as_published(run, tmp_path: Path) -> None:
+    wanda = ["--methods", "wanda"]
+    plain, said = run("plain.json", *wanda)
+    assert "tested on windows of 32 tokens\n" in said
+    stream, said = run("stream.json", *wanda, "--stream")
+    assert "tested on one stream in windows of 32 tokens\n" in said
+    # This tokenizer adds nothing to a text.
+    assert stream["dense"] == plain["dense"]
+    with pytest.raises(ValueError, match="stream True and False|stream False and True"):
+        run("stream.json", *wanda, "--resume")
+    # Records from before there was a choice are of streams.
+    del stream["arguments"]["stream"]
+    (tmp_path / "old.json").write_text(json.dumps(stream))
+    assert run("old.json", *wanda, "--resume", "--stream")[0]["results"]
+
+
 def test_parts_of_a_run_are_merged(
     run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -125,7 +125,11 @@ def test_every_document_begins_a_row_of_its_own(begins: TextTokenizer) -> None:
 
 def test_text_and_documents_mix(plain: TextTokenizer) -> None:
     corpus = Corpus(words(numbers(20)), [Document("a line 1", "w07 w08")])
-    assert plain.rows(corpus, 10, 99) == [numbers(20)[:10], numbers(20)[10:], [7, 8]]
+    expected = [numbers(20)[:10], numbers(20)[10:], [7, 8]]
+    assert plain.rows(corpus, 10, 99) == expected
+    cut = plain.windows(corpus, 10)
+    assert lists(cut) == expected
+    assert cut.form == "text and 1 document in windows of up to 10 tokens"
 
 
 def test_conversations_go_through_the_chat_template(tiny_checkpoint) -> None:
