@@ -12,6 +12,8 @@ from typing import Any
 
 from loguru import logger
 
+from nm_permute_plugin.checkpoint.directory import INDEX, SINGLE, index_of
+from nm_permute_plugin.checkpoint.record import FOLDER
 from nm_permute_plugin.maths.permutation import Permutation
 
 _WEIGHTS = re.compile(
@@ -168,10 +170,15 @@ def check_files(source: Path) -> None:
             "link to a folder or out of this one; put the file itself there to take it "
             "along"
         )
-    if listing.weights:
+    own = {SINGLE, INDEX, f"{FOLDER}/"}
+    if (source / INDEX).exists() and (index := index_of(source)) is not None:
+        named = index.get("weight_map")
+        own |= set(named.values()) if isinstance(named, dict) else set()
+    others = [name for name in listing.weights if name not in own]
+    if others:
         logger.info(
-            f"{source}: the checkpoint has weights of its own, these do not travel: "
-            f"{', '.join(listing.weights)}"
+            f"{source}: the checkpoint has weights of its own; these do not travel: "
+            f"{', '.join(others)}"
         )
 
 

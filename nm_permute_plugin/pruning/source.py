@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from os.path import commonprefix
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
@@ -45,12 +46,9 @@ def source_of(
     moving = _moving(resolved, settings)
     hosted = cast("PreTrainedModel", model)
     unloaded = unloaded_tensors(folder, hosted)
-    config = folder / "config.json"
-    stated = read_json(config).get("architectures") if config.exists() else None
     kind = type(model).__name__
-    if isinstance(stated, list) and stated and kind not in stated:
-        # Another head was asked for, and that of the folder goes. llm-compressor still
-        # copies what predicts further tokens.
+    if not _is_all_loaded(folder, kind):
+        # llm-compressor still copies what predicts further tokens.
         unloaded = [t for t in unloaded if _is_copied_by_host(t.name, hosted.config)]
     _refuse_touched(unloaded, resolved, moving, kind)
     _refuse_modules(module_folders(folder), moving)
@@ -80,6 +78,20 @@ def _moving(resolved: ResolvedSpec, settings: Settings) -> list[Space]:
         for space in resolved.spaces.values()
         if space.consumers and space.family in settings.spaces
     ]
+
+
+def _is_all_loaded(folder: Path, kind: str) -> bool:
+    """
+    Whether a model of the class should hold all tensors of its folder.
+
+    It should not where another head was asked for, and that of the folder goes, nor where
+    weights are quantized or sparse: they have other names then.
+    """
+    path = folder / "config.json"
+    config = read_json(path) if path.exists() else {}
+    stated = config.get("architectures")
+    others = isinstance(stated, list) and stated and kind not in stated
+    return not others and not config.get("quantization_config")
 
 
 def _is_copied_by_host(name: str, config: Any) -> bool:

@@ -74,7 +74,9 @@ def names_in(folder: Path) -> list[str]:
 def source(tmp_path: Path) -> Path:
     """A folder with one of everything."""
     inside = [f"{name}/{file}" for name, files in FOLDERS.items() for file in files]
-    return make(tmp_path / "source", *TRAVELS, *WEIGHTS, *inside, *BOOKKEEPING)
+    made = make(tmp_path / "source", *TRAVELS, *WEIGHTS, *inside, *BOOKKEEPING)
+    (made / "model.safetensors.index.json").write_text("{}")
+    return made
 
 
 @pytest.fixture
@@ -89,13 +91,20 @@ def told() -> list[str]:
 def test_files_that_are_no_weights_travel_and_the_others_are_told(
     source: Path, tmp_path: Path, told: list[str]
 ) -> None:
+    shard = "model-00001-of-00001.safetensors"
+    make(source, shard, "nm_permute/permutations.safetensors")
+    index = source / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": shard}}))
     check_files(source)
     carry_files(source, tmp_path / "out")
     assert names_in(tmp_path / "out") == TRAVELS
     listed = sorted([*WEIGHTS, *(f"{name}/" for name in FOLDERS)])
-    assert list(list_files(source).weights) == listed
-    assert len(told) == 1
-    assert all(name in told[0] for name in listed)
+    # What the checkpoint itself replaces is no news.
+    mine = [shard, "nm_permute/"]
+    assert list(list_files(source).weights) == sorted([*listed, *mine])
+    (line,) = told
+    said = line.split("do not travel: ")[1].strip().split(", ")
+    assert said == [name for name in listed if name != index.name]
 
 
 def test_no_file_is_written_over(source: Path, tmp_path: Path) -> None:
