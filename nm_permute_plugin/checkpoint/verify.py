@@ -116,7 +116,10 @@ def verify(
     said = sparsity.pattern if sparsity else recorded and recorded.pattern
     declared = set(modules or ())
     if modules is None and sparsity is not None:
-        declared = _declared(checkpoint, sparsity)
+        try:
+            declared = _declared(checkpoint, sparsity)
+        except ValueError as error:
+            return Report((), (Fault("config.json", "sparsity_config", str(error)),))
     asked = _Asked(
         sparsity,
         pattern or said or NMPattern(2, 4),

@@ -26,7 +26,7 @@ def read_recipe(path: Path) -> str:
     text = path.read_text()
     try:
         document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"recipe {path} is no YAML: {error}") from error
     if not isinstance(document, dict):
         raise ValueError(f"recipe {path} holds no stages; see recipes/ for examples")
