@@ -202,8 +202,8 @@ def too_few(samples: int, settings: Settings) -> Iterator[str]:
     """Yield what a number of samples is too small for."""
     if samples < 2:
         yield (
-            f"there is {samples} row of calibration data, and at least 2 are needed, one "
-            "to train on and one for validation: give more, or shorter rows"
+            f"the calibration data has {samples} row; at least 2 are needed, one to train "
+            "on and one for validation: give more, or shorter rows"
         )
         return
     judges = min(max(1, round(settings.validation.share * samples)), samples - 1)
