@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read and write the ``sparsity_config`` block of a checkpoint's ``config.json``."""
 
-import re
 from collections.abc import Mapping
-from typing import Literal
+from functools import cache
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from nm_permute_plugin.maths.pattern import NMPattern
+
+if TYPE_CHECKING:
+    import regex
 
 QUANT_METHOD = "compressed-tensors"
 LAYOUT_VERSION = "0.14.0"
@@ -21,6 +24,8 @@ Json = dict[str, object]
 
 _HOLDERS = ("quantization_config", "compression_config")
 _BLOCK = "sparsity_config"
+_PATTERN = "re:"
+_SECONDS = 1.0  # for one name: a sound expression takes microseconds
 _NO_QUANTIZATION = {"quant_method", "version", _BLOCK, "transform_config"}
 
 
@@ -53,6 +58,14 @@ class SparsityConfig(BaseModel):
     @classmethod
     def _none_is_empty(cls, value: object) -> object:
         return () if value is None else value
+
+    @field_validator("targets", "ignore")
+    @classmethod
+    def _read_expressions(cls, value: tuple[str, ...] | None) -> object:
+        for entry in value or ():
+            if entry.startswith(_PATTERN):
+                _expression(entry)
+        return value
 
     @field_validator("sparsity_structure", mode="before")
     @classmethod
@@ -95,13 +108,32 @@ def matches(entry: str, module: str, kind: str = "Linear") -> bool:
     :param entry: a module's name, a class name, or ``re:`` and an expression that
         matches the beginning of a name
     :param kind: the class name of the module
+    :raises ValueError: for an expression that is none, or that takes seconds
 
     >>> [matches(entry, "mlp.up_proj") for entry in ("Linear", "re:.*up_", "up_proj")]
     [True, True, False]
     """
-    if entry.startswith("re:"):
-        return re.match(entry.removeprefix("re:"), module) is not None
-    return entry in (module, kind)
+    if not entry.startswith(_PATTERN):
+        return entry in (module, kind)
+    try:
+        found = _expression(entry).match(module, timeout=_SECONDS)
+    except TimeoutError as error:
+        raise ValueError(
+            f"the pattern {entry!r} is still not compared with {module!r} after "
+            f"{_SECONDS:.0f} second: write it without repeats inside of repeats"
+        ) from error
+    return found is not None
+
+
+@cache
+def _expression(entry: str) -> "regex.Pattern[str]":
+    """Reads an entry that begins with ``re:``."""
+    import regex  # which can be stopped: `re` may take for ever
+
+    try:
+        return regex.compile(entry.removeprefix(_PATTERN))
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{entry!r} is no regular expression: {error}") from error
 
 
 def read_sparsity_config(config: Mapping[str, object]) -> SparsityConfig | None:

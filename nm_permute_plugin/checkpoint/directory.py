@@ -74,12 +74,28 @@ class Checkpoint:
         layout = self._layout(module)
         sizes = list(layout.shape)
         if self.formats[module] != "dense":
-            sizes = self.read(f"{module}.shape").flatten().tolist()
-        if len(sizes) != 2 or min(sizes) < 0:
-            name = f"{module}.shape"
-            raise DamagedError(self.file(module), f"{name} says {sizes}", name)
+            sizes = self._stored_sizes(module)
+        if len(sizes) != 2:
+            raise DamagedError(
+                self.file(module), f"{module} has the shape {sizes}", module
+            )
         rows, columns = sizes
         return layout.dtype, (rows, columns)
+
+    def _stored_sizes(self, module: str) -> list[int]:
+        """Reads the dense shape of a module that is stored sparse, and doubts it."""
+        name = f"{module}.shape"
+        stored = self.read(name).flatten()
+        sizes = stored.tolist()
+        bits = self.where[f"{module}.bitmask"].tensors[f"{module}.bitmask"].numel * 8
+        is_whole = stored.dtype in (torch.int64, torch.int32)
+        if not is_whole or len(sizes) != 2 or min(sizes) < 0:
+            raise DamagedError(self.file(module), f"{name} says {sizes}", name)
+        if sizes[0] * sizes[1] > bits:
+            raise DamagedError(
+                self.file(module), f"{name} says {sizes}, for {bits} bits", name
+            )
+        return [int(size) for size in sizes]
 
     def _layout(self, module: str) -> Layout:
         name = f"{module}.{PARTS[self.formats[module]][0]}"
@@ -92,6 +108,8 @@ class Checkpoint:
         :raises DamagedError: if its tensors do not belong together, naming the file
         """
         stored = self.formats[module]
+        if stored != "dense":
+            self._stored_sizes(module)
         parts = {part: self.read(f"{module}.{part}") for part in PARTS[stored]}
         try:
             if stored == "sparse-24-bitmask":
@@ -183,7 +201,7 @@ def read_json(path: Path) -> Json:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DamagedError(path, f"cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedError(path, f"is no JSON: {error}") from error
     if not isinstance(content, dict):
         raise DamagedError(path, f"must hold an object, it holds a {type(content)}")

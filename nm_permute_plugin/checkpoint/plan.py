@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choose how a checkpoint is stored, and which of its matrices are stored sparse."""
 
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -226,7 +227,7 @@ def global_sparsity(checkpoint: Checkpoint, plan: Plan) -> float:
         stored = checkpoint.formats.get(module, "dense") != "dense"
         size = shard.tensors[name].numel
         if part == "shape" and stored:
-            size = int(checkpoint.read(name).prod())
+            size = math.prod(checkpoint.dense_layout(module)[1])
         total += size
         if part in ("weight", "shape") and module in plan.nonzeros:
             zeros += size - plan.nonzeros[module]

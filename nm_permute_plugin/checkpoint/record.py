@@ -116,5 +116,5 @@ def read_promise(checkpoint: Path) -> Promise | None:
         transposed = [str(name) for name in report.get("transposed", ())]
         pattern = NMPattern.parse(report["modifier"]["mask_structure"])
         return Promise(pruned, pattern, transposed)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no record of a run: {error!r}") from error

@@ -170,7 +170,13 @@ def open_shard(path: Path) -> Shard:
         raise DamagedError(path, f"cannot be read: {error.strerror}") from error
     except DamagedError:
         raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (
+        AttributeError,
+        KeyError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise DamagedError(path, f"its header is damaged ({error})") from error
     _check_layout(path, tensors, size - 8 - length)
     if checksums is not None and set(checksums) != set(tensors):

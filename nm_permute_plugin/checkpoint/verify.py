@@ -126,7 +126,10 @@ def _verify(
     said = sparsity.pattern if sparsity else recorded and recorded.pattern
     declared = set(modules or ())
     if modules is None and sparsity is not None:
-        declared = declared_sparse(checkpoint, sparsity)
+        try:
+            declared = declared_sparse(checkpoint, sparsity)
+        except ValueError as error:
+            return Report((), (Fault("config.json", "sparsity_config", str(error)),))
     transposed = set(recorded.transposed if recorded else ())
     promised = declared | set(recorded.modules if recorded else ())
     faults = []

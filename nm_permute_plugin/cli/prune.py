@@ -5,6 +5,7 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -108,8 +109,8 @@ def prune_checkpoint(
     :param rows: calibration text, one list of token ids a row
     :param device: where the model runs; the first CUDA device if there is one
     :return: minutes from loading to saving
-    :raises ValueError: for a recipe that llm-compressor would not read completely
-    :raises FileExistsError: if ``out`` holds files already
+    :raises ValueError: for a run that is certain to fail, ``out`` holding files already
+        for example, and for a recipe that llm-compressor would not read completely
     :raises OSError: if ``out`` cannot be written
     """
     from datasets import Dataset
@@ -175,7 +176,7 @@ def _prune(
     from nm_permute_plugin.modifiers.preflight import look_before_loading
 
     out = out.resolve()
-    look_before_loading(empty_model(model), model, recipe, out, samples)
+    look_before_loading(partial(empty_model, model), model, recipe, out, samples)
     started = time.perf_counter()
     try:
         with nothing_misleading(), directory(out, was_empty=True) as unfinished:

@@ -89,13 +89,15 @@ def load_model(folder: str | Path, **options: Any) -> Any:
     Load a model as it is on disk, without running code that may lie beside it.
 
     :param options: as ``from_pretrained`` takes them; the dtype is the stored one
-    :raises ValueError: for pickled weights that are damaged, or that would run code
+    :raises ValueError: for weights that are damaged, or pickled and would run code
     """
     kind = model_class(folder)
     pickled = [] if any(Path(folder).glob("*.safetensors")) else _pickled(folder)
     try:
         return _without_code(kind, folder, **{"dtype": "auto", **options})
     except (UnpicklingError, EOFError, KeyError, RuntimeError) as error:
+        if "automatic conversion" in str(error):
+            raise ValueError(_damage(Path(folder))) from error
         if not pickled:
             raise
         names = ", ".join(str(file) for file in pickled)
@@ -178,6 +180,15 @@ def _without_code(kind: Any, folder: str | Path, **options: Any) -> Any:
             f"{folder} {CODE}, which is never run: take a model whose class is part of "
             "transformers, or remove `auto_map` from its JSON files"
         ) from error
+
+
+def _damage(folder: Path) -> str:
+    """Say what is wrong with weights that transformers could not decode."""
+    from nm_permute_plugin.checkpoint.verify import verify
+
+    for fault in verify(folder).faults:
+        return f"{folder / fault.file}: {fault.tensor}: {fault.message}"
+    return f"{folder}: its weights cannot be decoded; make the checkpoint again"
 
 
 def _pickled(folder: str | Path) -> list[Path]:

@@ -10,14 +10,20 @@ from llmcompressor.modifiers import Modifier
 from torch import nn
 
 from nm_permute_plugin.checkpoint.plan import TWO_FOUR
+from nm_permute_plugin.checkpoint.transaction import refuse_occupied
 from nm_permute_plugin.modifiers.neighbours import is_pruned_later, weight_bits
 from nm_permute_plugin.pruning.settings import Settings
 from nm_permute_plugin.pruning.targets import linears_among
 from nm_permute_plugin.specs.conv1d import is_transposed, weight_of
 
 
-def unfit_folder(out: Path, source: Path | None) -> Iterator[str]:
-    """Yield why a folder cannot take the checkpoint."""
+def unfit_folder(out: Path, source: Path | None, is_new: bool) -> Iterator[str]:
+    """
+    Yield why a folder cannot take the checkpoint.
+
+    :param source: the folder of the dense model, if it is one
+    :param is_new: whether ``out`` must be new or empty
+    """
     out = out.resolve()
     if source is not None and (source / "config.json").is_file():
         source = source.resolve()
@@ -27,7 +33,14 @@ def unfit_folder(out: Path, source: Path | None) -> Iterator[str]:
                 f"{out} {where} the folder of the dense model, {source}: name a folder "
                 "outside of it"
             )
+            return
     parent = _nearest(out)
+    try:
+        if is_new or out.is_file():
+            refuse_occupied(out)
+    except OSError as error:
+        yield str(error)
+        return
     if not parent.is_dir():
         yield f"cannot write to {out}: {parent} is no folder; name another"
     elif not os.access(parent, os.W_OK | os.X_OK):

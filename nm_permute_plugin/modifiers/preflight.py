@@ -7,7 +7,7 @@ What is certain to fail is found here, all of it at once, and not after hours of
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from llmcompressor.modifiers import Modifier
 from llmcompressor.recipe import Recipe
 from torch import nn
 
-from nm_permute_plugin.checkpoint.transaction import is_unfinished, refuse_occupied
+from nm_permute_plugin.checkpoint.transaction import is_unfinished
 from nm_permute_plugin.modifiers.disk import (
     bytes_of_a_save,
     no_room,
@@ -46,6 +46,7 @@ class Look:
     :param samples: rows of calibration text at most, or images
     :param out: the folder of the checkpoint
     :param source: the folder of the dense model
+    :param is_new: whether ``out`` must be new or empty
     """
 
     ours: Modifier
@@ -54,6 +55,7 @@ class Look:
     samples: int | None = None
     out: Path | None = None
     source: Path | None = None
+    is_new: bool = False
 
     def findings(self) -> list[str]:
         """Everything that is certain to fail, each in one line with its remedy."""
@@ -66,7 +68,7 @@ class Look:
         if self.samples is not None:
             found += too_few(self.samples, settings)
         if self.out is not None:
-            found += unfit_folder(self.out, self.source)
+            found += unfit_folder(self.out, self.source, self.is_new)
             if self.model is not None:
                 parts = (self.model, settings, self.ours, self.modifiers)
                 found += no_room(self.out, *bytes_of_a_save(*parts))
@@ -117,33 +119,30 @@ def refuse_many_processes() -> None:
 
 
 def look_before_loading(
-    model: nn.Module, source: str | Path, recipe: Path, out: Path, samples: int
+    empty_model: Callable[[], nn.Module],
+    source: str | Path,
+    recipe: Path,
+    out: Path,
+    samples: int,
 ) -> None:
     """
     Refuse a run of the command that is certain to fail, before its weights are read.
 
-    :param model: the model on the device meta
+    :param empty_model: makes the model on the device meta
     :param source: its folder, or its name on the hub
     :param out: the resolved folder of the checkpoint, which must be new or empty
     :param samples: rows of calibration text, or images
     :raises ValueError: with every finding in a line of its own
-    :raises OSError: if the only finding is that ``out`` is occupied
     """
     refuse_many_processes()
     modifiers = Recipe.create_instance(read_recipe(recipe)).modifiers
+    model = empty_model()
     # Packed experts become linears when oneshot unpacks them; the modifier sees them.
     whole = None if get_non_linearized_moes(model) else model
     for ours in modifiers:
         if isinstance(ours, PermutationFields):
-            look = Look(ours, modifiers, whole, samples, out, Path(source))
-            found = look.findings()
-            try:
-                refuse_occupied(out)
-            except OSError as error:
-                if not found:
-                    raise
-                found.insert(0, str(error))
-            refuse(found)
+            place = (out, Path(source), True)
+            Look(ours, modifiers, whole, samples, *place).refuse()
 
 
 def look_of(ours: Modifier, modifiers: Sequence[Modifier], state: Any) -> Look:
@@ -203,8 +202,8 @@ def too_few(samples: int, settings: Settings) -> Iterator[str]:
     """Yield what a number of samples is too small for."""
     if samples < 2:
         yield (
-            f"there is {samples} row of calibration data, and at least 2 are needed, one "
-            "to train on and one for validation: give more, or shorter rows"
+            f"the calibration data has {samples} row; at least 2 are needed, one to train "
+            "on and one for validation: give more, or shorter rows"
         )
         return
     judges = min(max(1, round(settings.validation.share * samples)), samples - 1)

@@ -32,7 +32,7 @@ def read_recipe(path: Path) -> str:
     text = path.read_text()
     try:
         document = yaml.load(text, _UniqueKeys)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         said = " ".join(str(error).split())
         raise ValueError(f"recipe {path} is no YAML: {said}") from error
     if not isinstance(document, dict):

@@ -20,7 +20,7 @@ def read_spec(file: Path) -> Mapping[str, str]:
         )
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is no YAML: {error}".replace("\n", " ")) from error
     if not isinstance(content, dict) or not content:
         raise ValueError(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from commands import assert_one_error, listing, nm_permute, prune
+from helpers import modifier, ours, quantize
 from transformers import AutoModelForCausalLM
 
 from nm_permute_plugin.cli.demo import METHODS, Budget, run_demo
@@ -102,8 +103,45 @@ def test_a_folder_of_text_is_one_error(ready: list[str], tmp_path: Path) -> None
 def test_a_folder_that_is_not_empty_is_one_error(
     ready: list[str], tmp_path: Path, text_file: Path
 ) -> None:
-    result = prune(tmp_path, "--text", text_file, out=tmp_path / "dense")
-    assert_one_error(result, "dense exists and is not an empty folder")
+    result = prune(tmp_path, "--text", text_file, out=tmp_path)
+    assert_one_error(result, "exists and is not an empty folder")
+    assert listing(tmp_path) == ready
+
+
+@pytest.mark.parametrize(
+    ("out", "words"), [("dense", "is the"), ("dense/sparse", "lies inside of the")]
+)
+def test_the_folder_of_the_model_is_one_error(
+    ready: list[str], tmp_path: Path, text_file: Path, out: str, words: str
+) -> None:
+    result = prune(tmp_path, "--text", text_file, out=tmp_path / out)
+    assert_one_error(result, f"{words} folder of the dense model")
+    assert listing(tmp_path) == ready
+
+
+def test_all_that_must_fail_is_told_at_once_before_weights_are_read(
+    ready: list[str], tmp_path: Path, recipe: Path, text_file: Path
+) -> None:
+    (tmp_path / "dense" / "model.safetensors").write_bytes(b"not read")
+    recipe.write_text(
+        ours(batch_size=64)
+        + quantize("W4A16")
+        + modifier("rotation", "QuIPModifier", ignore=["lm_head"])
+    )
+    result = prune(tmp_path, "--text", text_file, out=tmp_path)
+    assert_one_error(result, "4 things would make this run fail:")
+    lines = [line for line in result.stderr.splitlines() if line.startswith("- ")]
+    words = ["QuIPModifier", "groups of 128", "batch_size: 64", "not an empty folder"]
+    assert len(lines) == 4
+    assert all(word in line for word, line in zip(words, lines, strict=True))
+
+
+def test_several_processes_are_one_error(
+    ready: list[str], tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = prune(tmp_path, "--text", text_file)
+    assert_one_error(result, "2 processes.*without torchrun")
     assert listing(tmp_path) == ready
 
 
