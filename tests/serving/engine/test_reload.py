@@ -57,6 +57,11 @@ def test_what_is_loaded_over_random_weights_is_served(
     environment = {"STAND_IN": stand_in}
     found = said(run_engine, tmp_path / "said.json", folders, "sparse", **environment)
     for name in ("first", "other", "again"):
-        assert found[name] == dense[name], name
-    assert dense["first"] == dense["again"] != dense["other"]
-    assert found["dummy"] != found["first"]
+        (tokens, logprobs), (expected, dense_logprobs) = found[name], dense[name]
+        assert tokens == expected, name
+        # the stand-in is not vLLM's own product on every CPU
+        near = pytest.approx(dense_logprobs, abs=0.01) if stand_in else dense_logprobs
+        assert logprobs == near, name
+    for engine in (found, dense):
+        assert engine["first"] == engine["again"] != engine["other"]
+        assert engine["dummy"] != engine["first"]
