@@ -129,7 +129,7 @@ def _verify(
         try:
             declared = declared_sparse(checkpoint, sparsity)
         except ValueError as error:
-            return Report((), (Fault("config.json", "sparsity_config", str(error)),))
+            return [], [Fault("config.json", "sparsity_config", str(error))]
     transposed = set(recorded.transposed if recorded else ())
     promised = declared | set(recorded.modules if recorded else ())
     faults = []

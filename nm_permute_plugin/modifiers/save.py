@@ -23,7 +23,8 @@ def after_save(
     refuses the checkpoint, ``folder`` holds what it held before.
 
     :param source: the model's own folder, whose other files are taken along
-    :raises ValueError: on saving, for ``push_to_hub``: it would upload what is unfinished
+    :raises ValueError: on saving, for ``push_to_hub``: it would upload what is unfinished;
+        from ``model.push_to_hub``, which would upload another card
     """
     save: Callable[..., None] = model.save_pretrained
 
@@ -31,6 +32,13 @@ def after_save(
     def save_and_finish(save_directory: str | Path, **kwargs: object) -> None:
         save_checkpoint(model, save_directory, finish, save, source, **kwargs)
 
+    def refuse_push(*_: object, **__: object) -> None:
+        raise ValueError(
+            "model.push_to_hub would replace the checkpoint's README.md by an empty card; "
+            "save the model, then upload the folder: hf upload REPOSITORY FOLDER"
+        )
+
+    model.push_to_hub = refuse_push
     # llm-compressor wraps every save_pretrained that does not say it has been wrapped.
     save_and_finish.__dict__["_overridden"] = True
     model.save_pretrained = save_and_finish

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's linear method for a 2:4 weight: it wraps vLLM's own method of the layer."""
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -63,6 +65,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         self.mode = mode
         self.report = report
         self.product: Product | None = None
+        self.scale_dtype: torch.dtype | None = None
         self.is_loaded = False
         self.is_dummy = False
 
@@ -151,6 +154,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         self.product = product_of(linear, layer)
         self._drop_weight(layer)
         scale = getattr(layer, "weight_scale", None)
+        self.scale_dtype = None if scale is None else scale.dtype
         scales = "no scales" if scale is None else f"scales in {scale.dtype}"
         self.compiled_for.append(f"{self.name} {linear.signature}, {scales}")
 
@@ -168,13 +172,19 @@ class Sparse24LinearMethod(LinearMethodBase):
             return
         linear = self._prepare(layer)
         if isinstance(linear, str):
-            raise ValueError(
-                f"{self.name} is served sparse, and the weights that are loaded now cannot "
-                f"be: {linear}. Start an engine with them instead."
-            )
+            self._refuse(linear)
         product_of(linear, layer)  # brings the scales into shape
+        scale, kept = getattr(layer, "weight_scale", None), self.scale_dtype
+        if scale is not None and kept and scale.dtype.itemsize > kept.itemsize:
+            self._refuse(f"{kept} holds the first ones' scales, not theirs")
         self.product.linear.refill(linear)
         self._drop_weight(layer)
+
+    def _refuse(self, reason: str) -> NoReturn:
+        raise ValueError(
+            f"{self.name} is served sparse, and the weights that are loaded now cannot be: "
+            f"{reason}. Start an engine with them instead."
+        )
 
     def _drop_weight(self, layer: LinearBase) -> None:
         """Free the dense weight, which is packed elsewhere."""
@@ -187,9 +197,10 @@ class Sparse24LinearMethod(LinearMethodBase):
             if 2 * layer.compressed.shape[1] % 8:
                 bits[:, -1] &= 0x0F
             return
-        weight = layer.weight.data
-        groups = weight.view(WORDS[weight.dtype]).view(len(weight), -1, 4)
-        groups[:, :, 2:] = 0
+        weight = getattr(layer, "weight", None)
+        if weight is not None and weight.dtype in WORDS and weight.shape[1] % 4 == 0:
+            words = weight.data.view(WORDS[weight.dtype])
+            words.view(len(words), -1, 4)[:, :, 2:] = 0
 
     def _unpack(self, layer: LinearBase) -> None:
         """Replace the stored tensors by the dense weight."""

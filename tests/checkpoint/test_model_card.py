@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from checkpoint_files import MakeDense
+from huggingface_hub import ModelCard
 
 from nm_permute_plugin.checkpoint.directory import open_checkpoint
 from nm_permute_plugin.checkpoint.model_card import (
@@ -47,6 +48,29 @@ def sparse(tmp_path: Path, make_dense: MakeDense) -> tuple[Path, tuple[str, ...]
     (dense / "recipe.yaml").write_text("prune_stage: {}\n")
     done = convert(dense, tmp_path / "sparse", "sparse-24-bitmask")
     return tmp_path / "sparse", done.compressed
+
+
+def test_the_hubs_own_library_reads_the_front_matter(sparse) -> None:
+    path, modules = sparse
+    make_card(path, "sparse-24-bitmask", modules)
+    data = ModelCard.load(path / "README.md").data
+    assert data.base_model == 'some/"model"'
+    assert data.library_name == "transformers"
+    assert data.pipeline_tag == "text-generation"
+    assert {"nm-permute-plugin", "2of4"} <= set(data.tags)
+
+
+@pytest.mark.parametrize("pruned", [True, False])
+def test_a_card_says_how_to_train_what_is_pruned(sparse, pruned: bool) -> None:
+    path, modules = sparse
+    text = make_card(path, "sparse-24-bitmask", modules if pruned else ())
+    assert ("keep_masks(model)" in text) == pruned
+
+
+def test_a_card_of_weights_that_changed_later_says_so(sparse) -> None:
+    path, modules = sparse
+    text = make_card(path, "sparse-24-bitmask", modules, changed_later=True)
+    assert "In a later session the kept weights were trained further" in text
 
 
 def test_the_card_of_a_sparse_checkpoint(sparse) -> None:

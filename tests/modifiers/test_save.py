@@ -170,3 +170,5 @@ def test_an_upload_of_what_is_unfinished_is_refused(
     with pytest.raises(ValueError, match="save it, then upload"):
         model.save_pretrained(tmp_path / "out", push_to_hub=True)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="hf upload REPOSITORY FOLDER"):
+        model.push_to_hub("somebody/model")

@@ -99,7 +99,8 @@ def layer_works(dtype: torch.dtype) -> None:
     """A layer, prepared once: exact as it is, compiled and captured."""
     weight = sparse_weight(*LAYER, dtype, device="cuda")
     layer = prepared(weight, "auto")
-    for check in (layer_is_exact, layer_is_captured, layer_compiles):
+    checks = (layer_is_exact, layer_is_captured, layer_compiles, layer_is_refilled)
+    for check in checks:
         try:
             check(layer, weight)
         except Exception as wrong:
@@ -170,6 +171,28 @@ def layer_is_captured(layer: SparseLinear, weight: torch.Tensor) -> None:
         wrong = error(out, expected)
         if not wrong <= BOUND:
             raise AssertionError(f"off by {wrong:.3g} for {tokens} tokens")
+
+
+def layer_is_refilled(layer: SparseLinear, weight: torch.Tensor) -> None:
+    """A captured CUDA graph computes with the weight that was filled in since."""
+    other = weight.view(torch.uint8).flip(0).contiguous().view(weight.dtype)
+    x = random_tokens(weight, 13)
+    scales = scales_for(weight, 13) if weight.dtype in DTYPES_8 else None
+
+    def call() -> torch.Tensor:
+        return layer(x) if scales is None else layer.scaled_mm(x, *scales)
+
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    layer.refill(SparseLinear(other, layer.table_name))
+    graph.replay()
+    torch.cuda.synchronize()
+    wrong = error(out, exact(other, x, scales))
+    if not wrong <= BOUND:
+        raise AssertionError(f"off by {wrong:.3g} after another weight was filled in")
 
 
 def kernel_table_is_kept() -> None:

@@ -37,6 +37,19 @@ def dense_table() -> Iterator[str]:
     del TABLES["dense"]
 
 
+def test_another_weight_is_filled_in_where_the_first_was(dense_table: str) -> None:
+    first, other = (
+        sparse_weight(16, 32, torch.bfloat16) * factor for factor in (1.0, 2.0)
+    )
+    layer = SparseLinear(first, dense_table)
+    places = [packed.data_ptr() for packed in layer.packed]
+    x = random_tokens(first, 3)
+    before = layer(x)
+    layer.refill(SparseLinear(other, dense_table))
+    assert [packed.data_ptr() for packed in layer.packed] == places
+    assert torch.equal(layer(x), 2 * before)
+
+
 def test_without_a_gpu_the_reason_is_given() -> None:
     weight = sparse_weight(32, 128, torch.bfloat16)
     reason = SparseLinear.prepare(weight, "auto")

@@ -57,6 +57,14 @@ def test_what_is_loaded_over_random_weights_is_served(
     environment = {"STAND_IN": stand_in}
     found = said(run_engine, tmp_path / "said.json", folders, "sparse", **environment)
     for name in ("first", "other", "again"):
-        assert found[name] == dense[name], name
-    assert dense["first"] == dense["again"] != dense["other"]
-    assert found["dummy"] != found["first"]
+        (tokens, logprobs), (expected, dense_logprobs) = found[name], dense[name]
+        if (
+            stand_in
+        ):  # it rounds another way: words that are as likely may change places
+            assert tokens[0] == expected[0], name
+            assert logprobs[0] == pytest.approx(dense_logprobs[0], abs=0.01), name
+        else:
+            assert found[name] == dense[name], name
+    for engine in (found, dense):
+        assert engine["first"] == engine["again"] != engine["other"]
+        assert engine["dummy"] != engine["first"]
