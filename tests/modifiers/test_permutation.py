@@ -179,10 +179,16 @@ def test_a_spec_from_yaml_makes_an_architecture_known(
 
 
 MATCHES = {
-    "a target": ({"targets": ["re:nothing"]}, "target 're:nothing' matches no module"),
-    "a second target": ({"targets": ["Linear", "Conv9d"]}, "target 'Conv9d'"),
-    "an ignore": ({"ignore": ["lm_haed"]}, "ignore pattern 'lm_haed' matches no"),
-    "a second ignore": ({"ignore": ["lm_head", "re:x$"]}, "ignore pattern 're:x\\$'"),
+    "a target": ({"targets": ["re:nothing"]}, "'re:nothing' matches no module"),
+    "a second target": (
+        {"targets": ["Linear", "Conv9d"]},
+        "`targets`: 'Conv9d' ",
+    ),
+    "an ignore": ({"ignore": ["lm_haed"]}, "'lm_haed' matches no.*'lm_head'"),
+    "a second ignore": (
+        {"ignore": ["lm_head", "re:x$"]},
+        "`ignore`: 're:x\\$' matches no",
+    ),
     "no linear": ({"targets": ["re:.*embed.*"]}, "embed_tokens is a Embedding; only"),
     "all ignored": ({"ignore": ["Linear"]}, "takes away all that `targets`"),
     "a pattern too wide": ({"mask_structure": "2:16"}, "M=16"),
