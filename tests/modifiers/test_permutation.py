@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from helpers import ours, wanda
 from llmcompressor.core import active_session
 from transformers import AutoModelForCausalLM, OlmoConfig, OlmoForCausalLM
@@ -161,19 +162,23 @@ def olmo(tiny_checkpoint) -> Path:
 
 
 def test_an_unknown_architecture_is_refused(olmo: Path, run_oneshot) -> None:
-    with pytest.raises(NotImplementedError, match="OlmoForCausalLM.*`spec:`"):
+    with pytest.raises(NotImplementedError, match="OlmoForCausalLM.*`spec: FILE`"):
         run_oneshot(olmo, SEARCH)
 
 
+@pytest.mark.parametrize("in_a_file", [False, True], ids=["lines", "file"])
 def test_a_spec_from_yaml_makes_an_architecture_known(
-    olmo: Path, run_oneshot, assert_exactly
+    olmo: Path, run_oneshot, assert_exactly, tmp_path: Path, in_a_file: bool
 ) -> None:
     spec = {
         line: words
         for line, words in LLAMA.items()
         if "norm" not in line and not line.endswith("?")
     }
-    model = run_oneshot(olmo, ours(method="search", spec=spec))
+    file = tmp_path / "spec.yaml"
+    file.write_text(yaml.safe_dump(spec))
+    given = str(file) if in_a_file else spec
+    model = run_oneshot(olmo, ours(method="search", spec=given))
     assert type(model).__name__ == "OlmoForCausalLM"
     assert_exactly(model)
 
