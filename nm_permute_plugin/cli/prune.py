@@ -85,7 +85,10 @@ def _outcome(out: Path) -> str:
 
     report: dict[str, Any] = read_record(out)[1]
     before, after = report["retained"]
-    said = f"{after:.1%} of the {report['modifier']['score']} score kept"
+    score = report["modifier"]["score"]
+    if not report["modifier"]["prune"]:
+        return f"a mask by {score} keeps {before:.1%} -> {after:.1%} of the score"
+    said = f"{after:.1%} of the {score} score kept"
     if report["modifier"]["method"] != "identity":
         said += f" ({before:.1%} without a permutation)"
     losses = [entry["validation"] for entry in report["history"]]

@@ -44,8 +44,9 @@ def read_recipe(path: Path) -> str:
         parsed = [type(m).__name__ for m in Recipe.create_instance(text).modifiers]
     except ValidationError as error:
         name = error.title
-        if name != OURS:  # which says by itself what to write
-            error = with_remedies(error, _known_modifiers()[name])
+        theirs = _known_modifiers().get(name)
+        if theirs is not None and name != OURS:  # ours says by itself what to write
+            error = with_remedies(error, theirs)
         raise ValueError(f"recipe {path}: {name}: {one_line(error)}") from error
     dropped = sorted(Counter(written) - Counter(parsed))
     if dropped:

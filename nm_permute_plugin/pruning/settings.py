@@ -6,15 +6,11 @@ Everything that can be said of a run: the fields of a recipe, with their default
 setting that nothing would read is refused, so none is ignored in silence.
 """
 
-import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
@@ -26,18 +22,13 @@ from nm_permute_plugin.checkpoint.config import AskedFormat
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.scores import ScoreName
 from nm_permute_plugin.pruning.setting_errors import with_remedies
-from nm_permute_plugin.specs.spec_file import read_spec
+from nm_permute_plugin.pruning.setting_types import LIST, Names, PatternText, SpecLines
 
 Method = Literal["learned", "search", "identity"]
 Objective = Literal["end_to_end", "layer_wise"]
 Family = Literal["residual", "hidden", "value"]
 LearnStage = Literal["multipliers", "swaps", "soft", "straight_through"]
 RecoverStage = Literal["rescale", "blocks", "end_to_end"]
-
-
-def _listed(value: object) -> object:
-    """A single word where a list is meant is a list of one."""
-    return (value,) if isinstance(value, str) else value
 
 
 def _refuse_unread(of: BaseModel, name: str, place: str, because: str) -> None:
@@ -47,46 +38,6 @@ def _refuse_unread(of: BaseModel, name: str, place: str, because: str) -> None:
         raise ValueError(
             f"{place}{name} is set, and nothing reads it with {because}; leave it out"
         )
-
-
-def _in_quotes(value: object) -> object:
-    """Tell that YAML reads 2:4 without quotes as hours and minutes: the number 124."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        n, m = divmod(value, 60)
-        wanted = f"{n}:{m}" if 0 < n < m else "2:4"
-        raise ValueError(
-            f'write it in quotes, mask_structure: "{wanted}"; without them YAML reads the '
-            f"number {value}"
-        )
-    return value
-
-
-def _pattern(value: str) -> str:
-    """Refuse what is no pattern by itself, before any other field is compared with it."""
-    return str(NMPattern.parse(value))
-
-
-def _read_file(value: object) -> object:
-    """A path stands for the lines of the YAML file that it names."""
-    return read_spec(Path(value)) if isinstance(value, str | Path) else value
-
-
-def _readable(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Refuse a pattern that is no regular expression."""
-    for name in names:
-        try:
-            re.compile(name.removeprefix("re:") if name.startswith("re:") else "")
-        except re.error as error:
-            raise ValueError(
-                f"{name!r} is no regular expression: {error}; write a backslash before a "
-                "sign that stands for itself"
-            ) from error
-    return names
-
-
-# Recipes are YAML, which knows lists and no tuples.
-_LIST = (BeforeValidator(_listed), PlainSerializer(list))
-Names = Annotated[tuple[str, ...], *_LIST, AfterValidator(_readable)]
 
 
 class Frozen(BaseModel):
@@ -269,7 +220,7 @@ class LearnSettings(Frozen):
     :param published: how the stages ``soft`` and ``straight_through`` learn
     """
 
-    stages: Annotated[tuple[LearnStage, ...], *_LIST] = Field(
+    stages: Annotated[tuple[LearnStage, ...], *LIST] = Field(
         default=("multipliers",), min_length=1
     )
     steps: (
@@ -357,7 +308,7 @@ class RecoverSettings(Frozen):
     :param end_to_end: how the stage ``end_to_end`` trains
     """
 
-    stages: Annotated[tuple[RecoverStage, ...], *_LIST] = ()
+    stages: Annotated[tuple[RecoverStage, ...], *LIST] = ()
     blocks: BlockSettings = BlockSettings()
     end_to_end: DistillSettings = DistillSettings()
 
@@ -446,19 +397,17 @@ class Settings(Frozen):
         ``end_to_end``
     """
 
-    mask_structure: Annotated[
-        str, BeforeValidator(_in_quotes), AfterValidator(_pattern)
-    ] = "2:4"
+    mask_structure: PatternText = "2:4"
     score: ScoreName = "wanda"
     method: Method = "learned"
-    spaces: Annotated[tuple[Family, ...], *_LIST] = Field(
+    spaces: Annotated[tuple[Family, ...], *LIST] = Field(
         default=("residual", "hidden", "value"), min_length=1
     )
     targets: Names = Field(default=("Linear",), min_length=1)
     ignore: Names = ("lm_head",)
     prune: bool = True
     format: AskedFormat = "auto"
-    spec: Annotated[dict[str, str] | None, BeforeValidator(_read_file)] = None
+    spec: SpecLines = None
     objective: Objective = "end_to_end"
     batch_size: int = Field(default=8, ge=1)
     seed: int = 0

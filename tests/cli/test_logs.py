@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from nm_permute_plugin.checkpoint.record import write_record
 from nm_permute_plugin.cli.logs import MISLEADING
+from nm_permute_plugin.cli.prune import _outcome
 
 
 def run(folder: Path, *words: object) -> "subprocess.CompletedProcess[str]":
@@ -32,6 +34,33 @@ OUTCOME = (
     r"\((\d+\.\d)% without a permutation\), validation loss (\d\.\d+) -> (\d\.\d+); next: "
     r"nm-permute evaluate out --text TEST\.txt --dense dense\n"
 )
+
+
+def outcome(folder: Path, **report: object) -> str:
+    modifier = {"score": "wanda", "method": "learned", "prune": True}
+    stored = {"retained": [0.75, 0.8], "history": [], "recovered": [], **report}
+    stored["modifier"] = modifier | report.get("modifier", {})
+    write_record(folder, {}, stored)
+    return _outcome(folder)
+
+
+def test_the_outcome_says_what_is_kept_and_lost(tmp_path: Path) -> None:
+    kept = "80.0% of the wanda score kept"
+    history = [{"validation": 0.5}, {"validation": 0.25}, {"validation": 0.3}]
+    without = " (75.0% without a permutation)"
+    assert outcome(tmp_path) == kept + without
+    assert outcome(tmp_path, modifier={"method": "identity"}) == kept
+    learned = outcome(tmp_path, history=history)
+    assert learned == f"{kept}{without}, validation loss 0.500 -> 0.250"
+    stages = [
+        {"validation": [0.25, 0.2], "kept": True},
+        {"validation": [0.2, 0.1], "kept": False},
+    ]
+    recovered = outcome(tmp_path, history=history, recovered=stages)
+    assert recovered == f"{kept}{without}, validation loss 0.500 -> 0.200"
+    # Another modifier prunes, by a score of its own.
+    folded = outcome(tmp_path, modifier={"prune": False})
+    assert folded == "a mask by wanda keeps 75.0% -> 80.0% of the score"
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from helpers import ours, wanda
 from llmcompressor.core import active_session
 from transformers import AutoModelForCausalLM, OlmoConfig, OlmoForCausalLM
@@ -161,28 +162,38 @@ def olmo(tiny_checkpoint) -> Path:
 
 
 def test_an_unknown_architecture_is_refused(olmo: Path, run_oneshot) -> None:
-    with pytest.raises(NotImplementedError, match="OlmoForCausalLM.*`spec:`"):
+    with pytest.raises(NotImplementedError, match="OlmoForCausalLM.*`spec: FILE`"):
         run_oneshot(olmo, SEARCH)
 
 
+@pytest.mark.parametrize("in_a_file", [False, True], ids=["lines", "file"])
 def test_a_spec_from_yaml_makes_an_architecture_known(
-    olmo: Path, run_oneshot, assert_exactly
+    olmo: Path, run_oneshot, assert_exactly, tmp_path: Path, in_a_file: bool
 ) -> None:
     spec = {
         line: words
         for line, words in LLAMA.items()
         if "norm" not in line and not line.endswith("?")
     }
-    model = run_oneshot(olmo, ours(method="search", spec=spec))
+    file = tmp_path / "spec.yaml"
+    file.write_text(yaml.safe_dump(spec))
+    given = str(file) if in_a_file else spec
+    model = run_oneshot(olmo, ours(method="search", spec=given))
     assert type(model).__name__ == "OlmoForCausalLM"
     assert_exactly(model)
 
 
 MATCHES = {
-    "a target": ({"targets": ["re:nothing"]}, "target 're:nothing' matches no module"),
-    "a second target": ({"targets": ["Linear", "Conv9d"]}, "target 'Conv9d'"),
-    "an ignore": ({"ignore": ["lm_haed"]}, "ignore pattern 'lm_haed' matches no"),
-    "a second ignore": ({"ignore": ["lm_head", "re:x$"]}, "ignore pattern 're:x\\$'"),
+    "a target": ({"targets": ["re:nothing"]}, "'re:nothing' matches no module"),
+    "a second target": (
+        {"targets": ["Linear", "Conv9d"]},
+        "`targets`: 'Conv9d' ",
+    ),
+    "an ignore": ({"ignore": ["lm_haed"]}, "'lm_haed' matches no.*'lm_head'"),
+    "a second ignore": (
+        {"ignore": ["lm_head", "re:x$"]},
+        "`ignore`: 're:x\\$' matches no",
+    ),
     "no linear": ({"targets": ["re:.*embed.*"]}, "embed_tokens is a Embedding; only"),
     "all ignored": ({"ignore": ["Linear"]}, "takes away all that `targets`"),
     "a pattern too wide": ({"mask_structure": "2:16"}, "M=16"),
