@@ -109,13 +109,13 @@ def test_a_folder_that_is_not_empty_is_one_error(
 
 
 @pytest.mark.parametrize(
-    ("out", "words"), [("dense", "is the"), ("dense/sparse", "lies inside of the")]
+    ("out", "said"), [("dense", "is the"), ("dense/sparse", "lies inside of the")]
 )
 def test_the_folder_of_the_model_is_one_error(
-    ready: list[str], tmp_path: Path, text_file: Path, out: str, words: str
+    ready: list[str], tmp_path: Path, text_file: Path, out: str, said: str
 ) -> None:
     result = prune(tmp_path, "--text", text_file, out=tmp_path / out)
-    assert_one_error(result, f"{words} folder of the dense model")
+    assert_one_error(result, f"{said} folder of the dense model")
     assert listing(tmp_path) == ready
 
 
