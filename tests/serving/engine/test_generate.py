@@ -52,10 +52,7 @@ def test_without_a_gpu_one_warning_names_layers_and_reason(said) -> None:
     # of the experts' model the attention is sparse, two layers in each of four
     assert sorted(counts) == sorted(["16 of 16"] * 9 + ["8 of 8"])
     for warning in warnings:
-        assert re.search(
-            r"model\.layers\.0\.(self_attn\.qkv_proj|attention\.query_key_value)",
-            warning,
-        )
+        assert re.search(r"from model\.layers\.0\.(self_attn|attention)\.", warning)
         assert "no CUDA device" in warning
 
 
