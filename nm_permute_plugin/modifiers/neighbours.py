@@ -123,11 +123,13 @@ def _after(other: Modifier, pruned: bool, settings: Settings) -> str | None:
 def unfit_groups(
     ours: Modifier, modifiers: Iterable[Modifier], model: nn.Module
 ) -> Iterator[str]:
-    """Yield quantization in groups that do not divide the width of a linear."""
+    """Yield quantization that means no linear, or groups that do not divide a width."""
     for other in modifiers:
         if other is ours or not is_kind(other, _QUANTIZES):
             continue
         for weights, modules in _weight_groups(other, model):
+            if not modules:
+                yield _means_nothing(other, model)
             size = weights.group_size
             if QuantizationStrategy(weights.strategy) not in _GROUPED or not size:
                 continue
@@ -142,6 +144,17 @@ def unfit_groups(
                     "take a scheme without groups (W8A8, FP8_DYNAMIC), or add them to "
                     "its `ignore`"
                 )
+
+
+def _means_nothing(other: Any, model: nn.Module) -> str:
+    kinds = {type(module).__name__ for module in model.modules() if is_linear(module)}
+    schemes = other.resolved_config.config_groups.values()
+    targets = sorted({target for scheme in schemes for target in scheme.targets})
+    return (
+        f"{type(other).__name__} with targets {', '.join(targets)} means no linear of "
+        f"this model and would quantize nothing: its linears are of class "
+        f"{', '.join(sorted(kinds))}; name that class in its `targets`"
+    )
 
 
 def weight_bits(

@@ -57,6 +57,10 @@ REFUSED = {
         r"groups of 128 weights, which the 32 input channels of model\.layers\.0\.self_"
         r"attn\.q_proj \(and \d+ more\)",
     ),
+    "a class that the model does not have": (
+        OURS + quantize("FP8_DYNAMIC", targets=["FalconLinear"]),
+        "targets FalconLinear means no linear .* are of class Linear; name that class",
+    ),
     "groups that leave a rest": (OURS + grouped(24), "groups of 24 weights"),
     "GPTQ after": (OURS + GPTQ, f"GPTQModifier after Lear.* {TWO_BY_FOUR}"),
     "GPTQ after Wanda": (
