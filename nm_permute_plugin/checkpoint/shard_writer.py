@@ -20,12 +20,11 @@ from nm_permute_plugin.checkpoint.shards import (
     CHECKSUMS,
     NAMES,
     TOGETHER,
+    UNTIED,
     Layout,
     checksum_seed,
     open_shard,
 )
-
-_UNTIED = "0" * 64  # stands in a file's header until all files are written
 
 
 class ShardWriter:
@@ -109,7 +108,7 @@ class ShardWriter:
     def _header(self) -> bytes:
         """Makes the header, which is as long before the checksums are known as after."""
         sums = {name: f"{self._sums.get(name, 0):08x}" for name in self._layouts}
-        metadata = {**self._metadata, TOGETHER: _UNTIED, CHECKSUMS: json.dumps(sums)}
+        metadata = {**self._metadata, TOGETHER: UNTIED, CHECKSUMS: json.dumps(sums)}
         entries = {
             name: {
                 "dtype": NAMES[layout.dtype],
@@ -135,6 +134,6 @@ def tie(paths: Sequence[Path]) -> None:
     entry = f'"{TOGETHER}": "'.encode()
     for shard in shards:
         with shard.path.open("r+b") as file:
-            at = file.read(shard.data).index(entry + _UNTIED.encode()) + len(entry)
+            at = file.read(shard.data).index(entry + UNTIED.encode()) + len(entry)
             file.seek(at)
             file.write(digest.encode())

@@ -24,6 +24,9 @@ TOGETHER = "nm_permute.checkpoint"
 """Names the entry that holds the digest of all tensors of the whole checkpoint: files of
 different runs differ in it."""
 
+UNTIED = "0" * 64
+"""Stands in a file's header until all files of its checkpoint are written."""
+
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -196,12 +199,18 @@ def refuse_mixture(shards: Sequence[Shard]) -> None:
     :raises DamagedError: for a file that is of another run than the first
     """
     for shard in shards[1:]:
-        if shard.metadata.get(TOGETHER) != shards[0].metadata.get(TOGETHER):
+        if _run(shard) != _run(shards[0]):
             raise DamagedError(
                 shard.path,
                 f"was not written together with {shards[0].path.name}: the two are of "
                 "different runs. Fetch or make the whole checkpoint again.",
             )
+
+
+def _run(shard: Shard) -> str | None:
+    """Tells which files a file was written with; None where nothing says so."""
+    digest = shard.metadata.get(TOGETHER)
+    return None if digest == UNTIED else digest
 
 
 def _layout(entry: Mapping[str, object]) -> Layout:

@@ -47,21 +47,8 @@ def directory(
     """
     before = {} if was_empty else _state(target)
     fresh = unfinished(target, mark or uuid.uuid4().hex[:8])
-    clear_abandoned(target)
-    if fresh.exists():
-        raise FileExistsError(
-            f"another process writes {target} at the moment (to {fresh}); wait for it, "
-            "or name another folder"
-        )
-    lock = None
+    lock = _make(fresh, target)
     try:
-        try:
-            fresh.mkdir(parents=True)
-        except OSError as error:
-            raise OSError(
-                f"cannot write to {fresh.parent}: {error.strerror}"
-            ) from error
-        lock = _lock(fresh)
         yield fresh
         for folder, _, files in os.walk(fresh):
             for name in (*files, "."):
@@ -74,6 +61,24 @@ def directory(
         shutil.rmtree(fresh, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def _make(fresh: Path, target: Path) -> int | None:
+    """Makes and locks the new directory; returns the lock, None where there are none."""
+    try:
+        fresh.parent.mkdir(parents=True, exist_ok=True)
+        # Nobody shall find the new directory before it is locked.
+        with _one_at_a_time(fresh.parent):
+            clear_abandoned(target)
+            if not fresh.exists():
+                fresh.mkdir()
+                return _lock(fresh)
+    except OSError as error:
+        raise OSError(f"cannot write to {fresh.parent}: {error.strerror}") from error
+    raise FileExistsError(
+        f"another process writes {target} at the moment (to {fresh}); wait for it, or "
+        "name another folder"
+    )
 
 
 def clear_abandoned(target: Path) -> None:

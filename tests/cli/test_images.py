@@ -193,7 +193,8 @@ def test_folders_that_are_no_use_are_refused(
     result = nm_permute(command, dense, *rest, "--images", tmp_path / "empty")
     assert_one_error(result, "empty holds no images")
     (tmp_path / "empty" / "cat").mkdir()
-    (tmp_path / "empty" / "cat" / "bad.jpg").write_bytes(b"no picture")
+    for name in ("bad.jpg", "worse.jpg"):
+        (tmp_path / "empty" / "cat" / name).write_bytes(b"no picture")
     result = nm_permute(command, dense, *rest, "--images", tmp_path / "empty")
     assert_one_error(result, r"bad\.jpg is no image that can be read")
     assert not (tmp_path / "out").exists()

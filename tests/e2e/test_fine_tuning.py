@@ -131,8 +131,8 @@ def test_without_keep_masks_nothing_says_2of4(
     config = json.loads((tmp_path / "plain" / "config.json").read_text())
     assert "quantization_config" not in config
     assert not any(row.sparse for row in nmp.verify(tmp_path / "plain").rows)
-    done = nmp.convert(tmp_path / "plain", tmp_path / "same", "sparse-24-bitmask")
-    assert done.compressed == ()
+    with pytest.raises(ValueError, match="is not sparse: none of its matrices is 2:4"):
+        nmp.convert(tmp_path / "plain", tmp_path / "same", "sparse-24-bitmask")
     with pytest.raises(ValueError, match="no matrix of the model can be stored as 2:4"):
         nmp.save(
             AutoModelForCausalLM.from_pretrained(tmp_path / "plain"), tmp_path / "x"

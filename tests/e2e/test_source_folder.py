@@ -162,7 +162,7 @@ def test_tensors_that_would_stay_in_the_old_order_are_refused_before_the_work(
         rf"load into Qwen3ForCausalLM: .* space residual move\. Write {remedy}"
     )
     with pytest.raises(ValueError, match=said):
-        run_oneshot(further, ours(**QUICK, **fields), tmp_path / "out", [[1] * 32])
+        run_oneshot(further, ours(**QUICK, **fields), tmp_path / "out", [[1] * 32] * 12)
     assert not (tmp_path / "out").exists()
 
 
@@ -261,4 +261,4 @@ def test_a_record_of_another_model_is_refused_before_the_work(
     (tmp_path / "out" / "nm_permute").rename(other / "nm_permute")
     said = r"other/nm_permute tells of an earlier fold of 48 channels of space 'hidden"
     with pytest.raises(ValueError, match=said):
-        run_oneshot(other, ours(**QUICK), rows=[[1] * 32])
+        run_oneshot(other, ours(**QUICK), rows=[[1] * 32] * 12)

@@ -23,14 +23,14 @@ def test_sparse_and_dense_format_give_the_same_logits(
 ) -> None:
     logits = {}
     for format in ("dense", "sparse-24-bitmask"):
-        out = tmp_path / format
+        out = tmp_path / "out" / format
         run_oneshot(tiny_checkpoint(), ours(method="search", format=format) + more, out)
         model = AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
         with torch.no_grad():
             logits[format] = model(tokens, use_cache=False).logits
     assert torch.equal(logits["dense"], logits["sparse-24-bitmask"])
 
-    sparse = tmp_path / "sparse-24-bitmask"
+    sparse = tmp_path / "out" / "sparse-24-bitmask"
     config = json.loads((sparse / "config.json").read_text())["quantization_config"]
     assert config["sparsity_config"]["format"] == "sparse-24-bitmask"
     names = load_file(sparse / "model.safetensors")

@@ -19,7 +19,7 @@ FIRST = r"model\.layers\.0\.mlp\.down_proj\.weight"
 SHAPES = [
     pytest.param(
         {"intermediate_size": 50},
-        rf"{FIRST} has its input channels in runs of 50, which M=4",
+        r"mlp\.down_proj and 1 more are linears of 50 input channels, which M=4",
         id="d_ff",
     ),
     pytest.param(

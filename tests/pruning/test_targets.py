@@ -6,7 +6,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model, PreTrainedModel
 
 from nm_permute_plugin.checkpoint.config import matches
-from nm_permute_plugin.pruning.data import read_samples
+from nm_permute_plugin.pruning.reading import read_samples
 from nm_permute_plugin.pruning.targets import match_linears, transposed_of
 
 DEFAULT_IGNORE = ["lm_head"]

@@ -35,7 +35,7 @@ def computing_fast(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for name, tensor in _tensors(model):
+        for name, tensor in _tensors(model) if dtypes else ():
             if name in dtypes:
                 tensor.data = tensor.data.to(dtypes[name])
 
@@ -47,6 +47,8 @@ def to_fast_dtype(model: nn.Module) -> dict[str, torch.dtype]:
 
     :return: the dtypes that they had, by name
     """
+    if any(type(module._parameters) is not dict for module in model.modules()):
+        return {}  # offloaded: to look at its weights would fetch them
     slow = {name: t for name, t in _tensors(model) if _is_slow(t)}
     size = sum(4 * tensor.numel() for tensor in slow.values())
     if not slow or ROOM * size > psutil.virtual_memory().available:

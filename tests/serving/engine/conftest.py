@@ -36,7 +36,9 @@ from nm_permute_plugin.checkpoint.config import SparsityConfig
 from nm_permute_plugin.checkpoint.writer import convert
 from nm_permute_plugin.cli.embedded import embedded_text, write_embedded_model
 from nm_permute_plugin.cli.prune import calibration_rows, prune_checkpoint
+from nm_permute_plugin.evaluation.corpus import Corpus
 
+collect_ignore = ["scripts"]  # for the interpreter that has vLLM
 SCRIPTS = Path(__file__).parent / "scripts"
 ROOT = Path(__file__).parents[3]
 
@@ -220,7 +222,7 @@ def pruned(
         recipe = folder / f"{kind}.yaml"
         recipe.write_text(_recipe(SCHEMES.get(kind, {})))
         source = random_model(kind) if kind in RANDOM | ENCODERS else cut_model
-        rows = calibration_rows(source, [embedded_text().train], 8, 128)
+        rows = calibration_rows(source, Corpus(embedded_text().train), 8, 128)
         prune_checkpoint(source, recipe, out, rows, "cpu")
         return out
 
