@@ -94,10 +94,13 @@ def complete(port: int, prompt: str) -> dict:
 
 
 def test_the_server_answers_as_the_dense_checkpoint_does(
-    server, port: int, said
+    server, port: int, pruned, run_engine, tmp_path: Path
 ) -> None:
     choices = [complete(port, prompt) for prompt in PROMPTS]
-    expected = said["fp8-dense"]
+    dense, out = pruned("fp8", "dense"), tmp_path / "said.json"
+    done = run_engine("generate.py", out, dense)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = json.loads(out.read_text())[str(dense)]
     assert [choice["token_ids"] for choice in choices] == expected["tokens"]
     for choice, tokens, steps in zip(
         choices, expected["tokens"], expected["logprobs"], strict=True
