@@ -47,7 +47,7 @@ def to_fast_dtype(model: nn.Module) -> dict[str, torch.dtype]:
 
     :return: the dtypes that they had, by name
     """
-    if any(type(module._parameters) is not dict for module in model.modules()):
+    if any(map(_hands_out_copies, model.modules())):
         return {}  # offloaded: to look at its weights would fetch them
     slow = {name: t for name, t in _tensors(model) if _is_slow(t)}
     size = sum(4 * tensor.numel() for tensor in slow.values())
@@ -60,6 +60,13 @@ def to_fast_dtype(model: nn.Module) -> dict[str, torch.dtype]:
     for tensor in slow.values():
         tensor.data = tensor.data.float()
     return dtypes
+
+
+def _hands_out_copies(module: nn.Module) -> bool:
+    """Whether a module is offloaded, so that each look at its weights is a copy."""
+    stored = module._parameters
+    name = None if type(stored) is dict else next(iter(stored), None)
+    return name is not None and stored[name] is not stored[name]
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
