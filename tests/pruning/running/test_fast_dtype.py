@@ -5,9 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import ours
+from transformers import AutoModelForCausalLM
 
+from nm_permute_plugin.pruning import problem
 from nm_permute_plugin.pruning.running import fast_dtype
 from nm_permute_plugin.pruning.running.fast_dtype import computing_fast
+from nm_permute_plugin.pruning.statistics import input_norms
 
 
 @pytest.fixture
@@ -72,6 +76,24 @@ def test_a_whole_run_leaves_16_bit_weights(slow_cpu, tiny_model, go) -> None:
     kept = after.float() != 0
     assert float(kept.float().mean()) == 0.5
     assert torch.equal(after.float()[kept], before[kept])
+
+
+def test_oneshot_computes_in_float32_too(
+    slow_cpu, tiny_checkpoint, run_oneshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.dtype] = []
+
+    def watched(model: torch.nn.Module, *rest: object) -> object:
+        seen.append(next(model.parameters()).dtype)
+        return input_norms(model, *rest)
+
+    monkeypatch.setattr(problem, "input_norms", watched)
+    folder = tiny_checkpoint()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    pruned = run_oneshot(folder, ours(method="identity"))
+    assert seen == [torch.float32]
+    assert pruned.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
 
 
 def test_the_probe_measures_this_cpu() -> None:
