@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was measured of a checkpoint, kept beside it in ``nm_permute/evaluations.json``."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from nm_permute_plugin.checkpoint.record import FOLDER
+
+FILE = f"{FOLDER}/evaluations.json"
+
+
+class _Measured(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TextResult(_Measured):
+    """
+    Perplexity on a text, and how near the next-token distributions are to the dense model's.
+
+    :ivar text: the name of the text
+    :ivar form: how it was cut, such as "windows of 2048 tokens"
+    :ivar tokens: how many tokens were predicted
+    :ivar dense: the dense model's perplexity on the same windows
+    :ivar base: the perplexity of the checkpoint that was pruned without a permutation
+    :ivar divergence: mean KL divergence from the dense model, nats a token
+    :ivar agreement: share of the tokens whose most likely next token is the dense model's
+    :ivar flips: share of the tokens where one of the two predicts the text's next token
+        first and the other does not
+    """
+
+    text: str
+    form: str
+    tokens: int
+    perplexity: float
+    dense: float | None = None
+    base: float | None = None
+    divergence: float | None = None
+    agreement: float | None = None
+    flips: float | None = None
+
+
+class TaskResult(_Measured):
+    """
+    One metric of one task of lm-eval, 0 to 1 where the metric is an accuracy.
+
+    :ivar items: how many were asked
+    :ivar flips: share of the items that one of the two answers rightly and the other not
+    """
+
+    task: str
+    metric: str
+    value: float
+    error: float | None = None
+    items: int | None = None
+    dense: float | None = None
+    dense_error: float | None = None
+    flips: float | None = None
+
+    @property
+    def recovery(self) -> float | None:
+        """The value as a share of the dense model's."""
+        return self.value / self.dense if self.dense else None
+
+
+class Evaluations(_Measured):
+    """All that was measured of a checkpoint, the newest of each kind."""
+
+    texts: tuple[TextResult, ...] = ()
+    tasks: tuple[TaskResult, ...] = ()
+
+    def with_text(self, new: TextResult) -> "Evaluations":
+        """These results and another, in place of one of the same text and form."""
+        kept = [r for r in self.texts if (r.text, r.form) != (new.text, new.form)]
+        return self.model_copy(update={"texts": (*kept, new)})
+
+    def with_task(self, new: TaskResult) -> "Evaluations":
+        """These results and another, in place of one of the same task and metric."""
+        kept = [r for r in self.tasks if (r.task, r.metric) != (new.task, new.metric)]
+        return self.model_copy(update={"tasks": (*kept, new)})
+
+
+def read_evaluations(checkpoint: Path) -> Evaluations:
+    """
+    What was measured of a checkpoint; nothing if there is no such file.
+
+    :raises ValueError: for a file that does not hold results
+    """
+    path = checkpoint / FILE
+    if not path.exists():
+        return Evaluations()
+    try:
+        return Evaluations.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(
+            f"{path} holds no results of an evaluation ({first['msg']}); remove it, or "
+            "measure again"
+        ) from None
+
+
+def write_evaluations(checkpoint: Path, results: Evaluations) -> None:
+    """Write ``nm_permute/evaluations.json``."""
+    path = checkpoint / FILE
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(results.model_dump_json(indent=1, exclude_none=True) + "\n")
