@@ -16,7 +16,7 @@ class _Measured(BaseModel):
 
 class TextResult(_Measured):
     """
-    Perplexity on a text, and how near the next-token distributions are to the dense model's.
+    Perplexity on a text, and how near the predictions are to the dense model's.
 
     :ivar text: the name of the text
     :ivar form: how it was cut, such as "windows of 2048 tokens"
