@@ -12,6 +12,7 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from functools import partial
 from io import StringIO
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -25,6 +26,7 @@ from nm_permute_plugin.pruning.estimate.learning import learning
 from nm_permute_plugin.pruning.estimate.meter import Meter, Took, free_memory
 from nm_permute_plugin.pruning.estimate.recovery import recovery
 from nm_permute_plugin.pruning.estimate.room import DoesNotFit, Room
+from nm_permute_plugin.pruning.estimate.saving import saving
 from nm_permute_plugin.pruning.estimate.validation import Validation
 from nm_permute_plugin.pruning.folding import fold_model
 from nm_permute_plugin.pruning.problem import Problem, Solution
@@ -87,11 +89,14 @@ def estimate(
     plan: PrunePlan,
     data: Data,
     settings: Settings,
+    folder: Path | None = None,
     free: Callable[[torch.device], int] = free_memory,
 ) -> Estimate:
     """
     Measure a few steps of every stage of a run, and say what the whole will take.
 
+    :param folder: in which the checkpoint's folder will lie; some bytes are written there
+        for a moment, in a file without a name
     :param free: tells the free bytes of a device
     :raises ValueError: as ``permute_and_prune``, for what its first steps refuse
     :raises RuntimeError: if a fold changes the function of the model
@@ -102,7 +107,8 @@ def estimate(
     def probe() -> None:
         with evaluating(model), computing_fast(model):
             room = Room.of(model, plan.prunable, data, settings, meter, free)
-            _Probe(model, plan, Amounts(data, settings), meter, room, found).run()
+            amounts = Amounts(data, settings)
+            _Probe(model, plan, amounts, meter, room, found, folder).run()
 
     # Bars and lines of a log that say what was learned would speak of a few steps.
     logger.disable(__name__.partition(".")[0])
@@ -124,6 +130,7 @@ class _Probe:
     meter: Meter
     room: Room
     found: Estimate
+    folder: Path | None
 
     @property
     def settings(self) -> Settings:
@@ -132,7 +139,7 @@ class _Probe:
     def run(self) -> None:
         """Measure every stage until one does not fit."""
         try:
-            masks, teacher = self._find()
+            masks, teacher, choosing = self._find()
             if self.settings.recover.stages:
                 student = Student(self.model, masks)
                 self._stage(
@@ -140,17 +147,24 @@ class _Probe:
                     lambda: recovery(student, teacher, self.amounts, self.meter),
                 )
                 del student
-            self._stage("fold and prune", lambda: self._fold(masks, teacher))
+            self._stage("fold and prune", lambda: self._fold(masks, choosing))
+            self._stage("save", lambda: self._save(masks))
         except DoesNotFit as error:
             self.found.unfit.append(str(error))
 
-    def _find(self) -> tuple[dict[str, Tensor], Teacher]:
-        """Measure statistics, search and learning; masks of the right size."""
+    def _find(self) -> tuple[dict[str, Tensor], Teacher, Took]:
+        """
+        Measure statistics, search and learning.
+
+        :return: masks of the right size, the dense model, and the time of both masks that
+            are made, and looked at, in the end
+        """
         amounts, settings = self.amounts, self.settings
         problem = self._stage("statistics", self._statistics)
         start = problem.complete(Solution())
         if settings.method == "identity":
-            return problem.masks(start), problem.teacher
+            masks, choosing = self._masks(problem, start)
+            return masks, problem.teacher, choosing
         judge = Validation.measure(problem, start, amounts, self.meter)
         self._stage("search", lambda: self._search(problem, start, judge))
         if settings.method == "learned":
@@ -158,7 +172,15 @@ class _Probe:
             self._stage(
                 "learn", lambda: learn(problem, start, judge, amounts, self.meter)
             )
-        return problem.masks(start), problem.teacher
+        masks, choosing = self._masks(problem, start)
+        return masks, problem.teacher, choosing
+
+    def _masks(
+        self, problem: Problem, start: Solution
+    ) -> tuple[dict[str, Tensor], Took]:
+        masks, made = self.meter.took(lambda: problem.masks(start))
+        _, looked = self.meter.took(lambda: problem.retained(masks))
+        return masks, (made + looked) * 2
 
     def _stage(self, name: str, measure: Callable[[], tuple[T, Took, int]]) -> T:
         """
@@ -229,9 +251,7 @@ class _Probe:
             took += (begin + one * rounds) * share
         return None, took, max(0, tables - probed)
 
-    def _fold(
-        self, masks: dict[str, Tensor], teacher: Teacher
-    ) -> tuple[None, Took, int]:
+    def _fold(self, masks: dict[str, Tensor], choosing: Took) -> tuple[None, Took, int]:
         """Fold random permutations, unfold them, and copy what is pruned."""
         model, resolved = self.model, self.plan.resolved
         perms = {}
@@ -254,4 +274,9 @@ class _Probe:
 
         if self.settings.prune and not self.settings.recover.stages:
             took += self.meter.took(copied)[1]
+        return None, took + choosing, 0
+
+    def _save(self, masks: dict[str, Tensor]) -> tuple[None, Took, int]:
+        settings, linears = self.settings, self.plan.prunable
+        took = saving(self.model, linears, masks, settings, self.folder, self.meter)
         return None, took, 0
