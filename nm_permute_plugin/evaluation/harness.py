@@ -249,7 +249,7 @@ def _flips(
     pairs = [(mine[item], theirs[item]) for item in mine]
     if not all(_is_number(x) and x in (0, 1) for pair in pairs for x in pair):
         return None
-    return sum(a != b for a, b in pairs) / len(pairs)
+    return float(sum(a != b for a, b in pairs) / len(pairs))
 
 
 @contextmanager
