@@ -15,6 +15,7 @@ from typer import Argument, Option
 from nm_permute_plugin.cli.common import Model, find_device, one_kind
 from nm_permute_plugin.cli.logs import HostLog, nothing_misleading
 from nm_permute_plugin.evaluation.corpus import Corpus, read_corpus, spread
+from nm_permute_plugin.evaluation.data_sources import DataSource, data_source
 
 
 def prune(
@@ -34,6 +35,29 @@ def prune(
     images: Annotated[
         Path | None, Option("--images", help="Folder of images, instead of text.")
     ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        Option(
+            "--dataset",
+            metavar="FILE|FOLDER|ORG/NAME[:CONFIG][@SPLIT][=WEIGHT]",
+            help="Data to calibrate and train on, instead of --text: a file (.jsonl, "
+            ".json, .csv, .parquet, .arrow, plain text), a folder, or a data set of the "
+            "Hugging Face hub, with messages, ShareGPT's conversations or text; "
+            "repeatable: =WEIGHT says how large its share of the rows is.",
+        ),
+    ] = None,
+    text_column: Annotated[
+        str | None,
+        Option(help="Column of --dataset that holds the text or the conversations."),
+    ] = None,
+    answers_only: Annotated[
+        bool,
+        Option(
+            "--answers-only",
+            help="Count what the assistant says in conversations alone, in losses and "
+            "statistics.",
+        ),
+    ] = False,
     samples: Annotated[
         int, Option(min=2, help="Rows of calibration text, or images, at most.")
     ] = 512,
@@ -51,7 +75,7 @@ def prune(
     ] = None,
 ) -> None:
     """Prune a model as a recipe says, into a folder that is complete or not there."""
-    one_kind(text, images, "give calibration text")
+    sources = _sources(text, dataset, images, text_column, answers_only)
     corpus = read_corpus(text or [])
     if not recipe.exists():
         raise FileNotFoundError(f"{recipe} does not exist")
@@ -68,15 +92,51 @@ def prune(
     else:
         pretrained.refuse_text_for(model)
         length = pretrained.row_length(model, sequence_length, 1024)
-        rows = calibration_rows(model, corpus, samples, length)
-        minutes = prune_checkpoint(model, recipe, out, rows, where)
-        amount, test = f"{sum(map(len, rows))} tokens", ["--text", "TEST.txt"]
+        from nm_permute_plugin.evaluation.mixture import Part, mixed_rows, read_parts
+
+        if answers_only:
+            from nm_permute_plugin.pruning.reading import refuse_experts
+
+            refuse_experts(pretrained.empty_model(model))
+        parts = read_parts(sources, samples, text_column)
+        parts = parts or [Part("the calibration text", corpus, samples)]
+        rows = mixed_rows(model, parts, length, answers_only)
+        minutes = prune_checkpoint(
+            model, recipe, out, rows.ids, where, counted=rows.counted
+        )
+        amount, test = str(rows), ["--text", "TEST.txt"]
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6
     following = ["nm-permute", "evaluate", str(out), *test, "--dense", model]
     typer.echo(
         f"{out}: {amount}, {minutes:.1f} minutes, {size:,.1f} MB, {_outcome(out)}; next: "
         f"{shlex.join(following)}"
     )
+
+
+def _sources(
+    text: list[Path] | None,
+    dataset: list[str] | None,
+    images: Path | None,
+    text_column: str | None,
+    answers_only: bool,
+) -> list[DataSource]:
+    """The data sets that are asked for, where all options go together."""
+    if text and dataset:
+        raise ValueError(
+            "--text and --dataset are two ways to say what to calibrate on; give files of "
+            "text as --dataset FILE.txt beside others"
+        )
+    if dataset and images is not None:
+        raise ValueError(
+            "--dataset and --images are for different models; give one of them"
+        )
+    if text_column is not None and not dataset:
+        raise ValueError("--text-column is for --dataset, and there is none")
+    if answers_only and images is not None:
+        raise ValueError("--answers-only is for conversations, not for --images")
+    if not dataset:
+        one_kind(text, images, "give calibration data, --dataset FILE_OR_NAME or")
+    return [data_source(asked) for asked in dataset or []]
 
 
 def _outcome(out: Path) -> str:
@@ -105,12 +165,14 @@ def prune_checkpoint(
     out: Path,
     rows: Sequence[Sequence[int]],
     device: str | None = None,
+    counted: Sequence[Sequence[bool]] | None = None,
 ) -> float:
     """
     Run ``oneshot`` with a recipe, into a folder that appears only when all went well.
 
     :param rows: calibration text, one list of token ids a row
     :param device: where the model runs; the first CUDA device if there is one
+    :param counted: of every row, which tokens count; all of them if None
     :return: minutes from loading to saving
     :raises ValueError: for a run that is certain to fail, ``out`` holding files already
         for example, and for a recipe that llm-compressor would not read completely
@@ -121,9 +183,13 @@ def prune_checkpoint(
     from nm_permute_plugin.evaluation.pretrained import tokenizer_of
 
     def data() -> dict[str, Any]:
+        columns = {"input_ids": [list(row) for row in rows]}
+        if counted is not None:
+            columns["loss_mask"] = [[int(mark) for mark in row] for row in counted]
         return {
             "tokenizer": tokenizer_of(model),
-            "dataset": Dataset.from_dict({"input_ids": [list(row) for row in rows]}),
+            "dataset": Dataset.from_dict(columns),
+            "use_loss_mask": counted is not None,
             "max_seq_length": max(map(len, rows)),
             "num_calibration_samples": len(rows),
             "shuffle_calibration_samples": False,
@@ -209,7 +275,7 @@ def calibration_rows(
     :param sequence_length: tokens of a row; those of documents may be shorter
     :raises ValueError: if the text is empty or fills not even two rows
     """
-    from nm_permute_plugin.evaluation.text import TextTokenizer
+    from nm_permute_plugin.evaluation.mixture import Part, mixed_rows
 
-    rows = TextTokenizer(model).rows(corpus, sequence_length, samples)
-    return spread(rows, samples)
+    part = Part("the calibration text", corpus, samples)
+    return mixed_rows(model, [part], sequence_length).ids
