@@ -134,8 +134,13 @@ def _sources(
         raise ValueError("--text-column is for --dataset, and there is none")
     if answers_only and images is not None:
         raise ValueError("--answers-only is for conversations, not for --images")
+    if not (text or dataset or images):
+        raise ValueError(
+            "give calibration text: --text FILE or --dataset FILE_OR_NAME, once or more, "
+            "or --images FOLDER"
+        )
     if not dataset:
-        one_kind(text, images, "give calibration data, --dataset FILE_OR_NAME or")
+        one_kind(text, images, "give calibration text")
     return [data_source(asked) for asked in dataset or []]
 
 

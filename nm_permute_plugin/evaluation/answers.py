@@ -32,7 +32,8 @@ def answer_marks(tokenizer: Any, document: Document, ids: Sequence[int]) -> list
             return_dict=True,
             return_assistant_tokens_mask=True,
         )
-        if list(found["input_ids"]) == list(ids):
+        # A block that begins with a blank between two tokens is lost there.
+        if list(found["input_ids"]) == list(ids) and any(found["assistant_masks"]):
             return [bool(mark) for mark in found["assistant_masks"]]
     whole = _rendered(tokenizer, document, len(document.content))
     spans = list(_spans(tokenizer, document, whole))
@@ -64,53 +65,63 @@ def _spans(tokenizer: Any, document: Document, whole: str) -> Iterator[tuple[int
     for turn, message in enumerate(_messages(document)):
         if message["role"] != "assistant":
             continue
-        words = str(message.get("content") or "")
-        if turn == 0:  # nothing comes before it that could be rendered
-            first = whole.find(words.strip())
-        else:
-            first = _begin_of_turn(tokenizer, document, turn, whole)
-        if first < 0:
-            raise ValueError(
-                _cannot(document, f"message {turn} changes those before it")
-            )
+        content = str(message.get("content") or "")
+        # What a template writes where it leaves out the reasoning of a turn of the past.
+        said = [x.strip() for x in (content, content.rpartition("</think>")[2])]
+        first = _begin_of_turn(tokenizer, document, turn, whole, said)
         after = _rendered(tokenizer, document, turn + 1)
         if whole.startswith(after):
             # The line break that many templates put behind the end of a turn is theirs.
-            said = after.rstrip()
-            yield first, len(said if said.endswith(special) else after)
+            ended = after.rstrip()
+            yield first, len(ended if ended.endswith(special) else after)
             continue
-        end = _end_of_words(words, whole, first)
-        if end is None:
+        start = _skip_blanks(whole, first)
+        found = next((x for x in said if x and whole.startswith(x, start)), None)
+        if found is None:
             raise ValueError(
                 _cannot(document, f"message {turn} is not there word for word")
             )
-        yield (
-            first,
-            end + next((len(x) for x in special if whole.startswith(x, end)), 0),
+        last = start + len(found)
+        close = _skip_blanks(whole, last)
+        end = next(
+            (close + len(x) for x in special if whole.startswith(x, close)), last
         )
+        yield first, end
 
 
-def _begin_of_turn(tokenizer: Any, document: Document, turn: int, whole: str) -> int:
-    """Where a turn begins behind its generation prompt; -1 if that cannot be said."""
-    before = _rendered(tokenizer, document, turn)
-    prompt = _rendered(tokenizer, document, turn, add_generation_prompt=True)
-    # A generation prompt may go on where a turn of the past does not: "<think>".
-    first = len(os.path.commonprefix([prompt, whole]))
-    return first if whole.startswith(before) and first >= len(before) else -1
+def _begin_of_turn(
+    tokenizer: Any, document: Document, turn: int, whole: str, said: list[str]
+) -> int:
+    """
+    Where a turn begins behind its generation prompt.
+
+    :param said: the words of the turn, with reasoning and without
+    """
+    place = -1
+    if turn == 0:  # nothing comes before it that could be rendered
+        place = next((whole.find(x) for x in said if x and x in whole), -1)
+    else:
+        before = _rendered(tokenizer, document, turn)
+        prompt = _rendered(tokenizer, document, turn, add_generation_prompt=True)
+        if whole.startswith(prompt):
+            return len(prompt)
+        # A generation prompt may go on where a turn of the past does not: "<think>".
+        shared = _skip_blanks(whole, len(os.path.commonprefix([prompt, whole])))
+        if whole.startswith(before):
+            found = (whole.rfind(x, len(before), shared + len(x)) for x in said if x)
+            place = max(found, default=-1)
+    if place < 0:
+        raise ValueError(_cannot(document, f"message {turn} changes those before it"))
+    return place
+
+
+def _skip_blanks(text: str, start: int) -> int:
+    return len(text) - len(text[start:].lstrip())
 
 
 def _messages(document: Document) -> list[dict[str, Any]]:
     assert isinstance(document.content, list)
     return document.content
-
-
-def _end_of_words(content: str, whole: str, first: int) -> int | None:
-    """Where a turn ends that is rendered here, with its reasoning or without."""
-    start = first + len(whole[first:]) - len(whole[first:].lstrip())
-    for words in (content.strip(), content.rpartition("</think>")[2].strip()):
-        if words and whole.startswith(words, start):
-            return start + len(words)
-    return None
 
 
 def _special_tokens(tokenizer: Any) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from loguru import logger
 
@@ -21,13 +21,6 @@ from nm_permute_plugin.evaluation.records import COLUMNS, Document, document_of
 
 STREAMED = 4
 """Records of the hub that are read for each that is used: those are drawn from them."""
-
-
-class _Records(Protocol):
-    """Records that can be read one by one, each as a document."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Document: ...
 
 
 def read_data_set(source: DataSource, wanted: int, column: str | None = None) -> Corpus:
@@ -74,7 +67,7 @@ def _holds_something(document: Document) -> bool:
     return bool(content.strip() if isinstance(content, str) else content)
 
 
-def _open(source: DataSource, wanted: int, column: str | None) -> _Records:
+def _open(source: DataSource, wanted: int, column: str | None) -> "_Lines | _Rows":
     if source.is_local and Path(source.name).suffix.lower() == JSONL:
         return _Lines(Path(source.name), column)
     with _said_in_one_line(source):
@@ -162,6 +155,8 @@ def _load(source: DataSource) -> Any:
         saved = datasets.load_from_disk(source.name)
         return _split(source, saved) if isinstance(saved, dict) else saved
     streaming = not source.is_local and not datasets.config.HF_HUB_OFFLINE
+    if streaming:
+        logger.info(f"Reading {source} from the Hugging Face hub")
     options = {"name": source.config, "streaming": streaming}
     if source.split is not None:
         return datasets.load_dataset(source.name, split=source.split, **options)

@@ -122,7 +122,7 @@ def shares(sources: Sequence[DataSource], rows: int) -> list[int]:
 
     :raises ValueError: if a data set gets no row
 
-    >>> shares([DataSource("a", weight=3), DataSource("b")], 10)
+    >>> shares([DataSource("a", weight=3.0), DataSource("b")], 10)
     [8, 2]
     """
     total = math.fsum(source.weight for source in sources)

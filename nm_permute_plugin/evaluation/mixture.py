@@ -43,8 +43,8 @@ class Rows:
         """
         How many tokens there are, in words.
 
-        >>> str(Rows([[1, 2, 3]], [[False, True, True]]))
-        '3 tokens, 2 of them the assistant's'
+        >>> print(Rows([[1, 2, 3]], [[False, True, True]]))
+        3 tokens, 2 of them the assistant's
         """
         said = f"{sum(map(len, self.ids))} tokens"
         if self.counted is None:
