@@ -181,8 +181,10 @@ def _split(source: DataSource, splits: Any) -> Any:
 @contextmanager
 def _said_in_one_line(source: DataSource) -> Iterator[None]:
     """Have what the library says of a data set that it cannot read be one line."""
-    hub = logging.getLogger("huggingface_hub")
-    libraries = (hub, logging.getLogger("datasets"))
+    import datasets  # sets the level of its own log
+
+    names = ("huggingface_hub", datasets.__name__)
+    libraries = [logging.getLogger(name) for name in names]
     levels = [library.level for library in libraries]
     for library in libraries:  # a line for each of five attempts, and of each file
         library.setLevel(logging.CRITICAL)
