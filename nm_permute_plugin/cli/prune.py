@@ -12,10 +12,10 @@ from typing import Annotated, Any, cast
 import typer
 from typer import Argument, Option
 
-from nm_permute_plugin.cli.common import Model, find_device, one_kind
+from nm_permute_plugin.cli.common import Model, find_device
+from nm_permute_plugin.cli.data import DATASET, TextColumn, data_sources
 from nm_permute_plugin.cli.logs import HostLog, nothing_misleading
 from nm_permute_plugin.evaluation.corpus import Corpus, read_corpus, spread
-from nm_permute_plugin.evaluation.data_sources import DataSource, data_source
 
 
 def prune(
@@ -40,16 +40,11 @@ def prune(
         Option(
             "--dataset",
             metavar="FILE|FOLDER|ORG/NAME[:CONFIG][@SPLIT][=WEIGHT]",
-            help="Data to calibrate and train on, instead of --text: a file (.jsonl, "
-            ".json, .csv, .parquet, .arrow, plain text), a folder, or a data set of the "
-            "Hugging Face hub, with messages, ShareGPT's conversations or text; "
-            "repeatable: =WEIGHT says how large its share of the rows is.",
+            help=f"Data to calibrate and train on, {DATASET}, with =WEIGHT for the share "
+            "of the rows.",
         ),
     ] = None,
-    text_column: Annotated[
-        str | None,
-        Option(help="Column of --dataset that holds the text or the conversations."),
-    ] = None,
+    text_column: TextColumn = None,
     answers_only: Annotated[
         bool,
         Option(
@@ -75,7 +70,10 @@ def prune(
     ] = None,
 ) -> None:
     """Prune a model as a recipe says, into a folder that is complete or not there."""
-    sources = _sources(text, dataset, images, text_column, answers_only)
+    what = "give calibration text"
+    sources = data_sources(text, dataset, images, text_column, what)
+    if answers_only and images is not None:
+        raise ValueError("--answers-only is for conversations, not for --images")
     corpus = read_corpus(text or [])
     if not recipe.exists():
         raise FileNotFoundError(f"{recipe} does not exist")
@@ -111,37 +109,6 @@ def prune(
         f"{out}: {amount}, {minutes:.1f} minutes, {size:,.1f} MB, {_outcome(out)}; next: "
         f"{shlex.join(following)}"
     )
-
-
-def _sources(
-    text: list[Path] | None,
-    dataset: list[str] | None,
-    images: Path | None,
-    text_column: str | None,
-    answers_only: bool,
-) -> list[DataSource]:
-    """The data sets that are asked for, where all options go together."""
-    if text and dataset:
-        raise ValueError(
-            "--text and --dataset are two ways to say what to calibrate on; give files of "
-            "text as --dataset FILE.txt beside others"
-        )
-    if dataset and images is not None:
-        raise ValueError(
-            "--dataset and --images are for different models; give one of them"
-        )
-    if text_column is not None and not dataset:
-        raise ValueError("--text-column is for --dataset, and there is none")
-    if answers_only and images is not None:
-        raise ValueError("--answers-only is for conversations, not for --images")
-    if not (text or dataset or images):
-        raise ValueError(
-            "give calibration text: --text FILE or --dataset FILE_OR_NAME, once or more, "
-            "or --images FOLDER"
-        )
-    if not dataset:
-        one_kind(text, images, "give calibration text")
-    return [data_source(asked) for asked in dataset or []]
 
 
 def _outcome(out: Path) -> str:

@@ -2,7 +2,7 @@
 """Read as many records of a data set as are needed, spread over the whole of it."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -60,6 +60,25 @@ def read_data_set(source: DataSource, wanted: int, column: str | None = None) ->
         f"{source}: {len(documents):,} of {size:,} records, spread evenly{passed}"
     )
     return Corpus(documents=documents)
+
+
+def read_data_sets(
+    sources: Sequence[DataSource], wanted: int, column: str | None = None
+) -> Corpus:
+    """
+    Read ``wanted`` records of each data set, to be measured on.
+
+    :raises ValueError: as ``read_data_set``, and for a weight, which nothing would use
+    """
+    for source in sources:
+        if source.weight != 1:
+            raise ValueError(
+                f"--dataset {source}={source.weight:g}: a weight deals rows to calibrate "
+                "on; all that is given here is measured: leave it out"
+            )
+    read = [read_data_set(source, wanted, column) for source in sources]
+    documents = [document for corpus in read for document in corpus.documents]
+    return Corpus("\n\n".join(x.text for x in read if x.text), documents)
 
 
 def _holds_something(document: Document) -> bool:

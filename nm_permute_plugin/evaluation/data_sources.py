@@ -4,7 +4,7 @@
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 HUB_NAME = re.compile(
@@ -45,6 +45,11 @@ class DataSource:
     def is_local(self) -> bool:
         """Whether it is a file or a folder."""
         return Path(self.name).exists()
+
+    @property
+    def title(self) -> str:
+        """What it is called beside a figure: no path of this machine."""
+        return str(replace(self, name=Path(self.name).name) if self.is_local else self)
 
     @property
     def kind(self) -> str | None:

@@ -117,7 +117,7 @@ def test_answers_of_a_model_of_experts_are_refused_before_the_work(
     [
         (
             ["--dataset", "a.txt", "--text", "a.txt"],
-            "two ways to say what to calibrate",
+            "are two ways to say the same",
         ),
         (["--dataset", "a.txt", "--images", "."], "are for different models"),
         (
