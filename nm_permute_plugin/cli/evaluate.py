@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from nm_permute_plugin.cli.common import Device, find_device, one_kind
+from nm_permute_plugin.cli.common import Device, find_device
+from nm_permute_plugin.cli.data import DATASET, TextColumn, data_sources
 from nm_permute_plugin.evaluation.corpus import Corpus, read_corpus
 
 if TYPE_CHECKING:
@@ -29,6 +30,19 @@ def evaluate(
     images: Annotated[
         Path | None, Option("--images", help="Folder of CLASS/*.jpg, instead of text.")
     ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        Option(
+            "--dataset",
+            metavar="FILE|FOLDER|ORG/NAME[:CONFIG][@SPLIT]",
+            help=f"Data to evaluate on, {DATASET}.",
+        ),
+    ] = None,
+    text_column: TextColumn = None,
+    samples: Annotated[
+        int,
+        Option(min=1, help="Records of each --dataset at most, spread over all of it."),
+    ] = 512,
     sequence_length: Annotated[
         int | None,
         Option(min=2, help="Tokens of a window (2048, or the model's positions)."),
@@ -75,7 +89,8 @@ def evaluate(
     Of a model of images, the classifier is measured, or the nearest neighbours of its
     features where it has none.
     """
-    one_kind(text, images, "give text to evaluate on")
+    what = "give text to evaluate on"
+    sources = data_sources(text, dataset, images, text_column, what)
     if images is not None and (base is not None or card):
         raise ValueError("--base and --card are for --text, not for --images")
     if base is not None and dense is None:
@@ -96,9 +111,14 @@ def evaluate(
     from nm_permute_plugin.evaluation.results import TextResult
 
     check_keeping(checkpoint, card)
+    if sources:
+        from nm_permute_plugin.evaluation.data_sets import read_data_sets
+
+        corpus = read_data_sets(sources, samples, text_column)
     cut = _windows(folders, corpus, sequence_length, stream)
     measured = _print_perplexities(checkpoint, base, dense, cut, where, batch_size or 1)
-    name = " + ".join(file.name for file in text or [])
+    names = [file.name for file in text or []]
+    name = " + ".join(names + [source.title for source in sources])
     result = TextResult(text=name, form=cut.form, **measured)
     if result.dense is not None and result.base is not None:
         from nm_permute_plugin.evaluation.report import gap_closed
