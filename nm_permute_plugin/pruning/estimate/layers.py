@@ -10,7 +10,6 @@ from torch import Tensor
 
 from nm_permute_plugin.pruning.data import Data
 from nm_permute_plugin.pruning.estimate.amounts import Amounts
-from nm_permute_plugin.pruning.estimate.learning import TIMED
 from nm_permute_plugin.pruning.estimate.meter import Meter, Took
 from nm_permute_plugin.pruning.estimate.validation import Validation
 from nm_permute_plugin.pruning.learn.layerwise import inside_layer
@@ -19,6 +18,7 @@ from nm_permute_plugin.pruning.problem import Problem, Solution
 from nm_permute_plugin.pruning.recover.optimizer import RelativeAdamW
 from nm_permute_plugin.pruning.recover.student import Student
 from nm_permute_plugin.pruning.running.decoder_layers import LayerStream
+from nm_permute_plugin.pruning.running.forecast import TIMED
 from nm_permute_plugin.pruning.running.masked import frozen
 
 

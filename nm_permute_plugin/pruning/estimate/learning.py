@@ -13,17 +13,14 @@ from nm_permute_plugin.pruning.estimate.validation import Validation
 from nm_permute_plugin.pruning.learn.loop import LEARNERS, Learner
 from nm_permute_plugin.pruning.problem import Problem, Solution
 from nm_permute_plugin.pruning.running.backward import Backward
-from nm_permute_plugin.pruning.running.cuda_graph import EAGER_CALLS
+from nm_permute_plugin.pruning.running.forecast import TIMED, WARM_UPS
 from nm_permute_plugin.pruning.running.masked import frozen
 from nm_permute_plugin.pruning.running.teacher import Teacher
-
-TIMED = 2
-"""Steps that are timed, after those that warm up."""
 
 
 def warm_ups(meter: Meter) -> int:
     """Steps before those that are timed: a GPU replays them from then on."""
-    return EAGER_CALLS + 1 if meter.device.type == "cuda" else 1
+    return WARM_UPS if meter.device.type == "cuda" else 1
 
 
 def learning(

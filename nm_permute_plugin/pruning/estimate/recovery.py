@@ -7,13 +7,14 @@ import torch
 
 from nm_permute_plugin.pruning.estimate.amounts import Amounts
 from nm_permute_plugin.pruning.estimate.layers import rebuilding
-from nm_permute_plugin.pruning.estimate.learning import TIMED, dense_passes, warm_ups
+from nm_permute_plugin.pruning.estimate.learning import dense_passes, warm_ups
 from nm_permute_plugin.pruning.estimate.meter import Meter, Took
 from nm_permute_plugin.pruning.estimate.validation import passes
 from nm_permute_plugin.pruning.recover.optimizer import RelativeAdamW
 from nm_permute_plugin.pruning.recover.rescale import rescaled
 from nm_permute_plugin.pruning.recover.student import Student
 from nm_permute_plugin.pruning.running.backward import Backward
+from nm_permute_plugin.pruning.running.forecast import TIMED
 from nm_permute_plugin.pruning.running.masked import frozen
 from nm_permute_plugin.pruning.running.teacher import Teacher
 

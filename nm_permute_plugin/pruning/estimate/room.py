@@ -116,10 +116,10 @@ class Room:
     def _refusal(self, stage: str, need: int, more: str = "") -> str:
         free, where = self.free, self.device
         ways = [text for text, bytes_ in self._ways(stage, need) if bytes_ <= free]
-        ways.append(f"use a device with {gigabytes(need - free)} more")
+        ways.append(f"use a device with {amount_of(need - free)} more")
         return (
-            f"{stage} needs {gigabytes(need)} of memory beside the model, and {where} has "
-            f"{gigabytes(free)} free{more}: {', or '.join(ways)}"
+            f"{stage} needs {amount_of(need)} of memory beside the model, and {where} has "
+            f"{amount_of(free)} free{more}: {', or '.join(ways)}"
         )
 
     def _ways(self, stage: str, need: int) -> Iterator[tuple[str, int]]:
@@ -199,11 +199,11 @@ class Room:
             return 0
 
 
-def gigabytes(count: int) -> str:
+def amount_of(count: int) -> str:
     """
     Write bytes as people do.
 
-    >>> gigabytes(5_300_000_000), gigabytes(12_000_000)
-    ('5.3 GB', '0.01 GB')
+    >>> amount_of(5_300_000_000), amount_of(12_300_000)
+    ('5.3 GB', '12.3 MB')
     """
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e9:.2f} GB"
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
