@@ -11,7 +11,7 @@ from nm_permute_plugin.pruning.data import Data, split_text
 from nm_permute_plugin.pruning.estimate.amounts import Amounts
 from nm_permute_plugin.pruning.estimate.meter import Meter
 from nm_permute_plugin.pruning.estimate.probe import Estimate, estimate
-from nm_permute_plugin.pruning.estimate.room import DoesNotFit, Room
+from nm_permute_plugin.pruning.estimate.room import DoesNotFit, Room, amount_of
 from nm_permute_plugin.pruning.pipeline import permute_and_prune
 from nm_permute_plugin.pruning.problem import Problem
 from nm_permute_plugin.pruning.run import PrunePlan
@@ -198,12 +198,21 @@ def test_nothing_is_measured_where_nothing_fits(tiny_model, rows) -> None:
     assert bits(model) == before
 
 
-def test_a_failure_to_allocate_is_a_refusal(tiny_model, rows) -> None:
+@pytest.mark.parametrize(
+    ("message", "asked"),
+    [
+        ("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has ...", 20 << 30),
+        ("DefaultCPUAllocator: can't allocate: you tried to allocate 512 bytes.", 512),
+        ("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate", 1),
+    ],
+)
+def test_a_failure_to_allocate_is_a_refusal(
+    tiny_model, rows, message: str, asked: int
+) -> None:
     at = room(tiny_model("llama"), rows, SHORT, 1 << 40)
-    with (
-        pytest.raises(DoesNotFit, match=r"20\.00 GiB could not be had"),
-        at.caught("learn"),
-    ):
-        raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 ...")
+    with pytest.raises(DoesNotFit) as refused, at.caught("learn"):
+        raise RuntimeError(message)
+    said = f"learn needs at least {amount_of((1 << 40) + asked)}"
+    assert str(refused.value).startswith(said)
     with pytest.raises(RuntimeError, match="another"), at.caught("learn"):
         raise RuntimeError("another error")
