@@ -63,12 +63,14 @@ class Estimate:
     """
     What a run will take, by stage.
 
+    :ivar held: bytes that were taken before the run
     :ivar unfit: why it cannot run, each in one line with its remedies; the stages after the
         first that does not fit were not measured
     :ivar spent: on measuring
     """
 
     device: torch.device
+    held: int = 0
     stages: list[StageEstimate] = field(default_factory=list)
     unfit: list[str] = field(default_factory=list)
     spent: Took = field(default_factory=Took)
@@ -102,7 +104,7 @@ def estimate(
     :raises RuntimeError: if a fold changes the function of the model
     """
     meter = Meter(next(model.parameters()).device)
-    found = Estimate(meter.device)
+    found = Estimate(meter.device, meter.held())
 
     def probe() -> None:
         with evaluating(model), computing_fast(model):
