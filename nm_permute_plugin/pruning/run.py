@@ -150,8 +150,12 @@ class Pruned:
             "fold_error": record.fold_error,
             "retained": record.retained,
             "seconds": record.seconds,
+            "memory": record.memory,
+            "environment": record.environment,
+            "searched": record.searched,
             "history": record.history,
             "recovered": [asdict(stage) for stage in record.recovered],
+            "figures": asdict(record.figures),
         }
         return Finish(self.settings.format, card, record.perms, report, plan.source)
 

@@ -14,6 +14,7 @@ A new learner is a class with the methods of ``Learner``, a name in
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from statistics import fmean
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -43,6 +44,11 @@ class Learner(Protocol):
     @property
     def use_graph(self) -> bool:
         """Whether a step may be replayed."""
+        ...
+
+    @property
+    def rate(self) -> float:
+        """How far the next step goes, for the record: a learning rate, a share of swaps."""
         ...
 
     def prepare(self, step: int) -> None:
@@ -78,7 +84,8 @@ class Best:
     The best solution by the validation loss, among those that were shown.
 
     :ivar history: one entry a validation: its step, the validation loss and, from the first
-        step on, the training loss
+        step on, the mean training loss of the steps since the validation before, and the
+        rate of its step
     """
 
     def __init__(
@@ -91,12 +98,16 @@ class Best:
         self.solution, self.loss = start, validate(start)
         self.history: History = [{"step": 0, "validation": self.loss}]
 
-    def consider(self, step: int, training: float, learner: Learner) -> None:
+    def consider(
+        self, step: int, training: float, rate: float, learner: Learner
+    ) -> None:
         """Validate what a learner holds, and keep it if it is better than all before."""
         self._callback(step, learner)
         solution = learner.solution()
         loss = self._validate(solution)
-        self.history.append({"step": step, "validation": loss, "loss": training})
+        self.history.append(
+            {"step": step, "validation": loss, "loss": training, "rate": rate}
+        )
         if loss < self.loss:
             self.loss, self.solution = loss, solution
 
@@ -169,9 +180,12 @@ def train(
     :param what: is learned, for the progress bar
     """
     bar = tqdm(numbers, f"Learning {what}")
+    losses: list[float] = []
     for number in bar:
-        training = step(partial(learner.prepare, number))
+        losses.append(step(partial(learner.prepare, number)))
+        rate = learner.rate
         learner.update()
-        bar.set_postfix(loss=f"{training:.4f}", best=f"{best.loss:.4f}")
+        bar.set_postfix(loss=f"{losses[-1]:.4f}", best=f"{best.loss:.4f}")
         if number % validate_every == 0 or number == numbers[-1]:
-            best.consider(number, training, learner)
+            best.consider(number, fmean(losses), rate, learner)
+            losses.clear()
