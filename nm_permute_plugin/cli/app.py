@@ -15,6 +15,7 @@ from nm_permute_plugin.cli.evaluate import evaluate
 from nm_permute_plugin.cli.fields import fields
 from nm_permute_plugin.cli.logs import be_quiet
 from nm_permute_plugin.cli.prune import prune
+from nm_permute_plugin.cli.report import report
 from nm_permute_plugin.cli.sample import sample
 from nm_permute_plugin.cli.spec import spec
 from nm_permute_plugin.cli.verify import verify
@@ -26,6 +27,7 @@ for command in (
     fields,
     sample,
     evaluate,
+    report,
     verify,
     spec,
     convert,
