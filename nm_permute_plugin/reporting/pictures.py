@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+KEPT = "#1f7fbf"
+"""What a mask keeps: a blue that is the same on light and on dark."""
+
+
 @dataclass(frozen=True)
 class Picture:
     """
@@ -115,7 +119,7 @@ def channels(run: Run) -> "Figure | None":
     import numpy as np
     from matplotlib.colors import to_rgb
 
-    dropped, kept, new = (to_rgb(colour) for colour in ("#d9dce1", BLUE, ORANGE))
+    dropped, kept, new = (to_rgb(colour) for colour in ("#d9dce1", KEPT, ORANGE))
     before, after, was = (_bits(rows) for rows in (crop.before, crop.after, crop.was))
     both = np.where(after[..., None] & was[..., None], kept, dropped)
     both = np.where(after[..., None] & ~was[..., None], new, both)
@@ -256,7 +260,7 @@ def _heat(
         ]
         for kind in stack.kinds
     ]
-    mesh = axes.pcolormesh(table, cmap="cividis", edgecolors="none")
+    mesh = axes.pcolormesh(table, cmap="cividis", edgecolors="face", linewidth=0.3)
     axes.set_title(title + ", %")
     axes.set_yticks([i + 0.5 for i in range(len(stack.kinds))], list(stack.kinds))
     axes.invert_yaxis()
@@ -273,7 +277,8 @@ def _before_and_after(
     axes: "Axes", layers: Sequence[int], values: Sequence[Sequence[float]], moved: bool
 ) -> None:
     before, after = values
-    axes.plot(layers, before, color=RED, marker="o", label="plain mask")
+    wide = {"linewidth": 3.5, "markersize": 6.5}  # shows below a line that hides it
+    axes.plot(layers, before, color=RED, marker="o", label="plain mask", **wide)
     if moved:
         axes.plot(layers, after, color=BLUE, marker="s", label="mask of this run")
     from_zero(axes, [*before, *after])

@@ -85,6 +85,7 @@ class Run(Read):
     One run, as its record tells it.
 
     :ivar modifier: the effective settings
+    :ivar moved: the spaces whose channels have another order than before
     :ivar retained: the share of the score that the plain masks keep, and those found
     :ivar earlier: the record of the run before, where the model was pruned twice
     """
@@ -94,6 +95,7 @@ class Run(Read):
     versions: Mapping[str, str] = {}
     environment: Mapping[str, str | int | float] = {}
     pruned: tuple[str, ...] = ()
+    moved: tuple[str, ...] | None = None
     fold_error: float | None = None
     retained: tuple[float, float] | None = None
     seconds: Mapping[str, float] = {}
@@ -153,6 +155,11 @@ class Run(Read):
         for stage in self.recovered:
             kept += stage.validation if stage.kept else stage.validation[:1]
         return (kept[0], min(kept)) if kept else None
+
+    @property
+    def permuted(self) -> bool:
+        """Whether channels moved; where that is not told, whether they could."""
+        return self.method != "identity" if self.moved is None else bool(self.moved)
 
     @property
     def minutes(self) -> float | None:

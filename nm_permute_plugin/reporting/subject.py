@@ -58,9 +58,8 @@ class Subject:
         return f"{told}; {gained}"
 
     def _serving(self) -> str:
-        moved = self.run.method != "identity"
         free = "serving it costs nothing at run time"
-        if moved:
+        if self.run.permuted:
             free += ", because the order of the channels is folded into the weights"
         if self.stored is None:
             return free
@@ -74,6 +73,8 @@ class Subject:
         error = self.run.fold_error
         if error is None:
             return ""
+        if not self.run.permuted:
+            return "No channel moved, and so there was nothing to fold."
         dtype = self.run.environment.get("dtype")
         where = f" in {dtype}" if dtype else ""
         if error == 0:
