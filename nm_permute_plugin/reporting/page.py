@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nm_permute_plugin.reporting.compared import overlaid, rows
+from nm_permute_plugin.reporting.compared import overlaid, table
 from nm_permute_plugin.reporting.drawing import (
     as_png,
     as_svg,
@@ -68,7 +68,9 @@ def write_comparison(subjects: Sequence[Subject], path: Path) -> None:
             {"title": title, "address": as_svg(figure)}
             for title, figure in overlaid(subjects)
         ]
-    text = _render("compared.html", table=rows(subjects), pictures=curves)
+    text = _render(
+        "compared.html", table=table(subjects), pictures=curves, count=len(subjects)
+    )
     _write(path, text.encode())
 
 

@@ -277,10 +277,12 @@ def _before_and_after(
     axes: "Axes", layers: Sequence[int], values: Sequence[Sequence[float]], moved: bool
 ) -> None:
     before, after = values
-    wide = {"linewidth": 3.5, "markersize": 6.5}  # shows below a line that hides it
-    axes.plot(layers, before, color=RED, marker="o", label="plain mask", **wide)
     if moved:
         axes.plot(layers, after, color=BLUE, marker="s", label="mask of this run")
+    mark = (
+        {"linestyle": "--"} if moved else {"marker": "o"}
+    )  # above a line that it hides
+    axes.plot(layers, before, color=RED, label="plain mask", **mark)
     from_zero(axes, [*before, *after])
 
 

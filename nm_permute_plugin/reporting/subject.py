@@ -9,6 +9,7 @@ from typing import Any
 
 from nm_permute_plugin.reporting.measured import Measured, Text
 from nm_permute_plugin.reporting.run import Run
+from nm_permute_plugin.reporting.table import Table, words
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,39 @@ class Subject:
         return f"{size} where dense ones take {_size(dense)}" if ours < dense else size
 
     @property
+    def results(self) -> list[Table]:
+        """What was measured, on texts and on tasks; what nobody measured is left out."""
+        texts, tasks = self.measured.texts, self.measured.tasks
+        tables = []
+        if texts:
+            columns = {
+                "text": [text.title for text in texts],
+                "tokens": [words(t.tokens, "{:,}".format) for t in texts],
+                "perplexity": [f"{text.perplexity:.2f}" for text in texts],
+                "dense": [words(t.dense, "{:.2f}".format) for t in texts],
+                "without permutation": [words(t.base, "{:.2f}".format) for t in texts],
+                "gap closed": [words(t.gap, "{:.1%}".format) for t in texts],
+                "KL, nats a token": [
+                    words(t.divergence, "{:.4f}".format) for t in texts
+                ],
+                "same next token": [words(t.agreement, "{:.1%}".format) for t in texts],
+                "flips": [words(t.flips, "{:.1%}".format) for t in texts],
+            }
+            tables.append(Table.of(columns))
+        if tasks:
+            columns = {
+                "task": [task.title for task in tasks],
+                "items": [words(t.items, "{:,}".format) for t in tasks],
+                "value": [f"{task.value:.4f}" for task in tasks],
+                "±": [words(t.error, "{:.4f}".format) for t in tasks],
+                "dense": [words(t.dense, "{:.4f}".format) for t in tasks],
+                "recovery": [words(t.recovery, "{:.1%}".format) for t in tasks],
+                "flips": [words(t.flips, "{:.1%}".format) for t in tasks],
+            }
+            tables.append(Table.of(columns))
+        return tables
+
+    @property
     def fold(self) -> str:
         """How exact the fold was."""
         error = self.run.fold_error
@@ -103,11 +137,11 @@ class Subject:
     @property
     def surroundings(self) -> list[tuple[str, str]]:
         """The machine and the versions, in words."""
-        words = {
+        said = {
             key: _size(int(value)) if key.endswith("memory") else str(value)
             for key, value in self.run.environment.items()
         }
-        told = [(key.replace("_", " "), value) for key, value in words.items()]
+        told = [(key.replace("_", " "), value) for key, value in said.items()]
         return [*told, *self.run.versions.items()]
 
     @property

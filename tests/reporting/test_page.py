@@ -88,7 +88,7 @@ def test_what_was_measured_later_comes_onto_the_page(learned: Path) -> None:
     said = words(learned)
     assert "this run's 20.00 regains 50.0 % of the gap" in said
     assert "0.2500" in said
-    assert "arc acc 99 0.3000 0.4000 75.0%" in said
+    assert "arc, acc 99 0.3000 0.4000 75.0%" in said
 
 
 def test_a_plain_mask_has_a_page_without_curves(plain: Path) -> None:
