@@ -51,8 +51,9 @@ def demo(
     typer.echo(f"The demo prunes SmolLM2-135M-Instruct 2:4: {Budget()}.", err=True)
     print_table(markdown(run_demo(folder, parts, Budget(), where)))
     best = folder / "learned"
+    page = f", and all methods in {folder / PAGE}" if (folder / PAGE).exists() else ""
     typer.echo(
-        f"All files are in {folder}, and all methods in {folder / PAGE}; next:\n"
+        f"All files are in {folder}{page}; next:\n"
         f"  nm-permute verify {best}\n"
         f"  vllm serve {best}   # where vLLM is, with this plugin\n"
         f"  nm-permute prune YOUR_MODEL recipes/2of4_learned.yaml OUT --text TEXT.txt"
@@ -157,7 +158,9 @@ def run_demo(out: Path, text: Parts, budget: Budget, device: str) -> list[Result
 
 def _write_pages(out: Path, results: Sequence[Result], form: str, tokens: int) -> None:
     """Put what was measured on the pages of all checkpoints, and all on one."""
-    from nm_permute_plugin.checkpoint.report import make_page, subject_of
+    from loguru import logger
+
+    from nm_permute_plugin.checkpoint.report import make_page_if_possible, subject_of
     from nm_permute_plugin.reporting.page import write_comparison
 
     by_name = {result.method: result for result in results}
@@ -175,9 +178,12 @@ def _write_pages(out: Path, results: Sequence[Result], form: str, tokens: int) -
         )
         folder = Path(result.where)
         write_evaluations(folder, Evaluations().with_text(text))
-        make_page(folder)
+        make_page_if_possible(folder)
     subjects = [subject_of(Path(result.where)) for result in pruned]
-    write_comparison(subjects, out / PAGE)
+    try:
+        write_comparison(subjects, out / PAGE)
+    except ModuleNotFoundError as error:
+        logger.warning(f"{out / PAGE} was not made: {error}")
 
 
 def _checkpoints(

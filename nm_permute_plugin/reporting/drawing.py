@@ -96,7 +96,8 @@ def new_figure(height: float) -> "Figure":
 
 def from_zero(axes: "Axes", values: Iterable[float]) -> None:
     """Let an axis begin at 0 and end a little above the largest value."""
-    axes.set_ylim(0, 1.08 * max(values, default=0) or 1)
+    largest = max(values, default=0)
+    axes.set_ylim(0, 1.08 * largest if largest > 0 else 1)
     axes.grid(axis="y")
 
 

@@ -3,7 +3,7 @@
 
 import math
 
-from nm_permute_plugin.reporting.reading import Read
+from nm_permute_plugin.reporting.reading import Count, Read
 
 
 class Text(Read):
@@ -12,7 +12,7 @@ class Text(Read):
     text: str
     form: str
     perplexity: float
-    tokens: int | None = None
+    tokens: Count | None = None
     dense: float | None = None
     base: float | None = None
     divergence: float | None = None
@@ -48,7 +48,7 @@ class Task(Read):
     metric: str
     value: float
     error: float | None = None
-    items: int | None = None
+    items: Count | None = None
     dense: float | None = None
     flips: float | None = None
 

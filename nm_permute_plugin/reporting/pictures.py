@@ -76,9 +76,12 @@ def retained(run: Run) -> "Figure | None":
     figure = new_figure(1.5 + 0.4 * len(found.kinds))
     above, below = figure.subplots(2, 1)
     _heat(figure, above, found, "score kept", lambda cell: cell.after)
+    above.set_xlabel(_layers(found))
     if any(cell.exchanged for cell in found.cells.values()):
         title = "kept weights that the plain mask drops"
         _heat(figure, below, found, title, lambda cell: cell.exchanged)
+        above.set_xlabel("")
+        below.set_xlabel(_layers(found))
     else:
         below.remove()
     return figure
@@ -104,7 +107,7 @@ def sensitivity(run: Run) -> "Figure | None":
         parts = [[100 * pair[i] / total for pair in known] for i in (0, 1)]
         _before_and_after(panels[1], found.layers, parts, moved)
         panels[1].set_ylabel("share of the cost, %")
-    panels[-1].set_xlabel("layer")
+    panels[-1].set_xlabel(_layers(found))
     _whole_numbers(panels[-1])
     if moved:
         panels[0].legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
@@ -240,6 +243,11 @@ def _largest(run: Run) -> Stack | None:
     """The stack with the most linears."""
     found = stacks(run.figures.linears)
     return max(found, key=lambda stack: len(stack.cells), default=None)
+
+
+def _layers(stack: Stack) -> str:
+    """What the numbers of a stack's layers count."""
+    return f"layer of {stack.name}" if stack.name else ""
 
 
 def _heat(

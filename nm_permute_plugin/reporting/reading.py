@@ -2,15 +2,18 @@
 """Read what others have written as JSON: unknown fields are passed over, wrong ones not."""
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+"""A number of something: what a picture can hold."""
 
 
 class Read(BaseModel):
     """A part of a JSON file."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
 
 R = TypeVar("R", bound=Read)

@@ -9,7 +9,7 @@ page. What stands in a field must be what belongs there.
 from collections.abc import Mapping
 from typing import Any
 
-from nm_permute_plugin.reporting.reading import Read
+from nm_permute_plugin.reporting.reading import Count, Read
 
 
 class Entry(Read):
@@ -20,8 +20,8 @@ class Entry(Read):
     :ivar rate: of the learning
     """
 
-    step: int | None = None
-    round: int | None = None
+    step: Count | None = None
+    round: Count | None = None
     validation: float | None = None
     loss: float | None = None
     rate: float | None = None
@@ -36,7 +36,7 @@ class Linear(Read):
     """The figures of one linear: see ``pruning.figures.LinearFigures``."""
 
     name: str
-    weights: int
+    weights: Count
     score: float
     before: float
     after: float
@@ -50,7 +50,7 @@ class Crop(Read):
 
     name: str
     space: str
-    channels: tuple[int, ...]
+    channels: tuple[Count, ...]
     before: tuple[str, ...]
     after: tuple[str, ...]
     was: tuple[str, ...]
@@ -99,7 +99,7 @@ class Run(Read):
     fold_error: float | None = None
     retained: tuple[float, float] | None = None
     seconds: Mapping[str, float] = {}
-    memory: Mapping[str, int] = {}
+    memory: Mapping[str, Count] = {}
     searched: tuple[Entry, ...] = ()
     history: tuple[Entry, ...] = ()
     recovered: tuple[Recovered, ...] = ()

@@ -11,6 +11,9 @@ from nm_permute_plugin.reporting.measured import Measured, Text
 from nm_permute_plugin.reporting.run import Run
 from nm_permute_plugin.reporting.table import Table, words
 
+DEEPEST = 4
+"""Settings lie no deeper; what does is shown as it is."""
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -183,7 +186,7 @@ def _starts_at_zero(run: Run) -> bool:
 
 def _lines(above: str, settings: Mapping[str, Any]) -> Iterator[str]:
     for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping) and value and above.count(".") < DEEPEST:
             yield from _lines(f"{above}{name}.", value)
         else:
             yield f"{above}{name}: {json.dumps(value, ensure_ascii=False)}"

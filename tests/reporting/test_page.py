@@ -127,6 +127,8 @@ def test_a_record_of_an_older_version_shows_what_there_is(learned: Path) -> None
         ("figures", {"linears": [{"name": "a"}]}, "figures.linears.0"),
         ("retained", ["x", 1], "retained.0"),
         ("seconds", {"learn": "long"}, "seconds.learn"),
+        ("history", [{"step": 0, "validation": float("nan")}], "history.0.validation"),
+        ("memory", {"learn": 10**400}, "memory.learn"),
     ],
 )
 def test_a_damaged_record_is_named(
@@ -142,8 +144,9 @@ def test_strange_numbers_and_sizes_are_no_obstacle(learned: Path) -> None:
     report = json.loads((learned / "nm_permute" / "report.json").read_text())
     report["figures"]["crop"]["after"] = ["01"]
     report["figures"]["linears"] = report["figures"]["linears"][:1]
-    report["history"][1]["validation"] = float("nan")
-    change(learned, **report | {"retained": [float("nan"), 0.0], "seconds": {"a": 0}})
+    report["history"][1]["validation"] = -1e-9
+    report["modifier"]["loss"] = 3
+    change(learned, **report | {"retained": [0.0, 0.0], "seconds": {"a": 0}})
     make_page(learned)
     assert "Where the channels went" not in words(learned)
 
