@@ -287,10 +287,8 @@ def _before_and_after(
     before, after = values
     if moved:
         axes.plot(layers, after, color=BLUE, marker="s", label="mask of this run")
-    mark = (
-        {"linestyle": "--"} if moved else {"marker": "o"}
-    )  # above a line that it hides
-    axes.plot(layers, before, color=RED, label="plain mask", **mark)
+    drawn = "--" if moved else "o-"  # above a line that it hides
+    axes.plot(layers, before, drawn, color=RED, label="plain mask")
     from_zero(axes, [*before, *after])
 
 
