@@ -23,11 +23,6 @@ from nm_permute_plugin.cli.embedded import (
 from nm_permute_plugin.cli.prune import calibration_rows, prune_checkpoint
 from nm_permute_plugin.evaluation.corpus import Corpus, plain_text
 from nm_permute_plugin.evaluation.report import Result, gap_of, markdown
-from nm_permute_plugin.evaluation.results import (
-    Evaluations,
-    TextResult,
-    write_evaluations,
-)
 
 
 def demo(
@@ -161,6 +156,11 @@ def _write_pages(out: Path, results: Sequence[Result], form: str, tokens: int) -
     from loguru import logger
 
     from nm_permute_plugin.checkpoint.report import make_page_if_possible, subject_of
+    from nm_permute_plugin.evaluation.results import (
+        Evaluations,
+        TextResult,
+        write_evaluations,
+    )
     from nm_permute_plugin.reporting.page import write_comparison
 
     by_name = {result.method: result for result in results}

@@ -32,8 +32,3 @@ def test_every_method_of_the_demo_leaves_a_measured_2of4_checkpoint(
         assert {row.format for row in pruned} == {"sparse-24-bitmask"}
     record = json.loads((tmp_path / "results.json").read_text())
     assert [row["method"] for row in record["rows"]] == list(by_method)
-    page = (tmp_path / "report.html").read_text()
-    for method in METHODS:
-        assert f"{by_method[method]:.2f}" in page
-        own = (tmp_path / method / "nm_permute" / "report.html").read_text()
-        assert f"{by_method[method]:.2f}" in own
