@@ -17,6 +17,7 @@ from nm_permute_plugin.cli.lm_eval import PASSED_ON, lm_eval
 from nm_permute_plugin.cli.logs import be_quiet
 from nm_permute_plugin.cli.prune import prune
 from nm_permute_plugin.cli.recipe import recipe
+from nm_permute_plugin.cli.report import report
 from nm_permute_plugin.cli.sample import sample
 from nm_permute_plugin.cli.spec import spec
 from nm_permute_plugin.cli.verify import verify
@@ -28,6 +29,7 @@ for command in (
     fields,
     sample,
     evaluate,
+    report,
     verify,
     spec,
     convert,

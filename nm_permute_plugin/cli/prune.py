@@ -86,6 +86,7 @@ def prune(
     if not recipe.exists():
         raise FileNotFoundError(f"{recipe} does not exist")
     where = find_device(device)
+    from nm_permute_plugin.checkpoint.report import PAGE
     from nm_permute_plugin.cli import dry_run as plan
     from nm_permute_plugin.evaluation import pretrained
     from nm_permute_plugin.evaluation.images import image_files
@@ -123,9 +124,11 @@ def prune(
         amount, test = str(rows), ["--text", "TEST.txt"]
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6
     following = ["nm-permute", "evaluate", str(out), *test, "--dense", model]
+    page = out / PAGE
+    told = f"; report: {page}" if page.exists() else ""
     typer.echo(
-        f"{out}: {amount}, {minutes:.1f} minutes, {size:,.1f} MB, {_outcome(out)}; next: "
-        f"{shlex.join(following)}"
+        f"{out}: {amount}, {minutes:.1f} minutes, {size:,.1f} MB, {_outcome(out)}{told}; "
+        f"next: {shlex.join(following)}"
     )
 
 

@@ -28,6 +28,7 @@ from nm_permute_plugin.pruning.estimate.recovery import recovery
 from nm_permute_plugin.pruning.estimate.room import DoesNotFit, Room
 from nm_permute_plugin.pruning.estimate.saving import saving
 from nm_permute_plugin.pruning.estimate.validation import Validation
+from nm_permute_plugin.pruning.figures import figures_of
 from nm_permute_plugin.pruning.folding import fold_model
 from nm_permute_plugin.pruning.problem import Problem, Solution
 from nm_permute_plugin.pruning.recover.student import Student
@@ -181,8 +182,9 @@ class _Probe:
         self, problem: Problem, start: Solution
     ) -> tuple[dict[str, Tensor], Took]:
         masks, made = self.meter.took(lambda: problem.masks(start))
-        _, looked = self.meter.took(lambda: problem.retained(masks))
-        return masks, (made + looked) * 2
+        linears = self.plan.prunable
+        _, looked = self.meter.took(lambda: figures_of(problem, start, masks, linears))
+        return masks, made + looked
 
     def _stage(self, name: str, measure: Callable[[], tuple[T, Took, int]]) -> T:
         """
