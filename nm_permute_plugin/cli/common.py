@@ -35,6 +35,10 @@ PRUNE_OUT_OF_MEMORY = (
     "layer_wise into the recipe; a model that fills the device by itself is pruned by "
     "llmcompressor.oneshot, which can offload it"
 )
+LM_EVAL_OUT_OF_MEMORY = (
+    "use a smaller --batch_size, or --device cpu"  # as lm-eval spells
+)
+_REMEDIES = {"prune": PRUNE_OUT_OF_MEMORY, "lm-eval": LM_EVAL_OUT_OF_MEMORY}
 
 
 class Commands(TyperGroup):
@@ -95,7 +99,7 @@ def _one_line(error: Exception, command: str | None) -> str | None:
         or type(error).__name__ == "OutOfMemoryError"
         or "DefaultCPUAllocator" in text
     ):
-        remedy = PRUNE_OUT_OF_MEMORY if command == "prune" else OUT_OF_MEMORY
+        remedy = _REMEDIES.get(command or "", OUT_OF_MEMORY)
         said = ". ".join(text.split(". ")[:2]) or "out of memory"
         return f"{said}: {remedy}"
     return text if isinstance(error, MENDABLE) or _is_refusal(error) else None
