@@ -55,6 +55,8 @@ class Subject:
             return told
         before, after = losses
         told = f"{first} loses {lost}" if lost else first
+        if before is None:
+            return f"{told}; this run has a validation loss of {after:.3f}"
         told += f" and has a validation loss of {before:.3f}"
         gained = f"this run brought it to {after:.3f}"
         if run.setting("loss") and _starts_at_zero(run) and before > 0:
