@@ -37,7 +37,7 @@ def verdict(of: Run, *texts: dict[str, object]) -> str:
         (run({"prune": False}), "pruned nothing (a 2:4 mask would lose 20.0 %"),
         (run({"method": "identity"}, searched=[], history=[]),
          "nothing was searched or learned to regain it"),
-        (Run(), "The weights are N:M by the plain plain mask"),
+        (Run(), "The weights are N:M by the plain mask"),
     ],
     ids=["learned", "recovered", "dropped", "older", "unpruned", "identity", "empty"],
 )  # fmt: skip
