@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kept weights of the whole model, trained to predict what the dense model predicts."""
 
+import time
 from functools import partial
 from statistics import fmean
 
@@ -11,6 +12,7 @@ from nm_permute_plugin.pruning.data import Data
 from nm_permute_plugin.pruning.recover.optimizer import RelativeAdamW
 from nm_permute_plugin.pruning.recover.student import Student, Values
 from nm_permute_plugin.pruning.running.backward import Backward
+from nm_permute_plugin.pruning.running.forecast import Forecast
 from nm_permute_plugin.pruning.running.masked import frozen
 from nm_permute_plugin.pruning.running.teacher import Teacher
 from nm_permute_plugin.pruning.search import History
@@ -31,7 +33,14 @@ def distill(
     steps, every = settings.recover.end_to_end.steps, settings.validation.every
     masters = student.masters(student.linears)
     optimizer = RelativeAdamW(masters, settings.recover.end_to_end.rate, steps)
+    before = time.perf_counter()
     best = teacher.validate(student.masks(), data.validation)
+    forecast = Forecast(
+        "the recovery end_to_end",
+        steps,
+        -(-steps // every),
+        time.perf_counter() - before,
+    )
     better: Values = {}
     history: History = [{"step": 0, "validation": best}]
     with frozen(student.model), torch.enable_grad():
@@ -49,6 +58,7 @@ def distill(
             losses.append(backward(next(batches)))
             rate = optimizer.rate
             optimizer.step()
+            forecast.step()
             bar.set_postfix(loss=f"{losses[-1]:.4f}", best=f"{best:.4f}")
             if step % every and step != steps:
                 continue
