@@ -17,6 +17,7 @@ from nm_permute_plugin.checkpoint.model_card import Card
 from nm_permute_plugin.checkpoint.saved_names import saved_names
 from nm_permute_plugin.checkpoint.saving import save_checkpoint
 from nm_permute_plugin.checkpoint.source import Source
+from nm_permute_plugin.maths.permutation import is_identity
 from nm_permute_plugin.pruning.data import Data
 from nm_permute_plugin.pruning.describe import describe
 from nm_permute_plugin.pruning.folding import refuse_inexact
@@ -157,11 +158,16 @@ class Pruned:
             "versions": versions,
             "pruned": list(self.promised),
             "transposed": plan.transposed,
+            "moved": [n for n, perm in record.perms.items() if not is_identity(perm)],
             "fold_error": record.fold_error,
             "retained": record.retained,
             "seconds": record.seconds,
+            "memory": record.memory,
+            "environment": record.environment,
+            "searched": record.searched,
             "history": record.history,
             "recovered": [asdict(stage) for stage in record.recovered],
+            "figures": asdict(record.figures),
         }
         return Finish(self.settings.format, card, record.perms, report, plan.source)
 

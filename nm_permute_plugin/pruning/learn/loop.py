@@ -15,6 +15,7 @@ A new learner is a class with the methods of ``Learner``, a name in
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from statistics import fmean
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -45,6 +46,11 @@ class Learner(Protocol):
     @property
     def use_graph(self) -> bool:
         """Whether a step may be replayed."""
+        ...
+
+    @property
+    def rate(self) -> float:
+        """How far the next step goes, for the record: a learning rate, a share of swaps."""
         ...
 
     def prepare(self, step: int) -> None:
@@ -81,7 +87,8 @@ class Best:
 
     :ivar seconds: that the first validation took
     :ivar history: one entry a validation: its step, the validation loss and, from the first
-        step on, the training loss
+        step on, the mean training loss of the steps since the validation before, and the
+        rate of its step
     """
 
     def __init__(
@@ -96,12 +103,16 @@ class Best:
         self.seconds = time.perf_counter() - before
         self.history: History = [{"step": 0, "validation": self.loss}]
 
-    def consider(self, step: int, training: float, learner: Learner) -> None:
+    def consider(
+        self, step: int, training: float, rate: float, learner: Learner
+    ) -> None:
         """Validate what a learner holds, and keep it if it is better than all before."""
         self._callback(step, learner)
         solution = learner.solution()
         loss = self._validate(solution)
-        self.history.append({"step": step, "validation": loss, "loss": training})
+        self.history.append(
+            {"step": step, "validation": loss, "loss": training, "rate": rate}
+        )
         if loss < self.loss:
             self.loss, self.solution = loss, solution
 
@@ -178,13 +189,16 @@ def train(
     :param after_step: is called after every step
     """
     bar = tqdm(numbers, f"Learning {what}")
+    losses: list[float] = []
     for number in bar:
-        training = step(partial(learner.prepare, number))
+        losses.append(step(partial(learner.prepare, number)))
+        rate = learner.rate
         learner.update()
         after_step()
-        bar.set_postfix(loss=f"{training:.4f}", best=f"{best.loss:.4f}")
+        bar.set_postfix(loss=f"{losses[-1]:.4f}", best=f"{best.loss:.4f}")
         if number % validate_every == 0 or number == numbers[-1]:
-            best.consider(number, training, learner)
+            best.consider(number, fmean(losses), rate, learner)
+            losses.clear()
 
 
 def _forecast(settings: Settings, of_validation: float) -> Forecast:

@@ -3,6 +3,7 @@
 
 import time
 from functools import partial
+from statistics import fmean
 
 import torch
 from tqdm import tqdm
@@ -26,7 +27,7 @@ def distill(
 
     :return: the best values by the validation loss, none if none are better, and one
         entry a validation: its step, the validation loss and, from the first step on,
-        the training loss
+        the mean training loss since the validation before, and the relative learning rate
     :raises ValueError: if a loss is not finite
     """
     steps, every = settings.recover.end_to_end.steps, settings.validation.every
@@ -52,16 +53,26 @@ def distill(
         )
         batches = data.batches(settings.seed)
         bar = tqdm(range(1, steps + 1), "Distilling the kept weights")
+        losses: list[float] = []
         for step in bar:
-            training = backward(next(batches))
+            losses.append(backward(next(batches)))
+            rate = optimizer.rate
             optimizer.step()
             forecast.step()
-            bar.set_postfix(loss=f"{training:.4f}", best=f"{best:.4f}")
+            bar.set_postfix(loss=f"{losses[-1]:.4f}", best=f"{best:.4f}")
             if step % every and step != steps:
                 continue
             now = student.rounded(masters)
             loss = teacher.validate(student.masks(now), data.validation)
-            history.append({"step": step, "validation": loss, "loss": training})
+            history.append(
+                {
+                    "step": step,
+                    "validation": loss,
+                    "loss": fmean(losses),
+                    "rate": rate,
+                }
+            )
+            losses.clear()
             if loss < best:
                 best, better = loss, now
     return better, history
