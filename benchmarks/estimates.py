@@ -5,13 +5,14 @@ What ``nm-permute prune --dry-run`` expects of a run, beside what the run then t
     python benchmarks/estimates.py MODEL --rows 44 --sequence-length 512 \
         --set batch_size=1 learn.steps=20
     python benchmarks/estimates.py llama-3.2-1b --rows 128 --sequence-length 1024 \
-        --set learn.steps=60 recover.stages=[end_to_end] recover.end_to_end.steps=40
+        --method learned+end_to_end --set learn.steps=60 recover.end_to_end.steps=40
 
 The model is a folder, or a published shape with random weights (``shapes.SHAPES``). Tokens
 are random: time and memory do not depend on them. Both are measured in one process, one
 after the other, on the same model in memory. Errors are (expected - taken) / taken, by the
 clock and by the seconds of all processors, which other programs of a busy machine change
-less.
+less. What a process does once, compiling kernels for example, has been done when the run
+begins, and only the expectation counts it.
 """
 
 import argparse

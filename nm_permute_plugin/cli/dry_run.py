@@ -77,8 +77,8 @@ def dry_run(
     )
     typer.echo("\n".join(plan.lines(settings)))
     typer.echo(
-        f"{samples} samples: {data} to learn from in {len(data.train)} batches, and "
-        f"{len(data.validation)} batches for validation; on {there}"
+        f"{samples} samples on {there}: {data} to learn from; batches to train on: "
+        f"{len(data.train)}, for validation: {len(data.validation)}"
     )
     plan.try_spec(loaded, settings, data, write_in_place)
     typer.echo(f"Measuring a few steps of every stage on {there} ...", err=True)
@@ -99,9 +99,9 @@ def dry_run(
     refuse(found.unfit)
     total, spent = found.took.seconds, found.spent.seconds + load.seconds
     typer.echo(
-        f"about {duration(total)}, and at most {found.peak / 1e9:.1f} GB of {there} with "
-        f"{beside / 1e9:.1f} GB free beside the model; this took {duration(spent)} "
-        f"({spent / max(total, 1e-9):.0%} of the run) and wrote nothing"
+        f"about {duration(total)}, and at most {found.peak / 1e9:.1f} GB on {there} "
+        f"({beside / 1e9:.1f} GB were free beside the model); measuring took "
+        f"{duration(spent)}, {spent / max(total, 1e-9):.0%} of the run, and wrote nothing"
     )
 
 
