@@ -5,7 +5,9 @@ Perplexity and gap closed of every method, over seeds, from reloaded checkpoints
     python benchmarks/quality.py MODEL --train brown.txt --test wikitext-2/test.txt
     python benchmarks/quality.py --merge a.json b.json --plot quality.png
 
-Each run loads the dense model, permutes and prunes it, saves it, reads it back, measures.
+Each run loads the dense model, permutes and prunes it, saves it, reads it back, measures
+its perplexity and how near its predictions are to the dense model's, and with
+``--hellaswag FILE`` how many items of HellaSwag it answers; lm-eval is not needed.
 Methods that end in ``-free`` permute the inputs of every linear alone, as published; what
 they find cannot be folded. ``free-mask`` learns the mask and no permutation, which is an
 upper bound.
@@ -21,6 +23,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from judged import Judge, judged_table
 from methods import (
     DEFAULT,
     METHODS,
@@ -30,11 +33,10 @@ from methods import (
     prune,
     settings_of,
 )
-from nm_permute_plugin.evaluation.perplexity import evaluate_checkpoint
-from nm_permute_plugin.evaluation.text import Window
 from nm_permute_plugin.pruning.data import Row, split_text
 from nm_permute_plugin.pruning.settings import Settings
 from report import Record, check_protocol, merged, plot, read, table, write
+from tasks.hellaswag_file import read_items
 from texts import text_rows, text_windows
 
 
@@ -48,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         record = _measure(args)
     print(table(record))
+    print(judged_table(record))
     if args.plot:
         plot(record, args.plot)
 
@@ -69,10 +72,14 @@ def _measure(args: argparse.Namespace) -> Record:
         results = before["results"]
     rows = text_rows(args.model, args.train, args.rows, args.sequence_length)
     test = text_windows(args.model, args.test, args.window, args.stream, args.windows)
+    items = read_items(args.hellaswag)[: args.items] if args.hellaswag else []
+    judge = Judge(args.model, test, items, args.device, args.batch_size)
+    dense = judge.of_dense()
     record: Record = {
         "hardware": _hardware(args.device),
         "arguments": arguments,
-        "dense": _perplexity(args.model, test, args),
+        "dense": dense["perplexity"],
+        "dense_hellaswag": dense.get("hellaswag"),
         "results": results,
     }
     print(f"{record['hardware']}; {len(rows)} rows of {args.sequence_length} tokens")
@@ -82,9 +89,9 @@ def _measure(args: argparse.Namespace) -> Record:
         for seed in args.seeds if is_random(method) else args.seeds[:1]:
             if (method, seed) in done:
                 continue
-            result = _run(method, seed, rows, test, args)
+            result = _run(method, seed, rows, judge, args)
             results.append(result)
-            long = ("history", "recovered", "settings")
+            long = ("history", "recovered", "settings", "hellaswag")
             shown = {k: v for k, v in result.items() if k not in long}
             print(json.dumps(shown), flush=True)
             # After every run: what was measured survives an interruption.
@@ -96,7 +103,7 @@ def _run(
     method: str,
     seed: int,
     rows: list[Row],
-    test: Sequence[Window],
+    judge: Judge,
     args: argparse.Namespace,
 ) -> Record:
     """One method with one seed: prune, save, read back, measure."""
@@ -114,11 +121,11 @@ def _run(
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(args.model).save_pretrained(folder)
         del model
-        value = _perplexity(folder, test, args)
+        measured = judge.of(folder)
     return {
         "method": method,
         "seed": seed,
-        "perplexity": value,
+        **measured,
         "tokens": outcome.batches * settings.batch_size * args.sequence_length,
         "peak_gib": peak,
         **asdict(outcome),
@@ -136,12 +143,6 @@ def asked(args: argparse.Namespace, seed: int) -> list[Change]:
         "recover.end_to_end.steps": args.recover_steps,
     }
     return changes_of(args.methods, short, args.set)
-
-
-def _perplexity(
-    folder: str | Path, test: Sequence[Window], args: argparse.Namespace
-) -> float:
-    return evaluate_checkpoint(folder, test, args.device, args.batch_size)
 
 
 def _hardware(device: str) -> str:
@@ -179,6 +180,13 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "window begins as the tokenizer begins a text. The same for a tokenizer that "
         "adds nothing, such as SmolLM2's",
     )
+    add(
+        "--hellaswag",
+        type=Path,
+        help="a file with six lines an item: context, number of the right ending, four "
+        "endings",
+    )
+    add("--items", type=int, help="of --hellaswag, the first ones only; all if absent")
     add("--batch-size", type=int, default=default.batch_size)
     add("--validation-share", type=float, default=0.01)
     steps = default.learn.steps

@@ -23,6 +23,8 @@ PROTOCOL = (
     "window",
     "windows",
     "stream",
+    "hellaswag",
+    "items",
     "batch_size",
     "validation_share",
     "steps",
@@ -33,7 +35,9 @@ SHORTEST_BAR = -0.3
 """Of the plot; a method far worse than the base would leave no room for the others."""
 
 Record = dict[str, Any]
-"""What one run writes: hardware, arguments, dense (perplexity), results."""
+"""
+What one run writes: hardware, arguments, dense (perplexity), dense_hellaswag, results.
+"""
 
 
 def read(path: Path) -> Record:
@@ -45,8 +49,11 @@ def read(path: Path) -> Record:
     record = json.loads(path.read_text())
     if not isinstance(record, dict) or not {"dense", "results"} <= record.keys():
         raise ValueError(f"{path} is no record of quality.py: it has no results")
+    arguments = record.setdefault("arguments", {})
     # Before there was a choice, the test was one stream.
-    record.setdefault("arguments", {}).setdefault("stream", "True")
+    arguments.setdefault("stream", "True")
+    for name in ("hellaswag", "items"):
+        arguments.setdefault(name, "None")
     return record
 
 
@@ -82,6 +89,7 @@ def merged(records: Sequence[Record]) -> Record:
         "hardware": "; ".join(dict.fromkeys(r["hardware"] for r in records)),
         "arguments": first["arguments"],
         "dense": first["dense"],
+        "dense_hellaswag": first.get("dense_hellaswag"),
         "results": [results[key] for key in order],
     }
 

@@ -21,10 +21,6 @@ CARD = "README.md"
 _MARK = "<!-- written by nm-permute-plugin -->"
 _EVALUATION = ("<!-- evaluation -->", "<!-- end of evaluation -->")
 _STORAGE = ("<!-- storage -->", "<!-- end of storage -->")
-_TABLE = [
-    "| text | window | tokens | perplexity | gap closed |",
-    "|---|---|---|---|---|",
-]
 _TASKS = {
     "ForCausalLM": ("text-generation", "CausalLM"),
     "LMHeadModel": ("text-generation", "CausalLM"),
@@ -78,24 +74,6 @@ class Card:
     changed_later: bool = False
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """
-    Is one measurement of the checkpoint as it was read back from disk.
-
-    :param text: the name of the text
-    :param window: the number of tokens of a window
-    :param gap: the share of the gap to the dense model that is closed, 0 to 1; None
-        without a model to compare with
-    """
-
-    text: str
-    window: int
-    tokens: int
-    perplexity: float
-    gap: float | None = None
-
-
 def write_card(checkpoint: Checkpoint, card: Card) -> None:
     """Writes the ``README.md`` of a checkpoint whose other files are there already."""
     text = "\n\n".join(
@@ -139,24 +117,24 @@ def _write_storage(
     _replace(checkpoint.path, text, _STORAGE, "\n\n" + "\n\n".join(parts) + "\n\n")
 
 
-def add_evaluation(folder: Path, row: Evaluation) -> None:
+def read_evaluation(folder: Path) -> str:
     """
-    Puts a row into the table of a checkpoint's card, in place of one like it.
+    Reads the tables of results in a checkpoint's card, as Markdown; "" before the first.
 
     :raises ValueError: if the folder has no card of ours
     """
-    block, text = _block(folder, _EVALUATION)
-    name = row.text.replace("|", "/")
-    begin = f"| {name} | {row.window} |"
-    gap = "" if row.gap is None else f"{row.gap:.1%}"
-    kept = [
-        line
-        for line in block.strip().splitlines()[len(_TABLE) :]
-        if not line.startswith(begin)
-    ]
-    line = f"{begin} {row.tokens} | {row.perplexity:.2f} | {gap} |"
-    table = "\n".join(["", *_TABLE, *kept, line, ""])
-    _replace(folder, text, _EVALUATION, table)
+    return _block(folder, _EVALUATION)[0].strip()
+
+
+def write_evaluation(folder: Path, tables: str) -> None:
+    """
+    Puts tables of results into a checkpoint's card, in place of those that it has.
+
+    :param tables: Markdown
+    :raises ValueError: if the folder has no card of ours
+    """
+    _, text = _block(folder, _EVALUATION)
+    _replace(folder, text, _EVALUATION, f"\n\n{tables}\n\n")
 
 
 def is_ours(folder: Path) -> bool:
@@ -292,11 +270,15 @@ def _evaluation(checkpoint: Checkpoint, card: Card) -> list[str]:
         said += "accuracy, and how near its features are to the dense model's."
         return [said + _validation(card)]
     said = (
-        "Rows are added by `nm-permute evaluate FOLDER --text FILE --card`: perplexity "
-        "of the checkpoint as it is read back, one token stream, windows that do not "
-        "overlap."
+        "Rows are added by `nm-permute evaluate FOLDER --text FILE --dense DENSE --card` "
+        "(windows do not overlap; against the dense model: the mean KL divergence in nats "
+        "a token, the share of tokens whose most likely next token is the same, and, as "
+        "flips, of those where exactly one of the two predicts the text) and by "
+        "`nm-permute lm-eval FOLDER --tasks TASK --dense DENSE --card` (flips: the share "
+        "of the items that exactly one of the two answers rightly). All measure the "
+        "checkpoint as it is read back."
     )
-    table = "\n".join([_EVALUATION[0], *_TABLE, _EVALUATION[1]])
+    table = "\n".join(_EVALUATION)
     return [table, said + _validation(card)]
 
 
@@ -365,7 +347,8 @@ def _making(checkpoint: Checkpoint, card: Card) -> str:
         text += f"\n\n```yaml\n{recipe.read_text(encoding='utf-8').strip()}\n```"
     return text + (
         "\n\nThe permutations, all settings and the figures of the run are in the folder "
-        "`nm_permute`; `nm-permute verify FOLDER` checks the files."
+        "`nm_permute`; `nm-permute report FOLDER` draws them as a page, and `nm-permute "
+        "verify FOLDER` checks the files."
     )
 
 

@@ -149,7 +149,10 @@ def one_kind(text: list[Path] | None, images: Path | None, what: str) -> None:
     :raises ValueError: if it is not so
     """
     if not text and images is None:
-        raise ValueError(f"{what}: --text FILE, once or more, or --images FOLDER")
+        raise ValueError(
+            f"{what}: --text FILE or --dataset FILE_OR_NAME, once or more, or --images "
+            "FOLDER"
+        )
     if text and images is not None:
         raise ValueError(
             "--text and --images are for different models; give one of them"

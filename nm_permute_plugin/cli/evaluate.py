@@ -2,13 +2,15 @@
 """``nm-permute evaluate``: measure checkpoints on text or on images."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
 
-from nm_permute_plugin.cli.common import Device, find_device, one_kind
+from nm_permute_plugin.cli.common import Device, find_device
+from nm_permute_plugin.cli.data import DATASET, TextColumn, data_sources
 from nm_permute_plugin.evaluation.corpus import Corpus, read_corpus
 
 if TYPE_CHECKING:
@@ -28,6 +30,19 @@ def evaluate(
     images: Annotated[
         Path | None, Option("--images", help="Folder of CLASS/*.jpg, instead of text.")
     ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        Option(
+            "--dataset",
+            metavar="FILE|FOLDER|ORG/NAME[:CONFIG][@SPLIT]",
+            help=f"Data to evaluate on, {DATASET}.",
+        ),
+    ] = None,
+    text_column: TextColumn = None,
+    samples: Annotated[
+        int,
+        Option(min=1, help="Records of each --dataset at most, spread over all of it."),
+    ] = 512,
     sequence_length: Annotated[
         int | None,
         Option(min=2, help="Tokens of a window (2048, or the model's positions)."),
@@ -49,7 +64,9 @@ def evaluate(
     ] = None,
     dense: Annotated[
         str | None,
-        Option(help="Model before pruning, to compare perplexity or features."),
+        Option(
+            help="Model before pruning, to compare perplexity and predictions, or features."
+        ),
     ] = None,
     batch_size: Annotated[
         int | None, Option(min=1, help="Windows or images at a time (1 or 32).")
@@ -61,13 +78,19 @@ def evaluate(
 ) -> None:
     """Measure the perplexity of a checkpoint on text, or its accuracy on images.
 
-    With --dense, the perplexity is compared with the dense model's; with --base as well,
-    the share of the gap between the two that is closed is printed.
+    With --dense, the predictions are compared with the dense model's, token by token: the
+    mean KL divergence, the share of tokens whose most likely next token is the same, and
+    the share of flips, where exactly one of the two puts the text's next token first. With
+    --base as well, the share of the gap between the two that is closed is printed.
+
+    What was measured on text is kept in nm_permute/evaluations.json of a checkpoint that
+    nm-permute made.
 
     Of a model of images, the classifier is measured, or the nearest neighbours of its
     features where it has none.
     """
-    one_kind(text, images, "give text to evaluate on")
+    what = "give text to evaluate on"
+    sources = data_sources(text, dataset, images, text_column, what)
     if images is not None and (base is not None or card):
         raise ValueError("--base and --card are for --text, not for --images")
     if base is not None and dense is None:
@@ -84,54 +107,82 @@ def evaluate(
     if images is not None:
         _print_accuracy(checkpoint, images, where, batch_size or 32, dense)
         return
-    values, cut = _print_perplexities(
-        folders, corpus, sequence_length, stream, where, batch_size or 1
-    )
-    gap = None
-    if base is not None:
+    from nm_permute_plugin.evaluation.card import check_keeping, keep
+    from nm_permute_plugin.evaluation.results import TextResult
+
+    check_keeping(checkpoint, card)
+    if sources:
+        from nm_permute_plugin.evaluation.data_sets import read_data_sets
+
+        corpus = read_data_sets(sources, samples, text_column)
+    cut = _windows(folders, corpus, sequence_length, stream)
+    measured = _print_perplexities(checkpoint, base, dense, cut, where, batch_size or 1)
+    names = [file.name for file in text or []]
+    name = " + ".join(names + [source.title for source in sources])
+    result = TextResult(text=name, form=cut.form, **measured)
+    if result.dense is not None and result.base is not None:
         from nm_permute_plugin.evaluation.report import gap_closed
 
-        gap = gap_closed(*values)
+        gap = gap_closed(result.perplexity, result.base, result.dense)
         typer.echo(f"gap closed: {gap:.1%}")
-    elif dense is not None:
-        typer.echo(f"{values[0] / values[1]:.3f} times the dense model's perplexity")
-    if card:
-        from nm_permute_plugin.checkpoint.model_card import Evaluation, add_evaluation
-
-        name = " + ".join(file.name for file in text or [])
-        length = max(map(len, cut.windows))
-        if cut.form != f"windows of {length} tokens":
-            name += f" ({cut.form})"
-        row = Evaluation(name, length, cut.used, values[0], gap)
-        add_evaluation(Path(checkpoint), row)
+    elif result.dense is not None:
+        ratio = result.perplexity / result.dense
+        typer.echo(f"{ratio:.3f} times the dense model's perplexity")
+    keep(checkpoint, texts=[result], card=card)
 
 
-def _print_perplexities(
-    folders: Sequence[str],
-    corpus: Corpus,
-    sequence_length: int | None,
-    stream: bool,
-    device: str,
-    batch_size: int,
-) -> tuple[list[float], "Windows"]:
-    """Print and return each perplexity, with the windows of the first."""
-    from nm_permute_plugin.evaluation.perplexity import evaluate_checkpoint
+def _windows(
+    folders: Sequence[str], corpus: Corpus, sequence_length: int | None, stream: bool
+) -> "Windows":
+    """Cut the text for the first checkpoint, and see that it is the same for the others."""
+    from nm_permute_plugin.evaluation.fidelity import refuse_other_tokens
     from nm_permute_plugin.evaluation.pretrained import refuse_perplexity_of, row_length
     from nm_permute_plugin.evaluation.text import TextTokenizer
 
     for folder in folders:
         refuse_perplexity_of(folder)
     length = min(row_length(folder, sequence_length, 2048) for folder in folders)
-    values: list[float] = []
-    cuts: list[Windows] = []
-    for folder in folders:
-        cut = TextTokenizer(folder).windows(corpus, length, stream)
-        values.append(evaluate_checkpoint(folder, cut.windows, device, batch_size))
-        cuts.append(cut)
+    cut, *others = (
+        TextTokenizer(folder).windows(corpus, length, stream) for folder in folders
+    )
+    for folder, other in zip(folders[1:], others, strict=True):
+        refuse_other_tokens(cut.windows, other.windows, folders[0], folder)
+    return cut
+
+
+def _print_perplexities(
+    checkpoint: str,
+    base: str | None,
+    dense: str | None,
+    cut: "Windows",
+    device: str,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Print each perplexity, and beside a dense model how near the predictions are."""
+    from nm_permute_plugin.evaluation.fidelity import compare_checkpoints
+    from nm_permute_plugin.evaluation.perplexity import (
+        count_predicted,
+        evaluate_checkpoint,
+    )
+
+    def say(folder: str, value: float) -> None:
         typer.echo(
-            f"{folder}: perplexity {values[-1]:.2f} ({cut.form}, {cut.tokens} tokens)"
+            f"{folder}: perplexity {value:.2f} ({cut.form}, {cut.tokens} tokens)"
         )
-    return values, cuts[0]
+
+    if dense is None:
+        value = evaluate_checkpoint(checkpoint, cut.windows, device, batch_size)
+        say(checkpoint, value)
+        return {"perplexity": value, "tokens": count_predicted(cut.windows)}
+    found = compare_checkpoints(checkpoint, dense, cut.windows, device, batch_size)
+    say(checkpoint, found.perplexity)
+    measured = asdict(found)
+    if base is not None:
+        measured["base"] = evaluate_checkpoint(base, cut.windows, device, batch_size)
+        say(base, measured["base"])
+    say(dense, found.dense)
+    typer.echo(f"beside the dense model: {found}")
+    return measured
 
 
 def _print_accuracy(

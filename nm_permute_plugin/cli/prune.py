@@ -12,7 +12,8 @@ from typing import Annotated, Any, cast
 import typer
 from typer import Argument, Option
 
-from nm_permute_plugin.cli.common import Model, find_device, one_kind
+from nm_permute_plugin.cli.common import Model, find_device
+from nm_permute_plugin.cli.data import DATASET, TextColumn, data_sources
 from nm_permute_plugin.cli.logs import HostLog, nothing_misleading
 from nm_permute_plugin.evaluation.corpus import Corpus, read_corpus, spread
 
@@ -34,6 +35,24 @@ def prune(
     images: Annotated[
         Path | None, Option("--images", help="Folder of images, instead of text.")
     ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        Option(
+            "--dataset",
+            metavar="FILE|FOLDER|ORG/NAME[:CONFIG][@SPLIT][=WEIGHT]",
+            help=f"Data to calibrate and train on, {DATASET}, with =WEIGHT for the share "
+            "of the rows.",
+        ),
+    ] = None,
+    text_column: TextColumn = None,
+    answers_only: Annotated[
+        bool,
+        Option(
+            "--answers-only",
+            help="Count what the assistant says in conversations alone, in losses and "
+            "statistics.",
+        ),
+    ] = False,
     samples: Annotated[
         int, Option(min=2, help="Rows of calibration text, or images, at most.")
     ] = 512,
@@ -49,13 +68,26 @@ def prune(
             "offloads it, with objective: layer_wise in the recipe."
         ),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        Option(
+            "--dry-run",
+            help="Say what the run would do, how long it would take and how much memory, "
+            "measured with a few of its steps; write nothing.",
+        ),
+    ] = False,
 ) -> None:
     """Prune a model as a recipe says, into a folder that is complete or not there."""
-    one_kind(text, images, "give calibration text")
+    what = "give calibration text"
+    sources = data_sources(text, dataset, images, text_column, what)
+    if answers_only and images is not None:
+        raise ValueError("--answers-only is for conversations, not for --images")
     corpus = read_corpus(text or [])
     if not recipe.exists():
         raise FileNotFoundError(f"{recipe} does not exist")
     where = find_device(device)
+    from nm_permute_plugin.checkpoint.report import PAGE
+    from nm_permute_plugin.cli import dry_run as plan
     from nm_permute_plugin.evaluation import pretrained
     from nm_permute_plugin.evaluation.images import image_files
 
@@ -63,20 +95,70 @@ def prune(
     if images is not None:
         pretrained.refuse_images_for(model)
         files = spread(image_files(images), samples)
+        if dry_run:
+            plan.dry_run(
+                model, recipe, out, _image_batches(model, files), len(files), where
+            )
+            return
         minutes = prune_with_images(model, recipe, out, files, where)
         amount, test = f"{len(files)} images", ["--images", "CLASS_FOLDERS"]
     else:
         pretrained.refuse_text_for(model)
         length = pretrained.row_length(model, sequence_length, 1024)
-        rows = calibration_rows(model, corpus, samples, length)
-        minutes = prune_checkpoint(model, recipe, out, rows, where)
-        amount, test = f"{sum(map(len, rows))} tokens", ["--text", "TEST.txt"]
+        from nm_permute_plugin.evaluation.mixture import Part, mixed_rows, read_parts
+
+        if answers_only:
+            from nm_permute_plugin.pruning.reading import refuse_experts
+
+            refuse_experts(pretrained.empty_model(model))
+        parts = read_parts(sources, samples, text_column)
+        parts = parts or [Part("the calibration text", corpus, samples)]
+        rows = mixed_rows(model, parts, length, answers_only)
+        if dry_run:
+            batches = _text_batches(rows.ids, rows.counted)
+            plan.dry_run(model, recipe, out, batches, len(rows.ids), where)
+            return
+        minutes = prune_checkpoint(
+            model, recipe, out, rows.ids, where, counted=rows.counted
+        )
+        amount, test = str(rows), ["--text", "TEST.txt"]
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6
     following = ["nm-permute", "evaluate", str(out), *test, "--dense", model]
+    page = out / PAGE
+    told = f"; report: {page}" if page.exists() else ""
     typer.echo(
-        f"{out}: {amount}, {minutes:.1f} minutes, {size:,.1f} MB, {_outcome(out)}; next: "
-        f"{shlex.join(following)}"
+        f"{out}: {amount}, {minutes:.1f} minutes, {size:,.1f} MB, {_outcome(out)}{told}; "
+        f"next: {shlex.join(following)}"
     )
+
+
+def _text_batches(
+    rows: Sequence[Sequence[int]], counted: Sequence[Sequence[bool]] | None
+) -> Callable[[], list[dict[str, Any]]]:
+    import torch
+
+    columns = {"input_ids": rows} | ({} if counted is None else {"loss_mask": counted})
+
+    def batches() -> list[dict[str, Any]]:
+        return [
+            {name: torch.tensor([[*map(int, of[i])]]) for name, of in columns.items()}
+            for i in range(len(rows))
+        ]
+
+    return batches
+
+
+def _image_batches(
+    model: str | Path, files: Sequence[Path]
+) -> Callable[[], list[dict[str, Any]]]:
+    from nm_permute_plugin.evaluation.images import pixels
+    from nm_permute_plugin.evaluation.pretrained import image_processor
+
+    def batches() -> list[dict[str, Any]]:
+        processor = image_processor(model)
+        return [{"pixel_values": p} for p in pixels(processor, files, batch_size=32)]
+
+    return batches
 
 
 def _outcome(out: Path) -> str:
@@ -105,12 +187,14 @@ def prune_checkpoint(
     out: Path,
     rows: Sequence[Sequence[int]],
     device: str | None = None,
+    counted: Sequence[Sequence[bool]] | None = None,
 ) -> float:
     """
     Run ``oneshot`` with a recipe, into a folder that appears only when all went well.
 
     :param rows: calibration text, one list of token ids a row
     :param device: where the model runs; the first CUDA device if there is one
+    :param counted: of every row, which tokens count; all of them if None
     :return: minutes from loading to saving
     :raises ValueError: for a run that is certain to fail, ``out`` holding files already
         for example, and for a recipe that llm-compressor would not read completely
@@ -121,9 +205,13 @@ def prune_checkpoint(
     from nm_permute_plugin.evaluation.pretrained import tokenizer_of
 
     def data() -> dict[str, Any]:
+        columns = {"input_ids": [list(row) for row in rows]}
+        if counted is not None:
+            columns["loss_mask"] = [[int(mark) for mark in row] for row in counted]
         return {
             "tokenizer": tokenizer_of(model),
-            "dataset": Dataset.from_dict({"input_ids": [list(row) for row in rows]}),
+            "dataset": Dataset.from_dict(columns),
+            "use_loss_mask": counted is not None,
             "max_seq_length": max(map(len, rows)),
             "num_calibration_samples": len(rows),
             "shuffle_calibration_samples": False,
@@ -147,14 +235,12 @@ def prune_with_images(
     """
     from torch.utils.data import DataLoader, Dataset
 
-    from nm_permute_plugin.evaluation.images import pixels
     from nm_permute_plugin.evaluation.pretrained import image_processor
 
     def data() -> dict[str, Any]:
-        processor = image_processor(model)
-        batches = [{"pixel_values": p} for p in pixels(processor, files, batch_size=32)]
-        loader = DataLoader(cast("Dataset[Any]", batches), batch_size=None)
-        return {"processor": processor, "dataset": loader}
+        batches = cast("Dataset[Any]", _image_batches(model, files)())
+        loader = DataLoader(batches, batch_size=None)
+        return {"processor": image_processor(model), "dataset": loader}
 
     return _prune(model, recipe, out, data, len(files), device)
 
@@ -209,7 +295,7 @@ def calibration_rows(
     :param sequence_length: tokens of a row; those of documents may be shorter
     :raises ValueError: if the text is empty or fills not even two rows
     """
-    from nm_permute_plugin.evaluation.text import TextTokenizer
+    from nm_permute_plugin.evaluation.mixture import Part, mixed_rows
 
-    rows = TextTokenizer(model).rows(corpus, sequence_length, samples)
-    return spread(rows, samples)
+    part = Part("the calibration text", corpus, samples)
+    return mixed_rows(model, [part], sequence_length).ids

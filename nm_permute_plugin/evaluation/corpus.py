@@ -2,30 +2,17 @@
 """Read files of text: plain ones, and JSONL with a document or a conversation a line."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
+
+from nm_permute_plugin.evaluation.records import Document, document_of
 
 T = TypeVar("T")
 
 JSONL = ".jsonl"
 """The suffix of files that hold a JSON object a line; all others are plain text."""
-
-
-@dataclass(frozen=True)
-class Document:
-    """
-    One line of a JSONL file.
-
-    :param where: the file and the number of the line, from 1 on
-    :param content: a text, or a conversation: messages with ``role`` and ``content``
-    :param tools: what the conversation may call, as chat templates take it
-    """
-
-    where: str
-    content: str | list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +34,7 @@ def read_corpus(files: Sequence[Path]) -> Corpus:
 
     :raises FileNotFoundError: if one does not exist
     :raises ValueError: if one is empty, or is not UTF-8, or for a line of JSONL that
-        holds neither ``messages`` nor ``text``
+        holds neither text nor a conversation
     """
     texts: list[str] = []
     documents: list[Document] = []
@@ -97,38 +84,20 @@ def _documents(file: Path, content: str) -> list[Document]:
     # Not splitlines(): JSON may hold other ends of line than this one.
     lines = enumerate(content.split("\n"), 1)
     return [
-        _document(f"{file} line {number}", line)
+        document_of_line(f"{file} line {number}", line)
         for number, line in lines
         if line.strip()
     ]
 
 
-def _document(where: str, line: str) -> Document:
+def document_of_line(where: str, line: str, column: str | None = None) -> Document:
+    """
+    Read a line of a JSONL file.
+
+    :raises ValueError: as ``document_of``, and for a line that is no JSON
+    """
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is no JSON: {error}") from error
-    if not isinstance(value, dict) or not {"messages", "text"} & set(value):
-        found = ", ".join(value) if isinstance(value, dict) else type(value).__name__
-        raise ValueError(
-            f"{where} holds {found or 'nothing'}, but neither messages nor text; give a "
-            'JSON object a line: {"messages": [{"role": ..., "content": ...}]} or '
-            '{"text": ...}'
-        )
-    if "messages" not in value:
-        if not isinstance(value["text"], str):
-            raise ValueError(
-                f"{where}: text is a {type(value['text']).__name__}, not a string"
-            )
-        return Document(where, value["text"])
-    messages, tools = value["messages"], value.get("tools")
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{where}: messages is no list of messages, or an empty one")
-    if not all(
-        isinstance(message, Mapping) and "role" in message for message in messages
-    ):
-        raise ValueError(
-            f"{where}: every one of messages needs a role, as in "
-            '{"role": "user", "content": "Hello"}'
-        )
-    return Document(where, messages, tools or None)
+    return document_of(where, value, column)

@@ -33,9 +33,7 @@ def perplexity(
     :raises ValueError: if nothing is predicted, or if the likelihood is not finite
     """
     device = next(model.parameters()).device
-    predicted = sum(len(window) - 1 for window in windows)
-    if predicted < 1:
-        raise ValueError("no window has two tokens, so that nothing is predicted")
+    predicted = count_predicted(windows)
     total = 0.0
     starts = range(0, len(windows), batch_size)
     with torch.no_grad(), evaluating(model):
@@ -46,6 +44,28 @@ def perplexity(
             for window, row, targets in zip(batch, logits, ids, strict=True):
                 row, targets = row[: len(window) - 1], targets[1 : len(window)]
                 total += float(F.cross_entropy(row.float(), targets, reduction="sum"))
+    return exp_of_mean(total, predicted)
+
+
+def count_predicted(windows: Sequence[Window]) -> int:
+    """
+    How many tokens are predicted: all of a window but the first.
+
+    :raises ValueError: if there are none
+    """
+    predicted = sum(len(window) - 1 for window in windows)
+    if predicted < 1:
+        raise ValueError("no window has two tokens, so that nothing is predicted")
+    return predicted
+
+
+def exp_of_mean(total: float, predicted: int) -> float:
+    """
+    The perplexity of tokens.
+
+    :param total: the sum of their negative log-likelihoods, in nats
+    :raises ValueError: if it is not finite, or too large for a working model
+    """
     mean = total / predicted
     if not mean < MOST_NATS:
         raise ValueError(f"the mean negative log-likelihood is {mean}: broken weights")

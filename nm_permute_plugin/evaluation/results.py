@@ -46,6 +46,7 @@ class TaskResult(_Measured):
 
     :ivar items: how many were asked
     :ivar flips: share of the items that one of the two answers rightly and the other not
+    :ivar higher_is_better: false of perplexities and other losses
     """
 
     task: str
@@ -56,11 +57,14 @@ class TaskResult(_Measured):
     dense: float | None = None
     dense_error: float | None = None
     flips: float | None = None
+    higher_is_better: bool = True
 
     @property
     def recovery(self) -> float | None:
-        """The value as a share of the dense model's."""
-        return self.value / self.dense if self.dense else None
+        """The value as a share of the dense model's, where more is better."""
+        if not self.dense or not self.higher_is_better:
+            return None
+        return self.value / self.dense
 
 
 class Evaluations(_Measured):

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from nm_permute_plugin.evaluation.static_steps import StaticSteps, can_be_static
+
 ON_CPU = 128
 """Texts at a time on a CPU, whose memory is not the limit."""
 
@@ -26,28 +28,26 @@ def draw(
     texts: int,
     tokens: int,
     never: Sequence[int],
+    static: bool | None = None,
 ) -> Int[Tensor, "texts tokens"]:
     """
     Draw texts at temperature 1 from torch's generator of the model's device.
 
     :param begin: the tokens that every text begins with; they are not among those returned
     :param never: tokens that are not drawn
+    :param static: whether a step is the same for every token, as a CUDA graph wants it; by
+        default on a GPU where the model allows it
     """
     device = next(model.parameters()).device
-    config: Any = model.config
-    cache = DynamicCache(config=config)
-    cache.layers = [
-        _RoomyLayer(len(begin) + tokens) if type(layer) is DynamicLayer else layer
-        for layer in cache.layers
-    ]
+    if static is None:
+        static = device.type == "cuda" and can_be_static(model)
+    steps = StaticSteps if static else _GrowingSteps
     excluded = torch.tensor(list(never), dtype=torch.int64, device=device)
     ids = torch.tensor([list(begin)] * texts, device=device)
     drawn = torch.empty(texts, tokens, dtype=torch.int64, device=device)
-    with torch.no_grad():
+    with torch.no_grad(), steps(model, len(begin) + tokens) as step:
         for place in tqdm(range(tokens), desc="Sampling text", leave=False):
-            # No attention mask: nothing is padding, least of all the beginning.
-            out = model(input_ids=ids, past_key_values=cache, use_cache=True)
-            logits = out.logits[:, -1].float()
+            logits = step(ids).float()
             logits = logits.index_fill_(1, excluded, -torch.inf)
             ids = torch.multinomial(logits.softmax(-1), 1)
             drawn[:, place : place + 1] = ids
@@ -78,6 +78,35 @@ def bytes_of_a_text(model: nn.Module, tokens: int) -> int:
     element = next(model.parameters()).element_size()
     kept = 2 * text.num_hidden_layers * pairs * size * tokens * element
     return int(kept + text.vocab_size * LOGITS_BYTES)
+
+
+class _GrowingSteps:
+    """
+    Run a model token by token; attention reads what there is so far.
+
+    :param tokens: the most there will be
+    """
+
+    def __init__(self, model: nn.Module, tokens: int) -> None:
+        config: Any = model.config
+        self._model, self._cache = model, DynamicCache(config=config)
+        self._cache.layers = [
+            _RoomyLayer(tokens) if type(layer) is DynamicLayer else layer
+            for layer in self._cache.layers
+        ]
+
+    def __enter__(self) -> "_GrowingSteps":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def __call__(self, ids: Int[Tensor, "texts new"]) -> Tensor:
+        """The logits of the next token."""
+        # No attention mask: nothing is padding, least of all the beginning.
+        out = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True)
+        logits: Tensor = out.logits[:, -1]
+        return logits
 
 
 class _RoomyLayer(DynamicLayer):

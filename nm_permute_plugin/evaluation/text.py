@@ -7,7 +7,8 @@ model was trained so. Conversations go through the tokenizer's chat template.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,11 +17,16 @@ from jaxtyping import Int
 from loguru import logger
 from torch import Tensor
 
-from nm_permute_plugin.evaluation.corpus import Corpus, Document, spread
+from nm_permute_plugin.evaluation.answers import answer_marks
+from nm_permute_plugin.evaluation.corpus import Corpus, spread
 from nm_permute_plugin.evaluation.pretrained import tokenizer_of
+from nm_permute_plugin.evaluation.records import Document
 
 Window = Int[Tensor, " _tokens"]
 """Windows of documents differ in length."""
+
+MarkedRow = tuple[list[int], list[bool]]
+"""The tokens of a row, and for each whether it counts."""
 
 WHOLE = 1_500_000
 """Characters that are tokenized in any case; of a longer text, as much as is used."""
@@ -87,21 +93,49 @@ class TextTokenizer:
         :raises ValueError: if the corpus is empty or fills not even two rows, or if a
             conversation cannot go through the chat template
         """
-        if not corpus.text.strip() and not corpus.documents:
-            raise ValueError("the calibration text is empty")
-        rows, rest = self._text_rows(corpus.text, self._body(length), wanted)
-        documents = corpus.documents
-        if wanted is not None:
-            documents = spread(documents, wanted)
-        for document in documents:
-            rows += self._document_rows(document, length)
+        rows, rest = self.marked_rows(corpus, length, wanted)
         if len(rows) < 2:
-            tokens = sum(map(len, rows)) + rest
+            tokens = sum(len(ids) for ids, _ in rows) + rest
             raise ValueError(
                 f"the calibration text has {tokens} tokens, fewer than two rows of "
                 f"{length}: give more text or a smaller --sequence-length"
             )
-        return rows
+        return [ids for ids, _ in rows]
+
+    def marked_rows(
+        self,
+        corpus: Corpus,
+        length: int,
+        wanted: int | None = None,
+        answers_only: bool = False,
+    ) -> tuple[list[MarkedRow], int]:
+        """
+        Cut a corpus as ``rows`` does, into any number of rows.
+
+        :param answers_only: mark what the assistant says in conversations alone, and leave
+            out rows that hold nothing of it
+        :return: the rows, and how many tokens of plain text fill no row
+        :raises ValueError: if the corpus is empty, if a conversation cannot go through the
+            chat template, or if the assistant's tokens cannot be told from the others
+        """
+        if not corpus.text.strip() and not corpus.documents:
+            raise ValueError("the calibration text is empty")
+        if answers_only and corpus.text.strip():
+            raise ValueError(
+                "--answers-only is for conversations, but there is plain text: leave it "
+                "out, or give messages"
+            )
+        cut, rest = self._text_rows(corpus.text, self._body(length), wanted)
+        rows = [(ids, [True] * len(ids)) for ids in cut]
+        documents = corpus.documents
+        if wanted is not None:
+            documents = spread(documents, wanted)
+            beginnings = self._beginnings(documents, length, wanted)
+            if beginnings is not None and not answers_only:
+                return rows + beginnings, rest
+        for document in documents:
+            rows += self._document_rows(document, length, answers_only)
+        return rows, rest
 
     def windows(self, corpus: Corpus, length: int, stream: bool = False) -> Windows:
         """
@@ -127,7 +161,7 @@ class TextTokenizer:
             rows = [[*self.begin, *row] for row in _cut(ids, self._body(length))]
         tokens = len(ids)
         for document in corpus.documents:
-            pieces = list(self._document_rows(document, length))
+            pieces = [ids for ids, _ in self._document_rows(document, length)]
             rows += pieces
             tokens += sum(map(len, pieces))
         if not rows:
@@ -195,18 +229,55 @@ class TextTokenizer:
         )
         return rows
 
-    def _document_rows(self, document: Document, length: int) -> Iterator[list[int]]:
+    def _beginnings(
+        self, documents: Sequence[Document], length: int, wanted: int
+    ) -> list[MarkedRow] | None:
+        """
+        ``wanted`` rows from the beginnings of documents that are far longer than needed;
+        None for shorter ones, which are cut as a whole, and for conversations.
+        """
+        texts = [d for d in documents if isinstance(d.content, str)]
+        there = sum(len(document.content) for document in texts)
+        room = self._body(length) * GENEROUS
+        if len(texts) < len(documents) or there <= max(WHOLE, 2 * wanted * room):
+            return None
+        each = -(-wanted // len(texts))
+        rows: list[MarkedRow] = []
+        for document in texts:
+            short = replace(document, content=document.content[: each * room])
+            rows += islice(self._document_rows(short, length), each)
+        if len(rows) < wanted:  # some are short, so that others must give more
+            return None
+        logger.info(
+            f"Tokenized the beginnings of {len(texts)} documents of {there:,} characters"
+        )
+        return rows
+
+    def _document_rows(
+        self, document: Document, length: int, answers_only: bool = False
+    ) -> Iterator[MarkedRow]:
         """The rows of a document; one of a single token predicts nothing."""
         ids, begin = self._document_ids(document), self.begin
+        marks = [True] * len(ids)
+        if answers_only:
+            if isinstance(document.content, str):
+                raise ValueError(
+                    f"--answers-only is for conversations, but {document.where} holds a "
+                    "text: leave it out, or give messages"
+                )
+            marks = answer_marks(self.tokenizer, document, ids)
         if not isinstance(document.content, str):
             # A template writes the beginning itself, or means there to be none.
             written = bool(begin) and ids[: len(begin)] == begin
-            ids, begin = (ids[len(begin) :], begin) if written else (ids, [])
+            begin = begin if written else []
+            ids, marks = ids[len(begin) :], marks[len(begin) :]
         body = self._body(length) + len(self.begin) - len(begin)
+        around = [not answers_only] * len(begin), [not answers_only] * len(self.end)
         for first in range(0, len(ids), body):
             row = [*begin, *ids[first : first + body], *self.end]
-            if len(row) > 1:
-                yield row
+            counted = [*around[0], *marks[first : first + body], *around[1]]
+            if len(row) > 1 and any(counted):
+                yield row, counted
 
     def _document_ids(self, document: Document) -> list[int]:
         if isinstance(document.content, str):

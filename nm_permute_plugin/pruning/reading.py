@@ -66,7 +66,7 @@ def read_samples(
         torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
         kept = [_inputs(batch, model) for batch in batches]
     if any("loss_mask" in batch for batch in kept):
-        _refuse_experts(model)
+        refuse_experts(model)
     with_images = ["pixel_values" in batch for batch in kept]
     if not any(with_images):
         text = _Text.of(kept, _vocabulary(model))
@@ -200,12 +200,17 @@ def _documents(places: Tensor, number: int) -> list[int]:
     return [end - start for start, end in zip([0, *starts.tolist()], ends, strict=True)]
 
 
-def _refuse_experts(model: nn.Module) -> None:
+def refuse_experts(model: nn.Module) -> None:
+    """
+    See that a model can be told which tokens count.
+
+    :raises ValueError: if it has experts
+    """
     if any(".experts" in name for name, _ in model.named_modules()):
         raise ValueError(
             f"the calibration data has a loss_mask, but {type(model).__name__} deals its "
-            "tokens to experts, which are not told what counts; remove the column "
-            '(dataset.remove_columns("loss_mask"))'
+            "tokens to experts, which are not told what counts; leave out --answers-only, "
+            'or remove the column (dataset.remove_columns("loss_mask"))'
         )
 
 

@@ -93,11 +93,13 @@ def search(
     }
     least = validate(best)
     history: History = [{"round": 0, "validation": least}]
-    found = _rounds_of_all(spaces, pattern, seed, device)
+    if not rounds:
+        return best, history
+    found = rounds_of_all(spaces, pattern, seed, device)
     next(found)  # the start: the channels as they are or dealt, whichever retains more
     step = ROUNDS_BETWEEN_VALIDATIONS
     numbers = range(step, rounds + step, step)
-    for number in tqdm(numbers, "Searching the permutation") if numbers else ():
+    for number in tqdm(numbers, "Searching the permutation"):
         perms = list(islice(found, step))[-1]
         for names in (list(spaces), *_families(spaces)):
             tried = best | {name: perms[name] for name in names}
@@ -116,7 +118,7 @@ def _families(spaces: Mapping[str, SpaceScores]) -> list[list[str]]:
     return list(families.values()) if len(families) > 1 else []
 
 
-def _rounds_of_all(
+def rounds_of_all(
     spaces: Mapping[str, SpaceScores],
     pattern: NMPattern,
     seed: int,
@@ -126,9 +128,9 @@ def _rounds_of_all(
     The permutations of all spaces, a round at a time; segments of one shape go
     together.
     """
-    segments = {name: _segments(of, pattern) for name, of in spaces.items()}
+    segments = {name: segments_of(of, pattern) for name, of in spaces.items()}
     batches = []
-    for names in _alike({name: of.shape[1:] for name, of in segments.items()}):
+    for names in alike({name: of.shape[1:] for name, of in segments.items()}):
         counts = [len(segments[name]) for name in names]
         # A generator a segment: what is found does not depend on the company.
         generators = [
@@ -151,7 +153,7 @@ def _rounds_of_all(
         yield {name: found[name] for name in spaces}
 
 
-def _segments(of: SpaceScores, pattern: NMPattern) -> Segments:
+def segments_of(of: SpaceScores, pattern: NMPattern) -> Segments:
     """
     The scores of a space, of a subset of the rows where they are many, cut at borders.
     """
@@ -179,7 +181,7 @@ def _weighted(segments: Segments, of: SpaceScores) -> Segments:
     return segments * of.sensitivity[:: _stride(of), None].to(segments.device)
 
 
-def _alike(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
+def alike(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
     """Names whose shapes are the same, as many at a time as fit into ``MOST_SCORES``."""
     by_shape: dict[torch.Size, list[str]] = defaultdict(list)
     for name, shape in shapes.items():

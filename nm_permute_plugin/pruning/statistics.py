@@ -138,7 +138,7 @@ def output_sensitivity(
             for name in linears
         ),
     ):
-        for sample in _first(batches):
+        for sample in first_samples(batches):
             out = run(model, on_device(sample, model), LossSettings())
             refuse_not_finite(out.logits.detach())
             mask = token_mask(sample).to(device)
@@ -191,7 +191,7 @@ def _hooked(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
             hook.remove()
 
 
-def _first(batches: Iterable[Batch]) -> Iterator[Batch]:
+def first_samples(batches: Iterable[Batch]) -> Iterator[Batch]:
     """The first samples, one at a time."""
     tokens = 0
     samples = (sample for batch in batches for sample, _ in micro_batches(batch, 1))

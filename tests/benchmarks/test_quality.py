@@ -38,6 +38,28 @@ def test_methods_are_measured_over_seeds(run) -> None:
     assert "| search | 2 |" in printed
 
 
+def test_runs_are_judged_by_fidelity_and_by_a_task(run, tmp_path: Path) -> None:
+    items = ["w01 w02 w03", "1", "w04 w05", "w06", "w07 w08 w09", "w10"] * 5
+    (tmp_path / "items.raw").write_text("\n".join(items) + "\n")
+    task = ["--hellaswag", str(tmp_path / "items.raw"), "--items", "4"]
+    methods = ["--methods", "wanda", "search", "--seeds", "0", "1"]
+    record, printed = run("judged.json", *methods, *task)
+    assert len(record["dense_hellaswag"]["acc_norm"]) == 4
+    for result in record["results"]:
+        assert result["divergence"] > 0
+        assert 0 < result["agreement"] < 1
+        assert 0 < result["flips"] < 1
+        assert len(result["hellaswag"]["acc"]) == 4
+    assert "| method | seeds | KL divergence |" in printed
+    assert "| dense |  |  |  |  | " in printed
+    assert "hellaswag" not in printed.split("| method")[0].split("dense perplexity")[1]
+    without = ["--resume", *methods]
+    with pytest.raises(
+        ValueError, match="hellaswag None and .*items.raw|items.raw and N"
+    ):
+        run("judged.json", *without)
+
+
 @pytest.mark.slow
 def test_sparsegpt_survives_the_disk(run) -> None:
     methods = ["wanda", "sparsegpt", "learned+sparsegpt"]

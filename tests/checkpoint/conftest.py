@@ -42,3 +42,13 @@ def make_dense(tmp_path: Path, tiny_model) -> MakeDense:
         return path
 
     return make
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    """A directory with an old config, a file and a folder."""
+    path = tmp_path / "target"
+    (path / "more").mkdir(parents=True)
+    for name in ("config.json", "notes.txt", "more/file"):
+        (path / name).write_text("old")
+    return path

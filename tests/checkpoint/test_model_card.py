@@ -11,10 +11,10 @@ from huggingface_hub import ModelCard
 from nm_permute_plugin.checkpoint.directory import open_checkpoint
 from nm_permute_plugin.checkpoint.model_card import (
     Card,
-    Evaluation,
-    add_evaluation,
     keep_foreign_card,
+    read_evaluation,
     write_card,
+    write_evaluation,
     write_storage,
 )
 from nm_permute_plugin.checkpoint.record import Promise
@@ -148,30 +148,23 @@ def test_the_card_of_a_fold_alone_promises_no_zeros(make_dense: MakeDense) -> No
     assert "validation" not in text
 
 
-def test_an_evaluation_is_added_and_replaced(sparse) -> None:
+def test_tables_of_results_are_written_and_replaced(sparse) -> None:
     path, modules = sparse
     text = make_card(path, "sparse-24-bitmask", modules)
-    add_evaluation(path, Evaluation("a|b.txt", 2048, 16384, 12.344))
-    add_evaluation(path, Evaluation("c.txt", 2048, 16384, 9.0, 0.4756))
-    add_evaluation(path, Evaluation("a|b.txt", 2048, 16384, 11.0, 0.5))
-    after = (path / "README.md").read_text()
-    rows = [line for line in after.splitlines() if ".txt" in line and "|" in line]
-    assert [row for row in rows if row.startswith("|")] == [
-        "| c.txt | 2048 | 16384 | 9.00 | 47.6% |",
-        "| a/b.txt | 2048 | 16384 | 11.00 | 50.0% |",
-    ]
-    for row in rows:
-        after = after.replace(row + "\n", "")
-    assert after == text
+    assert read_evaluation(path) == ""
+    for table in ("| a |\n|---|\n| 1 |", "| b |\n|---|"):
+        write_evaluation(path, table)
+        assert read_evaluation(path) == table
+        after = (path / "README.md").read_text()
+        assert after.replace(f"\n\n{table}\n\n", "\n") == text
 
 
-def test_a_card_without_the_table_is_refused(tmp_path: Path) -> None:
-    row = Evaluation("a", 2, 4, 1.0)
+def test_a_card_without_a_place_for_results_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"README\.md has no place"):
-        add_evaluation(tmp_path, row)
+        read_evaluation(tmp_path)
     (tmp_path / "README.md").write_text("# Mine\n")
     with pytest.raises(ValueError, match=r"README\.md has no place"):
-        add_evaluation(tmp_path, row)
+        write_evaluation(tmp_path, "| a |")
     assert (tmp_path / "README.md").read_text() == "# Mine\n"
 
 
@@ -181,7 +174,7 @@ def test_another_way_of_storing_is_said_and_the_rest_stays(sparse) -> None:
     make_card(path, "sparse-24-bitmask", modules)
     card = path / "README.md"
     card.write_text(card.read_text().replace("## Evaluation", "My own words."))
-    add_evaluation(path, Evaluation("c.txt", 2048, 16384, 9.0))
+    write_evaluation(path, "| c.txt | 2048 |")
     before = card.read_text()
     convert(path, path, "dense")
     write_storage(path, promise, "dense", "converted")

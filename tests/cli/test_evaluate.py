@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
-from commands import assert_one_error, nm_permute, prune
+from commands import assert_one_error, listing, nm_permute, prune
 from helpers import TURNS, begin_texts_with, give_template
 from loguru import logger
 
 from nm_permute_plugin.evaluation import text
+from nm_permute_plugin.evaluation.results import read_evaluations
 from nm_permute_plugin.evaluation.text import TextTokenizer
 
 
@@ -70,24 +71,59 @@ def test_evaluate_prints_the_gap_that_a_search_closes(
     assert float(printed[1]) / 100 == pytest.approx(gap, abs=0.02)
 
 
-def test_evaluate_puts_its_row_into_the_card(
+def test_evaluate_keeps_its_results_beside_the_checkpoint(
     ready: list[str], text_file: Path, test_text: Path, tmp_path: Path
 ) -> None:
     assert prune(tmp_path, "--text", text_file, "--text", text_file).exit_code == 0
     out, dense = tmp_path / "out", tmp_path / "dense"
     before = (out / "README.md").read_text()
     assert evaluate(out, "--text", test_text).exit_code == 0
+    (first,) = read_evaluations(out).texts
+    assert first.text == test_text.name
+    assert first.form == "windows of 32 tokens"
+    assert first.tokens == 620
+    assert first.divergence is None
     assert (out / "README.md").read_text() == before
-    result = evaluate(out, "--text", test_text, "--card")
+    result = evaluate(out, "--text", test_text, "--dense", dense, "--card")
     assert result.exit_code == 0, result.output
-    found = re.search(r"perplexity ([\d.]+) ", result.stdout)
-    assert found
-    after = (out / "README.md").read_text()
-    assert f"| {test_text.name} | 32 | " in after
-    assert f" | {found[1]} |  |" in after
-    assert_one_error(
-        evaluate(dense, "--text", test_text, "--card"), r"README\.md has no place"
+    (second,) = read_evaluations(out).texts
+    assert second.perplexity == pytest.approx(first.perplexity, rel=1e-5)
+    assert second.divergence is not None
+    shown = (
+        f"KL divergence {second.divergence:.4f} nats a token, top-1 agreement "
+        f"{second.agreement:.2%}, flips {second.flips:.2%}"
     )
+    assert f"beside the dense model: {shown}" in result.stdout.splitlines()
+    row = (
+        f"| {test_text.name} | windows of 32 tokens | 620 | {second.perplexity:.2f} | "
+        f"{second.dense:.2f} |  | {second.divergence:.4f} | {second.agreement:.2%} | "
+        f"{second.flips:.2%} |"
+    )
+    assert row in (out / "README.md").read_text().splitlines()
+    assert nm_permute("verify", out).exit_code == 0
+
+
+def test_evaluate_writes_nothing_beside_other_models(
+    ready: list[str], test_text: Path, tmp_path: Path
+) -> None:
+    dense = tmp_path / "dense"
+    before = listing(dense)
+    assert evaluate(dense, "--text", test_text).exit_code == 0
+    refused = evaluate(dense, "--text", test_text, "--card")
+    assert_one_error(refused, r"README\.md has no place")
+    assert refused.stdout == ""  # before anything is measured
+    assert listing(dense) == before
+
+
+def test_evaluate_refuses_a_dense_model_of_another_vocabulary(
+    trained_checkpoint: Path, tiny_checkpoint, test_text: Path
+) -> None:
+    other = tiny_checkpoint(vocab_size=64)
+    result = evaluate(trained_checkpoint, "--text", test_text, "--dense", other)
+    assert_one_error(result, "one of 48 tokens and the dense model one of 64")
+    begin_texts_with(tiny_checkpoint(), "w03")
+    result = evaluate(trained_checkpoint, "--text", test_text, "--dense", other)
+    assert_one_error(result, "turn the text into different tokens")
 
 
 def test_evaluate_says_when_there_is_no_gap(
@@ -220,8 +256,8 @@ def test_the_card_says_how_the_text_was_cut(
     assert prune(tmp_path, "--text", text_file).exit_code == 0
     result = evaluate(tmp_path / "out", "--text", test_text, "--card", "--stream")
     assert result.exit_code == 0, result.output
-    name = f"{test_text.name} (one stream in windows of 32 tokens)"
-    assert f"| {name} | 32 | 640 | " in (tmp_path / "out" / "README.md").read_text()
+    begin = f"| {test_text.name} | one stream in windows of 32 tokens | 620 | "
+    assert begin in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_conversations_are_measured_one_by_one(tiny_checkpoint, tmp_path: Path) -> None:

@@ -53,12 +53,12 @@ def test_lines_are_texts_or_conversations(tmp_path: Path) -> None:
     [
         ("{'text': 1}", "line 2 is no JSON"),
         ("[" * 100_000, "line 2 is no JSON"),
-        (["text"], "line 2 holds list, but neither messages nor text"),
-        ({"prompt": "a", "answer": "b"}, "line 2 holds prompt, answer, but neither"),
-        ({}, "line 2 holds nothing, but neither"),
+        (["text"], "line 2 holds list, but no messages, conversations or text"),
+        ({"prompt": "a", "answer": "b"}, "line 2 holds prompt, answer, but no mess"),
+        ({}, "line 2 holds nothing, but no messages"),
         ({"text": 5}, "line 2: text is a int, not a string"),
-        ({"messages": "hello"}, "line 2: messages is no list of messages"),
-        ({"messages": []}, "line 2: messages is no list of messages, or an empty one"),
+        ({"messages": "hello"}, "line 2: messages is a str, no list of messages"),
+        ({"messages": []}, "line 2: messages is an empty list of messages"),
         (
             {"messages": [{"content": "a"}]},
             "line 2: every one of messages needs a role",

@@ -19,6 +19,7 @@ from nm_permute_plugin.evaluation.sampling import (
     draw,
     texts_at_a_time,
 )
+from nm_permute_plugin.evaluation.static_steps import can_be_static, grouped_attention
 
 
 def gpt2() -> nn.Module:
@@ -73,6 +74,37 @@ def test_every_token_is_drawn_from_all_before_it(
     torch.manual_seed(7)
     found = draw(model, begin, texts=3, tokens=24, never=[0, 1])
     assert torch.equal(found, expected)
+    if can_be_static(model):
+        torch.manual_seed(7)
+        found = draw(model, begin, texts=3, tokens=24, never=[0, 1], static=True)
+        assert torch.equal(found, expected)
+
+
+def test_steps_are_static_where_every_layer_keeps_all_keys(tiny_model) -> None:
+    assert can_be_static(tiny_model("llama"))
+    assert can_be_static(tiny_model("qwen3"))
+    assert can_be_static(gpt2())
+    assert not can_be_static(gemma3())
+    eager = tiny_model("llama")
+    eager.set_attn_implementation("eager")
+    assert not can_be_static(eager)
+
+
+def test_the_model_attends_as_before_after_static_steps(tiny_model) -> None:
+    model = tiny_model("llama")
+    draw(model, [2], texts=2, tokens=4, never=[], static=True)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_heads_that_share_a_key_attend_as_with_keys_repeated() -> None:
+    torch.manual_seed(0)
+    query = torch.randn(3, 6, 1, 8, dtype=torch.float64)
+    key, value = torch.randn(2, 3, 2, 10, 8, dtype=torch.float64)
+    mask = torch.arange(10).expand(3, 1, 1, 10) < 7
+    found, _ = grouped_attention(nn.Identity(), query, key, value, mask, scaling=0.3)
+    repeated = (x.repeat_interleave(3, dim=1)[:, :, :7] for x in (key, value))
+    expected = nn.functional.scaled_dot_product_attention(query, *repeated, scale=0.3)
+    torch.testing.assert_close(found, expected.transpose(1, 2))
 
 
 def test_a_text_follows_from_how_it_begins(tiny_model) -> None:

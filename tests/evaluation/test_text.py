@@ -256,3 +256,20 @@ def test_a_text_is_read_by_the_folder_of_a_checkpoint(
 ) -> None:
     assert TextTokenizer(trained_checkpoint).begin == []
     assert TextTokenizer(str(trained_checkpoint)).end == []
+
+
+def test_of_long_documents_only_beginnings_are_tokenized(
+    begins: TextTokenizer, chain_rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = chain_rows(6, 600, seed=5).clamp(5, 46)
+    long = [Document(f"row {i}", words(row.tolist())) for i, row in enumerate(rows)]
+    monkeypatch.setattr(text, "WHOLE", 2000)
+    counted = Counted(begins.tokenizer)
+    begins.tokenizer = counted
+    found = begins.rows(Corpus(documents=long), 24, wanted=3)
+    # Three documents, spread over the six, and 23 tokens of each behind w03.
+    assert found == [[BEGIN, *rows[i, :23].tolist()] for i in (0, 2, 5)]
+    assert counted.characters <= 3 * 23 * text.GENEROUS
+    # Where some have too little, the others give more.
+    short = [Document("row 7", "w05"), *long[:1], Document("row 8", "")]
+    assert len(begins.rows(Corpus(documents=short), 24, wanted=3)) == 27 + 1

@@ -70,7 +70,7 @@ def _learn_layer(
 ) -> Solution:
     """Learn one layer, and let both streams pass it; the solution with the layer's part."""
     name, window = stream.layers.names[index], range(index, index + 1)
-    inside = _inside(problem, f"{name}.")
+    inside = inside_layer(problem, f"{name}.")
     shared = {
         space
         for space, of in inside.spaces.items()
@@ -114,7 +114,7 @@ def _learn_layer(
     return solution
 
 
-def _inside(problem: Problem, prefix: str) -> Problem:
+def inside_layer(problem: Problem, prefix: str) -> Problem:
     """The part of a problem that lies in one layer, its scores where the model runs."""
     spaces = {}
     for name, space in problem.spaces.items():

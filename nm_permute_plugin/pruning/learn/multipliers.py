@@ -65,6 +65,10 @@ class ScoreMultipliers:
             self._optimizer, 1.0, 1 / steps, total_iters=steps
         )
 
+    @property
+    def rate(self) -> float:
+        return float(self._optimizer.param_groups[0]["lr"])
+
     def prepare(self, step: int) -> None:
         """Nothing is to be done before a step."""
 
@@ -153,10 +157,12 @@ class MultipliedMask:
     def _grouped(
         self, matrix: Float[Tensor, "rows channels"]
     ) -> Float[Tensor, "rows groups m"]:
-        # In memory the first of all groups lie side by side, then the second.
-        order = rearrange(self.perm, "(g m) -> (m g)", m=self.pattern.m)
-        columns = matrix.index_select(1, order)
-        return rearrange(columns, "r (m g) -> r g m", m=self.pattern.m)
+        # In memory the first of all groups lie side by side, then the second (`by_place`).
+        m = self.pattern.m
+        places = matrix.new_empty(m, len(matrix), matrix.shape[1] // m)
+        for place in range(m):
+            torch.index_select(matrix, 1, self.perm[place::m], out=places[place])
+        return places.movedim(0, -1)
 
     def _ungrouped(
         self, groups: Shaped[Tensor, "rows groups m"]

@@ -91,6 +91,16 @@ class Teacher:
         missing = max(0, sum(one.numel() for one in ids) - kept)
         return min(MOST_BYTES - self._bytes, self._bytes // places * missing)
 
+    def share_kept(self, batches: Sequence[Batch]) -> float:
+        """
+        The share of batches for which the dense model runs once only, if one has been seen.
+        """
+        places = sum(ids.numel() for ids, _ in self._kept.values())
+        if self._head is None or not places:
+            return 0.0
+        tokens = sum(batch["input_ids"].numel() for batch in batches)
+        return min(1.0, MOST_BYTES / (self._bytes / places * tokens))
+
     def fold(self, perm: Permutation | None) -> None:
         """
         Follow a fold of the model: what is kept enters the output layer in a new order.

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``nm-permute lm-eval``: run lm-eval's tasks on checkpoints, sparse ones included."""
+
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+from nm_permute_plugin.cli.common import find_device, print_table
+
+PASSED_ON = {"ignore_unknown_options": True}
+"""Of typer: options that the command does not know are words, which go to lm-eval."""
+
+
+def lm_eval(
+    checkpoint: Annotated[
+        str, Argument(help="Folder of the checkpoint; stands before lm-eval's options.")
+    ],
+    words: Annotated[
+        list[str] | None,
+        Argument(
+            metavar="--tasks TASK [LM-EVAL'S OPTIONS]",
+            help="As `lm-eval run --help` lists them.",
+            show_default=False,
+        ),
+    ] = None,
+    dense: Annotated[
+        str | None,
+        Option(help="Model before pruning, to run the same tasks on and compare with."),
+    ] = None,
+    card: Annotated[
+        bool, Option("--card", help="Put the results into the model card.")
+    ] = False,
+) -> None:
+    """Run tasks of lm-eval on a checkpoint, whatever its format: --tasks TASK.
+
+    All other options are lm-eval's own, and mean what they mean there: --limit,
+    --num_fewshot, --batch_size, --device, --include_path, --metadata,
+    --apply_chat_template, --output_path, --log_samples (`lm-eval run --help`).
+
+    With --dense, the dense model answers as well: printed are its figures, the recovery,
+    which is the share of them that is kept, and the flips, which is the share of items that
+    exactly one of the two answers rightly.
+
+    The results are kept in nm_permute/evaluations.json of a checkpoint that nm-permute
+    made.
+    """
+    if checkpoint.startswith("-"):
+        raise ValueError(
+            f"the checkpoint stands first, before {checkpoint}: nm-permute lm-eval FOLDER "
+            "--tasks TASK"
+        )
+    from nm_permute_plugin.evaluation import harness
+    from nm_permute_plugin.evaluation.card import check_keeping, keep, tables
+    from nm_permute_plugin.evaluation.pretrained import (
+        must_be_model,
+        refuse_perplexity_of,
+    )
+    from nm_permute_plugin.evaluation.results import Evaluations
+
+    harness.require_lm_eval()
+    for folder in (checkpoint, dense):
+        if folder is not None:
+            must_be_model(folder)
+            refuse_perplexity_of(folder)
+    check_keeping(checkpoint, card)
+    options = harness.read_options(words or [])
+    device = find_device(options.device)
+    ours = harness.run_tasks(checkpoint, options, device)
+    typer.echo(f"{checkpoint}\n{harness.lm_eval_tables(ours)}")
+    theirs = None
+    if dense is not None:
+        theirs = harness.run_tasks(dense, options, device, role="-dense")
+        typer.echo(f"{dense}\n{harness.lm_eval_tables(theirs)}")
+    results = harness.task_results(ours, theirs)
+    print_table(tables(Evaluations(tasks=tuple(results))))
+    keep(checkpoint, tasks=results, card=card)
