@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = SETTINGS["project"]
+MOVED = SETTINGS["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
 EXTRAS = set(PROJECT["optional-dependencies"])
 SAID = [
     *(ROOT / "nm_permute_plugin").rglob("*.py"),
@@ -50,9 +52,13 @@ def text_of(wheel: zipfile.ZipFile, name: str) -> str:
 
 
 def package_files() -> set[str]:
-    """All that lies in the package, templates and kernels as well, but what is ignored."""
+    """
+    All that lies in the package, templates and kernels as well, but what is ignored.
+
+    A file that another package looks for lies where that looks, and only there.
+    """
     return {
-        str(path.relative_to(ROOT))
+        MOVED.get(name := str(path.relative_to(ROOT)), name)
         for path in (ROOT / "nm_permute_plugin").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
