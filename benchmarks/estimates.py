@@ -31,6 +31,7 @@ from nm_permute_plugin.pruning.data import split_text
 from nm_permute_plugin.pruning.estimate.meter import Meter, Took
 from nm_permute_plugin.pruning.estimate.probe import Estimate, estimate
 from nm_permute_plugin.pruning.run import Pruned, PrunePlan, save
+from nm_permute_plugin.pruning.session import recognise, session
 from nm_permute_plugin.pruning.settings import Settings
 from shapes import SHAPES
 
@@ -54,15 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         list(rows), settings.batch_size, settings.validation.share, settings.seed
     )
     plan = PrunePlan.of(model, settings)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = recognised(model)
     expected = estimate(model, plan, data, settings)
-    changed = [
-        name
-        for name, value in model.state_dict().items()
-        if (before[name] != value).any()
-    ]
-    assert not changed, changed
-    del before
+    assert recognised(model) == before, "the estimate changed the model"
     for line in expected.unfit:
         print(f"unfit: {line}")
     taken = measured(model, plan, data, settings)
@@ -81,6 +76,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             "spent": list(vars(expected.spent).values()),
         }
         args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def recognised(model: nn.Module) -> str:
+    """A digest of all weights."""
+    with session():
+        return recognise(model)
 
 
 def measured(

@@ -181,6 +181,20 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def pages() -> None:
+    """Asked for by tests whose checkpoints shall get their pages: see ``no_pages``."""
+
+
+@pytest.fixture(autouse=True)
+def no_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no page at a save in this process: it takes longer than most of the tests."""
+    if "pages" not in request.fixturenames:
+        for place in ("finish", "writer"):
+            name = f"nm_permute_plugin.checkpoint.{place}.make_page_if_possible"
+            monkeypatch.setattr(name, lambda folder: None)
+
+
+@pytest.fixture
 def run_oneshot(chain_rows) -> Callable[..., PreTrainedModel]:
     """A factory: the model of a folder after ``oneshot``, which saves it to ``out``."""
 

@@ -65,6 +65,21 @@ class Checkpoint:
             if stored != "dense" or len(self._layout(module).shape) == 2
         ]
 
+    @property
+    def bytes(self) -> tuple[int, int]:
+        """How many bytes all tensors take as stored, and with every matrix stored dense."""
+        stored = {
+            name: shard.tensors[name].end - shard.tensors[name].start
+            for name, shard in self.where.items()
+        }
+        dense = dict(stored)
+        for module, format in self.formats.items():
+            if format != "dense":
+                dtype, (rows, columns) = self.dense_layout(module)
+                dense |= {f"{module}.{part}": 0 for part in PARTS[format]}
+                dense[module] = rows * columns * dtype.itemsize
+        return sum(stored.values()), sum(dense.values())
+
     def file(self, module: str) -> Path:
         """Returns the file that holds the values of a module's weight."""
         return self.where[f"{module}.{PARTS[self.formats[module]][0]}"].path

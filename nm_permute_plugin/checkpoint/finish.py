@@ -19,6 +19,7 @@ from nm_permute_plugin.checkpoint.record import (
     earlier_record,
     write_record,
 )
+from nm_permute_plugin.checkpoint.report import make_page_if_possible
 from nm_permute_plugin.checkpoint.source import Source
 from nm_permute_plugin.checkpoint.unloaded import carry_tensors
 from nm_permute_plugin.checkpoint.writer import rewrite
@@ -45,8 +46,8 @@ class Finish:
 
     def __call__(self, folder: Path) -> None:
         """
-        Checks a checkpoint's pattern, stores it as asked, and adds record, checksums
-        and card.
+        Checks a checkpoint's pattern, stores it as asked, and adds record, checksums,
+        card and page.
 
         The record is told from the model that was folded first, also where an earlier
         run of this process or of the folder folded it before.
@@ -70,6 +71,7 @@ class Finish:
         moved = not all(is_identity(perm) for perm in perms.values())
         card = replace(card, format=format, reason=reason, moved=moved)
         write_card(checkpoint, card)
+        make_page_if_possible(folder)
 
 
 def store(

@@ -347,7 +347,8 @@ def _making(checkpoint: Checkpoint, card: Card) -> str:
         text += f"\n\n```yaml\n{recipe.read_text(encoding='utf-8').strip()}\n```"
     return text + (
         "\n\nThe permutations, all settings and the figures of the run are in the folder "
-        "`nm_permute`; `nm-permute verify FOLDER` checks the files."
+        "`nm_permute`; `nm-permute report FOLDER` draws them as a page, and `nm-permute "
+        "verify FOLDER` checks the files."
     )
 
 

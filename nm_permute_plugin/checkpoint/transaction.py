@@ -123,6 +123,17 @@ def is_unfinished(path: Path) -> bool:
     return path.name.startswith(".") and path.suffix == _UNFINISHED
 
 
+def final_name(path: Path) -> str:
+    """
+    Tells what a directory will be called when its transaction ends.
+
+    >>> final_name(Path("models/.tiny-2of4.0a1b2c3d.unfinished"))
+    'tiny-2of4'
+    """
+    found = re.fullmatch(rf"\.+(.+?)(\.[0-9a-z]+{re.escape(_UNFINISHED)})+", path.name)
+    return path.name if found is None else found[1]
+
+
 def refuse_occupied(target: Path, overwrite: bool = False) -> None:
     """
     Checks that a directory may be put at a path, and that it can.

@@ -37,6 +37,7 @@ from nm_permute_plugin.checkpoint.plan import (
 )
 from nm_permute_plugin.checkpoint.prunable import is_prunable
 from nm_permute_plugin.checkpoint.record import FOLDER
+from nm_permute_plugin.checkpoint.report import PAGE, make_page_if_possible
 from nm_permute_plugin.checkpoint.shard_writer import ShardWriter, tie
 from nm_permute_plugin.checkpoint.shards import DamagedError, Shard, open_shard
 from nm_permute_plugin.checkpoint.source import carry_files, check_files
@@ -171,6 +172,8 @@ def rewrite(
             transaction.take(source, fresh, FOLDER.__eq__, link=True)
         if checksums:
             write_checksums(fresh, names)
+            if (fresh / PAGE).exists():
+                make_page_if_possible(fresh)  # it tells the size on disk
     logger.info(
         f"{len(plan.nonzeros)} matrices are stored as {plan.format} and {len(plan.dense)} "
         f"dense; the weights take {after / 1e6:.1f} MB after {before / 1e6:.1f} MB"

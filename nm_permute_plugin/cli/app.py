@@ -16,6 +16,8 @@ from nm_permute_plugin.cli.fields import fields
 from nm_permute_plugin.cli.lm_eval import PASSED_ON, lm_eval
 from nm_permute_plugin.cli.logs import be_quiet
 from nm_permute_plugin.cli.prune import prune
+from nm_permute_plugin.cli.recipe import recipe
+from nm_permute_plugin.cli.report import report
 from nm_permute_plugin.cli.sample import sample
 from nm_permute_plugin.cli.spec import spec
 from nm_permute_plugin.cli.verify import verify
@@ -27,6 +29,7 @@ for command in (
     fields,
     sample,
     evaluate,
+    report,
     verify,
     spec,
     convert,
@@ -35,6 +38,7 @@ for command in (
 ):
     app.command()(command)
 app.command("lm-eval", context_settings=PASSED_ON)(lm_eval)
+app.add_typer(recipe, name="recipe")
 
 
 def _print_version(asked: bool) -> bool:

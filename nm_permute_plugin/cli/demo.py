@@ -5,7 +5,7 @@ import json
 import resource
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -46,13 +46,17 @@ def demo(
     typer.echo(f"The demo prunes SmolLM2-135M-Instruct 2:4: {Budget()}.", err=True)
     print_table(markdown(run_demo(folder, parts, Budget(), where)))
     best = folder / "learned"
+    page = f", and all methods in {folder / PAGE}" if (folder / PAGE).exists() else ""
     typer.echo(
-        f"All files are in {folder}; next:\n"
+        f"All files are in {folder}{page}; next:\n"
         f"  nm-permute verify {best}\n"
         f"  vllm serve {best}   # where vLLM is, with this plugin\n"
         f"  nm-permute prune YOUR_MODEL recipes/2of4_learned.yaml OUT --text TEXT.txt"
     )
 
+
+PAGE = "report.html"
+"""Names the page on all methods, in the folder of the results."""
 
 FIXED_SECONDS = 60
 """What loading, folding and saving take, beside the passes over windows of text."""
@@ -107,6 +111,7 @@ def run_demo(out: Path, text: Parts, budget: Budget, device: str) -> list[Result
     Prune the embedded model by every method and measure each checkpoint from disk.
 
     :param out: the folder that takes the dense model, the checkpoints, ``results.json``
+        and a page on all of them
     """
     from loguru import logger
 
@@ -118,12 +123,13 @@ def run_demo(out: Path, text: Parts, budget: Budget, device: str) -> list[Result
     dense = write_embedded_model(out / "dense")
     length = budget.sequence_length
     rows = calibration_rows(dense, Corpus(text.train), budget.rows, length)
-    test = TextTokenizer(dense).windows(Corpus(text.test), length).windows
+    cut = TextTokenizer(dense).windows(Corpus(text.test), length)
+    test = cut.windows[: budget.windows]
 
     results: list[Result] = []
     for method, folder, minutes in _checkpoints(out, dense, rows, budget, device):
         before = time.perf_counter()
-        value = evaluate_checkpoint(folder, test[: budget.windows], device)
+        value = evaluate_checkpoint(folder, test, device)
         if method == "dense":
             window = (time.perf_counter() - before) / budget.windows
             about = (FIXED_SECONDS + window * budget.passes) / 60
@@ -135,6 +141,7 @@ def run_demo(out: Path, text: Parts, budget: Budget, device: str) -> list[Result
         gap = gap_of(results[-1], results)
         closed = "" if gap is None else f", gap closed {gap:.1%}"
         logger.info(f"{method}: perplexity {value:.2f}{closed}")
+    _write_pages(out, results, cut.form, sum(map(len, test)))
     minutes = (time.perf_counter() - started) / 60
     # Kilobytes on Linux: the only unit that the system gives.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -142,6 +149,41 @@ def run_demo(out: Path, text: Parts, budget: Budget, device: str) -> list[Result
     record = {"budget": asdict(budget), "rows": [asdict(row) for row in results]}
     (out / "results.json").write_text(json.dumps(record, indent=2) + "\n")
     return results
+
+
+def _write_pages(out: Path, results: Sequence[Result], form: str, tokens: int) -> None:
+    """Put what was measured on the pages of all checkpoints, and all on one."""
+    from loguru import logger
+
+    from nm_permute_plugin.checkpoint.report import make_page_if_possible, subject_of
+    from nm_permute_plugin.evaluation.results import (
+        Evaluations,
+        TextResult,
+        write_evaluations,
+    )
+    from nm_permute_plugin.reporting.page import write_comparison
+
+    by_name = {result.method: result for result in results}
+    dense = by_name["dense"].perplexity
+    pruned = [result for result in results if result.method != "dense"]
+    for result in pruned:
+        base = None if result.base in (None, result.method) else by_name[result.base]
+        text = TextResult(
+            text="the test text of the demo",
+            form=form,
+            tokens=tokens,
+            perplexity=result.perplexity,
+            dense=dense,
+            base=None if base is None else base.perplexity,
+        )
+        folder = Path(result.where)
+        write_evaluations(folder, Evaluations().with_text(text))
+        make_page_if_possible(folder)
+    subjects = [subject_of(Path(result.where)) for result in pruned]
+    try:
+        write_comparison(subjects, out / PAGE)
+    except ModuleNotFoundError as error:
+        logger.warning(f"{out / PAGE} was not made: {error}")
 
 
 def _checkpoints(

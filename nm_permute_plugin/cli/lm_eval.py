@@ -8,15 +8,22 @@ from typer import Argument, Option
 
 from nm_permute_plugin.cli.common import find_device, print_table
 
-PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
-"""Of typer: what the command does not know goes to lm-eval."""
+PASSED_ON = {"ignore_unknown_options": True}
+"""Of typer: options that the command does not know are words, which go to lm-eval."""
 
 
 def lm_eval(
-    context: typer.Context,
     checkpoint: Annotated[
         str, Argument(help="Folder of the checkpoint; stands before lm-eval's options.")
     ],
+    words: Annotated[
+        list[str] | None,
+        Argument(
+            metavar="--tasks TASK [LM-EVAL'S OPTIONS]",
+            help="As `lm-eval run --help` lists them.",
+            show_default=False,
+        ),
+    ] = None,
     dense: Annotated[
         str | None,
         Option(help="Model before pruning, to run the same tasks on and compare with."),
@@ -57,7 +64,7 @@ def lm_eval(
             must_be_model(folder)
             refuse_perplexity_of(folder)
     check_keeping(checkpoint, card)
-    options = harness.read_options(context.args)
+    options = harness.read_options(words or [])
     device = find_device(options.device)
     ours = harness.run_tasks(checkpoint, options, device)
     typer.echo(f"{checkpoint}\n{harness.lm_eval_tables(ours)}")

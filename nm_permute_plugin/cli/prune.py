@@ -68,6 +68,14 @@ def prune(
             "offloads it, with objective: layer_wise in the recipe."
         ),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        Option(
+            "--dry-run",
+            help="Say what the run would do, how long it would take and how much memory, "
+            "measured with a few of its steps; write nothing.",
+        ),
+    ] = False,
 ) -> None:
     """Prune a model as a recipe says, into a folder that is complete or not there."""
     what = "give calibration text"
@@ -78,6 +86,8 @@ def prune(
     if not recipe.exists():
         raise FileNotFoundError(f"{recipe} does not exist")
     where = find_device(device)
+    from nm_permute_plugin.checkpoint.report import PAGE
+    from nm_permute_plugin.cli import dry_run as plan
     from nm_permute_plugin.evaluation import pretrained
     from nm_permute_plugin.evaluation.images import image_files
 
@@ -85,6 +95,11 @@ def prune(
     if images is not None:
         pretrained.refuse_images_for(model)
         files = spread(image_files(images), samples)
+        if dry_run:
+            plan.dry_run(
+                model, recipe, out, _image_batches(model, files), len(files), where
+            )
+            return
         minutes = prune_with_images(model, recipe, out, files, where)
         amount, test = f"{len(files)} images", ["--images", "CLASS_FOLDERS"]
     else:
@@ -99,16 +114,51 @@ def prune(
         parts = read_parts(sources, samples, text_column)
         parts = parts or [Part("the calibration text", corpus, samples)]
         rows = mixed_rows(model, parts, length, answers_only)
+        if dry_run:
+            batches = _text_batches(rows.ids, rows.counted)
+            plan.dry_run(model, recipe, out, batches, len(rows.ids), where)
+            return
         minutes = prune_checkpoint(
             model, recipe, out, rows.ids, where, counted=rows.counted
         )
         amount, test = str(rows), ["--text", "TEST.txt"]
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6
     following = ["nm-permute", "evaluate", str(out), *test, "--dense", model]
+    page = out / PAGE
+    told = f"; report: {page}" if page.exists() else ""
     typer.echo(
-        f"{out}: {amount}, {minutes:.1f} minutes, {size:,.1f} MB, {_outcome(out)}; next: "
-        f"{shlex.join(following)}"
+        f"{out}: {amount}, {minutes:.1f} minutes, {size:,.1f} MB, {_outcome(out)}{told}; "
+        f"next: {shlex.join(following)}"
     )
+
+
+def _text_batches(
+    rows: Sequence[Sequence[int]], counted: Sequence[Sequence[bool]] | None
+) -> Callable[[], list[dict[str, Any]]]:
+    import torch
+
+    columns = {"input_ids": rows} | ({} if counted is None else {"loss_mask": counted})
+
+    def batches() -> list[dict[str, Any]]:
+        return [
+            {name: torch.tensor([[*map(int, of[i])]]) for name, of in columns.items()}
+            for i in range(len(rows))
+        ]
+
+    return batches
+
+
+def _image_batches(
+    model: str | Path, files: Sequence[Path]
+) -> Callable[[], list[dict[str, Any]]]:
+    from nm_permute_plugin.evaluation.images import pixels
+    from nm_permute_plugin.evaluation.pretrained import image_processor
+
+    def batches() -> list[dict[str, Any]]:
+        processor = image_processor(model)
+        return [{"pixel_values": p} for p in pixels(processor, files, batch_size=32)]
+
+    return batches
 
 
 def _outcome(out: Path) -> str:
@@ -185,14 +235,12 @@ def prune_with_images(
     """
     from torch.utils.data import DataLoader, Dataset
 
-    from nm_permute_plugin.evaluation.images import pixels
     from nm_permute_plugin.evaluation.pretrained import image_processor
 
     def data() -> dict[str, Any]:
-        processor = image_processor(model)
-        batches = [{"pixel_values": p} for p in pixels(processor, files, batch_size=32)]
-        loader = DataLoader(cast("Dataset[Any]", batches), batch_size=None)
-        return {"processor": processor, "dataset": loader}
+        batches = cast("Dataset[Any]", _image_batches(model, files)())
+        loader = DataLoader(batches, batch_size=None)
+        return {"processor": image_processor(model), "dataset": loader}
 
     return _prune(model, recipe, out, data, len(files), device)
 

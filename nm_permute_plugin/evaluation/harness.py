@@ -109,7 +109,7 @@ def read_options(words: Sequence[str]) -> Options:
             f"--model_args {foreign[0]} says how lm-eval loads a model, but the checkpoint "
             f"is loaded here; it may say {', '.join(sorted(OF_A_LOADED_MODEL))}"
         )
-    manager = config.process_tasks(config.metadata)
+    manager = _manager(config)
     _load_data(manager, config.tasks)
     return Options(config, manager, given.device)
 
@@ -249,37 +249,59 @@ def _flips(
     pairs = [(mine[item], theirs[item]) for item in mine]
     if not all(_is_number(x) and x in (0, 1) for pair in pairs for x in pair):
         return None
-    return sum(a != b for a, b in pairs) / len(pairs)
+    return float(sum(a != b for a, b in pairs) / len(pairs))
 
 
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Without a logger's warnings, which are of models that lm-eval did not load itself."""
+    """Without what a logger says where lm-eval does not see what is done here."""
     log = logging.getLogger(name)
     level = log.level
-    log.setLevel(logging.ERROR)
+    log.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
         log.setLevel(level)
 
 
+def _manager(config: Any) -> Any:
+    """
+    What makes the tasks: of ``--include_path`` alone where that has them all.
+
+    lm-eval's own tasks are more than ten thousand files, which take seconds to list.
+    """
+    from lm_eval.tasks import TaskManager
+
+    if config.include_path is not None:
+        manager = TaskManager(
+            include_path=config.include_path,
+            include_defaults=False,
+            metadata=config.metadata,
+        )
+        asked = [name for names in config.tasks for name in str(names).split(",")]
+        if set(asked) <= set(manager.all_subtasks):
+            config.tasks = asked
+            return manager
+    return config.process_tasks(config.metadata)
+
+
 def _load_data(manager: Any, tasks: Sequence[Any]) -> None:
     """Load what the tasks ask, before any model is."""
     try:
-        manager.load(tasks)
+        with _quiet("lm_eval"):  # it logs a traceback, too
+            manager.load(tasks)
     except (
         Exception
     ) as error:  # of datasets, of huggingface_hub, or of a task's own code
         names = ", ".join(str(task) for task in tasks)
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
         remedy = (
-            ": HF_HUB_OFFLINE is set; load it once with the hub, or take a task whose data "
-            "is a local file"
+            "; where the hub cannot be reached, take a task whose data was loaded before, "
+            "or is a local file"
         )
         raise ValueError(
-            f"the data of --tasks {names} cannot be loaded: {lines[0]}{remedy * offline}"
+            f"the data of --tasks {names} cannot be loaded: {lines[0]}"
+            + remedy * isinstance(error, ConnectionError)
         ) from error
 
 

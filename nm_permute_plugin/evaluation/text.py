@@ -58,14 +58,17 @@ class TextTokenizer:
     """
     A checkpoint's tokenizer, and how it begins and ends a text.
 
+    :param checkpoint: its folder, or its name on the hub, or the tokenizer itself
     :ivar begin: the special tokens that it puts before a text
     :ivar end: those that it puts behind a text, of encoders alone (``[SEP]``): a row of a
         language model seldom ends where a text does
     """
 
-    def __init__(self, checkpoint: str | Path) -> None:
+    def __init__(self, checkpoint: object) -> None:
         # Loosely typed: transformers' stubs do not know what a loaded tokenizer can do.
-        self.tokenizer: Any = tokenizer_of(checkpoint)
+        self.tokenizer: Any = cast("Any", checkpoint)
+        if isinstance(checkpoint, str | Path):
+            self.tokenizer = tokenizer_of(checkpoint)
         probe = "a"
         plain = self._ids(probe)
         full = list(self.tokenizer(probe, verbose=False).input_ids)

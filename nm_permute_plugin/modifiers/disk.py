@@ -34,7 +34,7 @@ def unfit_folder(out: Path, source: Path | None, is_new: bool) -> Iterator[str]:
                 "outside of it"
             )
             return
-    parent = _nearest(out)
+    parent = nearest(out)
     try:
         if is_new or out.is_file():
             refuse_occupied(out)
@@ -54,7 +54,7 @@ def no_room(out: Path, saved: int, stored: int) -> Iterator[str]:
     :param saved: bytes of the weights as llm-compressor saves them
     :param stored: bytes of the sparse weights that are then written beside them
     """
-    parent = _nearest(out.resolve())
+    parent = nearest(out.resolve())
     if not parent.is_dir():
         return
     free = shutil.disk_usage(parent).free
@@ -99,7 +99,7 @@ def bytes_of_a_save(
     return saved, saved - gained if sparse else 0
 
 
-def _nearest(path: Path) -> Path:
+def nearest(path: Path) -> Path:
     """Return a path, or the nearest of its parents that exists."""
     while not os.path.lexists(path):
         path = path.parent

@@ -5,16 +5,16 @@ The whole method: statistics, scores, search, learning, fold, masks, recovery.
 ``permute_and_prune`` is these stages, one after the other.
 """
 
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
-from loguru import logger
 from torch import Tensor, nn
 
 from nm_permute_plugin.maths.permutation import Permutation
+from nm_permute_plugin.pruning.clock import Clock, environment
 from nm_permute_plugin.pruning.data import Data
+from nm_permute_plugin.pruning.figures import Figures, figures_of
 from nm_permute_plugin.pruning.folding import fold_model
 from nm_permute_plugin.pruning.learn.layerwise import Hold, learn_layerwise
 from nm_permute_plugin.pruning.learn.loop import learn
@@ -39,19 +39,32 @@ class Record:
 
     :param perms: by space, ``new[j] = old[perm[j]]``
     :param fold_error: relative change of the dense outputs by the fold, on a sample
-    :param retained: share of the total score that the masks keep, of the channels as they
-        were without multipliers, and of what was found
+    :param figures: what the masks keep and change, linear by linear
     :param seconds: by stage
-    :param history: the validations of the search or of the learning
+    :param memory: the most bytes that were held, by stage: see ``clock.Clock``
+    :param environment: the machine that the run ran on
+    :param searched: the validations of the search
+    :param history: the validations of the last of search and learning
     :param recovered: what each stage of the recovery did
     """
 
     perms: dict[str, Permutation]
     fold_error: float
-    retained: tuple[float, float]
+    figures: Figures
     seconds: dict[str, float]
+    memory: dict[str, int]
+    environment: dict[str, str | int]
+    searched: History
     history: History
     recovered: list[StageRecord] = field(default_factory=list)
+
+    @property
+    def retained(self) -> tuple[float, float]:
+        """
+        The share of the total score that the masks keep: of the channels as they were,
+        without multipliers, and of what was found.
+        """
+        return self.figures.retained
 
 
 def permute_and_prune(
@@ -82,8 +95,9 @@ def permute_and_prune(
     learns_layers = settings.method == "learned" and settings.layer_wise
     if learns_layers or "blocks" in settings.recover.stages:
         decoder_layers(model, prunable)  # refuses before the work, not after
-    with evaluating(model), computing_fast(model):
-        return _run(model, resolved, prunable, data, settings, write, hold)
+    device = next(model.parameters()).device
+    with evaluating(model), computing_fast(model), Clock(device) as clock:
+        return _run(model, resolved, prunable, data, settings, write, hold, clock)
 
 
 def _run(
@@ -94,15 +108,14 @@ def _run(
     settings: Settings,
     write: Write,
     hold: Hold,
+    clock: Clock,
 ) -> Record:
     """The stages, one after the other."""
-    clock = _Clock()
     problem = Problem.prepare(model, resolved, prunable, data, settings)
     clock.lap("statistics")
-    found, history = _find(problem, settings, clock, hold)
-    before = problem.retained(problem.masks(Solution()))
+    found, searched, history = _find(problem, settings, clock, hold)
     masks = problem.masks(found)
-    after = problem.retained(masks)
+    figures = figures_of(problem, found, masks, prunable)
     teacher = problem.teacher
     del problem  # and with it all scores
     fold_error = fold_model(model, resolved, found.perms, teacher, data.train[0], write)
@@ -120,17 +133,29 @@ def _run(
             for name in prunable:  # never two copies of the whole model
                 _student(model, masks, [name]).write(write)
         clock.lap("prune")
-    retained = (before, after)
-    return Record(found.perms, fold_error, retained, clock.seconds, history, recovered)
+    return Record(
+        found.perms,
+        fold_error,
+        figures,
+        clock.seconds,
+        clock.memory,
+        environment(model),
+        searched,
+        history,
+        recovered,
+    )
 
 
 def _find(
-    problem: Problem, settings: Settings, clock: "_Clock", hold: Hold
-) -> tuple[Solution, History]:
-    """The solution by the chosen method, and its validations."""
+    problem: Problem, settings: Settings, clock: Clock, hold: Hold
+) -> tuple[Solution, History, History]:
+    """
+    The solution by the chosen method, the validations of the search and the last ones.
+    """
     if settings.method == "identity":
-        return Solution(), []
-    found, history = search_problem(problem, settings)
+        return Solution(), [], []
+    found, searched = search_problem(problem, settings)
+    history = searched
     clock.lap("search")
     if settings.method == "learned":
         if settings.layer_wise:
@@ -138,7 +163,7 @@ def _find(
         else:
             found, history = learn(problem, found, settings)
         clock.lap("learn")
-    return found, history
+    return found, searched, history
 
 
 def _student(
@@ -146,17 +171,3 @@ def _student(
 ) -> Student:
     device = next(model.parameters()).device
     return Student(model, {name: masks[name].to(device) for name in linears})
-
-
-class _Clock:
-    """Seconds by stage, one log line a stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.seconds[stage] = now - self._last
-        self._last = now
-        logger.info(f"The stage {stage} took {self.seconds[stage]:.1f} s")

@@ -245,19 +245,6 @@ class Problem:
         masks = self.masks(solution)
         return self.teacher.validate(masks, self.data.validation)
 
-    def retained(self, masks: Mapping[str, Tensor]) -> float:
-        """The share of the total score that masks keep, counted where the model runs."""
-        kept = total = 0.0
-        scores = dict(self.fixed)
-        for space in self.spaces.values():
-            scores |= {c.name: c.unview(score) for c, score in space.parts()}
-        for name, stored in scores.items():
-            score = stored.to(self.device)
-            mask = masks[name].to(self.device)
-            kept += float(score.masked_fill(~mask, 0).double().sum())
-            total += float(score.double().sum())
-        return kept / total
-
 
 def permuted_mask(
     consumer: Consumer,

@@ -17,7 +17,9 @@ from nm_permute_plugin.checkpoint.model_card import Card
 from nm_permute_plugin.checkpoint.saved_names import saved_names
 from nm_permute_plugin.checkpoint.saving import save_checkpoint
 from nm_permute_plugin.checkpoint.source import Source
+from nm_permute_plugin.maths.permutation import is_identity
 from nm_permute_plugin.pruning.data import Data
+from nm_permute_plugin.pruning.describe import describe
 from nm_permute_plugin.pruning.folding import refuse_inexact
 from nm_permute_plugin.pruning.pipeline import Record, permute_and_prune
 from nm_permute_plugin.pruning.settings import Settings
@@ -58,6 +60,7 @@ class PrunePlan:
     :param transposed: those of ``saved`` that are stored as [in, out]
     :param base_model: the hub name of the model, or the name of its folder
     :param source: the folder that the model was loaded from, if there is one
+    :param said: how much is pruned, and what stays dense and why
     """
 
     prunable: list[str]
@@ -66,6 +69,7 @@ class PrunePlan:
     transposed: list[str]
     base_model: str
     source: Source | None = None
+    said: Sequence[str] = ()
 
     @classmethod
     def of(cls, model: nn.Module, settings: Settings) -> "PrunePlan":
@@ -90,12 +94,19 @@ class PrunePlan:
             saved_names(hosted, transposed),
             base_model_of(model),
             source_of(model, resolved, settings),
+            describe(model, prunable, settings),
         )
 
+    def lines(self, settings: Settings) -> list[str]:
+        """
+        Say what will be done: how much is pruned, what stays dense, which settings are
+        not the defaults, and which space orders the inputs of which linears.
+        """
+        return [*self.said, *self.resolved.listing(settings.spaces)]
+
     def log(self, settings: Settings) -> None:
-        """Say which space orders the inputs of which linears."""
-        for line in self.resolved.listing(settings.spaces):
-            logger.info(line)
+        """Say what will be done, before it is."""
+        logger.info("\n".join(["This run prunes", *self.lines(settings)]))
 
     def try_spec(
         self, model: nn.Module, settings: Settings, data: Data, write: Write
@@ -147,11 +158,16 @@ class Pruned:
             "versions": versions,
             "pruned": list(self.promised),
             "transposed": plan.transposed,
+            "moved": [n for n, perm in record.perms.items() if not is_identity(perm)],
             "fold_error": record.fold_error,
             "retained": record.retained,
             "seconds": record.seconds,
+            "memory": record.memory,
+            "environment": record.environment,
+            "searched": record.searched,
             "history": record.history,
             "recovered": [asdict(stage) for stage in record.recovered],
+            "figures": asdict(record.figures),
         }
         return Finish(self.settings.format, card, record.perms, report, plan.source)
 

@@ -93,11 +93,13 @@ def search(
     }
     least = validate(best)
     history: History = [{"round": 0, "validation": least}]
+    if not rounds:
+        return best, history
     found = rounds_of_all(spaces, pattern, seed, device)
     next(found)  # the start: the channels as they are or dealt, whichever retains more
     step = ROUNDS_BETWEEN_VALIDATIONS
     numbers = range(step, rounds + step, step)
-    for number in tqdm(numbers, "Searching the permutation") if numbers else ():
+    for number in tqdm(numbers, "Searching the permutation"):
         perms = list(islice(found, step))[-1]
         for names in (list(spaces), *_families(spaces)):
             tried = best | {name: perms[name] for name in names}

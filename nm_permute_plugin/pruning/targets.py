@@ -35,17 +35,17 @@ def match_linears(
     modules = dict(model.named_modules())
     refuse_adapters(model)
     if "Linear" in targets and any(map(is_transposed, modules.values())):
-        has_linears = any(_means("Linear", n, m) for n, m in modules.items())
+        has_linears = any(means("Linear", n, m) for n, m in modules.items())
         targets = [t for t in targets if has_linears or t != "Linear"] + [CONV1D]
     default = Settings.model_fields["ignore"].default
     for entry in ignore if tuple(ignore) != default else ():
-        if not any(_means(entry, n, m) for n, m in modules.items()):
+        if not any(means(entry, n, m) for n, m in modules.items()):
             raise ValueError(
                 f"`ignore`: {entry!r} matches no module of the model"
                 f"{_what_matches(entry, modules)}"
             )
     for entry in targets:
-        if not any(_means(entry, n, m) for n, m in modules.items()):
+        if not any(means(entry, n, m) for n, m in modules.items()):
             raise ValueError(
                 f"`targets`: {entry!r} matches no module of the model"
                 f"{_what_matches(entry, modules)}"
@@ -53,8 +53,8 @@ def match_linears(
     matched = [
         name
         for name, module in modules.items()
-        if any(_means(entry, name, module) for entry in targets)
-        and not any(_means(entry, name, module) for entry in ignore)
+        if any(means(entry, name, module) for entry in targets)
+        and not any(means(entry, name, module) for entry in ignore)
     ]
     for name in matched:
         if not is_linear(modules[name]):
@@ -80,10 +80,10 @@ def linears_among(
         for name, module in model.named_modules()
         if is_linear(module)
         and any(
-            _means(entry, name, module) or (entry == "Linear" and is_transposed(module))
+            means(entry, name, module) or (entry == "Linear" and is_transposed(module))
             for entry in targets
         )
-        and not any(_means(entry, name, module) for entry in ignore)
+        and not any(means(entry, name, module) for entry in ignore)
     ]
 
 
@@ -194,6 +194,6 @@ def _what_matches(entry: str, modules: Mapping[str, nn.Module]) -> str:
     )
 
 
-def _means(entry: str, name: str, module: nn.Module) -> bool:
+def means(entry: str, name: str, module: nn.Module) -> bool:
     """Whether an entry of a list of targets means a module, by its name or its classes."""
     return any(matches(entry, name, kind.__name__) for kind in type(module).__mro__)

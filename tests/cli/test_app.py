@@ -229,6 +229,11 @@ def test_the_demo_measures_every_method_from_disk(
     stored = json.loads((tmp_path / "results.json").read_text())
     assert [row["perplexity"] for row in stored["rows"]] == list(by_name.values())
     assert stored["budget"]["rows"] == 30
+    page = (tmp_path / "report.html").read_text()
+    for row in rows[1:]:
+        assert f"{row.perplexity:.2f}" in page
+        own = Path(row.where, "nm_permute", "report.html").read_text()
+        assert f"{row.perplexity:.2f}" in own
     leftovers = [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
     assert leftovers == []
 
@@ -239,6 +244,7 @@ COMMANDS = [
     "fields",
     "sample",
     "evaluate",
+    "report",
     "verify",
     "spec",
     "convert",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nm_permute_plugin.pruning.data import Data
 from nm_permute_plugin.pruning.estimate.amounts import Amounts
-from nm_permute_plugin.pruning.estimate.learning import TIMED
+from nm_permute_plugin.pruning.estimate.learning import timed
 from nm_permute_plugin.pruning.estimate.meter import Meter, Took
 from nm_permute_plugin.pruning.estimate.validation import Validation
 from nm_permute_plugin.pruning.learn.layerwise import inside_layer
@@ -87,8 +87,7 @@ def rebuilding(student: Student, amounts: Amounts, meter: Meter) -> tuple[Took, 
                 stream.error(0, window, student.masks(masters)).backward()
             optimizer.step()
 
-        meter.took(step)
-        _, one = meter.took(step, TIMED)
+        one, _ = timed(step, meter)
         _, validation = meter.took(lambda: stream.validate(window, student.masks()))
     epochs = settings.epochs
     of_window = one * (epochs * amounts.train_batches) + at.advancing
@@ -135,8 +134,7 @@ def learning_by_layers(
                 masks: dict[str, Tensor] = inside.masks(learner.solution())
                 return stream.validate(window, masks)
 
-            meter.took(step)
-            _, one = meter.took(step, TIMED)
+            one, _ = timed(step, meter)
             validate()
             _, validation = meter.took(validate)
             of_layer += one * (steps * amounts.per_step)

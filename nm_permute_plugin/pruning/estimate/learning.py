@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What learning takes: a few steps of every stage of it."""
 
+from collections.abc import Callable
 from functools import partial
 from itertools import count
 
@@ -13,17 +14,21 @@ from nm_permute_plugin.pruning.estimate.validation import Validation
 from nm_permute_plugin.pruning.learn.loop import LEARNERS, Learner
 from nm_permute_plugin.pruning.problem import Problem, Solution
 from nm_permute_plugin.pruning.running.backward import Backward
-from nm_permute_plugin.pruning.running.cuda_graph import EAGER_CALLS
+from nm_permute_plugin.pruning.running.forecast import TIMED, WARM_UPS
 from nm_permute_plugin.pruning.running.masked import frozen
 from nm_permute_plugin.pruning.running.teacher import Teacher
 
-TIMED = 2
-"""Steps that are timed, after those that warm up."""
 
+def timed(step: Callable[[], object], meter: Meter) -> tuple[Took, Took]:
+    """
+    Time a few steps, after those that warm up: a GPU replays them from then on.
 
-def warm_ups(meter: Meter) -> int:
-    """Steps before those that are timed: a GPU replays them from then on."""
-    return EAGER_CALLS + 1 if meter.device.type == "cuda" else 1
+    :return: what one step takes, and what the first ones took beyond that
+    """
+    warm_ups = WARM_UPS if meter.device.type == "cuda" else 1
+    _, first = meter.took(step, warm_ups)
+    _, one = meter.took(step, TIMED)
+    return one, first.less(one) * warm_ups
 
 
 def learning(
@@ -61,13 +66,12 @@ def learning(
                 backward(batch, partial(learner.prepare, next(numbers)))
                 learner.update()
 
-            meter.took(step, warm_ups(meter))
-            _, one = meter.took(step, TIMED)
+            one, once = timed(step, meter)
             solution = learner.solution()
             problem.masks(solution)
             _, masks = meter.took(partial(problem.masks, solution))
             validation = masks + judge.passing
-            took += made + begun + one * (steps * amounts.per_step)
+            took += made + begun + once + one * (steps * amounts.per_step)
             took += validation * amounts.validations(steps)
             del learner, backward, step, make
     return None, took, problem.teacher.bytes_to_come([*data.train, *data.validation])

@@ -34,7 +34,7 @@ class Took:
     def __add__(self, other: "Took") -> "Took":
         return Took(self.seconds + other.seconds, self.cpu_seconds + other.cpu_seconds)
 
-    def __mul__(self, times: float) -> "Took":
+    def __mul__(self, times: float | int) -> "Took":
         return Took(self.seconds * times, self.cpu_seconds * times)
 
     def less(self, other: "Took") -> "Took":

@@ -28,6 +28,7 @@ from nm_permute_plugin.pruning.estimate.recovery import recovery
 from nm_permute_plugin.pruning.estimate.room import DoesNotFit, Room
 from nm_permute_plugin.pruning.estimate.saving import saving
 from nm_permute_plugin.pruning.estimate.validation import Validation
+from nm_permute_plugin.pruning.figures import figures_of
 from nm_permute_plugin.pruning.folding import fold_model
 from nm_permute_plugin.pruning.problem import Problem, Solution
 from nm_permute_plugin.pruning.recover.student import Student
@@ -63,12 +64,14 @@ class Estimate:
     """
     What a run will take, by stage.
 
+    :ivar held: bytes that were taken before the run
     :ivar unfit: why it cannot run, each in one line with its remedies; the stages after the
         first that does not fit were not measured
     :ivar spent: on measuring
     """
 
     device: torch.device
+    held: int = 0
     stages: list[StageEstimate] = field(default_factory=list)
     unfit: list[str] = field(default_factory=list)
     spent: Took = field(default_factory=Took)
@@ -102,7 +105,7 @@ def estimate(
     :raises RuntimeError: if a fold changes the function of the model
     """
     meter = Meter(next(model.parameters()).device)
-    found = Estimate(meter.device)
+    found = Estimate(meter.device, meter.held())
 
     def probe() -> None:
         with evaluating(model), computing_fast(model):
@@ -179,8 +182,9 @@ class _Probe:
         self, problem: Problem, start: Solution
     ) -> tuple[dict[str, Tensor], Took]:
         masks, made = self.meter.took(lambda: problem.masks(start))
-        _, looked = self.meter.took(lambda: problem.retained(masks))
-        return masks, (made + looked) * 2
+        linears = self.plan.prunable
+        _, looked = self.meter.took(lambda: figures_of(problem, start, masks, linears))
+        return masks, made + looked
 
     def _stage(self, name: str, measure: Callable[[], tuple[T, Took, int]]) -> T:
         """
@@ -221,7 +225,7 @@ class _Probe:
     def _search(
         self, problem: Problem, start: Solution, judge: Validation
     ) -> tuple[None, Took, int]:
-        """One round over one batch of spaces of each shape, counted for all of them."""
+        """Two rounds over one batch of spaces of each shape, counted for all of them."""
         took = judge.dense + judge.of(self.amounts.search_validations(problem.spaces))
         rounds = self.amounts.search_rounds
         if not rounds:
@@ -244,11 +248,13 @@ class _Probe:
                 problem.device,
             )
             _, begin = self.meter.took(partial(next, found))
-            _, one = self.meter.took(partial(next, found))
+            _, first = self.meter.took(partial(next, found))
+            # Less is left to gain in later rounds, and assignments are found sooner.
+            _, later = self.meter.took(partial(next, found))
             bytes_of = {n: 4 * s.numel() for n, s in shapes.items() if s[1:] == shape}
             probed = max(probed, sum(bytes_of[name] for name in some))
             share = sum(bytes_of.values()) / sum(bytes_of[name] for name in some)
-            took += (begin + one * rounds) * share
+            took += (begin + first + later * (rounds - 1)) * share
         return None, took, max(0, tables - probed)
 
     def _fold(self, masks: dict[str, Tensor], choosing: Took) -> tuple[None, Took, int]:

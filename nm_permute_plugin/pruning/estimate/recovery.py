@@ -7,7 +7,7 @@ import torch
 
 from nm_permute_plugin.pruning.estimate.amounts import Amounts
 from nm_permute_plugin.pruning.estimate.layers import rebuilding
-from nm_permute_plugin.pruning.estimate.learning import TIMED, dense_passes, warm_ups
+from nm_permute_plugin.pruning.estimate.learning import dense_passes, timed
 from nm_permute_plugin.pruning.estimate.meter import Meter, Took
 from nm_permute_plugin.pruning.estimate.validation import passes
 from nm_permute_plugin.pruning.recover.optimizer import RelativeAdamW
@@ -65,8 +65,7 @@ def _distilling(
         ends = settings.method == "learned" and not settings.layer_wise
         before = amounts.steps if ends else 0
         took = dense_passes(teacher, amounts, recover.steps, meter, before)
-        meter.took(step, warm_ups(meter))
-        _, one = meter.took(step, TIMED)
+        one, once = timed(step, meter)
         _, rounded = meter.took(lambda: len(student.rounded(masters)))
     count = amounts.validations(recover.steps)
-    return took + one * (recover.steps * amounts.per_step) + rounded * count
+    return took + once + one * (recover.steps * amounts.per_step) + rounded * count

@@ -78,10 +78,8 @@ class Room:
             full = "out of memory|ALLOC_FAILED|DefaultCPUAllocator"
             if not isinstance(error, MemoryError) and not re.search(full, text):
                 raise
-            asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
-            more = f" ({asked[1]} could not be had)" if asked else ""
-            need = max(self.least(stage), self.free + 1)
-            raise DoesNotFit(self._refusal(stage, need, more)) from error
+            need = max(self.least(stage), self.free + _asked(text))
+            raise DoesNotFit(self._refusal(stage, need, "at least ")) from error
 
     def least(self, stage: str) -> int:
         """The bytes beside the model that a stage takes in any case."""
@@ -113,13 +111,13 @@ class Room:
             again = self.device.type == "cuda" if wanted is None else wanted
         return self._of_row * rows // (self._layers if again else 1)
 
-    def _refusal(self, stage: str, need: int, more: str = "") -> str:
+    def _refusal(self, stage: str, need: int, how: str = "") -> str:
         free, where = self.free, self.device
         ways = [text for text, bytes_ in self._ways(stage, need) if bytes_ <= free]
-        ways.append(f"use a device with {gigabytes(need - free)} more")
+        ways.append(f"use a device with {amount_of(need - free)} more")
         return (
-            f"{stage} needs {gigabytes(need)} of memory beside the model, and {where} has "
-            f"{gigabytes(free)} free{more}: {', or '.join(ways)}"
+            f"{stage} needs {how}{amount_of(need)} of memory beside the model, and {where} "
+            f"has {amount_of(free)} free: {', or '.join(ways)}"
         )
 
     def _ways(self, stage: str, need: int) -> Iterator[tuple[str, int]]:
@@ -199,11 +197,18 @@ class Room:
             return 0
 
 
-def gigabytes(count: int) -> str:
+def _asked(text: str) -> int:
+    """The bytes that could not be allocated, as the message of an error tells them."""
+    units = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+    found = re.search(r"tried to allocate ([\d.]+) (bytes|[KMG]iB)", text, re.I)
+    return max(1, int(float(found[1]) * units[found[2]])) if found else 1
+
+
+def amount_of(count: int) -> str:
     """
     Write bytes as people do.
 
-    >>> gigabytes(5_300_000_000), gigabytes(12_000_000)
-    ('5.3 GB', '0.01 GB')
+    >>> amount_of(5_300_000_000), amount_of(12_300_000)
+    ('5.3 GB', '12.3 MB')
     """
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e9:.2f} GB"
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a save takes: some weights are written, stored sparse, written again, and hashed."""
+"""What a save takes: some weights are written, checked, stored sparse, and hashed."""
 
 import hashlib
 import os
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nm_permute_plugin.checkpoint.codec import compress
+from nm_permute_plugin.checkpoint.pattern import examine
 from nm_permute_plugin.checkpoint.plan import TWO_FOUR
 from nm_permute_plugin.pruning.estimate.meter import Meter, Took
 from nm_permute_plugin.pruning.settings import Settings
@@ -49,10 +50,16 @@ def saving(
         with tempfile.TemporaryFile(dir=folder) as file:
             stored = [tensor.cpu() for tensor in sample]
             _write(file.fileno(), stored)
+            file.seek(0)
+            file.read()
+            for tensor in stored:
+                examine(tensor, settings.pattern)
             if sparse:
                 parts = [compress(tensor) for tensor in stored]
                 stored = [x for p in parts for x in (p.compressed, p.bitmask)]
                 _write(file.fileno(), stored)
+                file.seek(0)
+                file.read()
             for block in _bytes(stored):
                 hashlib.sha256(block).digest()
 

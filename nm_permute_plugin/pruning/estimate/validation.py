@@ -34,7 +34,7 @@ class Validation:
         dense, again = passes(problem.teacher, masks, amounts, meter)
         return cls(of_masks, again, dense)
 
-    def of(self, count: float) -> Took:
+    def of(self, count: float | int) -> Took:
         """The time of so many validations."""
         return (self.masks + self.passing) * count
 

@@ -12,8 +12,10 @@ A new learner is a class with the methods of ``Learner``, a name in
 ``multipliers.MultipliedMask`` (the protocol ``running.masked.LearnedMask``).
 """
 
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from statistics import fmean
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -25,6 +27,7 @@ from nm_permute_plugin.pruning.learn.published import SoftPlaces, StraightThroug
 from nm_permute_plugin.pruning.learn.swaps import ChannelSwaps
 from nm_permute_plugin.pruning.problem import Problem, Solution
 from nm_permute_plugin.pruning.running.backward import Backward
+from nm_permute_plugin.pruning.running.forecast import Forecast
 from nm_permute_plugin.pruning.running.masked import Mask, frozen
 from nm_permute_plugin.pruning.search import History
 from nm_permute_plugin.pruning.settings import LearnStage, Settings
@@ -43,6 +46,11 @@ class Learner(Protocol):
     @property
     def use_graph(self) -> bool:
         """Whether a step may be replayed."""
+        ...
+
+    @property
+    def rate(self) -> float:
+        """How far the next step goes, for the record: a learning rate, a share of swaps."""
         ...
 
     def prepare(self, step: int) -> None:
@@ -77,8 +85,10 @@ class Best:
     """
     The best solution by the validation loss, among those that were shown.
 
+    :ivar seconds: that the first validation took
     :ivar history: one entry a validation: its step, the validation loss and, from the first
-        step on, the training loss
+        step on, the mean training loss of the steps since the validation before, and the
+        rate of its step
     """
 
     def __init__(
@@ -88,15 +98,21 @@ class Best:
         callback: Callable[[int, Learner], object] = lambda step, learner: None,
     ) -> None:
         self._validate, self._callback = validate, callback
+        before = time.perf_counter()
         self.solution, self.loss = start, validate(start)
+        self.seconds = time.perf_counter() - before
         self.history: History = [{"step": 0, "validation": self.loss}]
 
-    def consider(self, step: int, training: float, learner: Learner) -> None:
+    def consider(
+        self, step: int, training: float, rate: float, learner: Learner
+    ) -> None:
         """Validate what a learner holds, and keep it if it is better than all before."""
         self._callback(step, learner)
         solution = learner.solution()
         loss = self._validate(solution)
-        self.history.append({"step": step, "validation": loss, "loss": training})
+        self.history.append(
+            {"step": step, "validation": loss, "loss": training, "rate": rate}
+        )
         if loss < self.loss:
             self.loss, self.solution = loss, solution
 
@@ -126,6 +142,7 @@ def learn(
     best = Best(problem.complete(start), problem.validate, callback)
     batches = data.batches(settings.seed)
     done = 0
+    forecast = _forecast(settings, best.seconds)
     with frozen(problem.model), torch.enable_grad():
         for stage, steps in settings.learn.schedule():
             learner = LEARNERS[stage](problem, best.solution, settings.learn, steps)
@@ -143,7 +160,8 @@ def learn(
                 return backward(next(batches), prepare)
 
             numbers = range(done + 1, done + steps + 1)
-            train(learner, numbers, step, best, settings.validation.every, stage)
+            every = settings.validation.every
+            train(learner, numbers, step, best, every, stage, forecast.step)
             done += steps
     logger.info(
         f"Learned {', '.join(settings.learn.stages)} in {done} steps: validation loss "
@@ -159,6 +177,7 @@ def train(
     best: Best,
     validate_every: int,
     what: str,
+    after_step: Callable[[], None] = lambda: None,
 ) -> None:
     """
     Train a learner for some steps, and let the best of its solutions be kept.
@@ -167,11 +186,28 @@ def train(
     :param step: ``step(prepare)`` runs a batch forward and backward and returns its loss;
         it calls ``prepare`` before the masks are made, while the dense model runs
     :param what: is learned, for the progress bar
+    :param after_step: is called after every step
     """
     bar = tqdm(numbers, f"Learning {what}")
+    losses: list[float] = []
     for number in bar:
-        training = step(partial(learner.prepare, number))
+        losses.append(step(partial(learner.prepare, number)))
+        rate = learner.rate
         learner.update()
-        bar.set_postfix(loss=f"{training:.4f}", best=f"{best.loss:.4f}")
+        after_step()
+        bar.set_postfix(loss=f"{losses[-1]:.4f}", best=f"{best.loss:.4f}")
         if number % validate_every == 0 or number == numbers[-1]:
-            best.consider(number, training, learner)
+            best.consider(number, fmean(losses), rate, learner)
+            losses.clear()
+
+
+def _forecast(settings: Settings, of_validation: float) -> Forecast:
+    """How long learning and the recovery end to end will take, whose steps are alike."""
+    spans = [steps for _, steps in settings.learn.schedule()]
+    what, recover = "learning", settings.recover
+    if "end_to_end" in recover.stages:
+        spans.append(recover.end_to_end.steps)
+        what += " and the recovery end_to_end"
+    every = settings.validation.every
+    validations = sum(-(-steps // every) for steps in spans)
+    return Forecast(what, sum(spans), validations, of_validation)

@@ -65,6 +65,10 @@ class ScoreMultipliers:
             self._optimizer, 1.0, 1 / steps, total_iters=steps
         )
 
+    @property
+    def rate(self) -> float:
+        return float(self._optimizer.param_groups[0]["lr"])
+
     def prepare(self, step: int) -> None:
         """Nothing is to be done before a step."""
 

@@ -70,6 +70,10 @@ class SoftPlaces:
         )
         self.prepare(0)
 
+    @property
+    def rate(self) -> float:
+        return float(self._optimizer.param_groups[0]["lr"])
+
     def prepare(self, step: int) -> None:
         self._temperature.fill_(
             annealed(self._done, self._steps, *self._settings.temperature)

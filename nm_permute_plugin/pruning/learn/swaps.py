@@ -65,6 +65,11 @@ class ChannelSwaps:
         """Whether steps are alike: not where each weighs other rows."""
         return all(self._stride(groups) == 1 for groups in self._groups)
 
+    @property
+    def rate(self) -> float:
+        """The share of the swaps of a step, which falls to 0."""
+        return self._settings.share * (1 - self._done / self._steps)
+
     def prepare(self, step: int) -> None:
         self._offsets = [step % self._stride(groups) for groups in self._groups]
 
@@ -84,7 +89,7 @@ class ChannelSwaps:
         return masks
 
     def update(self) -> None:
-        share = self._settings.share * (1 - self._done / self._steps)
+        share = self.rate
         self._done += 1
         for groups in self._groups:
             groups.swap(share)

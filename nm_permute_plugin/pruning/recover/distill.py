@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kept weights of the whole model, trained to predict what the dense model predicts."""
 
+import time
 from functools import partial
+from statistics import fmean
 
 import torch
 from tqdm import tqdm
@@ -10,6 +12,7 @@ from nm_permute_plugin.pruning.data import Data
 from nm_permute_plugin.pruning.recover.optimizer import RelativeAdamW
 from nm_permute_plugin.pruning.recover.student import Student, Values
 from nm_permute_plugin.pruning.running.backward import Backward
+from nm_permute_plugin.pruning.running.forecast import Forecast
 from nm_permute_plugin.pruning.running.masked import frozen
 from nm_permute_plugin.pruning.running.teacher import Teacher
 from nm_permute_plugin.pruning.search import History
@@ -24,13 +27,20 @@ def distill(
 
     :return: the best values by the validation loss, none if none are better, and one
         entry a validation: its step, the validation loss and, from the first step on,
-        the training loss
+        the mean training loss since the validation before, and the relative learning rate
     :raises ValueError: if a loss is not finite
     """
     steps, every = settings.recover.end_to_end.steps, settings.validation.every
     masters = student.masters(student.linears)
     optimizer = RelativeAdamW(masters, settings.recover.end_to_end.rate, steps)
+    before = time.perf_counter()
     best = teacher.validate(student.masks(), data.validation)
+    forecast = Forecast(
+        "the recovery end_to_end",
+        steps,
+        -(-steps // every),
+        time.perf_counter() - before,
+    )
     better: Values = {}
     history: History = [{"step": 0, "validation": best}]
     with frozen(student.model), torch.enable_grad():
@@ -43,15 +53,26 @@ def distill(
         )
         batches = data.batches(settings.seed)
         bar = tqdm(range(1, steps + 1), "Distilling the kept weights")
+        losses: list[float] = []
         for step in bar:
-            training = backward(next(batches))
+            losses.append(backward(next(batches)))
+            rate = optimizer.rate
             optimizer.step()
-            bar.set_postfix(loss=f"{training:.4f}", best=f"{best:.4f}")
+            forecast.step()
+            bar.set_postfix(loss=f"{losses[-1]:.4f}", best=f"{best:.4f}")
             if step % every and step != steps:
                 continue
             now = student.rounded(masters)
             loss = teacher.validate(student.masks(now), data.validation)
-            history.append({"step": step, "validation": loss, "loss": training})
+            history.append(
+                {
+                    "step": step,
+                    "validation": loss,
+                    "loss": fmean(losses),
+                    "rate": rate,
+                }
+            )
+            losses.clear()
             if loss < best:
                 best, better = loss, now
     return better, history

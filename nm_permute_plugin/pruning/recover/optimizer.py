@@ -29,12 +29,19 @@ class RelativeAdamW:
         # One kernel a group; on CPUs it would only round otherwise.
         self._adamw = torch.optim.AdamW(groups, weight_decay=0.0, fused=on_gpu)
         warm_up = steps // 10
+        self._rate = rate
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._adamw,
             lambda step: min(
                 (step + 1) / (warm_up + 1), (steps - step) / (steps - warm_up)
             ),
         )
+
+    @property
+    def rate(self) -> float:
+        """How far the next step moves a weight, relative to the size of its parameter."""
+        factor: float = self._schedule.lr_lambdas[0](self._schedule.last_epoch)
+        return self._rate * factor
 
     def step(self) -> None:
         """Take one step along the gradients, and zero them in place."""

@@ -281,7 +281,7 @@ def test_validations_are_recorded_with_their_steps_and_losses(problem: Problem) 
     assert [entry["step"] for entry in history] == [0, 2, 3, 4, 5]
     assert [sorted(entry) for entry in history] == [
         ["step", "validation"],
-        *[["loss", "step", "validation"]] * 4,
+        *[["loss", "rate", "step", "validation"]] * 4,
     ]
     assert all(entry["loss"] > 0 for entry in history[1:])
 
