@@ -29,6 +29,17 @@ Model = Annotated[
 MENDABLE = (ValueError, OSError, ModuleNotFoundError)
 """Errors of these classes come from what was given, so one line says all."""
 
+EXTRAS = {
+    "transformers": "transformers",
+    "compressed_tensors": "transformers",
+    "llmcompressor": "compress",
+    "datasets": "compress",
+    "PIL": "compress",
+    "accelerate": "demo",
+    "gguf": "demo",
+}
+"""The extra of this package that brings a module."""
+
 OUT_OF_MEMORY = "use a smaller --batch-size, or --device cpu"
 PRUNE_OUT_OF_MEMORY = (
     "write memory: {micro_batch_size: 1, gradient_checkpointing: true} or objective: "
@@ -102,6 +113,11 @@ def _one_line(error: Exception, command: str | None) -> str | None:
         remedy = _REMEDIES.get(command or "", OUT_OF_MEMORY)
         said = ". ".join(text.split(". ")[:2]) or "out of memory"
         return f"{said}: {remedy}"
+    if isinstance(error, ModuleNotFoundError) and text.startswith("No module named"):
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is not None:
+            extra = {"prune": "compress", "demo": "demo"}.get(command or "", extra)
+            return f"{text}: pip install 'nm-permute-plugin[{extra}]'"
     return text if isinstance(error, MENDABLE) or _is_refusal(error) else None
 
 
