@@ -4,7 +4,7 @@
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -49,8 +49,18 @@ def prune(
             "offloads it, with objective: layer_wise in the recipe."
         ),
     ] = None,
+    fresh: Annotated[
+        bool,
+        Option(
+            "--fresh",
+            help="Start anew, where a run into OUT died; without it the run goes on.",
+        ),
+    ] = False,
 ) -> None:
-    """Prune a model as a recipe says, into a folder that is complete or not there."""
+    """Prune a model as a recipe says, into a folder that is complete or not there.
+
+    A run that died goes on when the same command is given again.
+    """
     one_kind(text, images, "give calibration text")
     corpus = read_corpus(text or [])
     if not recipe.exists():
@@ -63,13 +73,13 @@ def prune(
     if images is not None:
         pretrained.refuse_images_for(model)
         files = spread(image_files(images), samples)
-        minutes = prune_with_images(model, recipe, out, files, where)
+        minutes = prune_with_images(model, recipe, out, files, where, fresh)
         amount, test = f"{len(files)} images", ["--images", "CLASS_FOLDERS"]
     else:
         pretrained.refuse_text_for(model)
         length = pretrained.row_length(model, sequence_length, 1024)
         rows = calibration_rows(model, corpus, samples, length)
-        minutes = prune_checkpoint(model, recipe, out, rows, where)
+        minutes = prune_checkpoint(model, recipe, out, rows, where, fresh)
         amount, test = f"{sum(map(len, rows))} tokens", ["--text", "TEST.txt"]
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6
     following = ["nm-permute", "evaluate", str(out), *test, "--dense", model]
@@ -105,12 +115,14 @@ def prune_checkpoint(
     out: Path,
     rows: Sequence[Sequence[int]],
     device: str | None = None,
+    fresh: bool = False,
 ) -> float:
     """
     Run ``oneshot`` with a recipe, into a folder that appears only when all went well.
 
     :param rows: calibration text, one list of token ids a row
     :param device: where the model runs; the first CUDA device if there is one
+    :param fresh: do not go on from what a run into ``out`` that died has kept
     :return: minutes from loading to saving
     :raises ValueError: for a run that is certain to fail, ``out`` holding files already
         for example, and for a recipe that llm-compressor would not read completely
@@ -129,7 +141,7 @@ def prune_checkpoint(
             "shuffle_calibration_samples": False,
         }
 
-    return _prune(model, recipe, out, data, len(rows), device)
+    return _prune(model, recipe, out, data, len(rows), device, fresh)
 
 
 def prune_with_images(
@@ -138,6 +150,7 @@ def prune_with_images(
     out: Path,
     files: Sequence[Path],
     device: str | None = None,
+    fresh: bool = False,
 ) -> float:
     """
     Do as ``prune_checkpoint`` does, for a model of images.
@@ -156,7 +169,7 @@ def prune_with_images(
         loader = DataLoader(cast("Dataset[Any]", batches), batch_size=None)
         return {"processor": processor, "dataset": loader}
 
-    return _prune(model, recipe, out, data, len(files), device)
+    return _prune(model, recipe, out, data, len(files), device, fresh)
 
 
 def _prune(
@@ -166,6 +179,7 @@ def _prune(
     data: Callable[[], dict[str, Any]],
     samples: int,
     device: str | None,
+    fresh: bool,
 ) -> float:
     """``oneshot`` into a folder that appears only when all went well; minutes."""
     import torch
@@ -174,15 +188,22 @@ def _prune(
     # From its import on, llm-compressor logs to what is stdout then.
     with redirect_stdout(cast("Any", HostLog())):
         from llmcompressor import oneshot, reset_session
-    from nm_permute_plugin.checkpoint.transaction import directory
+    from nm_permute_plugin.checkpoint.transaction import directory, state_beside
     from nm_permute_plugin.evaluation.pretrained import empty_model, load_model
     from nm_permute_plugin.modifiers.preflight import look_before_loading
+    from nm_permute_plugin.pruning.resuming import resuming
 
     out = out.resolve()
     look_before_loading(partial(empty_model, model), model, recipe, out, samples)
     started = time.perf_counter()
     try:
-        with nothing_misleading(), directory(out, was_empty=True) as unfinished:
+        state = state_beside(out)
+        going_on = nullcontext() if state is None else resuming(state, fresh)
+        with (
+            nothing_misleading(),
+            going_on,
+            directory(out, was_empty=True) as unfinished,
+        ):
             calibration = data()
             loaded = load_model(model)
             default = "cuda" if torch.cuda.is_available() else "cpu"

@@ -21,6 +21,7 @@ from nm_permute_plugin.pruning.learn.loop import learn
 from nm_permute_plugin.pruning.problem import Problem, Solution
 from nm_permute_plugin.pruning.recover.stages import StageRecord, recover
 from nm_permute_plugin.pruning.recover.student import Student
+from nm_permute_plugin.pruning.resuming import kept
 from nm_permute_plugin.pruning.running.decoder_layers import decoder_layers
 from nm_permute_plugin.pruning.running.fast_dtype import computing_fast
 from nm_permute_plugin.pruning.running.masked import evaluating
@@ -103,7 +104,7 @@ def _run(
     before = problem.retained(problem.masks(Solution()))
     masks = problem.masks(found)
     after = problem.retained(masks)
-    teacher = problem.teacher
+    teacher, known = problem.teacher, problem.known
     del problem  # and with it all scores
     fold_error = fold_model(model, resolved, found.perms, teacher, data.train[0], write)
     clock.lap("fold")
@@ -113,7 +114,7 @@ def _run(
         if settings.recover.stages:
             with hold():
                 student = _student(model, masks, prunable)
-                recovered = recover(student, teacher, data, settings)
+                recovered = recover(student, teacher, data, settings, known)
                 clock.lap("recover")
                 student.write(write)
         else:
@@ -133,10 +134,17 @@ def _find(
     found, history = search_problem(problem, settings)
     clock.lap("search")
     if settings.method == "learned":
-        if settings.layer_wise:
-            found, history = learn_layerwise(problem, found, settings, hold)
-        else:
-            found, history = learn(problem, found, settings)
+        start = found
+
+        def learned() -> tuple[dict[str, dict[str, Tensor]], History]:
+            if settings.layer_wise:
+                found, history = learn_layerwise(problem, start, settings, hold)
+            else:
+                found, history = learn(problem, start, settings)
+            return found.state_dict(), history
+
+        state, history = kept(learned, "learning", problem.known)
+        found = Solution(**state)
         clock.lap("learn")
     return found, history
 
