@@ -9,19 +9,20 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 
 from loguru import logger
 from torch import Tensor, nn
 
 from nm_permute_plugin.maths.permutation import Permutation
-from nm_permute_plugin.pruning.data import Data
+from nm_permute_plugin.pruning.data import Data, endless, micro_batches
 from nm_permute_plugin.pruning.folding import fold_model
 from nm_permute_plugin.pruning.learn.layerwise import Hold, learn_layerwise
 from nm_permute_plugin.pruning.learn.loop import learn
 from nm_permute_plugin.pruning.problem import Problem, Solution
 from nm_permute_plugin.pruning.recover.stages import StageRecord, recover
 from nm_permute_plugin.pruning.recover.student import Student
-from nm_permute_plugin.pruning.resuming import kept
+from nm_permute_plugin.pruning.resuming import goes_on, kept
 from nm_permute_plugin.pruning.running.decoder_layers import decoder_layers
 from nm_permute_plugin.pruning.running.fast_dtype import computing_fast
 from nm_permute_plugin.pruning.running.masked import evaluating
@@ -105,6 +106,8 @@ def _run(
     masks = problem.masks(found)
     after = problem.retained(masks)
     teacher, known = problem.teacher, problem.known
+    if goes_on() and settings.recover.stages:
+        _see_again(problem, settings)
     del problem  # and with it all scores
     fold_error = fold_model(model, resolved, found.perms, teacher, data.train[0], write)
     clock.lap("fold")
@@ -147,6 +150,25 @@ def _find(
         found = Solution(**state)
         clock.lap("learn")
     return found, history
+
+
+def _see_again(problem: Problem, settings: Settings) -> None:
+    """
+    Let the teacher keep what it keeps of the model before the fold in an undisturbed run.
+
+    The folded model gives the same up to rounding, and recovery would round otherwise.
+    """
+    if settings.method == "identity":
+        return
+    data, teacher = problem.data, problem.teacher
+    parts = list(data.validation)
+    if settings.method == "learned" and not settings.layer_wise:
+        steps = sum(steps for _, steps in settings.learn.schedule())
+        order = dict.fromkeys(islice(endless(len(data.train), settings.seed), steps))
+        size = settings.memory.micro_batch_size
+        parts += [part for i in order for part, _ in micro_batches(data.train[i], size)]
+    for part in parts:
+        teacher(part)
 
 
 def _student(

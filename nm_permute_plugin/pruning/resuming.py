@@ -67,6 +67,7 @@ def resuming(folder: str | Path, fresh: bool = False) -> Iterator[None]:
         if fresh:
             run.clear()
         where = run.where()
+        run.goes_on = where is not None
         if where:
             logger.info(f"The run goes on {where}, as {run.folder} holds it")
         yield
@@ -86,6 +87,12 @@ def resuming(folder: str | Path, fresh: bool = False) -> Iterator[None]:
 def is_resuming() -> bool:
     """Whether what is found is kept in a folder."""
     return _current.get() is not None
+
+
+def goes_on() -> bool:
+    """Whether a run that died goes on, and does not do everything."""
+    run = _current.get()
+    return run is not None and run.goes_on
 
 
 def kept(make: Callable[[], T], what: str, *known_by: object) -> T:
@@ -174,10 +181,10 @@ class Progress:
             self._run.write(_PROGRESS, what, self._key, value)
 
 
-_PROGRESS, _GIVEN, _FOUND = "progress", "given", "found_"
+_PROGRESS, _GIVEN, _FOUND, _LOCK = "progress", "given", "found_", "lock"
 
 _NAMES = re.compile(
-    rf"\.?({_PROGRESS}|{_GIVEN}|{_FOUND}[0-9a-f]+)(\.[0-9a-z]+\.(unfinished|old))?"
+    rf"{_LOCK}|\.?({_PROGRESS}|{_GIVEN}|{_FOUND}[0-9a-f]+)(\.[0-9a-z]+\.(unfinished|old))?"
 )
 """What a run writes into its folder, and what a process that was killed leaves of it."""
 
@@ -187,7 +194,7 @@ class _Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.is_refused = False
+        self.is_refused = self.goes_on = False
         self._reserve = 0
         self._writes = True
         self._took, self._last = 0.0, time.monotonic()
@@ -197,7 +204,8 @@ class _Run:
         except OSError as error:
             raise OSError(f"cannot write to {folder}: {error.strerror}") from error
         self._refuse_foreign()
-        self._lock = os.open(folder, os.O_RDONLY)
+        # Not the folder itself: what is written into it locks that for a moment.
+        self._lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -212,13 +220,14 @@ class _Run:
     def clear(self) -> None:
         """Remove all state from the folder."""
         for path in self.folder.iterdir():
-            if _NAMES.fullmatch(path.name):
+            if _NAMES.fullmatch(path.name) and path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
 
     def close(self) -> None:
         """Let others use the folder, and remove it if it holds nothing worth keeping."""
         if not self._found() and not (self.folder / _PROGRESS).is_dir():
             self.clear()
+            (self.folder / _LOCK).unlink(missing_ok=True)
             with suppress(OSError):
                 self.folder.rmdir()
         os.close(self._lock)
