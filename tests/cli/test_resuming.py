@@ -3,14 +3,20 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import listing
+from commands import assert_one_error, listing, prune
 from helpers import ours
+from loguru import logger
+
+from nm_permute_plugin.modifiers import save as modifiers_save
+from nm_permute_plugin.pruning.resuming import resuming
 
 SCRIPT = Path(__file__).with_name("kill_runs.py")
 
@@ -105,3 +111,148 @@ def test_a_run_that_died_ends_with_the_same_bytes(ends, moment: str) -> None:
     if not moment.endswith("SIGKILL"):
         assert f"The same command goes on from {MOMENTS[moment]}" in died["log"]
         assert died["beside"] == [state]
+
+
+def stopping(monkeypatch: pytest.MonkeyPatch, what: str, error: Exception) -> None:
+    """Let a run end in an error where it begins something; stands for a real failure."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(what, fail)
+
+
+LEARN = "nm_permute_plugin.pruning.pipeline.learn"
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """The lines of the log."""
+    lines: list[str] = []
+    number = logger.add(lines.append, format="{message}")
+    yield lines
+    logger.remove(number)
+
+
+@pytest.fixture
+def died(
+    ready: list[str], recipe: Path, text_file: Path, tmp_path: Path
+) -> Callable[..., Path]:
+    """A factory: the state of a run that found all statistics, and died after them."""
+    recipe.write_text(ours(batch_size=4, learn={"steps": 2}, search={"rounds": 2}))
+
+    def die() -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            stopping(patch, LEARN, ValueError("it died"))
+            assert_one_error(prune(tmp_path, "--text", text_file), "it died")
+        return tmp_path / ".out.nm_permute_state"
+
+    return die
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("recipe", "learn.steps 2 there, 3 here"),
+        ("text", "calibration data 1152 tokens, .* there, 512 tokens, .* here"),
+        ("model", "model LlamaForCausalLM of weights .* there, LlamaForCausalLM of"),
+    ],
+)
+def test_the_state_of_another_run_is_refused_and_stays(
+    died,
+    said: list[str],
+    tiny_checkpoint,
+    recipe: Path,
+    text_file: Path,
+    tmp_path: Path,
+    change: str,
+    message: str,
+) -> None:
+    state = died()
+    said.clear()
+    held = listing(state)
+    if change == "recipe":
+        recipe.write_text(recipe.read_text().replace('"steps": 2', '"steps": 3'))
+    elif change == "text":
+        text_file.write_text(" ".join(text_file.read_text().split()[: 18 * 32]))
+    else:
+        tiny_checkpoint(seed=1)
+    refused = prune(tmp_path, "--text", text_file)
+    assert_one_error(refused, f"holds the state of another run: {message}.*--fresh")
+    assert not [line for line in said if "The same command goes on" in line]
+    assert listing(state) == held
+    again = prune(tmp_path, "--text", text_file, "--fresh")
+    assert again.exit_code == 0, again.output
+    assert not [line for line in said if "Taken from" in line]
+    assert not state.exists()
+
+
+def test_how_the_checkpoint_is_stored_may_change(
+    died, said: list[str], recipe: Path, text_file: Path, tmp_path: Path
+) -> None:
+    died()
+    recipe.write_text(recipe.read_text().replace("{", '{"format": "dense", ', 1))
+    done = prune(tmp_path, "--text", text_file)
+    assert done.exit_code == 0, done.output
+    assert [line for line in said if "The run goes on from the finished search" in line]
+
+
+def test_state_that_cannot_be_read_is_one_line(
+    died, text_file: Path, tmp_path: Path
+) -> None:
+    state = died()
+    for file in state.rglob("*.safetensors"):
+        file.write_bytes(b"damaged")
+    refused = prune(tmp_path, "--text", text_file)
+    assert_one_error(refused, r"found_\w+ cannot be read: .*; start anew with --fresh")
+
+
+def test_a_run_beside_another_one_is_refused(
+    died, text_file: Path, tmp_path: Path
+) -> None:
+    state = died()
+    with resuming(state):
+        held = listing(state)
+        refused = prune(tmp_path, "--text", text_file)
+        assert_one_error(refused, "another process prunes with the state in .*out.nm_")
+        assert listing(state) == held
+
+
+def test_a_save_that_failed_is_done_again_without_learning_again(
+    ready: list[str],
+    said: list[str],
+    recipe: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe.write_text(ours(batch_size=4, learn={"steps": 2}, search={"rounds": 2}))
+    out = tmp_path / "small" / "out"
+    out.parent.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(out.parent)]
+    try:
+        made = subprocess.run(mount, capture_output=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command")
+    if made.returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        with monkeypatch.context() as patch:
+            real = modifiers_save.save_checkpoint
+
+            def fill_first(*arguments: Any, **options: Any) -> None:
+                free = shutil.disk_usage(out.parent).free
+                (out.parent / "filler").write_bytes(bytes(free - (16 << 10)))
+                real(*arguments, **options)
+
+            patch.setattr(modifiers_save, "save_checkpoint", fill_first)
+            failed = prune(tmp_path, "--text", text_file, out=out)
+        assert_one_error(failed, "No space left|os error 28")
+        assert "The same command goes on from the finished learning" in said[-1]
+        (out.parent / "filler").unlink()
+        stopping(monkeypatch, LEARN, AssertionError("it learned again"))
+        again = prune(tmp_path, "--text", text_file, out=out)
+        assert again.exit_code == 0, again.output
+        assert [path.name for path in out.parent.iterdir()] == ["out"]
+    finally:
+        subprocess.run(["umount", str(out.parent)], check=True)
