@@ -86,7 +86,7 @@ def stopped_cleanly() -> Iterator[None]:
         if os.getpid() != owner:
             os._exit(128 + number)  # a process that we started, and must not clean up
         name = signal.Signals(number).name
-        typer.echo(f"error: stopped by {name}; nothing unfinished is left", err=True)
+        typer.echo(f"error: stopped by {name}; no unfinished folder is left", err=True)
         raise SystemExit(128 + number)
 
     before = {
