@@ -73,9 +73,10 @@ def ends(
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """Every file of a checkpoint, less what tells of times."""
+    """Every file of a checkpoint, less what tells of time and memory."""
     files = {name: out / name for name in listing(out) if (out / name).is_file()}
     found = {name: path.read_bytes() for name, path in files.items()}
+    del found["nm_permute/report.html"]  # made from the report
     report, sums = "nm_permute/report.json", "nm_permute/checksums.json"
     untimed = json.dumps(timeless(json.loads(found[report])))
     others = json.loads(found[sums])
@@ -84,9 +85,10 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def timeless(value: Any) -> Any:
-    """A report without the seconds that it tells."""
+    """A report without the seconds and the memory that it tells."""
     if isinstance(value, dict):
-        return {key: timeless(of) for key, of in value.items() if key != "seconds"}
+        spent = ("seconds", "memory")
+        return {key: timeless(of) for key, of in value.items() if key not in spent}
     return [timeless(of) for of in value] if isinstance(value, list) else value
 
 
