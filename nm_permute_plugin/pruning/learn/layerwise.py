@@ -11,13 +11,8 @@ from loguru import logger
 from torch import Tensor
 
 from nm_permute_plugin.pruning.data import endless
-from nm_permute_plugin.pruning.learn.loop import (
-    LEARNERS,
-    Best,
-    Learner,
-    begin_of,
-    train,
-)
+from nm_permute_plugin.pruning.learn.best import Best, begin_of
+from nm_permute_plugin.pruning.learn.loop import LEARNERS, Learner, train
 from nm_permute_plugin.pruning.problem import Problem, Solution
 from nm_permute_plugin.pruning.resuming import Progress, kept
 from nm_permute_plugin.pruning.running.decoder_layers import LayerStream

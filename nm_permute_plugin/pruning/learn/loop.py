@@ -12,7 +12,6 @@ A new learner is a class with the methods of ``Learner``, a name in
 ``multipliers.MultipliedMask`` (the protocol ``running.masked.LearnedMask``).
 """
 
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import islice
@@ -23,6 +22,7 @@ import torch
 from loguru import logger
 from tqdm import tqdm
 
+from nm_permute_plugin.pruning.learn.best import Best, begin_of
 from nm_permute_plugin.pruning.learn.multipliers import ScoreMultipliers
 from nm_permute_plugin.pruning.learn.published import SoftPlaces, StraightThrough
 from nm_permute_plugin.pruning.learn.swaps import ChannelSwaps
@@ -91,53 +91,6 @@ The learner of every stage, called with a problem, a start, its settings and its
 """
 
 
-class Best:
-    """
-    The best solution by the validation loss, among those that were shown.
-
-    :ivar seconds: that the first validation took
-    :ivar history: one entry a validation: its step, the validation loss and, from the first
-        step on, the mean training loss of the steps since the validation before, and the
-        rate of its step
-    """
-
-    def __init__(
-        self,
-        start: Solution,
-        validate: Callable[[Solution], float],
-        callback: Callable[[int, Learner], object] = lambda step, learner: None,
-    ) -> None:
-        self._validate, self._callback = validate, callback
-        before = time.perf_counter()
-        self.solution, self.loss = start, validate(start)
-        self.seconds = time.perf_counter() - before
-        self.history: History = [{"step": 0, "validation": self.loss}]
-
-    def consider(
-        self, step: int, training: float, rate: float, learner: Learner
-    ) -> None:
-        """Validate what a learner holds, and keep it if it is better than all before."""
-        self._callback(step, learner)
-        solution = learner.solution()
-        loss = self._validate(solution)
-        if loss < self.loss:
-            self.loss, self.solution = loss, solution
-        self.history.append(
-            {"step": step, "validation": loss, "loss": training, "rate": rate}
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "solution": self.solution.state_dict(),
-            "loss": self.loss,
-            "history": self.history,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.solution = Solution(**state["solution"])
-        self.loss, self.history = state["loss"], state["history"]
-
-
 def learn(
     problem: Problem,
     start: Solution,
@@ -164,7 +117,7 @@ def learn(
     progress = Progress("the learning", problem.known)
     batches = islice(data.batches(settings.seed), progress.done, None)
     done = 0
-    forecast = _forecast(settings, progress.done, best.seconds)
+    forecast = Forecast.of_training(settings, progress.done, best.seconds)
     with frozen(problem.model), torch.enable_grad(), progress:
         for stage, steps in settings.learn.schedule():
             numbers = range(done + 1, done + steps + 1)
@@ -194,22 +147,6 @@ def learn(
         f"{best.history[0]['validation']:.4f} -> {best.loss:.4f}"
     )
     return best.solution, best.history
-
-
-def begin_of(numbers: range, best: Best, progress: Progress) -> Solution | None:
-    """
-    The solution with which a stage of those steps begins: the best so far.
-
-    A stage in which a run died began with what was the best then, and ``best`` gets what
-    it held when it died; the stages before have none.
-    """
-    kept = progress.value
-    if kept is None or numbers[0] > kept["first"]:
-        return best.solution
-    if numbers[0] < kept["first"]:
-        return None
-    best.load_state_dict(kept["best"])
-    return Solution(**kept["begin"])
 
 
 def train(
@@ -258,15 +195,3 @@ def train(
             best.consider(number, fmean(progress.losses), progress.rate, learner)
             progress.losses.clear()
         progress.keep()
-
-
-def _forecast(settings: Settings, done: int, of_validation: float) -> Forecast:
-    """How long learning and the recovery end to end will take, whose steps are alike."""
-    spans = [steps for _, steps in settings.learn.schedule()]
-    what, recover = "learning", settings.recover
-    if "end_to_end" in recover.stages:
-        spans.append(recover.end_to_end.steps)
-        what += " and the recovery end_to_end"
-    every = settings.validation.every
-    validations = sum(-(-steps // every) for steps in spans)
-    return Forecast(what, sum(spans) - done, validations, of_validation)

@@ -7,6 +7,7 @@ from loguru import logger
 from tqdm import tqdm
 
 from nm_permute_plugin.pruning.running.cuda_graph import EAGER_CALLS
+from nm_permute_plugin.pruning.settings import Settings
 
 WARM_UPS = EAGER_CALLS + 1
 """Steps that are not timed: on a GPU the first ones compile and are captured."""
@@ -31,6 +32,24 @@ class Forecast:
         self._what, self._steps = what, steps
         self._validations, self._of_validation = validations, of_validation
         self._done, self._since = 0, 0.0
+
+    @classmethod
+    def of_training(
+        cls, settings: Settings, done: int, of_validation: float
+    ) -> "Forecast":
+        """
+        Of learning and of the recovery end to end, whose steps are alike.
+
+        :param done: the steps that are behind it already
+        """
+        spans = [steps for _, steps in settings.learn.schedule()]
+        what, recover = "learning", settings.recover
+        if "end_to_end" in recover.stages:
+            spans.append(recover.end_to_end.steps)
+            what += " and the recovery end_to_end"
+        every = settings.validation.every
+        validations = sum(-(-steps // every) for steps in spans)
+        return cls(what, sum(spans) - done, validations, of_validation)
 
     def step(self) -> None:
         """Count a step, and log once enough of them have been timed."""
