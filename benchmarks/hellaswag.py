@@ -2,6 +2,8 @@
 """
 HellaSwag of a local file, scored without lm-eval, item by item as lm-eval scores it.
 
+Likelihoods are in float32, as lm-eval's are with ``softmax_dtype=float32``; by default it
+takes the model's dtype, which turns near ties over in 16 bits.
 ``tests/benchmarks/test_hellaswag.py`` holds it to lm-eval's own results.
 """
 

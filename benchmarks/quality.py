@@ -49,8 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             write(record, args.out)
     else:
         record = _measure(args)
-    print(table(record))
-    print(judged_table(record))
+    print("\n\n".join(filter(None, [table(record), judged_table(record)])))
     if args.plot:
         plot(record, args.plot)
 

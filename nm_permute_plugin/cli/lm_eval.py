@@ -36,7 +36,8 @@ def lm_eval(
 
     All other options are lm-eval's own, and mean what they mean there: --limit,
     --num_fewshot, --batch_size, --device, --include_path, --metadata,
-    --apply_chat_template, --output_path, --log_samples (`lm-eval run --help`).
+    --apply_chat_template, --output_path, --log_samples (`lm-eval run --help`). As there,
+    likelihoods are in the model's dtype: --model_args softmax_dtype=float32 is exacter.
 
     With --dense, the dense model answers as well: printed are its figures, the recovery,
     which is the share of them that is kept, and the flips, which is the share of items that

@@ -4,6 +4,7 @@
 import argparse
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,9 +88,7 @@ def read_options(words: Sequence[str]) -> Options:
     # The parser has no public name; what it reads, and what runs the tasks, has one.
     from lm_eval._cli.run import Run
     from lm_eval.config.evaluate_config import EvaluatorConfig
-    from lm_eval.utils import setup_logging
 
-    setup_logging("WARNING")
     parser = _Parser(prog="nm-permute lm-eval")
     Run.create(parser.add_subparsers())
     given = parser.parse_args(["run", *words])
@@ -108,6 +107,10 @@ def read_options(words: Sequence[str]) -> Options:
         raise ValueError(
             f"--model_args {foreign[0]} says how lm-eval loads a model, but the checkpoint "
             f"is loaded here; it may say {', '.join(sorted(OF_A_LOADED_MODEL))}"
+        )
+    if not re.fullmatch(r"\d+|auto(:\d+(\.\d+)?)?", str(config.batch_size)):
+        raise ValueError(
+            f"--batch_size {config.batch_size} is neither a number nor auto nor auto:N"
         )
     manager = _manager(config)
     _load_data(manager, config.tasks)
@@ -133,48 +136,53 @@ def run_tasks(
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as lm-eval's command does
     # Loosely typed: lm-eval takes any model of transformers.
     model: Any = load_checkpoint(checkpoint, device)
+    said = dict(config.model_args)
+    if config.max_batch_size is not None:
+        said["max_batch_size"] = config.max_batch_size
     with _quiet("lm_eval.models.huggingface"):
         lm = HFLM(
             pretrained=model,
             tokenizer=tokenizer_of(checkpoint),
             batch_size=config.batch_size,
-            max_batch_size=config.max_batch_size,
-            **config.model_args,
+            **said,
         )
     tracker = EvaluationTracker(
         **{"output_path": config.output_path, **config.hf_hub_log_args}
     )
     caching = config.cache_requests
     seeds = dict(zip(SEEDS, config.seed or (), strict=False))
-    results = simple_evaluate(
-        model=lm,
-        model_args={"pretrained": str(checkpoint), **config.model_args},
-        tasks=config.tasks,
-        num_fewshot=config.num_fewshot,
-        batch_size=config.batch_size,
-        max_batch_size=config.max_batch_size,
-        device=device,
-        use_cache=config.use_cache and config.use_cache + role,
-        cache_requests=caching.get("cache_requests", False),
-        rewrite_requests_cache=caching.get("rewrite_requests_cache", False),
-        delete_requests_cache=caching.get("delete_requests_cache", False),
-        limit=config.limit,
-        samples=config.samples,
-        check_integrity=config.check_integrity,
-        write_out=config.write_out,
-        log_samples=True,  # flips are counted item by item
-        evaluation_tracker=tracker,
-        system_instruction=config.system_instruction,
-        apply_chat_template=config.apply_chat_template,
-        fewshot_as_multiturn=config.fewshot_as_multiturn,
-        gen_kwargs=config.gen_kwargs,
-        task_manager=options.manager,
-        verbosity=config.verbosity,
-        predict_only=config.predict_only,
-        confirm_run_unsafe_code=config.confirm_run_unsafe_code,
-        metadata=config.metadata,
-        **seeds,
-    )
+    try:
+        results = simple_evaluate(
+            model=lm,
+            model_args={"pretrained": str(checkpoint), **config.model_args},
+            tasks=config.tasks,
+            num_fewshot=config.num_fewshot,
+            batch_size=config.batch_size,
+            max_batch_size=config.max_batch_size,
+            device=device,
+            use_cache=config.use_cache and config.use_cache + role,
+            cache_requests=caching.get("cache_requests", False),
+            rewrite_requests_cache=caching.get("rewrite_requests_cache", False),
+            delete_requests_cache=caching.get("delete_requests_cache", False),
+            limit=config.limit,
+            samples=config.samples,
+            check_integrity=config.check_integrity,
+            write_out=config.write_out,
+            log_samples=True,  # flips are counted item by item
+            evaluation_tracker=tracker,
+            system_instruction=config.system_instruction,
+            apply_chat_template=config.apply_chat_template,
+            fewshot_as_multiturn=config.fewshot_as_multiturn,
+            gen_kwargs=config.gen_kwargs,
+            task_manager=options.manager,
+            verbosity=config.verbosity,
+            predict_only=config.predict_only,
+            confirm_run_unsafe_code=config.confirm_run_unsafe_code,
+            metadata=config.metadata,
+            **seeds,
+        )
+    except AssertionError as error:  # so lm-eval says what was asked wrongly
+        raise ValueError(f"lm-eval refuses this: {error}") from error
     found: dict[str, Any] = dict(results or {})
     samples = found.pop("samples")
     tracker.save_results_aggregated(

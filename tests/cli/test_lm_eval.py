@@ -90,9 +90,8 @@ def test_tasks_run_on_sparse_checkpoints(
         "--output_path",
         tmp_path / "found",
     ]
-    result = lm_eval(
-        out, tasks, "--tasks", "chain", "--limit", 12, *more, "--log_samples"
-    )
+    more += ["--log_samples", "--batch_size", "auto"]
+    result = lm_eval(out, tasks, "--tasks", "chain", "--limit", 12, *more)
     assert result.exit_code == 0, result.output
     acc, acc_norm = read_evaluations(out).tasks
     assert (acc.task, acc.metric, acc.items) == ("chain", "acc", 12)
@@ -136,6 +135,9 @@ def test_what_must_fail_fails_before_a_model_is_loaded(
         *chain, "--frobnicate", message="unrecognized arguments: --frobnicate .*lm-ev"
     )
     refused(*chain, "--limit", "few", message="--limit/-L: invalid float value: 'few'")
+    refused(
+        *chain, "--batch_size", "many", message="--batch_size many is neither a numb"
+    )
     refused(*chain, "--model", "vllm", message="leave out --model vllm")
     refused(
         *chain, "--model_args", "dtype=float16", message="--model_args dtype says how"
@@ -176,6 +178,12 @@ def test_tasks_of_the_hub_are_refused_in_one_line_without_it(
         r"--tasks chain cannot be loaded: Couldn't reach 'a/b' .*; where the hub cannot"
     )
     assert_one_error(lm_eval(tiny_checkpoint(), tasks, "--tasks", "chain"), said)
+
+
+def test_what_lm_eval_asserts_is_one_line(tiny_checkpoint, tasks: Path) -> None:
+    beyond = ["--samples", '{"chain": [99]}']
+    result = lm_eval(tiny_checkpoint(), tasks, "--tasks", "chain", *beyond)
+    assert_one_error(result, "lm-eval refuses this: Elements of --samples should be in")
 
 
 @pytest.mark.slow
