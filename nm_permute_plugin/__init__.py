@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from nm_permute_plugin.pruning.keep_masks import keep_masks as keep_masks
     from nm_permute_plugin.pruning.reading import read_samples as read_samples
+    from nm_permute_plugin.pruning.resuming import resuming as resuming
     from nm_permute_plugin.pruning.run import prune as prune
     from nm_permute_plugin.pruning.run import save as save
     from nm_permute_plugin.pruning.session import session as session
@@ -45,6 +46,7 @@ _PLACES = {
     "keep_masks": "pruning.keep_masks",
     "prune": "pruning.run",
     "read_samples": "pruning.reading",
+    "resuming": "pruning.resuming",
     "save": "pruning.run",
     "session": "pruning.session",
     "spec_of": "specs.architectures",

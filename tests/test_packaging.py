@@ -13,8 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from nm_permute_plugin.cli import common
+
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = SETTINGS["project"]
+MOVED = SETTINGS["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
 EXTRAS = set(PROJECT["optional-dependencies"])
 SAID = [
     *(ROOT / "nm_permute_plugin").rglob("*.py"),
@@ -50,9 +54,13 @@ def text_of(wheel: zipfile.ZipFile, name: str) -> str:
 
 
 def package_files() -> set[str]:
-    """All that lies in the package, templates and kernels as well, but what is ignored."""
+    """
+    All that lies in the package, templates and kernels as well, but what is ignored.
+
+    A file that another package looks for lies where that looks, and only there.
+    """
     return {
-        str(path.relative_to(ROOT))
+        MOVED.get(name := str(path.relative_to(ROOT)), name)
         for path in (ROOT / "nm_permute_plugin").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
@@ -111,6 +119,24 @@ def test_extras_that_we_tell_to_install_exist() -> None:
     }
     assert {extra for _, extra in told} >= {"demo", "test", "vllm", "transformers"}
     assert [(file, extra) for file, extra in sorted(told) if extra not in EXTRAS] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "command", "extra"),
+    [
+        ("transformers", "evaluate", "transformers"),
+        ("transformers.models.auto", "prune", "compress"),
+        ("datasets", "evaluate", "compress"),
+        ("llmcompressor", "demo", "demo"),
+    ],
+)
+def test_a_module_that_is_missing_is_told_with_its_extra(
+    module: str, command: str, extra: str
+) -> None:
+    error = ModuleNotFoundError(f"No module named {module!r}", name=module)
+    said = f"No module named {module!r}: pip install 'nm-permute-plugin[{extra}]'"
+    assert common._one_line(error, command) == said
+    assert set(common.EXTRAS.values()) <= EXTRAS
 
 
 def test_extras_that_name_others_name_real_ones() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 _UNFINISHED = ".unfinished"
 _OLD = ".old"
+_STATE = ".nm_permute_state"
 
 
 @contextmanager
@@ -116,6 +117,16 @@ def unfinished(target: Path, mark: str) -> Path:
     fixed = os.path.ismount(target) or not os.access(target.parent, os.W_OK)
     parent = target if target.is_dir() and fixed else target.parent
     return parent / f".{target.name}.{mark}{_UNFINISHED}"
+
+
+def state_beside(target: Path) -> Path | None:
+    """
+    Returns where a run that writes a target keeps its state until the target stands.
+
+    It is None where nothing can be beside the target, and the state would fill it.
+    """
+    parent = unfinished(target, "any").parent
+    return None if parent == target else parent / f".{target.name}{_STATE}"
 
 
 def is_unfinished(path: Path) -> bool:

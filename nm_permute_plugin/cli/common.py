@@ -29,12 +29,27 @@ Model = Annotated[
 MENDABLE = (ValueError, OSError, ModuleNotFoundError)
 """Errors of these classes come from what was given, so one line says all."""
 
+EXTRAS = {
+    "transformers": "transformers",
+    "compressed_tensors": "transformers",
+    "llmcompressor": "compress",
+    "datasets": "compress",
+    "PIL": "compress",
+    "accelerate": "demo",
+    "gguf": "demo",
+}
+"""The extra of this package that brings a module."""
+
 OUT_OF_MEMORY = "use a smaller --batch-size, or --device cpu"
 PRUNE_OUT_OF_MEMORY = (
     "write memory: {micro_batch_size: 1, gradient_checkpointing: true} or objective: "
     "layer_wise into the recipe; a model that fills the device by itself is pruned by "
     "llmcompressor.oneshot, which can offload it"
 )
+LM_EVAL_OUT_OF_MEMORY = (
+    "use a smaller --batch_size, or --device cpu"  # as lm-eval spells
+)
+_REMEDIES = {"prune": PRUNE_OUT_OF_MEMORY, "lm-eval": LM_EVAL_OUT_OF_MEMORY}
 
 
 class Commands(TyperGroup):
@@ -71,7 +86,7 @@ def stopped_cleanly() -> Iterator[None]:
         if os.getpid() != owner:
             os._exit(128 + number)  # a process that we started, and must not clean up
         name = signal.Signals(number).name
-        typer.echo(f"error: stopped by {name}; nothing unfinished is left", err=True)
+        typer.echo(f"error: stopped by {name}; no unfinished folder is left", err=True)
         raise SystemExit(128 + number)
 
     before = {
@@ -95,9 +110,14 @@ def _one_line(error: Exception, command: str | None) -> str | None:
         or type(error).__name__ == "OutOfMemoryError"
         or "DefaultCPUAllocator" in text
     ):
-        remedy = PRUNE_OUT_OF_MEMORY if command == "prune" else OUT_OF_MEMORY
+        remedy = _REMEDIES.get(command or "", OUT_OF_MEMORY)
         said = ". ".join(text.split(". ")[:2]) or "out of memory"
         return f"{said}: {remedy}"
+    if isinstance(error, ModuleNotFoundError) and text.startswith("No module named"):
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is not None:
+            extra = {"prune": "compress", "demo": "demo"}.get(command or "", extra)
+            return f"{text}: pip install 'nm-permute-plugin[{extra}]'"
     return text if isinstance(error, MENDABLE) or _is_refusal(error) else None
 
 

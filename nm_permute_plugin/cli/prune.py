@@ -4,7 +4,7 @@
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -76,8 +76,18 @@ def prune(
             "measured with a few of its steps; write nothing.",
         ),
     ] = False,
+    fresh: Annotated[
+        bool,
+        Option(
+            "--fresh",
+            help="Start anew, where a run into OUT died; without it the run goes on.",
+        ),
+    ] = False,
 ) -> None:
-    """Prune a model as a recipe says, into a folder that is complete or not there."""
+    """Prune a model as a recipe says, into a folder that is complete or not there.
+
+    A run that died goes on when the same command is given again.
+    """
     what = "give calibration text"
     sources = data_sources(text, dataset, images, text_column, what)
     if answers_only and images is not None:
@@ -100,7 +110,7 @@ def prune(
                 model, recipe, out, _image_batches(model, files), len(files), where
             )
             return
-        minutes = prune_with_images(model, recipe, out, files, where)
+        minutes = prune_with_images(model, recipe, out, files, where, fresh)
         amount, test = f"{len(files)} images", ["--images", "CLASS_FOLDERS"]
     else:
         pretrained.refuse_text_for(model)
@@ -119,7 +129,7 @@ def prune(
             plan.dry_run(model, recipe, out, batches, len(rows.ids), where)
             return
         minutes = prune_checkpoint(
-            model, recipe, out, rows.ids, where, counted=rows.counted
+            model, recipe, out, rows.ids, where, fresh, rows.counted
         )
         amount, test = str(rows), ["--text", "TEST.txt"]
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6
@@ -187,6 +197,7 @@ def prune_checkpoint(
     out: Path,
     rows: Sequence[Sequence[int]],
     device: str | None = None,
+    fresh: bool = False,
     counted: Sequence[Sequence[bool]] | None = None,
 ) -> float:
     """
@@ -194,6 +205,7 @@ def prune_checkpoint(
 
     :param rows: calibration text, one list of token ids a row
     :param device: where the model runs; the first CUDA device if there is one
+    :param fresh: do not go on from what a run into ``out`` that died has kept
     :param counted: of every row, which tokens count; all of them if None
     :return: minutes from loading to saving
     :raises ValueError: for a run that is certain to fail, ``out`` holding files already
@@ -217,7 +229,7 @@ def prune_checkpoint(
             "shuffle_calibration_samples": False,
         }
 
-    return _prune(model, recipe, out, data, len(rows), device)
+    return _prune(model, recipe, out, data, len(rows), device, fresh)
 
 
 def prune_with_images(
@@ -226,6 +238,7 @@ def prune_with_images(
     out: Path,
     files: Sequence[Path],
     device: str | None = None,
+    fresh: bool = False,
 ) -> float:
     """
     Do as ``prune_checkpoint`` does, for a model of images.
@@ -242,7 +255,7 @@ def prune_with_images(
         loader = DataLoader(batches, batch_size=None)
         return {"processor": image_processor(model), "dataset": loader}
 
-    return _prune(model, recipe, out, data, len(files), device)
+    return _prune(model, recipe, out, data, len(files), device, fresh)
 
 
 def _prune(
@@ -252,6 +265,7 @@ def _prune(
     data: Callable[[], dict[str, Any]],
     samples: int,
     device: str | None,
+    fresh: bool,
 ) -> float:
     """``oneshot`` into a folder that appears only when all went well; minutes."""
     import torch
@@ -260,15 +274,22 @@ def _prune(
     # From its import on, llm-compressor logs to what is stdout then.
     with redirect_stdout(cast("Any", HostLog())):
         from llmcompressor import oneshot, reset_session
-    from nm_permute_plugin.checkpoint.transaction import directory
+    from nm_permute_plugin.checkpoint.transaction import directory, state_beside
     from nm_permute_plugin.evaluation.pretrained import empty_model, load_model
     from nm_permute_plugin.modifiers.preflight import look_before_loading
+    from nm_permute_plugin.pruning.resuming import resuming
 
     out = out.resolve()
     look_before_loading(partial(empty_model, model), model, recipe, out, samples)
     started = time.perf_counter()
     try:
-        with nothing_misleading(), directory(out, was_empty=True) as unfinished:
+        state = state_beside(out)
+        going_on = nullcontext() if state is None else resuming(state, fresh)
+        with (
+            nothing_misleading(),
+            going_on,
+            directory(out, was_empty=True) as unfinished,
+        ):
             calibration = data()
             loaded = load_model(model)
             default = "cuda" if torch.cuda.is_available() else "cpu"

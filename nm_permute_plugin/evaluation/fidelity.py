@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
+from loguru import logger
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -16,6 +17,9 @@ from nm_permute_plugin.evaluation.pretrained import config_of, load_checkpoint
 from nm_permute_plugin.evaluation.text import Window
 from nm_permute_plugin.maths.kl import ELEMENTS
 from nm_permute_plugin.pruning.running.masked import evaluating
+
+KEPT = 1 << 32
+"""Logits that are kept in the host's memory while two models take turns."""
 
 
 @dataclass(frozen=True)
@@ -51,31 +55,42 @@ def fidelity(
     dense: nn.Module,
     windows: Sequence[Window],
     batch_size: int = 1,
+    turn: int | None = None,
 ) -> Fidelity:
     """
     Compare the next-token distributions of two models in one pass over the windows.
 
     Beside the logits of a batch, no more than a few tokens are held in float32.
 
+    :param dense: stands on the device
     :param windows: of tokens, as ``perplexity`` takes them
+    :param turn: so many windows are read by one model, then by the other, and only one of
+        the two is on the device; None where both are
     :raises ValueError: as ``perplexity``, for either model, and if the two do not have
         the same vocabulary
     """
-    device = next(ours.parameters()).device
+    device = next(dense.parameters()).device
+    home = device if turn is None else torch.device("cpu")
     predicted = count_predicted(windows)
     sums = torch.zeros(5, dtype=torch.float64, device=device)
-    starts = range(0, len(windows), batch_size)
+    starts = range(0, len(windows), turn or batch_size)
     with torch.no_grad(), evaluating(ours), evaluating(dense):
         for start in tqdm(starts, desc="Fidelity", leave=False):
-            batch = windows[start : start + batch_size]
-            ids = pad_sequence(list(batch), batch_first=True).to(device)
-            both = [
-                model(input_ids=ids, use_cache=False).logits for model in (ours, dense)
+            taken = windows[start : start + (turn or batch_size)]
+            batches = [
+                taken[i : i + batch_size] for i in range(0, len(taken), batch_size)
             ]
-            _refuse_widths(*(logits.shape[-1] for logits in both))
-            for window, row, mine, theirs in zip(batch, ids, *both, strict=True):
-                last = len(window) - 1
-                sums += _sums(mine[:last], theirs[:last], row[1 : last + 1])
+            if turn is not None:
+                _change_places(ours, dense, device)
+            kept = [_logits(dense, batch, device).to(home) for batch in batches]
+            if turn is not None:
+                _change_places(dense, ours, device)
+            for batch, theirs in zip(batches, kept, strict=True):
+                mine = _logits(ours, batch, device)
+                _refuse_widths(mine.shape[-1], theirs.shape[-1])
+                for window, row, other in zip(batch, mine, theirs, strict=True):
+                    last, targets = len(window) - 1, window[1:].to(device)
+                    sums += _sums(row[:last], other[:last].to(device), targets)
     nll, dense_nll, divergence, same, flipped = sums.tolist()
     return Fidelity(
         perplexity=exp_of_mean(nll, predicted),
@@ -97,13 +112,24 @@ def compare_checkpoints(
     """
     Compare a checkpoint, as it is read back from disk, with the dense model.
 
-    Both are held on the device at the same time.
+    Both are held on the device; where that has no room for two, they take turns there.
 
     :raises ValueError: as ``fidelity``
     """
-    _refuse_widths(*(_vocabulary(folder) for folder in (checkpoint, dense)))
-    ours = load_checkpoint(checkpoint, device)
-    return fidelity(ours, load_checkpoint(dense, device), windows, batch_size)
+    vocabulary = _vocabulary(checkpoint)
+    _refuse_widths(vocabulary, _vocabulary(dense))
+    ours, turn = load_checkpoint(checkpoint, device), None
+    try:
+        theirs = load_checkpoint(dense, device)
+    except torch.OutOfMemoryError:
+        longest = max(map(len, windows))
+        turn = max(batch_size, KEPT // (longest * vocabulary))
+        logger.warning(
+            f"{device} has no room for both models: they take turns of {turn} windows"
+        )
+        ours.to("cpu")
+        theirs = load_checkpoint(dense, device)
+    return fidelity(ours, theirs, windows, batch_size, turn)
 
 
 def refuse_other_tokens(
@@ -130,6 +156,17 @@ def refuse_other_tokens(
 
 def _vocabulary(folder: str | Path) -> int:
     return int(config_of(folder).get_text_config().vocab_size)
+
+
+def _change_places(leaving: nn.Module, coming: nn.Module, device: torch.device) -> None:
+    leaving.to("cpu")
+    coming.to(device)
+
+
+def _logits(model: nn.Module, batch: Sequence[Window], device: torch.device) -> Tensor:
+    ids = pad_sequence(list(batch), batch_first=True).to(device)
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
 
 
 def _refuse_widths(ours: int, dense: int) -> None:

@@ -104,7 +104,10 @@ def read_evaluations(checkpoint: Path) -> Evaluations:
 
 
 def write_evaluations(checkpoint: Path, results: Evaluations) -> None:
-    """Write ``nm_permute/evaluations.json``."""
+    """Write ``nm_permute/evaluations.json``, whole or not at all."""
     path = checkpoint / FILE
     path.parent.mkdir(exist_ok=True)
-    path.write_text(results.model_dump_json(indent=1, exclude_none=True) + "\n")
+    part = path.with_name(path.name + ".part")
+    text = results.model_dump_json(indent=1, exclude_none=True) + "\n"
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)

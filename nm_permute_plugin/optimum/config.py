@@ -12,9 +12,6 @@ from pydantic import BeforeValidator, Field, ValidationError
 from nm_permute_plugin.pruning.setting_errors import one_line
 from nm_permute_plugin.pruning.settings import Frozen, Settings
 
-HUB_NAMES = ("wikitext2", "c4", "c4-new")
-"""The data sets of the hub that ``optimum.gptq`` knows by a name."""
-
 _COLUMNS = ("input_ids", "attention_mask", "position_ids", "loss_mask")
 """What of a tokenised sample is read; ``read_samples`` says how."""
 
@@ -24,13 +21,12 @@ _WRITTEN = ("optimum_version", "transformers_version")
 
 def _samples(value: Any) -> Any:
     """Lists of numbers for tokenised samples, so that a config can be written as JSON."""
-    if value is None or (isinstance(value, str) and value in HUB_NAMES):
+    if value is None or isinstance(value, str):
         return value
     wanted = (
-        "a list of texts, or of tokenised samples with input_ids, or a name among "
-        f"{', '.join(HUB_NAMES)}"
+        "a list of texts, or of tokenised samples with input_ids, or a data set's name"
     )
-    if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
+    if isinstance(value, Mapping) or not isinstance(value, Iterable):
         raise ValueError(f"must be {wanted}; got {_shown(value)}")
     samples = list(value)
     if not samples:
@@ -93,8 +89,8 @@ class NMConfig(BaseConfig):
     ValueError: scor: there is no such field; did you mean score?
 
     :param dataset: texts, or tokenised samples (``[{"input_ids": [1, 100, 15]}]``), or the
-        name of a data set that ``optimum.gptq`` finds on the hub: ``wikitext2``, ``c4`` or
-        ``c4-new``
+        name of a data set: a file, a folder, or ``ORGANISATION/NAME[:CONFIG][@SPLIT]`` on
+        the Hugging Face hub
     :param rows: rows of calibration text at most, by default 512
     :param sequence_length: tokens of a row of texts; by default 1024, or as many as the
         model has positions. Tokenised samples stay as they are

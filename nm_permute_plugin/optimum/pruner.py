@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from nm_permute_plugin.checkpoint.transaction import directory, refuse_occupied
 from nm_permute_plugin.cli.common import find_device
 from nm_permute_plugin.evaluation.corpus import Corpus, spread
+from nm_permute_plugin.evaluation.data_sets import read_data_set
+from nm_permute_plugin.evaluation.data_sources import data_source
 from nm_permute_plugin.evaluation.pretrained import (
     load_model,
     must_be_model,
@@ -173,9 +175,11 @@ class NMPruner(OptimumQuantizer):
         asked = self.config.sequence_length
         length = fit_length(model.config, asked, 1024, "sequence_length")
         if isinstance(dataset, str):
-            return _from_hub(dataset, tokenizer, rows, length, self.config.seed)
-        texts = [Document(f"dataset[{i}]", text) for i, text in enumerate(dataset)]
-        found = TextTokenizer(tokenizer).rows(Corpus(documents=texts), length, rows)
+            corpus = read_data_set(data_source(dataset), rows)
+        else:
+            texts = (Document(f"dataset[{i}]", text) for i, text in enumerate(dataset))
+            corpus = Corpus(documents=list(texts))
+        found = TextTokenizer(tokenizer).rows(corpus, length, rows)
         return [_batch({"input_ids": row}) for row in spread(found, rows)]
 
 
@@ -189,22 +193,3 @@ def _config(config: NMConfig | None, fields: Mapping[str, Any]) -> NMConfig | No
 
 def _batch(sample: Mapping[str, list[int]]) -> dict[str, Tensor]:
     return {name: torch.tensor([values]) for name, values in sample.items()}
-
-
-def _from_hub(
-    name: str, tokenizer: Any, rows: int, length: int, seed: int
-) -> list[dict[str, Tensor]]:
-    """Rows of a data set as ``optimum.gptq`` draws them."""
-    from optimum.gptq.data import get_dataset
-
-    try:
-        found: list[dict[str, Tensor]] = get_dataset(
-            name, tokenizer, nsamples=rows, seqlen=length, seed=seed
-        )
-    except (OSError, ValueError) as error:
-        said = str(error).partition("\n")[0]
-        raise ValueError(
-            f"dataset={name!r} cannot be read from the hub ({said}); give a list of "
-            "texts, which needs none"
-        ) from error
-    return found

@@ -8,12 +8,13 @@ The whole method: statistics, scores, search, learning, fold, masks, recovery.
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 
 from torch import Tensor, nn
 
 from nm_permute_plugin.maths.permutation import Permutation
 from nm_permute_plugin.pruning.clock import Clock, environment
-from nm_permute_plugin.pruning.data import Data
+from nm_permute_plugin.pruning.data import Data, endless, micro_batches
 from nm_permute_plugin.pruning.figures import Figures, figures_of
 from nm_permute_plugin.pruning.folding import fold_model
 from nm_permute_plugin.pruning.learn.layerwise import Hold, learn_layerwise
@@ -21,6 +22,7 @@ from nm_permute_plugin.pruning.learn.loop import learn
 from nm_permute_plugin.pruning.problem import Problem, Solution
 from nm_permute_plugin.pruning.recover.stages import StageRecord, recover
 from nm_permute_plugin.pruning.recover.student import Student
+from nm_permute_plugin.pruning.resuming import goes_on, kept
 from nm_permute_plugin.pruning.running.decoder_layers import decoder_layers
 from nm_permute_plugin.pruning.running.fast_dtype import computing_fast
 from nm_permute_plugin.pruning.running.masked import evaluating
@@ -116,7 +118,9 @@ def _run(
     found, searched, history = _find(problem, settings, clock, hold)
     masks = problem.masks(found)
     figures = figures_of(problem, found, masks, prunable)
-    teacher = problem.teacher
+    teacher, known = problem.teacher, problem.known
+    if goes_on() and settings.recover.stages:
+        _see_again(problem, settings)
     del problem  # and with it all scores
     fold_error = fold_model(model, resolved, found.perms, teacher, data.train[0], write)
     clock.lap("fold")
@@ -126,7 +130,7 @@ def _run(
         if settings.recover.stages:
             with hold():
                 student = _student(model, masks, prunable)
-                recovered = recover(student, teacher, data, settings)
+                recovered = recover(student, teacher, data, settings, known)
                 clock.lap("recover")
                 student.write(write)
         else:
@@ -158,12 +162,38 @@ def _find(
     history = searched
     clock.lap("search")
     if settings.method == "learned":
-        if settings.layer_wise:
-            found, history = learn_layerwise(problem, found, settings, hold)
-        else:
-            found, history = learn(problem, found, settings)
+        start = found
+
+        def learned() -> tuple[dict[str, dict[str, Tensor]], History]:
+            if settings.layer_wise:
+                found, history = learn_layerwise(problem, start, settings, hold)
+            else:
+                found, history = learn(problem, start, settings)
+            return found.state_dict(), history
+
+        state, history = kept(learned, "learning", problem.known)
+        found = Solution(**state)
         clock.lap("learn")
     return found, searched, history
+
+
+def _see_again(problem: Problem, settings: Settings) -> None:
+    """
+    Let the teacher keep what it keeps of the model before the fold in an undisturbed run.
+
+    The folded model gives the same up to rounding, and recovery would round otherwise.
+    """
+    if settings.method == "identity":
+        return
+    data, teacher = problem.data, problem.teacher
+    parts = list(data.validation)
+    if settings.method == "learned" and not settings.layer_wise:
+        steps = sum(steps for _, steps in settings.learn.schedule())
+        order = dict.fromkeys(islice(endless(len(data.train), settings.seed), steps))
+        size = settings.memory.micro_batch_size
+        parts += [part for i in order for part, _ in micro_batches(data.train[i], size)]
+    for part in parts:
+        teacher(part)
 
 
 def _student(

@@ -21,7 +21,7 @@ from nm_permute_plugin.maths.scores import score_weight
 from nm_permute_plugin.pruning.data import Data
 from nm_permute_plugin.pruning.running.masked import linear
 from nm_permute_plugin.pruning.running.teacher import Teacher
-from nm_permute_plugin.pruning.session import once, recognise
+from nm_permute_plugin.pruning.session import known_run, once
 from nm_permute_plugin.pruning.settings import Settings
 from nm_permute_plugin.pruning.statistics import input_norms, output_sensitivity
 from nm_permute_plugin.specs.conv1d import weight_of
@@ -46,6 +46,10 @@ class Solution:
     multipliers: dict[str, Float[Tensor, "_row_groups _in"]] = field(
         default_factory=dict
     )
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """The arguments that make it."""
+        return {"perms": self.perms, "multipliers": self.multipliers}
 
 
 @dataclass(frozen=True)
@@ -167,10 +171,12 @@ class Problem:
         :param prunable: names of the linears to prune
         :raises ValueError: for bad statistics, and for outputs that are not finite
         """
-        known = recognise(model, prunable, data.train, data.validation)
+        known = known_run(model, prunable, data, settings)
         norms: dict[str, Tensor] = {}
         if settings.score != "magnitude":
-            norms = once(lambda: input_norms(model, prunable, data.train), known)
+            norms = once(
+                lambda: input_norms(model, prunable, data.train), "input norms", known
+            )
         device = next(model.parameters()).device
         scores: dict[str, Tensor] = {
             name: score_weight(
@@ -187,6 +193,7 @@ class Problem:
                 seed = settings.seed
                 sensitivity = once(
                     lambda: output_sensitivity(model, prunable, data.train, seed),
+                    "output sensitivity",
                     *(known, seed),
                 )
             for name, space in resolved.spaces.items():

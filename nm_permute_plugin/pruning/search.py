@@ -55,6 +55,7 @@ def search_problem(problem: Problem, settings: Settings) -> tuple[Solution, Hist
             lambda perms: problem.validate(Solution(perms)),
             problem.device,
         ),
+        "search",
         *(problem.known, sorted(problem.spaces), settings.model_dump(include=READ)),
     )
     return Solution(perms), history

@@ -33,10 +33,7 @@ def table(subjects: Sequence[Subject]) -> Table:
         "score kept": [
             words(s.run.retained, lambda r: f"{r[1]:.1%}") for s in subjects
         ],
-        "validation loss": [
-            words(s.run.losses, lambda loss: f"{loss[0]:.3f} → {loss[1]:.3f}")
-            for s in subjects
-        ],
+        "validation loss": [words(s.run.losses, _fall) for s in subjects],
     }
     for title in dict.fromkeys(r.title for s in subjects for r in s.measured.texts):
         results = [_titled(subject.measured.texts, title) for subject in subjects]
@@ -119,6 +116,11 @@ def _perplexities(subjects: Sequence[Subject], title: str) -> "Figure":
 def _short(name: str) -> str:
     """A name that fits into a picture: its end, where it is long."""
     return name if len(name) <= LONGEST else f"…{name[1 - LONGEST :]}"
+
+
+def _fall(losses: tuple[float | None, float]) -> str:
+    before, after = losses
+    return f"{after:.3f}" if before is None else f"{before:.3f} → {after:.3f}"
 
 
 def _learning(run: Run) -> Points:

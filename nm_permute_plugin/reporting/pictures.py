@@ -233,7 +233,11 @@ def _curve(
 def _borders(run: Run) -> list[int]:
     """The steps at which one stage of the learning ends and the next begins."""
     learn = run.setting("learn")
-    steps = learn.get("steps") if isinstance(learn, dict) else None
+    if not isinstance(learn, dict):
+        return []
+    steps, stages = learn.get("steps"), learn.get("stages")
+    if isinstance(steps, int) and isinstance(stages, list):
+        steps = [steps] * len(stages)
     if isinstance(steps, list | tuple) and all(isinstance(s, int) for s in steps):
         return list(accumulate(steps))[:-1]
     return []

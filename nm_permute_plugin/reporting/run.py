@@ -124,13 +124,13 @@ class Run(Read):
 
     @property
     def score(self) -> str:
-        """The score of the weights."""
-        return str(self.setting("score") or "plain")
+        """The score of the weights; empty where it is not told, as the method."""
+        return str(self.setting("score") or "")
 
     @property
     def method(self) -> str:
         """How permutation and masks were found."""
-        return str(self.setting("method") or "unknown")
+        return str(self.setting("method") or "")
 
     @property
     def learned(self) -> tuple[Entry, ...]:
@@ -144,17 +144,22 @@ class Run(Read):
         return tuple(entry for entry in found if entry.round is not None)
 
     @property
-    def losses(self) -> tuple[float, float] | None:
+    def losses(self) -> tuple[float | None, float] | None:
         """
-        The validation loss of the plain masks, or of the earliest that is known, and the
-        last one that was kept; None where nothing was validated.
+        The validation loss of the plain masks and of what the run kept; None where nothing
+        was validated.
+
+        Older records of learning begin with what the search had found: of them the loss
+        of the plain masks is not known.
         """
         seen = [*self.rounds, *self.learned]
         values = [entry.validation for entry in seen if entry.validation is not None]
-        kept = values[:1] + [min(values)] if values else []
         for stage in self.recovered:
-            kept += stage.validation if stage.kept else stage.validation[:1]
-        return (kept[0], min(kept)) if kept else None
+            values += stage.validation if stage.kept else stage.validation[:1]
+        if not values:
+            return None
+        from_plain = bool(self.rounds) or self.method == "identity"
+        return values[0] if from_plain else None, min(values)
 
     @property
     def permuted(self) -> bool:

@@ -40,13 +40,12 @@ class Subject:
         if known is not None:
             return _on_text(known, run)
         kept = run.retained
-        lost = (
-            "" if kept is None else f"{_percent(1 - kept[0])} of the {run.score} score"
-        )
+        by = f"{run.score} " if run.score else ""
+        lost = "" if kept is None else f"{_percent(1 - kept[0])} of the {by}score"
         if run.setting("prune") is False:
             said = "This run moved channels and pruned nothing"
             return f"{said} (a {run.pattern} mask would lose {lost})" if lost else said
-        first = f"{run.pattern} by the plain {run.score} mask"
+        first = f"{run.pattern} by the plain {by}mask"
         losses = run.losses
         if run.method == "identity" or losses is None:
             told = f"{first} loses {lost}" if lost else f"The weights are {first}"
@@ -55,6 +54,8 @@ class Subject:
             return told
         before, after = losses
         told = f"{first} loses {lost}" if lost else first
+        if before is None:
+            return f"{told}; this run has a validation loss of {after:.3f}"
         told += f" and has a validation loss of {before:.3f}"
         gained = f"this run brought it to {after:.3f}"
         if run.setting("loss") and _starts_at_zero(run) and before > 0:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """HellaSwag of a local file: read, and answered item by item as lm-eval does."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import begin_texts_with
 
 from hellaswag import answer
 from nm_permute_plugin.evaluation.harness import read_options, run_tasks
@@ -23,22 +25,26 @@ def file(tmp_path_factory: pytest.TempPathFactory, chain_rows, words) -> Path:
         ids = torch.randint(48, (18,), generator=generator)
         label = int(ids[0]) % 4
         endings = [words(part) for part in ids.split((3, 5, 4, 6))]
-        lines += [f"w{len(lines) // 6:02}: {words(row)}", str(label), *endings]
+        lines += [f"w{10 + len(lines) // 6}: {words(row)}", str(label), *endings]
     lines[3] = f"{lines[3]} [step] w05"
     path = tmp_path_factory.mktemp("hellaswag") / "validation.raw"
     path.write_text("\n".join(lines) + "\n")
     return path
 
 
+@pytest.mark.parametrize("begin", [None, "w03"], ids=["plain", "bos"])
 def test_answers_are_lm_evals_item_by_item(
-    trained_checkpoint: Path, file: Path
+    trained_checkpoint: Path, file: Path, tmp_path: Path, begin: str | None
 ) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(trained_checkpoint, folder)
+    if begin is not None:
+        begin_texts_with(folder, begin)
     words = ["--include_path", TASKS, "--tasks", "hellaswag_file", "--batch_size", "7"]
     words += ["--metadata", f"file={file}"]
     options = read_options([str(word) for word in words])
-    samples = run_tasks(trained_checkpoint, options, "cpu")["samples"]["hellaswag_file"]
-    model = load_checkpoint(trained_checkpoint, "cpu")
-    tokenizer = tokenizer_of(trained_checkpoint)
+    samples = run_tasks(folder, options, "cpu")["samples"]["hellaswag_file"]
+    model, tokenizer = load_checkpoint(folder, "cpu"), tokenizer_of(folder)
     for batch_size in (1, 10, 128):
         ours = answer(model, tokenizer, read_items(file), batch_size)
         assert ours.acc == [bool(sample["acc"]) for sample in samples]

@@ -110,6 +110,7 @@ FULL = torch.OutOfMemoryError(
     [
         ("prune", ["micro_batch_size", "gradient_checkpointing", "layer_wise"]),
         ("evaluate", ["--batch-size", "--device cpu"]),
+        ("lm-eval", ["--batch_size", "--device cpu"]),
     ],
 )
 def test_full_memory_comes_with_the_remedies(command: str, remedies: list[str]) -> None:

@@ -52,7 +52,7 @@ def test_a_run_that_is_told_to_stop_leaves_nothing(
     _, errors = running.communicate()
     assert running.returncode == status
     name = signal.Signals(number).name
-    assert f"error: stopped by {name}; nothing unfinished is left" in errors
+    assert f"error: stopped by {name}; no unfinished folder is left" in errors
     assert "Traceback" not in errors
     assert unfinished(tmp_path) == []
     assert not (tmp_path / "out").exists()

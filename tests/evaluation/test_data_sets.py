@@ -76,7 +76,12 @@ def as_splits(folder: Path, rows: list[Any]) -> Path:
     return folder / "splits"
 
 
-TABLES = [as_json, as_packed, as_parquet, as_folder, as_saved, as_splits]
+def as_arrow(folder: Path, rows: list[Any]) -> Path:
+    (file,) = as_saved(folder, rows).glob("*.arrow")
+    return file
+
+
+TABLES = [as_arrow, as_json, as_packed, as_parquet, as_folder, as_saved, as_splits]
 
 
 def read(path: object, wanted: int = 99, column: str | None = None) -> list[Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from loguru import logger
 from torch import Tensor, nn
 
 from nm_permute_plugin.evaluation import fidelity as module
@@ -54,10 +55,16 @@ def directly(ours: nn.Module, dense: nn.Module, windows: list[Tensor]) -> Fideli
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("batch_size", [1, 2, 8])
+@pytest.mark.parametrize(
+    ("batch_size", "turn"), [(1, None), (2, None), (8, None), (1, 2), (2, 4), (2, 8)]
+)
 @torch.no_grad()
 def test_it_equals_a_direct_computation(
-    pair, dtype: torch.dtype, batch_size: int, monkeypatch: pytest.MonkeyPatch
+    pair,
+    dtype: torch.dtype,
+    batch_size: int,
+    turn: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ours, dense = (model.to(dtype) for model in pair)
     lengths = (12, 12, 7, 2, 12)
@@ -66,7 +73,7 @@ def test_it_equals_a_direct_computation(
     assert 0 < expected.agreement < 1
     assert expected.flips > 0
     monkeypatch.setattr(module, "ELEMENTS", 5 * 48)  # chunks that no window is made of
-    found = fidelity(ours, dense, windows, batch_size)
+    found = fidelity(ours, dense, windows, batch_size, turn)
     rel = 1e-10 if dtype == torch.float64 else 1e-4
     assert (found.agreement, found.flips) == (expected.agreement, expected.flips)
     assert found.tokens == expected.tokens == sum(lengths) - len(lengths)
@@ -82,6 +89,30 @@ def test_a_model_is_like_itself(pair) -> None:
     found = fidelity(ours, ours, [torch.randint(48, (9,))])
     assert (found.divergence, found.agreement, found.flips) == (0.0, 1.0, 0.0)
     assert found.perplexity == found.dense
+
+
+def test_models_that_do_not_fit_together_take_turns(
+    trained_checkpoint: Path, tiny_checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tiny_checkpoint()
+    windows = list(torch.randint(48, (5, 9)))
+    together = compare_checkpoints(other, trained_checkpoint, windows, "cpu", 2)
+    load, loaded = module.load_checkpoint, []
+
+    def full_at_first(folder: Path, device: str) -> nn.Module:  # as a GPU would be
+        loaded.append(folder)
+        if loaded == [other, trained_checkpoint]:
+            raise torch.OutOfMemoryError
+        return load(folder, device)
+
+    monkeypatch.setattr(module, "load_checkpoint", full_at_first)
+    monkeypatch.setattr(module, "KEPT", 3 * 9 * 48)
+    said: list[str] = []
+    sink = logger.add(said.append, level="WARNING")
+    assert compare_checkpoints(other, trained_checkpoint, windows, "cpu", 2) == together
+    logger.remove(sink)
+    assert loaded == [other, trained_checkpoint, trained_checkpoint]
+    assert "no room for both models: they take turns of 3 windows" in said[0]
 
 
 def test_a_model_of_another_vocabulary_is_refused(tiny_checkpoint) -> None:

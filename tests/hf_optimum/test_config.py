@@ -87,7 +87,7 @@ def test_a_sample_of_several_rows_becomes_as_many() -> None:
         ({"rows": 1}, "rows: must be greater than or equal to 2, got 1"),
         ({"sequence_length": "a"}, "sequence_length: must be a whole number, got 'a'"),
         ({"method": "search", "learn": {"steps": 1}}, "nothing reads it"),
-        ({"dataset": "wiki"}, "dataset: must be a list of texts.*c4-new; got 'wiki'"),
+        ({"dataset": 3}, "dataset: must be a list of texts.* a data set's name; got 3"),
         ({"dataset": []}, "dataset: is empty: give a list of texts"),
         ({"dataset": {"text": ["a"]}}, "dataset: .*got a mapping of text"),
         ({"dataset": ["a", {"input_ids": [1]}]}, "dataset: .*sample 0 is 'a'"),

@@ -85,14 +85,32 @@ def test_no_more_rows_than_asked_for(tiny_model, samples, tmp_path: Path) -> Non
     assert [len(batch["input_ids"]) for batch in batches] == [1] * 9
 
 
-def test_a_name_of_the_hub_that_cannot_be_had_is_one_line(
-    tiny_checkpoint, monkeypatch: pytest.MonkeyPatch
+def test_a_file_is_read_as_the_command_reads_it(
+    tiny_model, tiny_checkpoint, texts, tmp_path: Path
+) -> None:
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "texts.jsonl").write_text(lines)
+    dense, model = tiny_checkpoint(), tiny_model("llama")
+    named = NMPruner(dataset=str(tmp_path / "texts.jsonl"), **SEARCH)
+    given = NMPruner(dataset=texts, **SEARCH)
+    tokenizer = AutoTokenizer.from_pretrained(dense)
+    batches = [pruner._batches(model, tokenizer) for pruner in (named, given)]
+    rows = [[batch["input_ids"].tolist() for batch in found] for found in batches]
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == len(texts)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("nobody/nothing", "nobody/nothing"), ("no_such.jsonl", "does not exist; give a")],
+)
+def test_a_data_set_that_cannot_be_had_is_one_line(
+    tiny_checkpoint, monkeypatch: pytest.MonkeyPatch, name: str, message: str
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     pruner = NMPruner.from_pretrained(tiny_checkpoint())
-    said = "dataset='c4' cannot be read from the hub .*give a list of texts"
-    with pytest.raises(ValueError, match=said) as error:
-        pruner.quantize("never", dataset="c4", **SEARCH)
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        pruner.quantize("never", dataset=name, **SEARCH)
     assert "\n" not in str(error.value)
     assert not Path("never").exists()
 

@@ -5,8 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
 from llmcompressor.recipe import Recipe
 
+from nm_permute_plugin.cli.app import app
 from nm_permute_plugin.modifiers import LearnablePermutationModifier
 from nm_permute_plugin.modifiers.recipe import read_recipe
 
@@ -67,6 +69,30 @@ def test_a_recipe_has_its_row_in_the_readme(file: Path) -> None:
 def test_the_readme_names_no_recipe_that_is_not_there() -> None:
     named = re.findall(r"\b\w+\.yaml\b", (FOLDER / "README.md").read_text())
     assert {name for name in named if NAME.match(name)} == {f.name for f in FILES}
+
+
+def shown_commands() -> list[list[str]]:
+    """The commands of the READMEs: all that stands in their blocks, word by word."""
+    texts = [
+        (FOLDER.parent / name / "README.md").read_text()
+        for name in ("", "recipes", "benchmarks")
+    ]
+    blocks = re.findall(r"```bash\n(.*?)```", "\n".join(texts), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    parts = [part for line in lines for part in line.split("#")[0].split("&&")]
+    return [words for part in parts if (words := part.split())[:1] == ["nm-permute"]]
+
+
+def test_the_options_that_the_readmes_show_exist() -> None:
+    commands = typer.main.get_command(app).commands
+    shown = [
+        (words[1], re.findall(r"--[a-z-]+", " ".join(words)))
+        for words in shown_commands()
+    ]
+    assert {"prune", "evaluate", "sample"} <= {name for name, _ in shown}
+    for name, options in shown:
+        known = {option for param in commands[name].params for option in param.opts}
+        assert set(options) <= known, name
 
 
 def test_the_recipe_that_the_readme_shows_is_the_default(tmp_path: Path) -> None:

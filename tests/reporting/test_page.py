@@ -107,6 +107,8 @@ def test_a_record_of_an_older_version_shows_what_there_is(learned: Path) -> None
     said = words(learned)
     assert "Learning" in said
     assert "What the masks keep" not in said
+    # Their first loss is that of what the search found.
+    assert "this run has a validation loss of" in said
     # Pictures of the page before are gone as well.
     drawn = {path.stem for path in (learned / "nm_permute" / "report").iterdir()}
     assert drawn == {"learning"}

@@ -4,13 +4,22 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import islice
 
 import torch
 from loguru import logger
+from torch import Tensor
 
 from nm_permute_plugin.pruning.data import endless
-from nm_permute_plugin.pruning.learn.loop import LEARNERS, Best, Learner, train
+from nm_permute_plugin.pruning.learn.loop import (
+    LEARNERS,
+    Best,
+    Learner,
+    begin_of,
+    train,
+)
 from nm_permute_plugin.pruning.problem import Problem, Solution
+from nm_permute_plugin.pruning.resuming import Progress, kept
 from nm_permute_plugin.pruning.running.decoder_layers import LayerStream
 from nm_permute_plugin.pruning.running.loss import check_finite
 from nm_permute_plugin.pruning.running.masked import frozen, masked
@@ -81,19 +90,24 @@ def _learn_layer(
     def validate(now: Solution) -> float:
         return stream.validate(window, inside.masks(now))
 
-    if inside.spaces:
+    def learned() -> dict[str, dict[str, Tensor]]:
         perms = {space: solution.perms[space] for space in inside.spaces}
         best = Best(Solution(perms), validate)
+        progress = Progress(f"the learning of {name}", problem.known)
         numbers = endless(len(stream.train), settings.seed)
+        numbers = islice(numbers, progress.done, None)
         done = 0
         for stage, steps in settings.learn.schedule():
             moves = stage != "multipliers"
             if moves and shared == inside.spaces.keys():
                 continue  # every permutation of this layer is another layer's too
+            span = range(done + 1, done + steps + 1)
+            done += steps
+            begin = begin_of(span, best, progress)
+            if begin is None:
+                continue
             options = {"fixed": shared} if moves else {}
-            learner = LEARNERS[stage](
-                inside, best.solution, settings.learn, steps, **options
-            )
+            learner = LEARNERS[stage](inside, begin, settings.learn, steps, **options)
 
             def step(prepare: Callable[[], None], learner: Learner = learner) -> float:
                 prepare()
@@ -101,13 +115,17 @@ def _learn_layer(
                 error.backward()
                 return check_finite(float(error.detach()), "training loss")
 
-            span = range(done + 1, done + steps + 1)
             every = settings.validation.every
-            train(learner, span, step, best, every, f"{stage} of {name}")
-            done += steps
+            with progress:
+                of = f"{stage} of {name}"
+                train(learner, begin, span, step, best, every, of, progress)
+        return best.solution.state_dict()
+
+    if inside.spaces:
+        better = kept(learned, f"learning of {name}", problem.known)
         solution = Solution(
-            solution.perms | best.solution.perms,
-            solution.multipliers | best.solution.multipliers,
+            solution.perms | better["perms"],
+            solution.multipliers | better["multipliers"],
         )
     with masked(problem.model, inside.masks(solution)):
         stream.advance(stream.pruned, window)

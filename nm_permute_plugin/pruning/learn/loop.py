@@ -15,8 +15,9 @@ A new learner is a class with the methods of ``Learner``, a name in
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import islice
 from statistics import fmean
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from loguru import logger
@@ -26,6 +27,7 @@ from nm_permute_plugin.pruning.learn.multipliers import ScoreMultipliers
 from nm_permute_plugin.pruning.learn.published import SoftPlaces, StraightThrough
 from nm_permute_plugin.pruning.learn.swaps import ChannelSwaps
 from nm_permute_plugin.pruning.problem import Problem, Solution
+from nm_permute_plugin.pruning.resuming import Progress
 from nm_permute_plugin.pruning.running.backward import Backward
 from nm_permute_plugin.pruning.running.forecast import Forecast
 from nm_permute_plugin.pruning.running.masked import Mask, frozen
@@ -69,6 +71,14 @@ class Learner(Protocol):
         """What has been learned, as it stands, with hard permutations."""
         ...
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes from step to step: tensors and numbers, in dicts and lists."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state of a learner that began with the same start."""
+        ...
+
 
 LEARNERS: dict[LearnStage, Callable[..., Learner]] = {
     "multipliers": ScoreMultipliers,
@@ -110,11 +120,22 @@ class Best:
         self._callback(step, learner)
         solution = learner.solution()
         loss = self._validate(solution)
+        if loss < self.loss:
+            self.loss, self.solution = loss, solution
         self.history.append(
             {"step": step, "validation": loss, "loss": training, "rate": rate}
         )
-        if loss < self.loss:
-            self.loss, self.solution = loss, solution
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "solution": self.solution.state_dict(),
+            "loss": self.loss,
+            "history": self.history,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.solution = Solution(**state["solution"])
+        self.loss, self.history = state["loss"], state["history"]
 
 
 def learn(
@@ -140,12 +161,18 @@ def learn(
             "calibration samples"
         )
     best = Best(problem.complete(start), problem.validate, callback)
-    batches = data.batches(settings.seed)
+    progress = Progress("the learning", problem.known)
+    batches = islice(data.batches(settings.seed), progress.done, None)
     done = 0
-    forecast = _forecast(settings, best.seconds)
-    with frozen(problem.model), torch.enable_grad():
+    forecast = _forecast(settings, progress.done, best.seconds)
+    with frozen(problem.model), torch.enable_grad(), progress:
         for stage, steps in settings.learn.schedule():
-            learner = LEARNERS[stage](problem, best.solution, settings.learn, steps)
+            numbers = range(done + 1, done + steps + 1)
+            done += steps
+            begin = begin_of(numbers, best, progress)
+            if begin is None:
+                continue
+            learner = LEARNERS[stage](problem, begin, settings.learn, steps)
             backward = Backward(
                 problem.teacher,
                 learner.masks,
@@ -159,10 +186,9 @@ def learn(
             ) -> float:
                 return backward(next(batches), prepare)
 
-            numbers = range(done + 1, done + steps + 1)
             every = settings.validation.every
-            train(learner, numbers, step, best, every, stage, forecast.step)
-            done += steps
+            after = forecast.step
+            train(learner, begin, numbers, step, best, every, stage, progress, after)
     logger.info(
         f"Learned {', '.join(settings.learn.stages)} in {done} steps: validation loss "
         f"{best.history[0]['validation']:.4f} -> {best.loss:.4f}"
@@ -170,38 +196,71 @@ def learn(
     return best.solution, best.history
 
 
+def begin_of(numbers: range, best: Best, progress: Progress) -> Solution | None:
+    """
+    The solution with which a stage of those steps begins: the best so far.
+
+    A stage in which a run died began with what was the best then, and ``best`` gets what
+    it held when it died; the stages before have none.
+    """
+    kept = progress.value
+    if kept is None or numbers[0] > kept["first"]:
+        return best.solution
+    if numbers[0] < kept["first"]:
+        return None
+    best.load_state_dict(kept["best"])
+    return Solution(**kept["begin"])
+
+
 def train(
     learner: Learner,
+    begin: Solution,
     numbers: range,
     step: Callable[[Callable[[], None]], float],
     best: Best,
     validate_every: int,
     what: str,
+    progress: Progress,
     after_step: Callable[[], None] = lambda: None,
 ) -> None:
     """
     Train a learner for some steps, and let the best of its solutions be kept.
 
+    :param begin: the solution that the learner began with
     :param numbers: of the steps
     :param step: ``step(prepare)`` runs a batch forward and backward and returns its loss;
         it calls ``prepare`` before the masks are made, while the dense model runs
     :param what: is learned, for the progress bar
+    :param progress: steps that are behind it are not taken again
     :param after_step: is called after every step
     """
+    kept = progress.value
+    if kept is not None and kept["first"] == numbers[0]:
+        learner.load_state_dict(kept["learner"])
+    progress.follow(
+        lambda: {
+            "first": numbers[0],
+            "begin": begin.state_dict(),
+            "best": best.state_dict(),
+            "learner": learner.state_dict(),
+        }
+    )
     bar = tqdm(numbers, f"Learning {what}")
-    losses: list[float] = []
     for number in bar:
-        losses.append(step(partial(learner.prepare, number)))
-        rate = learner.rate
-        learner.update()
-        after_step()
-        bar.set_postfix(loss=f"{losses[-1]:.4f}", best=f"{best.loss:.4f}")
-        if number % validate_every == 0 or number == numbers[-1]:
-            best.consider(number, fmean(losses), rate, learner)
-            losses.clear()
+        if number > progress.done:
+            training, rate = step(partial(learner.prepare, number)), learner.rate
+            with progress.update(number, training, rate):
+                learner.update()
+            after_step()
+            bar.set_postfix(loss=f"{training:.4f}", best=f"{best.loss:.4f}")
+        ends = number % validate_every == 0 or number == numbers[-1]
+        if ends and number > best.history[-1]["step"]:
+            best.consider(number, fmean(progress.losses), progress.rate, learner)
+            progress.losses.clear()
+        progress.keep()
 
 
-def _forecast(settings: Settings, of_validation: float) -> Forecast:
+def _forecast(settings: Settings, done: int, of_validation: float) -> Forecast:
     """How long learning and the recovery end to end will take, whose steps are alike."""
     spans = [steps for _, steps in settings.learn.schedule()]
     what, recover = "learning", settings.recover
@@ -210,4 +269,4 @@ def _forecast(settings: Settings, of_validation: float) -> Forecast:
         what += " and the recovery end_to_end"
     every = settings.validation.every
     validations = sum(-(-steps // every) for steps in spans)
-    return Forecast(what, sum(spans), validations, of_validation)
+    return Forecast(what, sum(spans) - done, validations, of_validation)

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -87,6 +88,20 @@ class ScoreMultipliers:
             for mask in self._masks
         }
         return Solution(self._perms, multipliers)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "log_multipliers": [mask.log_multiplier for mask in self._masks],
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for mask, log in zip(self._masks, state["log_multipliers"], strict=True):
+            mask.log_multiplier.copy_(log)
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,23 @@ class SoftPlaces:
             perms |= matching.shape.perms(matching.hard())
         return Solution(perms)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "done": self._done,
+            "logits": [matching.logits for matching in self._matchings],
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._done = state["done"]
+        for matching, logits in zip(self._matchings, state["logits"], strict=True):
+            matching.logits.copy_(logits)
+            matching.harden()
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+
     def _relaxed(self, matching: "_Matching") -> Places:
         """The places of channels as the masks of a step have them."""
         scaled = matching.logits / self._temperature

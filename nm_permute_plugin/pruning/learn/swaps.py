@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -100,6 +101,16 @@ class ChannelSwaps:
             perms |= groups.shape.perms(groups.group_of)
         return Solution(perms)
 
+    def state_dict(self) -> dict[str, Any]:
+        groups = [(of.group_of, of.average) for of in self._groups]
+        return {"done": self._done, "groups": groups}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._done = state["done"]
+        for of, (group_of, average) in zip(self._groups, state["groups"], strict=True):
+            of.group_of.copy_(group_of)
+            of.average.copy_(average)
+
     def _stride(self, groups: "_Groups") -> int:
         """One row of so many weighs the moves of a step."""
         limit = self._settings.row_limit
@@ -113,6 +124,7 @@ class _Groups:
 
     :ivar group_of: the group of each channel in its block
     :ivar cost: always 0; its gradient is the cost of every move
+    :ivar average: the running average of the costs
     """
 
     def __init__(self, shape: SameShape, m: int) -> None:
@@ -121,7 +133,7 @@ class _Groups:
         self.group_of = torch.arange(size, device=shape.device) // m
         self.group_of = self.group_of.repeat(blocks, 1)
         zeros = torch.zeros(blocks, size, size // m, device=shape.device)
-        self.cost, self._average = nn.Parameter(zeros), zeros.clone()
+        self.cost, self.average = nn.Parameter(zeros), zeros.clone()
 
     def by_space(self) -> Iterator[tuple[SpaceScores, Permutation, Tensor, Tensor]]:
         """Every space with its start, and its part of ``group_of`` and of ``cost``."""
@@ -134,9 +146,9 @@ class _Groups:
         gradient = self.cost.grad
         if gradient is None:
             return
-        self._average.lerp_(gradient, 1 - MOMENTUM)
+        self.average.lerp_(gradient, 1 - MOMENTUM)
         gradient.zero_()
-        swap(self._average, self.group_of, round(share * len(self.group_of)))
+        swap(self.average, self.group_of, round(share * len(self.group_of)))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoder layers rebuilt one window after the other, under the masks as they are."""
 
+from functools import partial
 from itertools import islice
 
 import torch
@@ -10,6 +11,7 @@ from tqdm import tqdm
 from nm_permute_plugin.pruning.data import Data, endless
 from nm_permute_plugin.pruning.recover.optimizer import RelativeAdamW
 from nm_permute_plugin.pruning.recover.student import Student, Values
+from nm_permute_plugin.pruning.resuming import kept
 from nm_permute_plugin.pruning.running.decoder_layers import LayerStream
 from nm_permute_plugin.pruning.running.loss import check_finite
 from nm_permute_plugin.pruning.running.masked import frozen, masked
@@ -18,7 +20,7 @@ from nm_permute_plugin.pruning.settings import BlockSettings
 
 
 def rebuild_blocks(
-    student: Student, data: Data, settings: BlockSettings, seed: int
+    student: Student, data: Data, settings: BlockSettings, seed: int, known: str = ""
 ) -> tuple[Values, History]:
     """
     Train the kept weights of every window of decoder layers to give the dense outputs.
@@ -29,6 +31,7 @@ def rebuild_blocks(
     falls.
 
     :param seed: of the order of the batches
+    :param known: by which a run that goes on knows what it begins with
     :return: the new values, and one entry a window: its first layer, and the validation
         error before and after
     :raises ValueError: if there are no decoder layers, if they do not run on their own,
@@ -42,7 +45,8 @@ def rebuild_blocks(
         for first in tqdm(range(0, count, settings.window), "Rebuilding layers"):
             window = range(first, min(first + settings.window, count))
             stream.advance(stream.dense, window)
-            better, entry = _rebuild(student, stream, window, settings, seed)
+            work = partial(_rebuild, student, stream, window, settings, seed)
+            better, entry = kept(work, f"rebuilding of layer {window[-1]}", known)
             values |= better
             history.append(entry)
             with masked(student.model, student.masks(values)):

@@ -3,6 +3,7 @@
 
 import time
 from functools import partial
+from itertools import islice
 from statistics import fmean
 
 import torch
@@ -11,6 +12,7 @@ from tqdm import tqdm
 from nm_permute_plugin.pruning.data import Data
 from nm_permute_plugin.pruning.recover.optimizer import RelativeAdamW
 from nm_permute_plugin.pruning.recover.student import Student, Values
+from nm_permute_plugin.pruning.resuming import Progress
 from nm_permute_plugin.pruning.running.backward import Backward
 from nm_permute_plugin.pruning.running.forecast import Forecast
 from nm_permute_plugin.pruning.running.masked import frozen
@@ -20,11 +22,16 @@ from nm_permute_plugin.pruning.settings import Settings
 
 
 def distill(
-    student: Student, teacher: Teacher, data: Data, settings: Settings
+    student: Student,
+    teacher: Teacher,
+    data: Data,
+    settings: Settings,
+    known: str = "",
 ) -> tuple[Values, History]:
     """
     Train all kept weights against the dense model's predictions; the masks stay.
 
+    :param known: by which a run that goes on knows what it begins with
     :return: the best values by the validation loss, none if none are better, and one
         entry a validation: its step, the validation loss and, from the first step on,
         the mean training loss since the validation before, and the relative learning rate
@@ -43,7 +50,21 @@ def distill(
     )
     better: Values = {}
     history: History = [{"step": 0, "validation": best}]
-    with frozen(student.model), torch.enable_grad():
+    progress = Progress("the distilling", known)
+    if progress.value is not None:
+        with torch.no_grad():
+            for name, master in masters.items():
+                master.copy_(progress.value["masters"][name])
+        optimizer.load_state_dict(progress.value["optimizer"])
+        best, better, history = progress.value["best"]
+    progress.follow(
+        lambda: {
+            "masters": masters,
+            "optimizer": optimizer.state_dict(),
+            "best": (best, better, history),
+        }
+    )
+    with frozen(student.model), torch.enable_grad(), progress:
         backward = Backward(
             teacher,
             partial(student.masks, masters),
@@ -51,28 +72,29 @@ def distill(
             settings.memory,
             use_graph=True,
         )
-        batches = data.batches(settings.seed)
+        batches = islice(data.batches(settings.seed), progress.done, None)
         bar = tqdm(range(1, steps + 1), "Distilling the kept weights")
-        losses: list[float] = []
         for step in bar:
-            losses.append(backward(next(batches)))
-            rate = optimizer.rate
-            optimizer.step()
-            forecast.step()
-            bar.set_postfix(loss=f"{losses[-1]:.4f}", best=f"{best:.4f}")
-            if step % every and step != steps:
-                continue
-            now = student.rounded(masters)
-            loss = teacher.validate(student.masks(now), data.validation)
-            history.append(
-                {
-                    "step": step,
-                    "validation": loss,
-                    "loss": fmean(losses),
-                    "rate": rate,
-                }
-            )
-            losses.clear()
-            if loss < best:
-                best, better = loss, now
+            if step > progress.done:
+                training, rate = backward(next(batches)), optimizer.rate
+                with progress.update(step, training, rate):
+                    optimizer.step()
+                forecast.step()
+                bar.set_postfix(loss=f"{training:.4f}", best=f"{best:.4f}")
+            ends = step % every == 0 or step == steps
+            if ends and step > history[-1]["step"]:
+                now = student.rounded(masters)
+                loss = teacher.validate(student.masks(now), data.validation)
+                if loss < best:
+                    best, better = loss, now
+                history.append(
+                    {
+                        "step": step,
+                        "validation": loss,
+                        "loss": fmean(progress.losses),
+                        "rate": progress.rate,
+                    }
+                )
+                progress.losses.clear()
+            progress.keep()
     return better, history

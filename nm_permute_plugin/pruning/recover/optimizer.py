@@ -2,6 +2,7 @@
 """AdamW for weights of every scale, with warm-up and linear decay."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +49,16 @@ class RelativeAdamW:
         self._adamw.step()
         self._adamw.zero_grad(set_to_none=False)
         self._schedule.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What ``load_state_dict`` goes on from."""
+        adamw, schedule = self._adamw.state_dict(), self._schedule.state_dict()
+        return {"adamw": adamw, "schedule": schedule}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from the state of an optimizer of the same parameters and steps."""
+        self._adamw.load_state_dict(state["adamw"])
+        self._schedule.load_state_dict(state["schedule"])
 
 
 def _root_mean_square(master: Tensor) -> float:

@@ -3,6 +3,7 @@
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 from loguru import logger
 
@@ -11,6 +12,7 @@ from nm_permute_plugin.pruning.recover.blocks import rebuild_blocks
 from nm_permute_plugin.pruning.recover.distill import distill
 from nm_permute_plugin.pruning.recover.rescale import rescaled
 from nm_permute_plugin.pruning.recover.student import Student, Values
+from nm_permute_plugin.pruning.resuming import kept
 from nm_permute_plugin.pruning.running.teacher import Teacher
 from nm_permute_plugin.pruning.search import History
 from nm_permute_plugin.pruning.settings import RecoverStage, Settings
@@ -34,7 +36,11 @@ class StageRecord:
 
 
 def recover(
-    student: Student, teacher: Teacher, data: Data, settings: Settings
+    student: Student,
+    teacher: Teacher,
+    data: Data,
+    settings: Settings,
+    known: str = "",
 ) -> list[StageRecord]:
     """
     Change the weights that masks keep, so that the pruned model follows the dense one.
@@ -44,16 +50,16 @@ def recover(
 
     :param student: its values are replaced, the model stays as it is
     :param teacher: the dense model as it is after the fold
+    :param known: by which a run that goes on knows the model and the data
     :raises ValueError: if a stage cannot run on this model, or a loss is not finite
     """
     loss = teacher.validate(student.masks(), data.validation)
     records = []
     for stage in settings.recover.stages:
-        started = time.perf_counter()
-        values, history = _run(stage, student, teacher, data, settings)
-        after = teacher.validate(student.masks(values), data.validation)
-        better = after < loss
-        seconds = time.perf_counter() - started
+        work = partial(
+            _tried, stage, student, teacher, data, settings, loss, f"{known} {stage}"
+        )
+        values, history, after, better, seconds = kept(work, f"recovery {stage}", known)
         records.append(StageRecord(stage, (loss, after), better, seconds, history))
         logger.info(
             f"Recovery, {stage}: validation loss {loss:.4f} -> {after:.4f}"
@@ -65,16 +71,31 @@ def recover(
     return records
 
 
-def _run(
+def _tried(
     stage: RecoverStage,
     student: Student,
     teacher: Teacher,
     data: Data,
     settings: Settings,
-) -> tuple[Values, History]:
-    """The new values of one stage, and its validations."""
+    loss: float,
+    known: str,
+) -> tuple[Values, History, float, bool, float]:
+    """
+    The new values of one stage, its validations, the loss with them, and the seconds.
+
+    :param loss: with the old values, which stay unless the new ones are better
+    """
+    started = time.perf_counter()
+    history: History = []
     if stage == "rescale":
-        return student.rounded(rescaled(student, data.train)), []
-    if stage == "blocks":
-        return rebuild_blocks(student, data, settings.recover.blocks, settings.seed)
-    return distill(student, teacher, data, settings)
+        values = student.rounded(rescaled(student, data.train))
+    elif stage == "blocks":
+        values, history = rebuild_blocks(
+            student, data, settings.recover.blocks, settings.seed, known
+        )
+    else:
+        values, history = distill(student, teacher, data, settings, known)
+    after = teacher.validate(student.masks(values), data.validation)
+    better = after < loss
+    seconds = time.perf_counter() - started
+    return values if better else {}, history, after, better, seconds

@@ -4,7 +4,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -400,6 +400,12 @@ class Signs:
     def solution(self) -> Solution:
         logs = self.logs.items()
         return Solution(self.start.perms, {n: log.detach().exp() for n, log in logs})
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.logs
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.logs = {name: log.requires_grad_() for name, log in state.items()}
 
 
 def test_a_learner_of_ones_own_learns(
