@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from methods import Change, settings_of
 from nm_permute_plugin.pruning import pipeline
+from nm_permute_plugin.pruning.clock import Clock
 from nm_permute_plugin.pruning.data import split_text
 from nm_permute_plugin.pruning.estimate.meter import Meter, Took
 from nm_permute_plugin.pruning.estimate.probe import Estimate, estimate
@@ -90,42 +91,30 @@ def measured(
 ) -> Measured:
     """Run the whole, and measure it by stage."""
     meter = Meter(next(model.parameters()).device)
-    found: Measured = {}
+    laps: list[float] = []
 
-    class Clock(pipeline._Clock):
-        """The pipeline's clock, which takes down CPU seconds and memory as well."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self._cpu = time.process_time()
-            self._begin()
+    class WithProcessors(Clock):
+        """The run's clock, which takes down the seconds of all processors as well."""
 
         def _begin(self) -> None:
-            self._context = meter.peak()
-            self._peak = self._context.__enter__()
-
-        def lap(self, stage: str) -> None:
             if meter.device.type == "cuda":
-                torch.cuda.synchronize()
-            self._context.__exit__(None, None, None)
-            super().lap(stage)
-            cpu = time.process_time()
-            took, name = (
-                Took(self.seconds[stage], cpu - self._cpu),
-                JOINED.get(stage, stage),
-            )
-            self._cpu = cpu
-            old, peak = found.get(name, (Took(), 0))
-            found[name] = old + took, max(peak, self._peak.value)
-            self._begin()
+                torch.cuda.reset_peak_memory_stats()
+            laps.append(time.process_time())
+            super()._begin()
 
-    pipeline._Clock, before = Clock, pipeline._Clock
+    pipeline.Clock, before = WithProcessors, pipeline.Clock
     try:
         record = pipeline.permute_and_prune(
             model, plan.resolved, plan.prunable, data, settings
         )
     finally:
-        pipeline._Clock = before
+        pipeline.Clock = before
+    found: Measured = {}
+    for stage, begun, ended in zip(record.seconds, laps, laps[1:], strict=False):
+        name = JOINED.get(stage, stage)
+        took, peak = found.get(name, (Took(), 0))
+        took += Took(record.seconds[stage], ended - begun)
+        found[name] = took, max(peak, record.memory[stage])
     pruned = Pruned(settings, plan, record, plan.saved)
     with tempfile.TemporaryDirectory() as folder, meter.peak() as peak:
         _, took = meter.took(lambda: save(model, Path(folder) / "out", pruned))

@@ -159,8 +159,8 @@ class _Probe:
         """
         Measure statistics, search and learning.
 
-        :return: masks of the right size, the dense model, and the time of both masks that
-            are made, and looked at, in the end
+        :return: masks of the right size, the dense model, and the time of the masks
+            that are made, and compared with the plain ones, in the end
         """
         amounts, settings = self.amounts, self.settings
         problem = self._stage("statistics", self._statistics)
