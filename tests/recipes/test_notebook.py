@@ -85,7 +85,7 @@ def test_it_runs_to_its_end(stored: NotebookNode, small_model: Path) -> None:
         c for c in code(notebook) if "parameters" in c.metadata.get("tags", [])
     )
     parameters.source = QUICK.format(work=str(small_model))
-    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    NotebookClient(notebook, timeout=900, kernel_name="python3").execute()
     perplexity, kept = measured(notebook)
     assert list(perplexity) == ["dense", "wanda", "search", "learned"]
     assert all(math.isfinite(value) for value in perplexity.values())
