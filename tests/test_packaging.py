@@ -16,7 +16,9 @@ import pytest
 from nm_permute_plugin.cli import common
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = SETTINGS["project"]
+WHEEL = SETTINGS["tool"]["hatch"]["build"]["targets"]["wheel"]
 EXTRAS = set(PROJECT["optional-dependencies"])
 SAID = [
     *(ROOT / "nm_permute_plugin").rglob("*.py"),
@@ -52,9 +54,13 @@ def text_of(wheel: zipfile.ZipFile, name: str) -> str:
 
 
 def package_files() -> set[str]:
-    """All that lies in the package, templates and kernels as well, but what is ignored."""
+    """
+    All that lies in the package, templates and kernels as well, but what is ignored; each
+    where the wheel puts it, which may be in another package's folder.
+    """
+    moved = WHEEL.get("force-include", {})
     return {
-        str(path.relative_to(ROOT))
+        moved.get(name := str(path.relative_to(ROOT)), name)
         for path in (ROOT / "nm_permute_plugin").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
