@@ -18,7 +18,7 @@ from nm_permute_plugin.cli import common
 ROOT = Path(__file__).parents[1]
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = SETTINGS["project"]
-MOVED = SETTINGS["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+WHEEL = SETTINGS["tool"]["hatch"]["build"]["targets"]["wheel"]
 EXTRAS = set(PROJECT["optional-dependencies"])
 SAID = [
     *(ROOT / "nm_permute_plugin").rglob("*.py"),
@@ -55,12 +55,12 @@ def text_of(wheel: zipfile.ZipFile, name: str) -> str:
 
 def package_files() -> set[str]:
     """
-    All that lies in the package, templates and kernels as well, but what is ignored.
-
-    A file that another package looks for lies where that looks, and only there.
+    All that lies in the package, templates and kernels as well, but what is ignored; each
+    where the wheel puts it, which may be in another package's folder.
     """
+    moved = WHEEL.get("force-include", {})
     return {
-        MOVED.get(name := str(path.relative_to(ROOT)), name)
+        moved.get(name := str(path.relative_to(ROOT)), name)
         for path in (ROOT / "nm_permute_plugin").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }

@@ -32,6 +32,7 @@ MENDABLE = (ValueError, OSError, ModuleNotFoundError)
 EXTRAS = {
     "transformers": "transformers",
     "compressed_tensors": "transformers",
+    "yaml": "transformers",
     "llmcompressor": "compress",
     "datasets": "compress",
     "PIL": "compress",
