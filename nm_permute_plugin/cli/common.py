@@ -71,10 +71,10 @@ class Commands(TyperGroup):
 @contextmanager
 def stopped_cleanly() -> Iterator[None]:
     """
-    Have SIGTERM and SIGHUP end the block as an interrupt does, so that it cleans up.
+    Have Ctrl-C (SIGINT), SIGTERM and SIGHUP end the block so that it cleans up.
 
-    The exit status is the shell's for a signal: 143 and 129. A signal that is ignored,
-    as ``nohup`` does, stays so.
+    The exit status is the shell's for a signal: 130, 143 and 129. A signal that is
+    ignored, as ``nohup`` does, stays so.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may handle signals
@@ -92,7 +92,7 @@ def stopped_cleanly() -> Iterator[None]:
 
     before = {
         number: signal.signal(number, stop)
-        for number in (signal.SIGTERM, signal.SIGHUP)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         if signal.getsignal(number) is not signal.SIG_IGN
     }
     try:

@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nm_permute_plugin.checkpoint.bitmask import pack_bits, unpack_bits
 from nm_permute_plugin.maths.pattern import NMPattern
+from nm_permute_plugin.pruning.arguments import must_be_model
 
 
 def keep_masks(model: nn.Module, mask_structure: str = "2:4") -> "KeptMasks":
@@ -47,7 +48,9 @@ def keep_masks(model: nn.Module, mask_structure: str = "2:4") -> "KeptMasks":
     :return: the masks; they stay in force until ``remove``, the end of a ``with``
         block, or the end of the model
     :raises ValueError: if no weight of the model follows the pattern
+    :raises TypeError: for what is no model
     """
+    must_be_model(model)
     pattern = NMPattern.parse(mask_structure)
     if earlier := _KEPT.pop(model, None):
         earlier.remove()

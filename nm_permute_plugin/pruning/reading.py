@@ -10,6 +10,7 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
+from nm_permute_plugin.pruning.arguments import as_tensors, must_be_model
 from nm_permute_plugin.pruning.data import (
     Batch,
     Data,
@@ -47,24 +48,27 @@ def read_samples(
     read, but statistics and losses count only those that it marks.
 
     :param model: a transformers model; its forward says what it takes
-    :param batches: for example ``[{"input_ids": [rows, tokens]}]``. What PyTorch's CPU
-        generator draws while they are read, such as the order of a data loader that
-        shuffles, depends on ``seed`` alone
+    :param batches: for example ``[{"input_ids": ids}]``, where ids are a tensor [rows,
+        tokens] or [tokens], or lists of the same. What PyTorch's CPU generator draws while
+        they are read, such as the order of a data loader that shuffles, depends on
+        ``seed`` alone
     :param validation_share: the share of samples that only judge; one at least, never all
     :param seed: of the random split as well
     :raises ValueError: if there is no data, if it is of another kind than the model takes,
         if its rows are longer than the model's learned positions, if it is broken, or for
         a model with adapters of PEFT
+    :raises TypeError: for what is no model, and for what are no batches
     """
     if batches is None:
         raise ValueError(
             "there is no calibration data: give `oneshot` a dataset (or `nm-permute "
             "prune` a --text FILE or --images FOLDER)"
         )
+    must_be_model(model)
     refuse_adapters(model)
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
-        kept = [_inputs(batch, model) for batch in batches]
+        kept = [_inputs(batch, model) for batch in as_tensors(batches)]
     if any("loss_mask" in batch for batch in kept):
         refuse_experts(model)
     with_images = ["pixel_values" in batch for batch in kept]

@@ -18,6 +18,7 @@ from nm_permute_plugin.checkpoint.saved_names import saved_names
 from nm_permute_plugin.checkpoint.saving import save_checkpoint
 from nm_permute_plugin.checkpoint.source import Source
 from nm_permute_plugin.maths.permutation import is_identity
+from nm_permute_plugin.pruning.arguments import must_be, must_be_model
 from nm_permute_plugin.pruning.data import Data
 from nm_permute_plugin.pruning.describe import describe
 from nm_permute_plugin.pruning.folding import refuse_inexact
@@ -200,10 +201,16 @@ def prune(model: nn.Module, data: Data, settings: Settings | None = None) -> Pru
 
     :param data: of ``read_samples``
     :param settings: the defaults of a recipe if None
+    :raises TypeError: for an argument of another kind
     :raises ValueError: as ``PrunePlan.of`` and ``permute_and_prune``
     :raises RuntimeError: if the fold changes the function of the model
     """
-    settings = settings or Settings()
+    must_be_model(model)
+    must_be(data, Data, "data", "what nm_permute_plugin.read_samples returned")
+    settings = Settings() if settings is None else settings
+    must_be(
+        settings, Settings, "settings", 'nm_permute_plugin.Settings(method="learned")'
+    )
     plan = PrunePlan.of(model, settings)
     refuse_packed(plan.resolved)
     plan.log(settings)
@@ -224,7 +231,11 @@ def save(model: nn.Module, folder: str | Path, pruned: Pruned | None = None) -> 
         be as sparse as the checkpoint that it was read from says it is
     :raises ValueError: if a pruned module does not follow the pattern any more, or if the
         model is a PEFT model whose adapter is not merged yet
+    :raises TypeError: for an argument of another kind
     """
+    must_be_model(model)
+    if pruned is not None:
+        must_be(pruned, Pruned, "pruned", "what nm_permute_plugin.prune returned")
     if hasattr(model, "merge_and_unload"):
         raise ValueError(
             f"{type(model).__name__} would save its adapter alone: merge it first, "

@@ -47,6 +47,17 @@ class Frozen(BaseModel):
         frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True
     )
 
+    def __new__(cls, *given: object, **fields: object) -> "Frozen":
+        """Refuse values without their names, of which pydantic says little."""
+        if given:
+            kind, names = cls.__name__, list(cls.model_fields)
+            first = "method" if "method" in names else names[0]
+            raise TypeError(
+                f"{kind} takes its fields by name, and got {given[0]!r} without one: "
+                f"write {kind}({first}=...)"
+            )
+        return super().__new__(cls)
+
     @model_validator(mode="wrap")
     @classmethod
     def _lead_to_remedies(cls, value: Any, validate: Callable[[Any], Any]) -> Any:

@@ -43,7 +43,8 @@ def unfinished(folder: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+    ("number", "status"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
 )
 def test_a_run_that_is_told_to_stop_leaves_nothing(
     running: subprocess.Popen[str], tmp_path: Path, number: int, status: int
