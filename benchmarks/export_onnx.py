@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 from nm_permute_plugin.checkpoint.writer import convert
-from nm_permute_plugin.evaluation.pretrained import load_model, must_be_model
+from nm_permute_plugin.evaluation.model_names import must_be_model
+from nm_permute_plugin.evaluation.pretrained import load_model
 
 SESSION = Path(__file__).parent / "onnx_session.py"
 ROWS, TOKENS = 2, 64

@@ -30,7 +30,7 @@ class Origin:
 
     :param folder: the checkpoint that it was read from; None where it is no folder of
         this machine, which promises nothing
-    :param name: what the card calls that checkpoint
+    :param name: what the card calls that checkpoint, where no record names its base model
     :param prefix: the name of the base model inside of its class with a head
     """
 
@@ -72,7 +72,7 @@ class FinishAgain:
         perms, report = read_record(source)
         told = cast("dict[str, Any]", report)
         card = Card(
-            base_model=self.origin.name,
+            base_model=str(told.get("base_model", self.origin.name)),
             pattern=promise.pattern,
             pruned=promise.modules,
             fold_error=told["fold_error"],

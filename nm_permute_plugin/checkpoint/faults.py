@@ -42,12 +42,13 @@ def storage_faults(
     :param stored: how it is stored
     :param declared: whether config.json, or the caller, says that it is sparse
     """
-    if stored != "dense" and (sparsity is None or sparsity.format != stored):
-        said = "nothing" if sparsity is None else sparsity.format
-        yield f"is stored as {stored}, config.json says {said}"
+    if sparsity is None:
+        return  # said once, of all matrices
+    if stored != "dense" and sparsity.format != stored:
+        yield f"is stored as {stored}, config.json says {sparsity.format}"
     elif stored != "dense" and not declared:
         yield f"is stored as {stored}, config.json does not say that it is sparse"
-    elif declared and sparsity is not None and stored != sparsity.format:
+    elif declared and stored != sparsity.format:
         yield f"is stored {stored}, config.json says {sparsity.format}"
 
 
@@ -62,8 +63,40 @@ def weight_faults(checkpoint: Checkpoint, module: str, weight: Tensor) -> Iterat
         shape = checkpoint.where[scale].tensors[scale].shape
         if shape not in _scale_shapes(checkpoint, *weight.shape):
             yield f"has the shape {list(weight.shape)}, and {scale} {list(shape)}"
-    if weight.dtype.itemsize == 1 and quantization_format(checkpoint.config) is None:
-        yield f"is {weight.dtype}, and config.json says nothing of quantization"
+
+
+def forgotten(checkpoint: Checkpoint, sparsity: SparsityConfig | None) -> list[Fault]:
+    """Says once, of all matrices, what config.json says nothing of."""
+    faults = []
+    stored = [s for s in checkpoint.formats.values() if s != "dense"]
+    if stored and sparsity is None:
+        message = (
+            f"says nothing of the {len(stored)} matrices that are stored as {stored[0]}: "
+            "take the config.json that the checkpoint came with, or write it again with "
+            "`nm-permute convert FOLDER OUT`, which reads it by its tensors"
+        )
+        faults.append(Fault("config.json", "", message))
+    if quantization_format(checkpoint.config) is None:
+        narrow = [
+            dtype
+            for dtype in (_dtype(checkpoint, name) for name in checkpoint.matrices())
+            if dtype is not None and dtype.itemsize == 1
+        ]
+        if narrow:
+            message = (
+                f"says nothing of quantization, and {len(narrow)} matrices are "
+                f"{narrow[0]}: take the config.json that the checkpoint came with"
+            )
+            faults.append(Fault("config.json", "", message))
+    return faults
+
+
+def _dtype(checkpoint: Checkpoint, module: str) -> torch.dtype | None:
+    """Returns the dtype of a matrix; None where it is damaged, which is its own fault."""
+    try:
+        return checkpoint.dense_layout(module)[0]
+    except DamagedError:
+        return None
 
 
 def _scale_shapes(

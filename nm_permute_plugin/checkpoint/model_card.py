@@ -212,7 +212,8 @@ def _what(card: Card) -> str:
         later = (
             " In a later session the kept weights were trained further, or quantized"
         )
-        return f"{made} Then it was pruned {card.pattern}.{later}; the zeros stayed."
+        made += f" Then it was pruned {card.pattern}.{later}; the zeros stayed."
+        return made + adapters
     return made + (
         f" Then the recipe below kept {card.pattern.n} of every {card.pattern.m} "
         f"neighbouring weights. The best masks keep {after:.4f} of the total score that "
@@ -271,7 +272,9 @@ def _evaluation(checkpoint: Checkpoint, card: Card) -> list[str]:
         return [said + _validation(card)]
     said = (
         "Rows are added by `nm-permute evaluate FOLDER --text FILE --dense DENSE --card` "
-        "(windows do not overlap; against the dense model: the mean KL divergence in nats "
+        "(windows do not overlap; gap closed: from the perplexity in brackets, without a "
+        "permutation, to the dense model's, on a logarithmic scale; "
+        "against the dense model: the mean KL divergence in nats "
         "a token, the share of tokens whose most likely next token is the same, and, as "
         "flips, of those where exactly one of the two predicts the text) and by "
         "`nm-permute lm-eval FOLDER --tasks TASK --dense DENSE --card` (flips: the share "

@@ -22,6 +22,7 @@ from nm_permute_plugin.checkpoint.faults import (
     Fault,
     fault_of,
     file_faults,
+    forgotten,
     other_faults,
     storage_faults,
     unexamined,
@@ -70,6 +71,16 @@ class Report:
     rows: tuple[Row, ...]
     faults: tuple[Fault, ...]
     checksums: bool = False
+
+    def __repr__(self) -> str:
+        """Returns the main figures, and the first faults, in a line."""
+        promised = sum(row.promised for row in self.rows)
+        shown = [f"{f.file} {f.tensor}: {f.message}"[:200] for f in self.faults[:3]]
+        first = f", first {'; '.join(shown)}" if shown else ""
+        return (
+            f"Report(good={self.good}, {len(self.rows)} matrices, {promised} of them "
+            f"promised sparse, {len(self.faults)} faults{first})"
+        )
 
     @property
     def good(self) -> bool:
@@ -156,6 +167,7 @@ def _verify(
             "quantization_config"
         )
         faults.append(Fault("config.json", "compression_config", message))
+    faults += forgotten(checkpoint, sparsity)
     rows = []
     for module, stored in matrices.items():
         row, found = _examine(checkpoint, module, stored, asked)

@@ -174,9 +174,14 @@ def rewrite(
             write_checksums(fresh, names)
             if (fresh / PAGE).exists():
                 make_page_if_possible(fresh)  # it tells the size on disk
+    sparse, every = len(plan.nonzeros), len(plan.nonzeros) + len(plan.dense)
+    stored = (
+        f"{sparse} of {every} matrices are stored as {plan.format}, the others dense"
+    )
+    if plan.format == "dense" or not sparse:
+        stored = f"all {every} matrices are stored dense"
     logger.info(
-        f"{len(plan.nonzeros)} matrices are stored as {plan.format} and {len(plan.dense)} "
-        f"dense; the weights take {after / 1e6:.1f} MB after {before / 1e6:.1f} MB"
+        f"{stored}; the weights take {after / 1e6:.1f} MB after {before / 1e6:.1f} MB"
     )
     compressed = tuple(plan.nonzeros)
     return Conversion(plan.format, compressed, plan.dense, before, after, zeros)

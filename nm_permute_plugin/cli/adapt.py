@@ -18,7 +18,8 @@ def adapt(
     out: Annotated[Path, Argument(help="Folder of the new adapter, new or empty.")],
 ) -> None:
     """Permute a LoRA adapter of the base model as the checkpoint's channels were."""
-    from nm_permute_plugin.evaluation.pretrained import empty_model, must_be_model
+    from nm_permute_plugin.evaluation.model_names import must_be_model
+    from nm_permute_plugin.evaluation.pretrained import empty_model
     from nm_permute_plugin.pruning.adapter import adapt as adapt_folder
 
     must_be_model(checkpoint)

@@ -3,6 +3,7 @@
 
 import dis
 import os
+import re
 import signal
 import sys
 import threading
@@ -41,6 +42,9 @@ EXTRAS = {
 }
 """The extra of this package that brings a module."""
 
+TAKES_TEXT = ("prune", "evaluate")
+"""The commands that read text, which a person may give without its option."""
+
 OUT_OF_MEMORY = "use a smaller --batch-size, or --device cpu"
 PRUNE_OUT_OF_MEMORY = (
     "write memory: {micro_batch_size: 1, gradient_checkpointing: true} or objective: "
@@ -61,11 +65,21 @@ class Commands(TyperGroup):
             with stopped_cleanly():
                 return super().invoke(ctx)
         except Exception as error:
+            _hint_at_text(error, ctx.invoked_subcommand)
             line = _one_line(error, ctx.invoked_subcommand)
             if line is None or ctx.params["debug"]:
                 raise
             typer.echo(f"error: {line}", err=True)
             raise typer.Exit(1) from error
+
+
+def _hint_at_text(error: Any, command: str | None) -> None:
+    """Have the error about an argument too many say how text is given."""
+    said = re.fullmatch(
+        r"Got unexpected extra argument\S* \((.*)\)", getattr(error, "message", "")
+    )
+    if said and command in TAKES_TEXT:
+        error.message += f"; text is given as --text {said[1].split()[0]}"
 
 
 @contextmanager
@@ -161,6 +175,16 @@ def find_device(asked: str | None) -> str:
             "--device, or give cpu"
         )
     return asked
+
+
+def must_be_device(asked: str | None) -> None:
+    """
+    See that there is a device that was asked for; the CPU always is.
+
+    :raises ValueError: if there is none
+    """
+    if asked not in (None, "cpu"):
+        find_device(asked)
 
 
 def one_kind(text: list[Path] | None, images: Path | None, what: str) -> None:

@@ -57,6 +57,12 @@ def convert(
         model_card.write_storage(target, promise, stored, "converted")
     before, after = done.bytes_before / 1e6, done.bytes_after / 1e6
     typer.echo(f"{target}: {before:.1f} -> {after:.1f} MB")
+    in_place = source.resolve() == target.resolve()
+    if not (legacy or clear_zeros or in_place) and _stored(source) == _stored(target):
+        typer.echo(
+            f"nothing had to be done: every matrix of {source} was stored so already, and "
+            f"{target} holds the same weights"
+        )
     for line in _storage(format, pattern, done.compressed, done.dense):
         typer.echo(line)
 
@@ -70,6 +76,16 @@ def _refuse_copy(source: Path) -> None:
             f"{source} is not stored sparse: every matrix is dense already, and nothing "
             "is to be converted"
         )
+
+
+def _stored(folder: Path) -> tuple[object, Mapping[str, str]]:
+    """What config.json says of sparsity, and how each matrix is stored."""
+    from nm_permute_plugin.checkpoint.config import read_sparsity_config
+    from nm_permute_plugin.checkpoint.directory import open_checkpoint
+
+    checkpoint = open_checkpoint(folder)
+    said = read_sparsity_config(checkpoint.config)
+    return said and said.format, checkpoint.formats
 
 
 def _storage(

@@ -47,10 +47,11 @@ def dry_run(
     from nm_permute_plugin.evaluation.pretrained import empty_model, load_model
     from nm_permute_plugin.modifiers.disk import bytes_of_a_save, nearest
     from nm_permute_plugin.modifiers.fields import PermutationFields
-    from nm_permute_plugin.modifiers.preflight import look_before_loading, refuse
+    from nm_permute_plugin.modifiers.preflight import look_before_loading
     from nm_permute_plugin.modifiers.recipe import read_recipe
     from nm_permute_plugin.pruning.estimate.meter import Took, free_memory
     from nm_permute_plugin.pruning.estimate.probe import StageEstimate, estimate
+    from nm_permute_plugin.pruning.findings import refuse
     from nm_permute_plugin.pruning.reading import read_samples
     from nm_permute_plugin.pruning.run import PrunePlan
     from nm_permute_plugin.pruning.running.forecast import duration

@@ -3,15 +3,18 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
 
-from nm_permute_plugin.cli.common import Device, find_device
+from nm_permute_plugin.cli.common import Device, find_device, must_be_device
 from nm_permute_plugin.cli.data import DATASET, TextColumn, data_sources
 from nm_permute_plugin.evaluation.corpus import Corpus, read_corpus
+from nm_permute_plugin.evaluation.model_names import must_be_model
+from nm_permute_plugin.pruning.findings import together
 
 if TYPE_CHECKING:
     from nm_permute_plugin.evaluation.text import Windows
@@ -90,23 +93,25 @@ def evaluate(
     features where it has none.
     """
     what = "give text to evaluate on"
-    sources = data_sources(text, dataset, images, text_column, what)
     if images is not None and (base is not None or card):
         raise ValueError("--base and --card are for --text, not for --images")
     if base is not None and dense is None:
         raise ValueError("--base needs --dense: the gap closed lies between the two")
     if images is not None and stream:
         raise ValueError("--stream is for --text, not for --images")
-    corpus = read_corpus(text or [])
-    where = find_device(device)
-    from nm_permute_plugin.evaluation.pretrained import must_be_model
-
     folders = [folder for folder in (checkpoint, base, dense) if folder is not None]
-    for folder in folders:
-        must_be_model(folder)
+    # Before anything heavy is imported, and all of it at once.
+    sources, corpus, *_ = together(
+        lambda: data_sources(text, dataset, images, text_column, what),
+        lambda: read_corpus(text or []),
+        *(partial(must_be_model, folder) for folder in folders),
+        lambda: must_be_device(device),
+    )
+    where = find_device(device)
     if images is not None:
         _print_accuracy(checkpoint, images, where, batch_size or 32, dense)
         return
+    from nm_permute_plugin.checkpoint.model_card import CARD
     from nm_permute_plugin.evaluation.card import check_keeping, keep
     from nm_permute_plugin.evaluation.results import TextResult
 
@@ -129,6 +134,8 @@ def evaluate(
         ratio = result.perplexity / result.dense
         typer.echo(f"{ratio:.3f} times the dense model's perplexity")
     keep(checkpoint, texts=[result], card=card)
+    if card:
+        typer.echo(f"added to {Path(checkpoint) / CARD}")
 
 
 def _windows(
@@ -165,15 +172,17 @@ def _print_perplexities(
         evaluate_checkpoint,
     )
 
+    predicted = count_predicted(cut.windows)
+
     def say(folder: str, value: float) -> None:
         typer.echo(
-            f"{folder}: perplexity {value:.2f} ({cut.form}, {cut.tokens} tokens)"
+            f"{folder}: perplexity {value:.2f} ({cut.form}, {predicted} tokens predicted)"
         )
 
     if dense is None:
         value = evaluate_checkpoint(checkpoint, cut.windows, device, batch_size)
         say(checkpoint, value)
-        return {"perplexity": value, "tokens": count_predicted(cut.windows)}
+        return {"perplexity": value, "tokens": predicted}
     found = compare_checkpoints(checkpoint, dense, cut.windows, device, batch_size)
     say(checkpoint, found.perplexity)
     measured = asdict(found)

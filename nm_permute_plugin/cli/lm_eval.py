@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``nm-permute lm-eval``: run lm-eval's tasks on checkpoints, sparse ones included."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -51,12 +52,11 @@ def lm_eval(
             f"the checkpoint stands first, before {checkpoint}: nm-permute lm-eval FOLDER "
             "--tasks TASK"
         )
+    from nm_permute_plugin.checkpoint.model_card import CARD
     from nm_permute_plugin.evaluation import harness
     from nm_permute_plugin.evaluation.card import check_keeping, keep, tables
-    from nm_permute_plugin.evaluation.pretrained import (
-        must_be_model,
-        refuse_perplexity_of,
-    )
+    from nm_permute_plugin.evaluation.model_names import must_be_model
+    from nm_permute_plugin.evaluation.pretrained import refuse_perplexity_of
     from nm_permute_plugin.evaluation.results import Evaluations
 
     harness.require_lm_eval()
@@ -76,3 +76,5 @@ def lm_eval(
     results = harness.task_results(ours, theirs)
     print_table(tables(Evaluations(tasks=tuple(results))))
     keep(checkpoint, tasks=results, card=card)
+    if card:
+        typer.echo(f"added to {Path(checkpoint) / CARD}")

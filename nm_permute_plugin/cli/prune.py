@@ -12,10 +12,12 @@ from typing import Annotated, Any, cast
 import typer
 from typer import Argument, Option
 
-from nm_permute_plugin.cli.common import Model, find_device
+from nm_permute_plugin.cli.common import Model, find_device, must_be_device
 from nm_permute_plugin.cli.data import DATASET, TextColumn, data_sources
 from nm_permute_plugin.cli.logs import HostLog, nothing_misleading
 from nm_permute_plugin.evaluation.corpus import Corpus, read_corpus, spread
+from nm_permute_plugin.evaluation.model_names import must_be_model
+from nm_permute_plugin.pruning.findings import together
 
 
 def prune(
@@ -89,19 +91,22 @@ def prune(
     A run that died goes on when the same command is given again.
     """
     what = "give calibration text"
-    sources = data_sources(text, dataset, images, text_column, what)
     if answers_only and images is not None:
         raise ValueError("--answers-only is for conversations, not for --images")
-    corpus = read_corpus(text or [])
-    if not recipe.exists():
-        raise FileNotFoundError(f"{recipe} does not exist")
+    # Before anything heavy is imported, and all of it at once.
+    sources, corpus, *_ = together(
+        lambda: data_sources(text, dataset, images, text_column, what),
+        lambda: read_corpus(text or []),
+        lambda: must_be_model(model),
+        lambda: _must_be_recipe(recipe),
+        lambda: must_be_device(device),
+    )
     where = find_device(device)
     from nm_permute_plugin.checkpoint.report import PAGE
     from nm_permute_plugin.cli import dry_run as plan
     from nm_permute_plugin.evaluation import pretrained
     from nm_permute_plugin.evaluation.images import image_files
 
-    pretrained.must_be_model(model)
     if images is not None:
         pretrained.refuse_images_for(model)
         files = spread(image_files(images), samples)
@@ -137,8 +142,17 @@ def prune(
     page = out / PAGE
     told = f"; report: {page}" if page.exists() else ""
     typer.echo(
-        f"{out}: {amount}, {minutes:.1f} minutes, {size:,.1f} MB, {_outcome(out)}{told}; "
-        f"next: {shlex.join(following)}"
+        f"{out}: calibrated on {amount}, {minutes:.1f} minutes, {size:,.1f} MB, "
+        f"{_outcome(out)}{told}; next: {shlex.join(following)}"
+    )
+
+
+def _must_be_recipe(recipe: Path) -> None:
+    if recipe.is_file():
+        return
+    said = "is a folder" if recipe.is_dir() else "does not exist"
+    raise FileNotFoundError(
+        f"the recipe {recipe} {said}; `nm-permute recipe new --out FILE` writes one"
     )
 
 
@@ -186,9 +200,21 @@ def _outcome(out: Path) -> str:
     losses = [entry["validation"] for entry in report["history"]]
     for stage in report["recovered"]:
         losses += stage["validation"] if stage["kept"] else stage["validation"][:1]
-    return said + (
-        f", validation loss {losses[0]:.3f} -> {min(losses):.3f}" if losses else ""
-    )
+    if not losses:
+        return said
+    unit = _unit_of_loss(report["modifier"].get("loss"), out)
+    return f"{said}, validation loss {losses[0]:.3f} -> {min(losses):.3f}{unit}"
+
+
+def _unit_of_loss(weights: dict[str, float] | None, out: Path) -> str:
+    """Say what the loss is where it is the divergence alone, of a model of language."""
+    from nm_permute_plugin.evaluation.pretrained import model_class
+    from nm_permute_plugin.pruning.settings import LossSettings
+
+    alone = weights == LossSettings().model_dump()
+    if not alone or not model_class(out).can_generate():
+        return ""
+    return " (KL divergence from the dense model, nats a token)"
 
 
 def prune_checkpoint(

@@ -125,7 +125,8 @@ def check(
     ours, modifiers = _ours_of(file)
     from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
 
-    from nm_permute_plugin.evaluation.pretrained import empty_model, must_be_model
+    from nm_permute_plugin.evaluation.model_names import must_be_model
+    from nm_permute_plugin.evaluation.pretrained import empty_model
     from nm_permute_plugin.modifiers.preflight import Look
     from nm_permute_plugin.pruning.describe import changed_settings, describe
     from nm_permute_plugin.pruning.targets import match_linears, refuse_tied

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """``nm-permute sample``: have a model write the text that ``--text`` takes."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
 
-from nm_permute_plugin.cli.common import Device, Model, find_device
+from nm_permute_plugin.cli.common import Device, Model, find_device, must_be_device
+from nm_permute_plugin.evaluation.model_names import must_be_model
+from nm_permute_plugin.pruning.findings import together
 
 
 def sample(
@@ -35,16 +38,24 @@ def sample(
 
     It covers what the model knows, where there is little other text of many kinds.
     """
-    if out.exists():
-        raise FileExistsError(f"{out} exists; give a new file")
+    together(
+        lambda: _must_be_new(out),
+        lambda: must_be_model(model),
+        lambda: must_be_device(device),
+    )
     where = find_device(device)
-    from nm_permute_plugin.evaluation.pretrained import must_be_model, row_length
+    from nm_permute_plugin.evaluation.pretrained import row_length
 
-    must_be_model(model)
     length = row_length(model, tokens, 1024, "--tokens")
     texts = sample_text(model, rows, length, start, seed, batch_size, where)
     out.write_text("\n\n".join(texts), encoding="utf-8")
-    typer.echo(f"{out}: {rows} texts of {length} tokens")
+    following = ["nm-permute", "prune", model, "RECIPE", "OUT", "--text", str(out)]
+    typer.echo(f"{out}: {rows} texts of {length} tokens; next: {shlex.join(following)}")
+
+
+def _must_be_new(file: Path) -> None:
+    if file.exists():
+        raise FileExistsError(f"{file} exists; give a new file")
 
 
 def sample_text(

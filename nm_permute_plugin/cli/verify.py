@@ -8,6 +8,7 @@ import typer
 from typer import Argument, Option
 
 from nm_permute_plugin.cli.common import print_table
+from nm_permute_plugin.evaluation.model_names import must_be_folder
 
 
 def verify(
@@ -20,24 +21,32 @@ def verify(
             "nothing."
         ),
     ] = None,
+    table: Annotated[bool, Option("--table", help="List every matrix.")] = False,
 ) -> None:
-    """Check that a checkpoint is whole, and as sparse as its config promises."""
+    """Check that a checkpoint is whole, and as sparse as its config promises.
+
+    Of the matrices only those with a fault are listed; --table lists all of them.
+    """
+    must_be_folder(checkpoint)
     from nm_permute_plugin.checkpoint.verify import verify as verify_checkpoint
     from nm_permute_plugin.maths.pattern import NMPattern
 
     demanded = NMPattern.parse(pattern) if pattern else None
     report = verify_checkpoint(checkpoint, pattern=demanded)
+    faulty = {fault.tensor for fault in report.faults}
+    rows = [row for row in report.rows if table or row.module in faulty]
     lines = [
         "| module | format | dtype | shape | zeros | sparse |",
         "|---|---|---|---|---|---|",
     ]
-    for row in report.rows:
+    for row in rows:
         shape = " x ".join(map(str, row.shape))
         dtype = str(row.dtype).removeprefix("torch.")
         sparse = "yes" if row.sparse else "no"
         cells = [row.module, row.format, dtype, shape, f"{row.zeros:.1%}", sparse]
         lines.append(f"| {' | '.join(cells)} |")
-    print_table("\n".join(lines))
+    if rows:
+        print_table("\n".join(lines))
     for fault in report.faults:
         place = f"{fault.file} {fault.tensor}".strip()
         typer.echo(f"fault: {place}: {fault.message}", err=True)

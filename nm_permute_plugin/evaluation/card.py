@@ -116,16 +116,17 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def text_cells(result: TextResult) -> tuple[str, ...]:
     """The cells of a result under ``TEXTS``; "" for what was not measured."""
-    gap = None
+    gap = ""
     if result.base is not None and result.dense is not None:
-        gap = gap_closed(result.perplexity, result.base, result.dense)
+        closed = gap_closed(result.perplexity, result.base, result.dense)
+        gap = f"{closed:.1%} (from {result.base:.2f})"
     return (
         _cell(result.text),
         _cell(result.form),
         str(result.tokens),
         f"{result.perplexity:.2f}",
         _shown(result.dense, ".2f"),
-        _shown(gap, ".1%"),
+        gap,
         _shown(result.divergence, ".4f"),
         _shown(result.agreement, ".2%"),
         _shown(result.flips, ".2%"),

@@ -4,15 +4,21 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
 from nm_permute_plugin.evaluation.records import Document, document_of
+from nm_permute_plugin.pruning.findings import together
 
 T = TypeVar("T")
 
 JSONL = ".jsonl"
 """The suffix of files that hold a JSON object a line; all others are plain text."""
+
+EXAMPLES = 3
+"""Files of a folder that are named where a file was wanted."""
 
 
 @dataclass(frozen=True)
@@ -33,25 +39,39 @@ def read_corpus(files: Sequence[Path]) -> Corpus:
     Read all files: JSONL by their suffix, the others as plain text.
 
     :raises FileNotFoundError: if one does not exist
-    :raises ValueError: if one is empty, or is not UTF-8, or for a line of JSONL that
-        holds neither text nor a conversation
+    :raises ValueError: if one is a folder, is empty, or is not UTF-8, or for a line of
+        JSONL that holds neither text nor a conversation; if several files are wrong,
+        with a line for each
     """
     texts: list[str] = []
     documents: list[Document] = []
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"text file {file} does not exist")
-        try:
-            content = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"text file {file} is no UTF-8 text: {error}") from error
-        if not content.strip():
-            raise ValueError(f"text file {file} is empty")
+    contents = together(*(partial(_read, file) for file in files))
+    for file, content in zip(files, contents, strict=True):
         if file.suffix.lower() == JSONL:
             documents += _documents(file, content)
         else:
             texts.append(content)
     return Corpus("\n\n".join(texts), documents)
+
+
+def _read(file: Path) -> str:
+    if file.is_dir():
+        some = sorted(islice(file.rglob("*"), 1000))
+        inside = [each for each in some if each.is_file()][:EXAMPLES]
+        shown = ", ".join(map(str, inside))
+        raise ValueError(
+            f"text file {file} is a folder: give it as --dataset, or its files one by one"
+            + (f", for example {shown}" if shown else "; it holds none")
+        )
+    if not file.is_file():
+        raise FileNotFoundError(f"text file {file} does not exist")
+    try:
+        content = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text file {file} is no UTF-8 text: {error}") from error
+    if not content.strip():
+        raise ValueError(f"text file {file} is empty")
+    return content
 
 
 def plain_text(files: Sequence[Path]) -> str:

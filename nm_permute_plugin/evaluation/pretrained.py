@@ -2,7 +2,6 @@
 """Open a model's folder: its class, what that takes, its weights, its image processor."""
 
 import json
-import re
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -17,37 +16,8 @@ from nm_permute_plugin.checkpoint.checksums import refuse_changed
 from nm_permute_plugin.pruning.positions import fit_length
 from nm_permute_plugin.pruning.running.fast_dtype import to_fast_dtype
 
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-"""A name that transformers may look up on the Hugging Face hub: ``ORGANISATION/NAME``."""
-
-
 CODE = "wants code of its own to be run"
 """In the message of an error about a folder that transformers would run code of."""
-
-
-def must_be_model(name: str | Path) -> None:
-    """
-    See that a name is the folder of a model, or may be a model of the hub.
-
-    :raises FileNotFoundError: if it is neither
-    """
-    if (Path(name) / "config.json").is_file():
-        return
-    if (Path(name) / "adapter_config.json").is_file():
-        raise FileNotFoundError(
-            f"{name} holds a PEFT adapter and no model: load it on its base model, save "
-            "what merge_and_unload() returns, and give that folder"
-        )
-    if Path(name).exists():
-        raise FileNotFoundError(
-            f"{name} holds no checkpoint (no config.json); give the folder that "
-            "save_pretrained wrote"
-        )
-    if not HUB_NAME.fullmatch(str(name)):
-        raise FileNotFoundError(
-            f"{name} does not exist; give a model's folder, or its name on the Hugging "
-            "Face hub as ORGANISATION/NAME"
-        )
 
 
 def config_of(folder: str | Path) -> Any:

@@ -129,8 +129,9 @@ class LearnablePermutationModifier(PermutationFields, Modifier):
             )
         promised = self._plan.saved if self._is_pruned else []
         pruned = Pruned(self.settings(), self._plan, self._record, promised)
-        after_save(state.model, pruned.finish(), self._plan.source)
         before, after = self._record.retained
+        said = f"{after:.1%} of the {self.score} score kept by the best masks"
+        after_save(state.model, pruned.finish(), self._plan.source, said)
         logger.info(
             f"Retained score {before:.4f} -> {after:.4f}; the fold moved the outputs by "
             f"{self._record.fold_error:.1e}"

@@ -27,6 +27,7 @@ from nm_permute_plugin.modifiers.disk import (
 from nm_permute_plugin.modifiers.fields import PermutationFields
 from nm_permute_plugin.modifiers.neighbours import unfit_groups, unfit_neighbours
 from nm_permute_plugin.modifiers.recipe import read_recipe
+from nm_permute_plugin.pruning.findings import refuse
 from nm_permute_plugin.pruning.settings import Settings
 from nm_permute_plugin.pruning.targets import linears_among
 from nm_permute_plugin.specs.conv1d import weight_of
@@ -81,25 +82,6 @@ class Look:
         :raises ValueError: with every finding in a line of its own
         """
         refuse(self.findings())
-
-
-def refuse(findings: Sequence[str]) -> None:
-    """
-    Refuse a run for what was found.
-
-    :raises ValueError: if there is something
-
-    >>> refuse(["OUT is full", "TEXT is short"])
-    Traceback (most recent call last):
-    ValueError: 2 things would make this run fail:
-    - OUT is full
-    - TEXT is short
-    """
-    if len(findings) == 1:
-        raise ValueError(findings[0])
-    if findings:
-        lines = "".join(f"\n- {finding}" for finding in findings)
-        raise ValueError(f"{len(findings)} things would make this run fail:{lines}")
 
 
 def refuse_many_processes() -> None:

@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finish every checkpoint that a model saves from now on."""
 
+import shlex
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 
+from loguru import logger
 from transformers import PreTrainedModel
 
 from nm_permute_plugin.checkpoint.saving import save_checkpoint
 from nm_permute_plugin.checkpoint.source import Source
+from nm_permute_plugin.checkpoint.transaction import is_unfinished
 
 
 def after_save(
     model: PreTrainedModel,
     finish: Callable[[Path], None],
     source: Source | None = None,
+    said: str = "",
 ) -> None:
     """
     Makes every ``model.save_pretrained(folder)`` from now on end with ``finish``.
@@ -23,6 +27,7 @@ def after_save(
     refuses the checkpoint, ``folder`` holds what it held before.
 
     :param source: the model's own folder, whose other files are taken along
+    :param said: what the log says of a checkpoint when it is complete, beside its size
     :raises ValueError: on saving, for ``push_to_hub``: it would upload what is unfinished;
         from ``model.push_to_hub``, which would upload another card
     """
@@ -31,6 +36,17 @@ def after_save(
     @wraps(save)
     def save_and_finish(save_directory: str | Path, **kwargs: object) -> None:
         save_checkpoint(model, save_directory, finish, save, source, **kwargs)
+        folder = Path(save_directory)
+        if said and not is_unfinished(
+            folder.resolve()
+        ):  # whoever puts it in place says so
+            files = (file for file in folder.rglob("*") if file.is_file())
+            size = sum(file.stat().st_size for file in files) / 1e6
+            images = model.main_input_name == "pixel_values"
+            test = ["--images", "CLASS_FOLDERS"] if images else ["--text", "TEST.txt"]
+            dense = "DENSE" if source is None else str(source.path)
+            words = ["nm-permute", "evaluate", str(folder), *test, "--dense", dense]
+            logger.info(f"{folder}: {size:,.1f} MB, {said}; next: {shlex.join(words)}")
 
     def refuse_push(*_: object, **__: object) -> None:
         raise ValueError(

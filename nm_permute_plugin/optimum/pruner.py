@@ -14,11 +14,8 @@ from nm_permute_plugin.cli.common import find_device
 from nm_permute_plugin.evaluation.corpus import Corpus, spread
 from nm_permute_plugin.evaluation.data_sets import read_data_set
 from nm_permute_plugin.evaluation.data_sources import data_source
-from nm_permute_plugin.evaluation.pretrained import (
-    load_model,
-    must_be_model,
-    tokenizer_of,
-)
+from nm_permute_plugin.evaluation.model_names import must_be_model
+from nm_permute_plugin.evaluation.pretrained import load_model, tokenizer_of
 from nm_permute_plugin.evaluation.records import Document
 from nm_permute_plugin.evaluation.text import TextTokenizer
 from nm_permute_plugin.optimum.config import NMConfig

@@ -48,6 +48,18 @@ class Data:
         """The training batches for ever, in a new random order every epoch."""
         return (self.train[index] for index in endless(len(self.train), seed))
 
+    def __repr__(self) -> str:
+        """
+        The main figures, in a line.
+
+        >>> Data([{"pixel_values": torch.zeros(5, 3, 8, 8)}], [])
+        Data(5 images to train on in 1 batches, 0 batches that validate)
+        """
+        return (
+            f"Data({self} to train on in {len(self.train)} batches, "
+            f"{len(self.validation)} batches that validate)"
+        )
+
     def __str__(self) -> str:
         """
         What there is to train on, in words.

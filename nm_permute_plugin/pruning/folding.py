@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fold a model, and see that it still computes the same."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from loguru import logger
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from nm_permute_plugin.maths.permutation import Permutation
 from nm_permute_plugin.pruning.data import Batch, first_sample, forward, on_device
@@ -15,6 +17,9 @@ from nm_permute_plugin.pruning.running.teacher import Teacher
 from nm_permute_plugin.specs.exactness import fold_checked, random_perms
 from nm_permute_plugin.specs.fold import Write, fold, invert_all, write_in_place
 from nm_permute_plugin.specs.spec import ResolvedSpec
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 FOLD_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest relative change of the outputs that rounding explains, by dtype; 0.05 below."""
@@ -50,11 +55,32 @@ def fold_model(
         outputs()
         return 0.0
     tolerance = FOLD_TOLERANCE.get(next(model.parameters()).dtype, 0.05)
-    error = fold_checked(model, resolved, perms, outputs, tolerance, write)
+    moving = sum(bool(of.spaces & perms.keys()) for of in resolved.parameters)
+    # The model runs once before the fold, and once after it.
+    with tqdm(desc="Folding the permutation", total=moving + 2) as bar:
+        error = fold_checked(
+            model,
+            resolved,
+            perms,
+            _counted(outputs, bar),
+            tolerance,
+            _counted(write, bar),
+        )
     logger.info(f"Folded {len(perms)} permutations; outputs moved by {error:.1e}")
     if teacher is not None:
         teacher.fold(_entering(model, resolved, perms))
     return error
+
+
+def _counted(call: Callable[P, T], bar: "tqdm[Any]") -> Callable[P, T]:
+    """The same function, whose bar counts its calls."""
+
+    def calling(*given: P.args, **named: P.kwargs) -> T:
+        result = call(*given, **named)
+        bar.update()
+        return result
+
+    return calling
 
 
 def refuse_inexact(

@@ -60,6 +60,15 @@ class Record:
     history: History
     recovered: list[StageRecord] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        """The main figures, in a line."""
+        before, after = self.retained
+        return (
+            f"Record({len(self.perms)} permutations, {before:.1%} -> {after:.1%} of the "
+            f"score kept, the fold moved the outputs by {self.fold_error:.1e}, "
+            f"{sum(self.seconds.values()):.1f} s)"
+        )
+
     @property
     def retained(self) -> tuple[float, float]:
         """

@@ -72,6 +72,14 @@ class PrunePlan:
     source: Source | None = None
     said: Sequence[str] = ()
 
+    def __repr__(self) -> str:
+        """The main figures, in a line."""
+        spaces = len(self.resolved.spaces)
+        return (
+            f"PrunePlan({self.base_model}: {len(self.prunable)} linears to prune, "
+            f"{spaces} spaces of channels)"
+        )
+
     @classmethod
     def of(cls, model: nn.Module, settings: Settings) -> "PrunePlan":
         """
@@ -137,6 +145,19 @@ class Pruned:
     plan: PrunePlan
     record: Record
     promised: Sequence[str]
+
+    def __repr__(self) -> str:
+        """The main figures, in a line."""
+        before, after = self.record.retained
+        losses = [entry["validation"] for entry in self.record.history]
+        loss = (
+            f", validation loss {losses[0]:.3f} -> {min(losses):.3f}" if losses else ""
+        )
+        return (
+            f"Pruned({self.plan.base_model}: {self.settings.mask_structure} in "
+            f"{len(self.promised)} linears by {self.settings.method}, "
+            f"{before:.1%} -> {after:.1%} of the {self.settings.score} score kept{loss})"
+        )
 
     def finish(self) -> Finish:
         """What is left to do with each checkpoint of the model."""

@@ -3,7 +3,6 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
 
 import torch
 from einops import rearrange
@@ -92,22 +91,33 @@ def search(
         name: torch.arange(of.space.size, device=device or of.score.device)
         for name, of in spaces.items()
     }
-    least = validate(best)
-    history: History = [{"round": 0, "validation": least}]
-    if not rounds:
-        return best, history
-    found = rounds_of_all(spaces, pattern, seed, device)
-    next(found)  # the start: the channels as they are or dealt, whichever retains more
     step = ROUNDS_BETWEEN_VALIDATIONS
     numbers = range(step, rounds + step, step)
-    for number in tqdm(numbers, "Searching the permutation"):
-        perms = list(islice(found, step))[-1]
-        for names in (list(spaces), *_families(spaces)):
-            tried = best | {name: perms[name] for name in names}
-            loss = validate(tried)
-            if loss < least:
-                least, best = loss, tried
-        history.append({"round": number, "validation": least})
+    together = [list(spaces), *_families(spaces)]
+    # Counted are rounds and validations; the start is a round as well.
+    counted = 2 + len(numbers) * (step + len(together))
+    with tqdm(
+        desc="Searching the permutation", total=counted, disable=not rounds
+    ) as bar:
+        least = validate(best)
+        bar.update()
+        history: History = [{"round": 0, "validation": least}]
+        if not rounds:
+            return best, history
+        found = rounds_of_all(spaces, pattern, seed, device)
+        next(found)  # the channels as they are or dealt, whichever retains more
+        bar.update()
+        for number in numbers:
+            for _ in range(step):
+                perms = next(found)
+                bar.update()
+            for names in together:
+                tried = best | {name: perms[name] for name in names}
+                loss = validate(tried)
+                bar.update()
+                if loss < least:
+                    least, best = loss, tried
+            history.append({"round": number, "validation": least})
     return best, history
 
 

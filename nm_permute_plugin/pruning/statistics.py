@@ -138,7 +138,7 @@ def output_sensitivity(
             for name in linears
         ),
     ):
-        for sample in first_samples(batches):
+        for sample in tqdm(list(first_samples(batches)), "Measuring outputs"):
             out = run(model, on_device(sample, model), LossSettings())
             refuse_not_finite(out.logits.detach())
             mask = token_mask(sample).to(device)

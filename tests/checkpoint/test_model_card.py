@@ -71,6 +71,12 @@ def test_a_card_of_weights_that_changed_later_says_so(sparse) -> None:
     path, modules = sparse
     text = make_card(path, "sparse-24-bitmask", modules, changed_later=True)
     assert "In a later session the kept weights were trained further" in text
+    assert "LoRA adapters" not in text
+    moved = make_card(
+        path, "sparse-24-bitmask", modules, changed_later=True, moved=True
+    )
+    assert "nothing that was made for the channels of" in moved
+    assert "`nm-permute adapt ADAPTER FOLDER OUT`" in moved
 
 
 def test_the_card_of_a_sparse_checkpoint(sparse) -> None:

@@ -72,6 +72,11 @@ def test_it_is_never_read_as_random_weights(damaged: tuple[Path, Path]) -> None:
 def test_it_is_a_fault(damaged: tuple[Path, Path]) -> None:
     report = verify(damaged[1])
     assert not report.good
+    # A line for what config.json forgot, and none for every matrix.
+    assert {fault.file for fault in report.faults} == {"config.json"}
+    assert len(report.faults) <= 3
+    said = " ".join(fault.message for fault in report.faults)
+    assert "matrices that are stored as sparse-24-bitmask: take the config.json" in said
 
 
 def test_it_is_converted_by_its_tensors_or_refused(damaged: tuple[Path, Path]) -> None:

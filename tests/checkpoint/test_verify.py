@@ -202,8 +202,8 @@ def test_a_checkpoint_without_its_block(make_sparse: MakeDense) -> None:
     config = json.loads((path / "config.json").read_text())
     del config["quantization_config"]
     (path / "config.json").write_text(json.dumps(config))
-    assert all("config.json says nothing" in f.message for f in verify(path).faults)
-    assert len(verify(path).faults) == 14
+    assert {f.message[:12] for f in verify(path).faults} == {"says nothing"}
+    assert len(verify(path).faults) == 1
 
 
 def test_pruned_along_the_wrong_axis(make_sparse: MakeDense) -> None:

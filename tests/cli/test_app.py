@@ -30,9 +30,11 @@ def test_prune_writes_a_checkpoint_and_nothing_beside_it(
         f"nm-permute evaluate {out} --text TEST.txt --dense {tmp_path / 'dense'}"
     )
     assert re.fullmatch(
-        rf"{out}: 2560 tokens, \d+\.\d minutes, {bytes_written / 1e6:.1f} MB, "
+        rf"{out}: calibrated on 2560 tokens, \d+\.\d minutes, "
+        rf"{bytes_written / 1e6:.1f} MB, "
         rf"\d\d\.\d% of the wanda score kept \(\d\d\.\d% without a permutation\), "
-        rf"validation loss \d\.\d+ -> \d\.\d+; next: {following}",
+        rf"validation loss \d\.\d+ -> \d\.\d+ "
+        rf"\(KL divergence from the dense model, nats a token\); next: {following}",
         line,
     )
     assert [x for x in listing(tmp_path) if not x.startswith("out")] == ready
@@ -43,7 +45,7 @@ def test_prune_takes_no_more_samples_than_asked_for(
     ready: list[str], tmp_path: Path, text_file: Path
 ) -> None:
     result = prune(tmp_path, "--text", text_file, "--samples", 10)
-    assert f"{tmp_path / 'out'}: 320 tokens, " in result.stdout
+    assert f"{tmp_path / 'out'}: calibrated on 320 tokens, " in result.stdout
 
 
 def test_prune_needs_text(ready: list[str], tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def test_a_model_of_the_hub_is_pruned_and_logs_stay_out_of_the_result(
     done = process("prune", "someone/tiny", recipe, out, *rest, **hub)
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
-    assert line.startswith(f"{out}: 1280 tokens, ")
+    assert line.startswith(f"{out}: calibrated on 1280 tokens, ")
     assert line.endswith(" --dense someone/tiny")
     assert "Retained score" in done.stderr
 

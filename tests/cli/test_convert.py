@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import assert_one_error, listing, nm_permute
+from loguru import logger
 from safetensors.torch import load_file, save_file
 
 from nm_permute_plugin.checkpoint import writer
@@ -203,3 +204,34 @@ def test_a_file_that_appears_meanwhile_stays(
     assert nm_permute("convert", source, out).exit_code == 0
     assert (out / "notes.txt").read_text() == "mine"
     assert nm_permute("verify", out).exit_code == 0
+
+
+def test_what_is_stored_so_already_is_said_to_be(checkpoint: Checkpoint) -> None:
+    names = [Q, Q.replace("q_proj", "o_proj")]
+    tensors = {f"{name}.weight": TWO_FOUR.clone() for name in names}
+    dense = checkpoint({"model_type": "llama"}, tensors)
+    sparse, again = dense.parent / "sparse", dense.parent / "again"
+    first = nm_permute("convert", dense, sparse)
+    assert first.exit_code == 0, first.output
+    assert "nothing had to be done" not in first.stdout
+    second = nm_permute("convert", sparse, again)
+    said = f"nothing had to be done: every matrix of {sparse} was stored so already"
+    assert said in second.stdout
+    back = nm_permute("convert", sparse, dense.parent / "back", "--format", "dense")
+    assert "nothing had to be done" not in back.stdout
+
+
+def test_the_log_counts_what_is_sparse_of_all(checkpoint: Checkpoint) -> None:
+    said: list[str] = []
+    sink = logger.add(said.append, format="{message}")
+    tensors = {f"{Q}.weight": TWO_FOUR.clone(), f"{Q}2.weight": TWO_FOUR + 1}
+    source = checkpoint({"model_type": "llama"}, tensors)
+    out = source.parent / "sparse"
+    nm_permute("convert", source, out)
+    nm_permute("convert", out, source.parent / "back", "--format", "dense")
+    logger.remove(sink)
+    lines = [line for line in said if "the weights take" in line]
+    assert (
+        "1 of 2 matrices are stored as sparse-24-bitmask, the others dense" in lines[0]
+    )
+    assert "all 2 matrices are stored dense; the weights take" in lines[1]

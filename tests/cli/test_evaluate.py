@@ -39,7 +39,7 @@ def test_evaluate_prints_the_perplexity(
     assert result.exit_code == 0, result.output
     (line,) = result.stdout.splitlines()
     assert line.startswith(f"{trained_checkpoint}: perplexity ")
-    assert line.endswith("(windows of 32 tokens, 640 tokens)")
+    assert line.endswith("(windows of 32 tokens, 620 tokens predicted)")
     several = evaluate(trained_checkpoint, "--text", test_text, "--batch-size", 7)
     assert figures(several) == figures(result)
 
@@ -86,6 +86,7 @@ def test_evaluate_keeps_its_results_beside_the_checkpoint(
     assert (out / "README.md").read_text() == before
     result = evaluate(out, "--text", test_text, "--dense", dense, "--card")
     assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1] == f"added to {out / 'README.md'}"
     (second,) = read_evaluations(out).texts
     assert second.perplexity == pytest.approx(first.perplexity, rel=1e-5)
     assert second.divergence is not None
@@ -233,9 +234,12 @@ def test_windows_begin_as_the_tokenizer_begins_a_text(
     begin_texts_with(folder, "w03")
     began = evaluate(folder, "--text", test_text)
     assert began.exit_code == 0, began.output
-    assert "(windows of 32 tokens that begin with w03, 640 tokens)" in began.stdout
+    assert (
+        "(windows of 32 tokens that begin with w03, 620 tokens predicted)"
+        in began.stdout
+    )
     stream = evaluate(folder, "--text", test_text, "--stream")
-    said = "(one stream that begins with w03 in windows of 32 tokens, 640 tokens)"
+    said = "(one stream that begins with w03 in windows of 32 tokens, 620 tokens predicted)"
     assert said in stream.stdout
     values = [figures(result) for result in (before, began, stream)]
     assert values[0] != values[1] != values[2]
@@ -246,7 +250,7 @@ def test_a_stream_of_a_tokenizer_that_adds_nothing_is_no_other_measure(
 ) -> None:
     plain = evaluate(trained_checkpoint, "--text", test_text)
     stream = evaluate(trained_checkpoint, "--text", test_text, "--stream")
-    assert "(one stream in windows of 32 tokens, 640 tokens)" in stream.stdout
+    assert "(one stream in windows of 32 tokens, 620 tokens predicted)" in stream.stdout
     assert figures(plain) == figures(stream)
 
 
@@ -268,7 +272,10 @@ def test_conversations_are_measured_one_by_one(tiny_checkpoint, tmp_path: Path) 
     file.write_text(json.dumps({"messages": turns}) + "\n" + '{"text": "w05 w06"}\n')
     result = evaluate(folder, "--text", file)
     assert result.exit_code == 0, result.output
-    assert "(2 documents in windows of up to 32 tokens, 7 tokens)" in result.stdout
+    assert (
+        "(2 documents in windows of up to 32 tokens, 5 tokens predicted)"
+        in result.stdout
+    )
     refused = evaluate(folder, "--text", file, "--stream")
     assert_one_error(refused, r"--stream is for plain text, but .*chat\.jsonl line 1")
     file.write_text('{"text": "w05 w06"}\n{"prompt": "w05"}\n')
@@ -283,7 +290,7 @@ def test_the_default_window_is_what_the_model_can_read(
     words = ["evaluate", folder, "--text", test_text, "--device", "cpu"]
     result = nm_permute(*words)
     assert result.exit_code == 0, result.output
-    assert "(windows of 48 tokens, 640 tokens)" in result.stdout
+    assert "(windows of 48 tokens, 611 tokens predicted)" in result.stdout
     refused = nm_permute(*words, "--sequence-length", 49)
     assert_one_error(
         refused,
@@ -300,10 +307,10 @@ def test_windows_beyond_rotary_positions_are_warned_of(
     sink = logger.add(said.append, level="WARNING")
     result = nm_permute(*words, "--sequence-length", 80)
     assert result.exit_code == 0, result.output
-    assert "(windows of 80 tokens, 640 tokens)" in result.stdout
+    assert "(windows of 80 tokens, 632 tokens predicted)" in result.stdout
     (warning,) = said
     assert "has 64 positions, and rows of 80 tokens go beyond" in warning
     default = nm_permute(*words)
     logger.remove(sink)
     assert said == [warning]
-    assert "(windows of 64 tokens, 640 tokens)" in default.stdout
+    assert "(windows of 64 tokens, 630 tokens predicted)" in default.stdout

@@ -32,7 +32,7 @@ def test_a_data_set_is_measured(
         return result.stdout
 
     whole = evaluate("--text", lines)
-    assert "(20 documents in windows of up to 32 tokens, 640 tokens)" in whole
+    assert "(20 documents in windows of up to 32 tokens, 620 tokens predicted)" in whole
     assert evaluate(*named) == evaluate("--dataset", lines) == whole
     assert "(5 documents in " in evaluate(*named, "--samples", 5)
     weighted = ["--dataset", f"{lines}=3", "--device", "cpu"]

@@ -45,7 +45,7 @@ def test_a_classifier_is_pruned_saved_and_measured(
         "prune", dense, recipe, out, "--images", image_folder, "--device", "cpu"
     )
     assert result.exit_code == 0, result.output
-    assert f"{out}: 18 images" in result.stdout
+    assert f"{out}: calibrated on 18 images" in result.stdout
     report = verify(out)
     assert report.faults == ()
     sparse = [row.module for row in report.rows if row.sparse]
@@ -77,7 +77,7 @@ def test_an_encoder_is_pruned_and_measured_by_its_neighbours(
         "prune", dense, recipe, out, "--images", image_folder, "--samples", 9
     )
     assert result.exit_code == 0, result.output
-    assert f"{out}: 9 images" in result.stdout
+    assert f"{out}: calibrated on 9 images" in result.stdout
     result = nm_permute("evaluate", out, "--images", image_folder)
     assert re.search(r"17 nearest others\)$", result.stdout)
 

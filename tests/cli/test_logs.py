@@ -30,8 +30,9 @@ PRUNE = ["prune", "dense", "recipe.yaml", "out", "--text", "text.txt"]
 PRUNE += ["--sequence-length", "32"]
 EVALUATE = ["evaluate", "out", "--text", "text.txt", "--sequence-length", "32"]
 OUTCOME = (
-    r"out: 1280 tokens, \d+\.\d minutes, 0\.1 MB, (\d+\.\d)% of the wanda score kept "
-    r"\((\d+\.\d)% without a permutation\), validation loss (\d\.\d+) -> (\d\.\d+); next: "
+    r"out: calibrated on 1280 tokens, \d+\.\d minutes, 0\.1 MB, (\d+\.\d)% of the wanda "
+    r"score kept \((\d+\.\d)% without a permutation\), validation loss (\d\.\d+) -> "
+    r"(\d\.\d+) \(KL divergence from the dense model, nats a token\); next: "
     r"nm-permute evaluate out --text TEST\.txt --dense dense\n"
 )
 

@@ -47,7 +47,7 @@ def test_the_command_writes_a_new_file(model: Path, tmp_path: Path) -> None:
     words = ["sample", model, out, "--rows", 3, "--tokens", 8, "--device", "cpu"]
     first = CliRunner().invoke(app, [str(word) for word in words])
     assert first.exit_code == 0, first.output
-    assert f"{out}: 3 texts of 8 tokens" in first.output
+    assert f"{out}: 3 texts of 8 tokens; next: nm-permute prune " in first.output
     assert len(out.read_text().split("\n\n")) == 3
     again = CliRunner().invoke(app, [str(word) for word in words])
     assert again.exit_code == 1

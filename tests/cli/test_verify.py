@@ -19,6 +19,10 @@ def test_what_prune_leaves_is_good_until_it_is_changed(tmp_path: Path) -> None:
         assert result.exit_code == 0, result.output
         assert result.stdout.splitlines()[-1] == f"{out}: 16 matrices, {SPARSE}"
         assert "no checksums" not in result.output
+        assert len(result.stdout.splitlines()) == 1
+    whole = nm_permute("verify", out, "--table").stdout.splitlines()
+    assert len(whole) == 2 + 16 + 1
+    assert "up_proj" in "".join(whole)
     text = ["--text", tmp_path / "text.txt", "--sequence-length", 32, "--device", "cpu"]
     assert nm_permute("evaluate", out, *text, "--card").exit_code == 0
     (out / "more.txt").write_text("more")
@@ -49,6 +53,21 @@ def test_a_dense_model_is_not_2_4(tiny_checkpoint) -> None:
     assert all(": is not 2:4: row 0, channels 0..3 hold" in line for line in lines)
     assert "model.layers.1.mlp.up_proj" in result.stderr
     assert "no fault" not in result.output
+    assert len(result.stdout.splitlines()) >= 2 + 14  # the faulty ones alone
+    assert "lm_head" not in result.stdout
+
+
+def test_what_is_no_folder_is_one_line(tmp_path: Path) -> None:
+    gone, file = tmp_path / "gone", tmp_path / "file"
+    file.write_text("x")
+    assert_one_error(
+        nm_permute("verify", gone), f"{gone} does not exist; give a folder$"
+    )
+    assert_one_error(nm_permute("verify", file), f"{file} is a file; give the")
+    assert_one_error(
+        nm_permute("verify", "org/no-name"),
+        "org/no-name does not exist; .*fetch it .*: hf download org/no-name",
+    )
 
 
 @pytest.mark.usefixtures("ready")
@@ -64,7 +83,10 @@ def test_a_config_that_forgot_is_refused_by_every_command(
         json.dumps(config | ({name: block} if name else {}))
     )
     (out / "nm_permute" / "checksums.json").unlink()
-    assert nm_permute("verify", out).exit_code == 1
+    result = nm_permute("verify", out)
+    assert result.exit_code == 1
+    assert len(result.stderr.splitlines()) == (2 if name else 1)
+    assert "14 matrices that are stored as sparse-24-bitmask" in result.stderr
     text = ["--text", tmp_path / "text.txt", "--sequence-length", 32, "--device", "cpu"]
     assert_one_error(
         nm_permute("evaluate", out, *text), "stored sparse, and config.json does not"

@@ -38,8 +38,8 @@ TASK = TaskResult(
     flips=0.2,
 )
 TEXT_ROW = (
-    "| a/b.txt | windows of 2048 tokens | 16376 | 20.00 | 10.00 | 50.0% | 0.5123 "
-    "| 70.00% | 12.50% |"
+    "| a/b.txt | windows of 2048 tokens | 16376 | 20.00 | 10.00 | 50.0% (from 40.00) "
+    "| 0.5123 | 70.00% | 12.50% |"
 )
 TASK_ROW = (
     "| hellaswag | acc_norm | 2000 | 0.3000 ± 0.0102 | 0.4000 ± 0.0110 | 75.0% "

@@ -6,11 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nm_permute_plugin.evaluation.pretrained import (
-    image_processor,
-    load_checkpoint,
-    must_be_model,
-)
+from nm_permute_plugin.evaluation.model_names import must_be_model
+from nm_permute_plugin.evaluation.pretrained import image_processor, load_checkpoint
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

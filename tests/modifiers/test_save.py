@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ours, quantize, wanda
+from loguru import logger
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -183,3 +184,20 @@ def test_an_upload_of_what_is_unfinished_is_refused(
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="hf upload REPOSITORY FOLDER"):
         model.push_to_hub("somebody/model")
+
+
+def test_a_save_ends_with_its_size_and_what_to_do_next(
+    tiny_checkpoint, run_oneshot, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    folder, out = tiny_checkpoint(**WIDE), tmp_path / "out"
+    sink = logger.add(said.append, format="{message}")
+    run_oneshot(folder, recipe(), out)
+    logger.remove(sink)
+    (line,) = [line for line in said if "; next: " in line]
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6
+    assert line.startswith(f"{out}: {size:,.1f} MB, ")
+    assert (
+        "of the wanda score kept by the best masks; next: nm-permute evaluate" in line
+    )
+    assert f"--dense {folder}" in line

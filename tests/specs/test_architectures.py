@@ -135,6 +135,13 @@ def test_an_unknown_class_is_told_those_with_like_names() -> None:
     assert len([name for name in SPECS if re.search(rf"\b{name}\b", said)]) <= 3
 
 
+def test_classes_that_share_the_words_for_a_head_alone_are_not_alike() -> None:
+    unknown = type("QuokkaForCausalLM", (torch.nn.Module,), {})
+    with pytest.raises(NotImplementedError) as refusal:
+        spec_of(unknown())
+    assert "Known classes" not in str(refusal.value)
+
+
 def test_a_plain_module_is_refused_by_its_class() -> None:
     with pytest.raises(NotImplementedError, match="no permutation spec for Linear"):
         spec_of(torch.nn.Linear(2, 2))

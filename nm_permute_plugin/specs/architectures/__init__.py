@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Permutation specs of known architectures: data only."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,9 @@ from nm_permute_plugin.specs.sizes import HeadDim
 from nm_permute_plugin.specs.spec import Spec
 
 __all__ = ["LLAMA", "SPECS", "head_dim_of", "spec_of"]
+
+HEADS = re.compile(r"(For[A-Z]\w*|LMHeadModel|VisionModel|Model)$")
+"""The part of a class's name that says its head, and nothing of its layers."""
 
 SPECS: dict[str, Spec | Callable[[Any], Spec]] = {
     **LLAMA_CLASSES,
@@ -42,7 +46,7 @@ def spec_of(model: nn.Module) -> Spec:
     """
     name = type(model).__name__
     if name not in SPECS:
-        near = near_names(name, SPECS, 3)
+        near = _alike(name)
         raise NotImplementedError(
             f"no permutation spec for {name} is known, and none is guessed. Write one into "
             "a YAML file, a line a parameter and a word an axis, 'model.layers.{i}.mlp."
@@ -53,6 +57,16 @@ def spec_of(model: nn.Module) -> Spec:
         )
     spec = SPECS[name]
     return spec if isinstance(spec, Mapping) else spec(model.config)
+
+
+def _alike(name: str) -> list[str]:
+    """Return the known classes of models with like names; all end as `ForCausalLM` does."""
+    families: dict[str, list[str]] = {}
+    for known in SPECS:
+        families.setdefault(HEADS.sub("", known), []).append(known)
+    family = HEADS.sub("", name)
+    near = [families[found] for found in near_names(family, families, 3)]
+    return [(near_names(name, known, 1) or known)[0] for known in near]
 
 
 def head_dim_of(config: Any) -> HeadDim:
