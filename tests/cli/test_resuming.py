@@ -16,7 +16,6 @@ from helpers import ours
 from loguru import logger
 
 from nm_permute_plugin.modifiers import save as modifiers_save
-from nm_permute_plugin.pruning.resuming import resuming
 
 SCRIPT = Path(__file__).with_name("kill_runs.py")
 
@@ -187,27 +186,6 @@ def test_the_state_of_another_run_is_refused_and_stays(
         assert again.exit_code == 0, again.output
         assert not [line for line in said if "Taken from" in line]
         assert not state.exists()
-
-
-def test_state_that_cannot_be_read_is_one_line(
-    died, text_file: Path, tmp_path: Path
-) -> None:
-    state = died()
-    for file in state.rglob("*.safetensors"):
-        file.write_bytes(b"damaged")
-    refused = prune(tmp_path, "--text", text_file)
-    assert_one_error(refused, r"found_\w+ cannot be read: .*; start anew with --fresh")
-
-
-def test_a_run_beside_another_one_is_refused(
-    died, text_file: Path, tmp_path: Path
-) -> None:
-    state = died()
-    with resuming(state):
-        held = listing(state)
-        refused = prune(tmp_path, "--text", text_file)
-        assert_one_error(refused, "another process prunes with the state in .*out.nm_")
-        assert listing(state) == held
 
 
 def test_a_save_that_failed_is_done_again_without_learning_again(

@@ -83,6 +83,29 @@ def test_what_was_found_is_kept_where_the_disk_has_room(
     assert not folder.exists()
 
 
+def test_what_cannot_be_read_or_is_in_use_is_refused_and_stays(
+    tiny_model, go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, folder = tiny_model("llama"), tmp_path / "state"
+    monkeypatch.setattr(pipeline, "learn", _interrupt)
+    with pytest.raises(KeyboardInterrupt), nmp.resuming(folder):
+        learned(go, model)
+    held = sorted(folder.rglob("*"))
+    busy = "another process prunes with the state"
+    with (
+        pytest.raises(FileExistsError, match=busy),
+        nmp.resuming(folder),
+        nmp.resuming(folder),
+    ):
+        pass
+    assert sorted(folder.rglob("*")) == held
+    for file in folder.rglob("*.safetensors"):
+        file.write_bytes(b"damaged")
+    cause = r"found_\w+ cannot be read: .*; start anew with --fresh"
+    with pytest.raises(ValueError, match=cause), nmp.resuming(folder):
+        learned(go, model)
+
+
 def test_a_folder_that_holds_something_else_is_refused_and_stays(
     tmp_path: Path,
 ) -> None:
