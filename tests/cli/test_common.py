@@ -148,11 +148,11 @@ def process(*words: object, **variables: str) -> subprocess.CompletedProcess[str
 
 
 def test_the_module_runs_the_command_and_a_variable_shows_tracebacks() -> None:
-    plain = process("evaluate", "none")
+    plain = process("evaluate", "none", "--text", __file__)
     assert plain.returncode == 1
-    assert plain.stderr.startswith("error: give text to evaluate on")
+    assert plain.stderr.startswith("error: none does not exist; give a model's folder")
     assert len(plain.stderr.splitlines()) == 1
-    debug = process("evaluate", "none", NM_PERMUTE_DEBUG="1")
+    debug = process("evaluate", "none", "--text", __file__, NM_PERMUTE_DEBUG="1")
     assert debug.returncode == 1
     assert debug.stderr.startswith("Traceback")
 

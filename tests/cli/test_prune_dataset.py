@@ -45,7 +45,7 @@ def test_two_data_sets_calibrate(
     assert not (tmp_path / "out").exists()
     result = prune(tmp_path, *given, "--samples", 16, "--text-column", "story")
     assert result.exit_code == 0, result.output
-    assert f"out: {16 * 32} tokens," in result.stdout
+    assert f"out: calibrated on {16 * 32} tokens," in result.stdout
     assert verify(tmp_path / "out").good
 
 
@@ -90,7 +90,7 @@ def test_answers_alone_calibrate(
         assert result.exit_code == 0, result.output
     # 10 words asked, 20 answered, and who says them.
     assert (
-        f"answers: {20 * 32} tokens, {20 * 20} of them the assistant's,"
+        f"answers: calibrated on {20 * 32} tokens, {20 * 20} of them the assistant's,"
         in result.stdout
     )
     whole, answers = weights(tmp_path / "all"), weights(tmp_path / "answers")
