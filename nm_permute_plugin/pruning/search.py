@@ -95,9 +95,9 @@ def search(
     together = [list(spaces), *_families(spaces)]
     # Counted are rounds and validations; the start is a round as well.
     counted = 2 + len(numbers) * (step + len(together))
-    with tqdm(
-        desc="Searching the permutation", total=counted, disable=not numbers
-    ) as bar:
+    # Said only where it is so: otherwise the environment may have switched bars off.
+    hidden = {} if numbers else {"disable": True}
+    with tqdm(desc="Searching the permutation", total=counted, **hidden) as bar:
         least = validate(best)
         bar.update()
         history: History = [{"round": 0, "validation": least}]
