@@ -3,6 +3,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -96,9 +97,9 @@ def search(
     together = [list(spaces), *_families(spaces)]
     # Counted are rounds and validations; the start is a round as well.
     counted = 2 + len(numbers) * (step + len(together))
-    with tqdm(
-        desc="Searching the permutation", total=counted, disable=not rounds
-    ) as bar:
+    # Said only where it is so: otherwise the environment may have switched bars off.
+    hidden: dict[str, Any] = {} if numbers else {"disable": True}
+    with tqdm(desc="Searching the permutation", total=counted, **hidden) as bar:
         least = validate(best)
         bar.update()
         history: History = [{"round": 0, "validation": least}]

@@ -34,7 +34,8 @@ def test_prune_writes_a_checkpoint_and_nothing_beside_it(
         rf"{bytes_written / 1e6:.1f} MB, "
         rf"\d\d\.\d% of the wanda score kept \(\d\d\.\d% without a permutation\), "
         rf"validation loss \d\.\d+ -> \d\.\d+ "
-        rf"\(KL divergence from the dense model, nats a token\); next: {following}",
+        rf"\(KL divergence from the dense model, nats a token\)"
+        rf"(?:; report: {out}/nm_permute/report\.html)?; next: {following}",
         line,
     )
     assert [x for x in listing(tmp_path) if not x.startswith("out")] == ready

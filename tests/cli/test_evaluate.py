@@ -280,7 +280,7 @@ def test_conversations_are_measured_one_by_one(tiny_checkpoint, tmp_path: Path) 
     assert_one_error(refused, r"--stream is for plain text, but .*chat\.jsonl line 1")
     file.write_text('{"text": "w05 w06"}\n{"prompt": "w05"}\n')
     refused = evaluate(folder, "--text", file)
-    assert_one_error(refused, r"chat\.jsonl line 2 holds prompt, but neither messages")
+    assert_one_error(refused, r"chat\.jsonl line 2 holds prompt, but no messages")
 
 
 def test_the_default_window_is_what_the_model_can_read(

@@ -85,8 +85,11 @@ def test_a_config_that_forgot_is_refused_by_every_command(
     (out / "nm_permute" / "checksums.json").unlink()
     result = nm_permute("verify", out)
     assert result.exit_code == 1
-    assert len(result.stderr.splitlines()) == (2 if name else 1)
-    assert "14 matrices that are stored as sparse-24-bitmask" in result.stderr
+    (line,) = result.stderr.splitlines()
+    stored = (
+        "the 14 matrices that are stored as sparse-24-bitmask: take the config.json"
+    )
+    assert ("call it quantization_config" if name else stored) in line
     text = ["--text", tmp_path / "text.txt", "--sequence-length", 32, "--device", "cpu"]
     assert_one_error(
         nm_permute("evaluate", out, *text), "stored sparse, and config.json does not"
