@@ -84,7 +84,8 @@ def shown_commands() -> list[list[str]]:
 
 
 def test_the_options_that_the_readmes_show_exist() -> None:
-    commands = typer.main.get_command(app).commands
+    commands = dict(typer.main.get_command(app).commands)
+    parts = commands.pop("recipe").commands  # its options stand behind its parts
     shown = [
         (words[1], re.findall(r"--[a-z-]+", " ".join(words)))
         for words in shown_commands()
@@ -93,7 +94,8 @@ def test_the_options_that_the_readmes_show_exist() -> None:
     for name, options in shown:
         if name == "lm-eval":  # passes options on to lm-eval
             options = [option for option in options if option in ("--dense", "--card")]
-        params = commands[name].params
+        of = parts.values() if name == "recipe" else [commands[name]]
+        params = [param for command in of for param in command.params]
         known = {x for param in params for x in [*param.opts, *param.secondary_opts]}
         assert set(options) <= known, name
 
