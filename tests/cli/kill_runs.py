@@ -40,6 +40,8 @@ def dying(place: str, call: int, number: signal.Signals) -> None:
     holder = importlib.import_module(module)
     real = getattr(holder, name)
     calls = 0
+    if number != signal.SIGKILL:  # which nobody can switch off, as nohup does others
+        signal.signal(number, signal.SIG_DFL)
 
     def counted(*arguments: Any, **options: Any) -> Any:
         nonlocal calls

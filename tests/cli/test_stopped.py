@@ -17,6 +17,12 @@ ENDLESS = (
 )
 
 
+def hear_all_signals() -> None:
+    """Whoever started the tests may have switched signals off, as nohup does."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture
 def running(ready: list[str], tmp_path: Path, text_file: Path) -> subprocess.Popen[str]:
     """A run of the command, in the middle of its work."""
@@ -30,6 +36,7 @@ def running(ready: list[str], tmp_path: Path, text_file: Path) -> subprocess.Pop
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        preexec_fn=hear_all_signals,
     )
     while not unfinished(tmp_path):
         assert process.poll() is None, process.stderr
