@@ -198,13 +198,16 @@ def _title(card: Card) -> str:
 
 
 def _what(card: Card) -> str:
-    made = (
-        f"`{card.base_model}`, its channels permuted within the weights: "
-        "nothing is permuted when the model runs. On calibration data the "
-        f"dense model's outputs moved by {card.fold_error:.1e} (relative), which is "
-        "rounding: the permutation alone changes nothing."
-    )
-    adapters = _ADAPTERS.format(base=card.base_model) if card.moved else ""
+    made = f"`{card.base_model}`, whose channels stay where they are."
+    adapters, then = "", "The"
+    if card.moved:
+        made = (
+            f"`{card.base_model}`, its channels permuted within the weights: "
+            "nothing is permuted when the model runs. On calibration data the "
+            f"dense model's outputs moved by {card.fold_error:.1e} (relative), which is "
+            "rounding: the permutation alone changes nothing."
+        )
+        adapters, then = _ADAPTERS.format(base=card.base_model), "Then the"
     if not card.pruned:
         return made + " Nothing is pruned." + adapters
     before, after = card.retained
@@ -212,14 +215,18 @@ def _what(card: Card) -> str:
         later = (
             " In a later session the kept weights were trained further, or quantized"
         )
-        made += f" Then it was pruned {card.pattern}.{later}; the zeros stayed."
-        return made + adapters
-    return made + (
-        f" Then the recipe below kept {card.pattern.n} of every {card.pattern.m} "
-        f"neighbouring weights. The best masks keep {after:.4f} of the total score that "
-        f"the permutation was made for, and would have kept {before:.4f} without it."
-        + adapters
+        pruned = "Then it was pruned" if card.moved else "It was pruned"
+        return f"{made} {pruned} {card.pattern}.{later}; the zeros stayed.{adapters}"
+    kept = (
+        f" {then} recipe below kept {card.pattern.n} of every {card.pattern.m} "
+        f"neighbouring weights, which hold {after:.4f} of the total score"
     )
+    if card.moved:
+        kept += (
+            f" that the permutation was made for; the best masks without it hold "
+            f"{before:.4f}"
+        )
+    return f"{made}{kept}.{adapters}"
 
 
 def _sparse(

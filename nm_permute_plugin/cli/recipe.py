@@ -152,7 +152,8 @@ def check(
             known = (settings.pattern, prunable, head_dim)
             resolved = resolve(empty, spec, *known, with_values=False)
             said = describe(empty, prunable, settings)
-            said += resolved.listing(settings.spaces)
+            if settings.method != "identity":
+                said += resolved.listing(settings.spaces)
     names = ", ".join(type(each).__name__ for each in modifiers)
     typer.echo("\n".join([f"{file}: good ({names})", *said]))
 

@@ -111,7 +111,9 @@ class PrunePlan:
         Say what will be done: how much is pruned, what stays dense, which settings are
         not the defaults, and which space orders the inputs of which linears.
         """
-        return [*self.said, *self.resolved.listing(settings.spaces)]
+        moves = settings.method != "identity"
+        listing = self.resolved.listing(settings.spaces) if moves else []
+        return [*self.said, *listing]
 
     def log(self, settings: Settings) -> None:
         """Say what will be done, before it is."""

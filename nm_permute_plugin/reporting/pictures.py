@@ -73,17 +73,15 @@ def retained(run: Run) -> "Figure | None":
     found = _largest(run)
     if found is None:
         return None
-    figure = new_figure(1.5 + 0.4 * len(found.kinds))
-    above, below = figure.subplots(2, 1)
-    _heat(figure, above, found, "score kept", lambda cell: cell.after)
-    above.set_xlabel(_layers(found))
-    if any(cell.exchanged for cell in found.cells.values()):
+    changed = any(cell.exchanged for cell in found.cells.values())
+    height = 1.5 + 0.4 * len(found.kinds)
+    figure = new_figure(height if changed else height / 2)
+    panels = figure.subplots(1 + changed, 1, squeeze=False)[:, 0]
+    _heat(figure, panels[0], found, "score kept", lambda cell: cell.after)
+    if changed:
         title = "kept weights that the plain mask drops"
-        _heat(figure, below, found, title, lambda cell: cell.exchanged)
-        above.set_xlabel("")
-        below.set_xlabel(_layers(found))
-    else:
-        below.remove()
+        _heat(figure, panels[1], found, title, lambda cell: cell.exchanged)
+    panels[-1].set_xlabel(_layers(found))
     return figure
 
 
@@ -180,9 +178,9 @@ PICTURES = (
     Picture(
         "sensitivity",
         "Where it is lost",
-        "The share of its score that each layer loses. The cost weighs what is lost by "
-        "how far an error of that output moves the predictions (the root of the Fisher "
-        "diagonal): an estimate, in shares of what the plain masks cost.",
+        "The share of its score that each layer loses, and where it was measured what "
+        "that costs: weighed by how far an error of the output moves the predictions (the "
+        "root of the Fisher diagonal), an estimate, in shares of what plain masks cost.",
         sensitivity,
     ),
     Picture(
