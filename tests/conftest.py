@@ -33,6 +33,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from nm_permute_plugin.cli.logs import QUIET
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import from_blocks
 from nm_permute_plugin.pruning.problem import Problem
@@ -183,6 +184,14 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def pages() -> None:
     """Asked for by tests whose checkpoints shall get their pages: see ``no_pages``."""
+
+
+@pytest.fixture(autouse=True)
+def loud(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command with --quiet silences all that its process starts: this test's alone."""
+    for name in QUIET:
+        monkeypatch.setenv(name, "")  # so that it is put back at the end
+        monkeypatch.delenv(name)
 
 
 @pytest.fixture(autouse=True)

@@ -97,6 +97,11 @@ def evaluate(
         raise ValueError("--base and --card are for --text, not for --images")
     if base is not None and dense is None:
         raise ValueError("--base needs --dense: the gap closed lies between the two")
+    if base is not None and Path(base).resolve() == Path(checkpoint).resolve():
+        raise ValueError(
+            f"--base {base} is the checkpoint itself; give the one that was pruned by the "
+            "same score without a permutation"
+        )
     if images is not None and stream:
         raise ValueError("--stream is for --text, not for --images")
     folders = [folder for folder in (checkpoint, base, dense) if folder is not None]

@@ -81,7 +81,7 @@ def test_a_card_of_weights_that_changed_later_says_so(sparse) -> None:
 
 def test_the_card_of_a_sparse_checkpoint(sparse) -> None:
     path, modules = sparse
-    text = make_card(path, "sparse-24-bitmask", modules)
+    text = make_card(path, "sparse-24-bitmask", modules, moved=True)
     _, front, body = text.split("---\n", 2)
     matter = yaml.safe_load(front)
     assert matter["base_model"] == 'some/"model"'
@@ -102,6 +102,17 @@ def test_the_card_of_a_sparse_checkpoint(sparse) -> None:
         "```yaml\nprune_stage: {}\n```",
     ]
     assert [part for part in said if part not in body] == []
+
+
+def test_the_card_says_where_no_channel_moved(sparse) -> None:
+    path, modules = sparse
+    text = make_card(path, "sparse-24-bitmask", modules)
+    assert (
+        "whose channels stay where they are. The recipe below kept 2 of every 4" in text
+    )
+    assert "hold 0.7500 of the total score." in text
+    assert "channels permuted" not in text
+    assert "moved by" not in text
 
 
 def test_what_holds_of_the_base_stays_in_the_front_matter(sparse) -> None:

@@ -128,10 +128,10 @@ def test_evaluate_refuses_a_dense_model_of_another_vocabulary(
 
 
 def test_evaluate_says_when_there_is_no_gap(
-    trained_checkpoint: Path, test_text: Path
+    trained_checkpoint: Path, tiny_checkpoint, test_text: Path
 ) -> None:
     result = evaluate(
-        trained_checkpoint, "--text", test_text, "--base", trained_checkpoint,
+        tiny_checkpoint(), "--text", test_text, "--base", trained_checkpoint,
         "--dense", trained_checkpoint,
     )  # fmt: skip
     assert_one_error(result, "no gap to close")
@@ -144,6 +144,9 @@ def test_evaluate_needs_the_dense_model_for_the_gap(
     base = ["--base", trained_checkpoint]
     result = evaluate(trained_checkpoint, "--text", test_text, *base)
     assert_one_error(result, "--base needs --dense")
+    base += ["--dense", trained_checkpoint]
+    result = evaluate(trained_checkpoint, "--text", test_text, *base)
+    assert_one_error(result, "--base .* is the checkpoint itself")
 
 
 def test_evaluate_compares_with_the_dense_model_alone(
@@ -184,11 +187,12 @@ def test_evaluate_tokenises_a_text_once(
 
 @pytest.mark.parametrize("which", ["checkpoint", "base", "dense"])
 def test_evaluate_refuses_a_folder_that_is_no_checkpoint(
-    trained_checkpoint: Path, test_text: Path, tmp_path: Path, which: str
+    trained_checkpoint: Path, tiny_checkpoint, test_text, tmp_path: Path, which: str
 ) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     folders = dict.fromkeys(("checkpoint", "base", "dense"), trained_checkpoint)
+    folders["base"] = tiny_checkpoint()
     folders[which] = empty
     result = evaluate(
         folders["checkpoint"], "--text", test_text, "--base", folders["base"],

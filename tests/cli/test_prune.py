@@ -220,7 +220,7 @@ def test_the_default_row_is_what_the_model_can_read(
     assert not (tmp_path / "out").exists()
     result = nm_permute(*words, "--device", "cpu")
     assert result.exit_code == 0, result.output
-    assert f"out: {1280 // 48 * 48} tokens" in result.stdout
+    assert f"out: calibrated on {1280 // 48 * 48} tokens" in result.stdout
 
 
 def test_rows_that_begin_as_the_tokenizer_does_give_other_weights(
@@ -230,7 +230,7 @@ def test_rows_that_begin_as_the_tokenizer_does_give_other_weights(
     begin_texts_with(tmp_path / "dense", "w03")
     result = prune(tmp_path, "--text", text_file, out=tmp_path / "begun")
     assert result.exit_code == 0, result.output
-    assert f"begun: {1280 // 31 * 32} tokens" in result.stdout
+    assert f"begun: calibrated on {1280 // 31 * 32} tokens" in result.stdout
     plain, begun = (
         load_file(tmp_path / name / "model.safetensors") for name in ("out", "begun")
     )
@@ -250,5 +250,5 @@ def test_conversations_calibrate(
     result = prune(tmp_path, "--text", file)
     assert result.exit_code == 0, result.output
     # A word for whose turn it is and 40 that are said, in rows of at most 32.
-    assert f"out: {20 * 41} tokens" in result.stdout
+    assert f"out: calibrated on {20 * 41} tokens" in result.stdout
     assert verify(tmp_path / "out").good

@@ -118,10 +118,11 @@ def test_a_word_that_is_unknown_is_one_line(
 
 
 def test_what_was_done_wrong_is_one_line_of_error(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    none = tmp_path / "none"
-    assert optimum_cli("nm-permute", "evaluate", none, "--text", none) == 1
+    dense, none = tiny_checkpoint(), tmp_path / "none"
+    capsys.readouterr()
+    assert optimum_cli("nm-permute", "evaluate", dense, "--text", none) == 1
     assert capsys.readouterr().err == f"error: text file {none} does not exist\n"
 
 

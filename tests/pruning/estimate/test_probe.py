@@ -78,7 +78,8 @@ def test_every_stage_has_its_time_and_memory_and_the_model_stays(
     assert [stage.name for stage in found.stages] == ["statistics", *stages, *ends]
     for stage in found.stages:
         assert stage.took.seconds > 0
-        assert stage.peak >= found.held > 0
+        # The memory of a process may shrink a little between two looks.
+        assert stage.peak >= 0.99 * found.held > 0
     assert found.took.seconds >= max(stage.took.seconds for stage in found.stages)
     assert found.peak == max(stage.peak for stage in found.stages)
     assert found.unfit == []
