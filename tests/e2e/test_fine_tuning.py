@@ -86,7 +86,7 @@ def test_a_loop_under_keep_masks_recovers_and_is_saved_2of4(
     card = (tmp_path / "tuned" / "README.md").read_text()
     assert "In a later session the kept weights were trained further" in card
     # The base is the dense model, and not the checkpoint in between.
-    assert f"`{before['base_model']}`, its channels" in card
+    assert f"`{before['base_model']}`, whose channels" in card
 
 
 def test_a_trainer_needs_no_callback(
