@@ -6,8 +6,7 @@ Which modifiers of llm-compressor may stand before and after ours in a recipe.
 |---|---|---|
 | SmoothQuant, LogarithmicEqualization, ConstantPruning | yes | yes |
 | AWQ | yes, if its quantization comes after ours | yes |
-| Quantization, AutoRound | no: quantized weights are not permuted | yes |
-| GPTQ | no | only where nothing is pruned: it does not keep zeros |
+| Quantization, GPTQ, AutoRound | no: quantized weights are not permuted | yes |
 | Wanda, SparseGPT | no: the model would be sparse already | of the same pattern |
 | MagnitudePruning | no | no: it zeroes weights as soon as it is initialised |
 | SpinQuant, QuIP | no: the fold is not exact, or the result loads wrong | no: no zeros |
@@ -60,12 +59,11 @@ def unfit_neighbours(
             f"the recipe names {name} {len(same)} times, and the second would find a "
             "model that is permuted and sparse already: keep one of them"
         )
-    pruned = settings.prune or is_pruned_later(ours, modifiers)
     for other in modifiers:
         if type(other) is type(ours):
             continue
         is_later = any(other is each for each in later)
-        reason = _after(other, pruned, settings) if is_later else _before(other)
+        reason = _after(other, settings) if is_later else _before(other)
         if reason is None:
             reason = _anywhere(other)
         if reason is not None:
@@ -103,12 +101,7 @@ def _before(other: Modifier) -> str | None:
     return None
 
 
-def _after(other: Modifier, pruned: bool, settings: Settings) -> str | None:
-    if is_kind(other, "GPTQModifier") and pruned:
-        return (
-            f"does not keep the zeros of {settings.mask_structure}: take "
-            "QuantizationModifier with the same scheme, which does"
-        )
+def _after(other: Modifier, settings: Settings) -> str | None:
     found = getattr(other, "mask_structure", None)
     if settings.prune or found in (None, settings.mask_structure):
         return None
