@@ -96,7 +96,7 @@ def _before(other: Modifier) -> str | None:
             "leaves a model that is sparse already, whose channels come too late: put it "
             "after, with prune: false, or leave it out"
         )
-    if is_kind(other, _QUANTIZES) and any(True for _ in _weight_groups(other)):
+    if is_kind(other, _QUANTIZES) and any(True for _ in weight_groups(other)):
         return "quantizes weights before they are permuted and pruned: put it after"
     return None
 
@@ -120,7 +120,7 @@ def unfit_groups(
     for other in modifiers:
         if other is ours or not is_kind(other, _QUANTIZES):
             continue
-        for weights, modules in _weight_groups(other, model):
+        for weights, modules in weight_groups(other, model):
             if not modules:
                 yield _means_nothing(other, model)
             size = weights.group_size
@@ -158,12 +158,12 @@ def weight_bits(
         name: int(weights.num_bits)
         for other in after(ours, modifiers)
         if is_kind(other, _QUANTIZES)
-        for weights, modules in _weight_groups(other, model)
+        for weights, modules in weight_groups(other, model)
         for name in modules
     }
 
 
-def _weight_groups(
+def weight_groups(
     modifier: Any, model: nn.Module | None = None
 ) -> Iterator[tuple[Any, dict[str, nn.Module]]]:
     """Yield how a modifier quantizes weights, each with the linears that it means."""

@@ -13,6 +13,7 @@ from llmcompressor.modifiers import Modifier
 from llmcompressor.utils.helpers import DisableQuantization
 from loguru import logger
 from pydantic import PrivateAttr
+from torch import nn
 
 from nm_permute_plugin.checkpoint.plan import experts_of
 from nm_permute_plugin.modifiers.fields import PermutationFields
@@ -20,9 +21,11 @@ from nm_permute_plugin.modifiers.names import name_experts_for_saving
 from nm_permute_plugin.modifiers.neighbours import is_pruned_later
 from nm_permute_plugin.modifiers.preflight import look_of, refuse_many_processes
 from nm_permute_plugin.modifiers.recipe import refuse_shared_pass
+from nm_permute_plugin.modifiers.rounding import roundings_of
 from nm_permute_plugin.modifiers.save import after_save
 from nm_permute_plugin.pruning.pipeline import Record, permute_and_prune
 from nm_permute_plugin.pruning.reading import read_samples
+from nm_permute_plugin.pruning.recover.rounding import Rounding
 from nm_permute_plugin.pruning.run import Pruned, PrunePlan
 from nm_permute_plugin.pruning.targets import refuse_packed
 
@@ -117,7 +120,20 @@ class LearnablePermutationModifier(PermutationFields, Modifier):
                 settings,
                 write=update_offload_parameter,
                 hold=disable_offloading,
+                roundings=self._roundings(model),
             )
+
+    def _roundings(self, model: nn.Module) -> dict[str, Rounding]:
+        """How what follows will round the weights, where they change before."""
+        if not self.recover.stages:
+            return {}
+        found = roundings_of(self, active_session().lifecycle.recipe.modifiers, model)
+        if found:
+            logger.info(
+                f"The recovery trains {len(found)} linears with weights rounded as the "
+                "quantization that follows rounds them; its losses are of those"
+            )
+        return found
 
     def on_finalize(self, state: State, **kwargs: object) -> bool:
         if self._record is None and self._started:

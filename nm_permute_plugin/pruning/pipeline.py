@@ -20,6 +20,7 @@ from nm_permute_plugin.pruning.folding import fold_model
 from nm_permute_plugin.pruning.learn.layerwise import Hold, learn_layerwise
 from nm_permute_plugin.pruning.learn.loop import learn
 from nm_permute_plugin.pruning.problem import Problem, Solution
+from nm_permute_plugin.pruning.recover.rounding import Rounding
 from nm_permute_plugin.pruning.recover.stages import StageRecord, recover
 from nm_permute_plugin.pruning.recover.student import Student
 from nm_permute_plugin.pruning.resuming import goes_on, kept
@@ -86,6 +87,7 @@ def permute_and_prune(
     settings: Settings,
     write: Write = write_in_place,
     hold: Hold = nullcontext,
+    roundings: Mapping[str, Rounding] | None = None,
 ) -> Record:
     """
     Permute the channels, fold the permutation exactly, zero what the N:M mask drops,
@@ -98,6 +100,8 @@ def permute_and_prune(
     :param write: how a parameter's new value is stored
     :param hold: a context in which offloaded weights stay where they were fetched to;
         entered for each layer of ``objective: layer_wise``, and for all recovery
+    :param roundings: by linear, how its weight will be served: recovery runs, and is
+        judged, with rounded weights; what is written is not rounded
     :raises ValueError: for a model that is sparse already, for bad statistics, for outputs
         that are not finite, and for a recovery that cannot run
     :raises RuntimeError: if the fold changes the function of the model
@@ -108,7 +112,10 @@ def permute_and_prune(
         decoder_layers(model, prunable)  # refuses before the work, not after
     device = next(model.parameters()).device
     with evaluating(model), computing_fast(model), Clock(device) as clock:
-        return _run(model, resolved, prunable, data, settings, write, hold, clock)
+        rounded = roundings or {}
+        return _run(
+            model, resolved, prunable, data, settings, write, hold, rounded, clock
+        )
 
 
 def _run(
@@ -119,6 +126,7 @@ def _run(
     settings: Settings,
     write: Write,
     hold: Hold,
+    roundings: Mapping[str, Rounding],
     clock: Clock,
 ) -> Record:
     """The stages, one after the other."""
@@ -138,7 +146,8 @@ def _run(
         masks = moved_along(model, resolved, masks, found.perms)
         if settings.recover.stages:
             with hold():
-                student = _student(model, masks, prunable)
+                student = _student(model, masks, prunable, roundings)
+                known = " ".join([known, *sorted(set(map(repr, roundings.values())))])
                 recovered = recover(student, teacher, data, settings, known)
                 clock.lap("recover")
                 student.write(write)
@@ -206,7 +215,11 @@ def _see_again(problem: Problem, settings: Settings) -> None:
 
 
 def _student(
-    model: nn.Module, masks: Mapping[str, Tensor], linears: Sequence[str]
+    model: nn.Module,
+    masks: Mapping[str, Tensor],
+    linears: Sequence[str],
+    roundings: Mapping[str, Rounding] | None = None,
 ) -> Student:
     device = next(model.parameters()).device
-    return Student(model, {name: masks[name].to(device) for name in linears})
+    moved = {name: masks[name].to(device) for name in linears}
+    return Student(model, moved, roundings)

@@ -64,10 +64,11 @@ def distill(
             "best": (best, better, history),
         }
     )
+    served = student.served(masters)
     with frozen(student.model), torch.enable_grad(), progress:
         backward = Backward(
             teacher,
-            partial(student.masks, masters),
+            partial(student.masks, masters, served),
             data.train,
             settings.memory,
             use_graph=True,
@@ -79,6 +80,7 @@ def distill(
                 training, rate = backward(next(batches)), optimizer.rate
                 with progress.update(step, training, rate):
                     optimizer.step()
+                    student.served(masters, into=served)
                 forecast.step()
                 bar.set_postfix(loss=f"{training:.4f}", best=f"{best:.4f}")
             ends = step % every == 0 or step == steps
