@@ -13,7 +13,6 @@ from llmcompressor.modifiers import Modifier
 from llmcompressor.utils.helpers import DisableQuantization
 from loguru import logger
 from pydantic import PrivateAttr
-from torch import nn
 
 from nm_permute_plugin.checkpoint.plan import experts_of
 from nm_permute_plugin.modifiers.fields import PermutationFields
@@ -66,6 +65,7 @@ class LearnablePermutationModifier(PermutationFields, Modifier):
     _started: bool = PrivateAttr(default=False)
     _record: Record | None = PrivateAttr(default=None)
     _is_pruned: bool = PrivateAttr(default=True)
+    _roundings: dict[str, Rounding] = PrivateAttr(default_factory=dict)
 
     @property
     def record(self) -> Record | None:
@@ -84,6 +84,8 @@ class LearnablePermutationModifier(PermutationFields, Modifier):
         with disable_onloading():
             self._plan = PrunePlan.of(model, settings)
         self._is_pruned = self.prune or is_pruned_later(self, modifiers)
+        if self.recover.stages:
+            self._roundings = roundings_of(self, modifiers, model)
         refuse_packed(self._plan.resolved)
         self._plan.log(settings)
         return True
@@ -108,6 +110,11 @@ class LearnablePermutationModifier(PermutationFields, Modifier):
             f"{self.score}, method {self.method}; {data} to learn from, on "
             f"{next(model.parameters()).device}"
         )
+        if self._roundings:
+            logger.info(
+                f"The recovery trains {len(self._roundings)} linears with weights rounded "
+                "as the quantization that follows rounds them; its losses are of those"
+            )
         # Weights stay on the device that they are fetched to: each is read many times.
         held = nullcontext() if settings.layer_wise else disable_offloading()
         with DisableQuantization(model), held:
@@ -120,20 +127,8 @@ class LearnablePermutationModifier(PermutationFields, Modifier):
                 settings,
                 write=update_offload_parameter,
                 hold=disable_offloading,
-                roundings=self._roundings(model),
+                roundings=self._roundings,
             )
-
-    def _roundings(self, model: nn.Module) -> dict[str, Rounding]:
-        """How what follows will round the weights, where they change before."""
-        if not self.recover.stages:
-            return {}
-        found = roundings_of(self, active_session().lifecycle.recipe.modifiers, model)
-        if found:
-            logger.info(
-                f"The recovery trains {len(found)} linears with weights rounded as the "
-                "quantization that follows rounds them; its losses are of those"
-            )
-        return found
 
     def on_finalize(self, state: State, **kwargs: object) -> bool:
         if self._record is None and self._started:
