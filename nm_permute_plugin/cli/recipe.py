@@ -27,6 +27,10 @@ QUANTIZED: dict[str, str] = {
 }
 """What ``--then`` calls the schemes of llm-compressor's quantization."""
 
+COMPENSATED = ("fp8", "fp8-static", "w4a16")
+"""Those whose weights GPTQ rounds, which loses less; INT8 loses by its activations. A
+recovery learns under rounding to the nearest instead."""
+
 PRUNERS = {"sparsegpt": "SparseGPTModifier", "wanda": "WandaPruningModifier"}
 """What it calls llm-compressor's own pruning, for which the permutation is folded only."""
 
@@ -195,9 +199,10 @@ def written(fields: Mapping[str, Any], then: list[str]) -> str:
     groups: dict[str, dict[str, Any]] = {"permutation_modifiers": {OURS: body}}
     for name in then:
         group, kind, values = _following(name, settings.pattern.density, body)
-        if kind in groups.setdefault(group, {}):
-            raise ValueError(f"--then {name}: there is a {kind} already; take one")
-        groups[group][kind] = values
+        if group in groups:
+            (there,) = groups[group]
+            raise ValueError(f"--then {name}: there is a {there} already; take one")
+        groups[group] = {kind: values}
     what = f"{body['mask_structure']} by {body['score']}, method {body['method']}"
     lines = [
         f"# {what}{''.join(f', then {name}' for name in then)}.",
@@ -234,7 +239,9 @@ def _following(
         return "sparsity_modifiers", PRUNERS[name], values
     values = {"scheme": QUANTIZED[name], "targets": ["Linear"]}
     values |= {"ignore": body["ignore"]}
-    return "quantization_modifiers", "QuantizationModifier", values
+    compensated = name in COMPENSATED and not body.get("recover")
+    kind = "GPTQModifier" if compensated else "QuantizationModifier"
+    return "quantization_modifiers", kind, values
 
 
 def _ours_of(file: Path) -> tuple[Any, list[Any]]:

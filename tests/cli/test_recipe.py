@@ -44,6 +44,14 @@ def test_new_writes_what_is_shipped(name: str) -> None:
     assert yaml.safe_load(written(WORDS[name])) == shipped
 
 
+def test_what_a_recovery_learns_under_is_rounded_to_the_nearest() -> None:
+    for scheme in ("fp8", "w4a16"):
+        assert "GPTQModifier" in written(f"--then {scheme}")
+        both = written(f"--recover end_to_end --then {scheme}")
+        assert "QuantizationModifier" in both
+        assert "GPTQ" not in both
+
+
 def test_new_writes_a_file_and_replaces_none(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     assert nm_permute("recipe", "new", "--out", file).exit_code == 0
@@ -59,7 +67,7 @@ def test_new_writes_a_file_and_replaces_none(tmp_path: Path) -> None:
     [
         ("--then fp88", "--then fp88: there is no such step; did you mean fp8"),
         ("--then sparsegpt --then wanda", "one of them prunes"),
-        ("--then fp8 --then w8a8", "QuantizationModifier already"),
+        ("--then fp8 --then w8a8", "--then w8a8: there is a GPTQModifier already"),
         ("--method learnd", "method: .*learned"),
         ("--pattern 2:3:4", "mask_structure"),
         ("--method identity --then wanda", "would change nothing"),
@@ -102,7 +110,7 @@ def test_check_says_what_would_be_done(tmp_path: Path, tiny_checkpoint) -> None:
     file = SHIPPED / "2of4_learned_then_fp8.yaml"
     alone = nm_permute("recipe", "check", file)
     assert alone.exit_code == 0, alone.output
-    assert "good (LearnablePermutationModifier, QuantizationModifier)" in alone.stdout
+    assert "good (LearnablePermutationModifier, GPTQModifier)" in alone.stdout
     result = nm_permute("recipe", "check", file, "--model", tiny_checkpoint())
     assert result.exit_code == 0, result.output
     assert "2:4 in 14 linears" in result.stdout

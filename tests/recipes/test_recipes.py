@@ -20,10 +20,10 @@ FOLLOWS = {
     "recover": [],  # it is the same modifier that recovers
     "sparsegpt": ["SparseGPTModifier"],
     "wanda": ["WandaPruningModifier"],
-    "fp8": ["QuantizationModifier"],
-    "fp8static": ["QuantizationModifier"],
+    "fp8": ["GPTQModifier"],
+    "fp8static": ["GPTQModifier"],
     "w8a8": ["QuantizationModifier"],
-    "w4a16": ["QuantizationModifier"],
+    "w4a16": ["GPTQModifier"],
     "smoothquant": ["SmoothQuantModifier", "QuantizationModifier"],
 }
 NAME = re.compile(r"(\d+)of(\d+)_([a-z]+)(?:_(vit|qwen25vl))?(?:_then_([a-z0-9]+))?")
