@@ -14,7 +14,7 @@ compressed-tensors. What ``--out FOLDER`` keeps are the weights before they are 
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -51,9 +51,9 @@ from nm_permute_plugin.specs.spec import resolve
 from texts import text_rows, text_windows
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run what the command line asks for."""
-    args = _arguments()
+    args = _arguments(argv)
     settings = _settings(args)
     rows = text_rows(args.model, args.train, args.rows, args.sequence_length)
     data = split_text(
@@ -64,7 +64,7 @@ def main() -> None:
     schemes = {name: _scheme(name, args.group_size) for name in args.schemes}
 
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
-    dense, pruned, perms = model.to(args.device).eval(), None, None
+    dense = model.to(args.device).eval()
     names = prunable(dense)
     print(
         f"{data}; {len(test)} windows of {args.window} tokens of the test", flush=True
@@ -81,7 +81,7 @@ def main() -> None:
     for variant in args.variants or ["frozen", "bf16", *schemes]:
         rounding = None
         if variant in schemes:
-            rounding = partial(_rounded, args=schemes[variant].weights)
+            rounding = partial(rounded, args=schemes[variant].weights)
         student = Student(dense, masks, rounding and dict.fromkeys(masks, rounding))
         started = time.perf_counter()
         if variant != "frozen":
@@ -141,13 +141,13 @@ def _scheme(name: str, group_size: int) -> QuantizationScheme:
     return scheme
 
 
-def _rounded(weight: Tensor, args: QuantizationArgs) -> Tensor:
+def rounded(weight: Tensor, args: QuantizationArgs) -> Tensor:
     """A weight [out, in] to the nearest, its scales by minimum and maximum."""
     size = args.group_size or (weight.shape[1] if args.strategy == "channel" else None)
     groups = weight.flatten()[None] if size is None else weight.unflatten(1, (-1, size))
     scale, point = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
-    rounded: Tensor = fake_quantize(weight, scale, point, args)
-    return rounded
+    served: Tensor = fake_quantize(weight, scale, point, args)
+    return served
 
 
 def _served(
@@ -162,7 +162,7 @@ def _served(
     }
     with torch.no_grad(), _rounding_inputs(model, student, scheme):
         for name, weight in before.items():
-            served = _rounded(weight, scheme.weights)
+            served = rounded(weight, scheme.weights)
             model.get_submodule(name).weight.copy_(served)
         value = perplexity(model, test)
         for name, weight in before.items():
@@ -176,18 +176,18 @@ def _rounding_inputs(
 ) -> Iterator[None]:
     args = scheme.input_activations
 
-    def rounded(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def round_inputs(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         scale, point = compute_dynamic_scales_and_zp(inputs[0], args, None)
         return fake_quantize(inputs[0], scale, point, args), *inputs[1:]
 
     linears = [model.get_submodule(name) for name in student.linears]
-    hooks = [each.register_forward_pre_hook(rounded) for each in linears if args]
+    hooks = [each.register_forward_pre_hook(round_inputs) for each in linears if args]
     yield
     for hook in hooks:
         hook.remove()
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--pruned", type=Path, help="a checkpoint, instead of learning")
@@ -211,7 +211,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
