@@ -18,17 +18,19 @@ Nothing is said of modifiers that are not named here; each save is checked in an
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from compressed_tensors.quantization import QuantizationStrategy
+from compressed_tensors.quantization import ActivationOrdering, QuantizationStrategy
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.modifiers import Modifier
 from torch import nn
 
 from nm_permute_plugin.pruning.settings import Settings
-from nm_permute_plugin.specs.conv1d import is_linear, weight_of
+from nm_permute_plugin.specs.conv1d import is_linear, is_transposed, weight_of
 
 _ROTATIONS = ("SpinQuantModifier", "QuIPModifier")
 _GROUPED = (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP)
 _QUANTIZES = "QuantizationMixin"
+_STATIC = ("static", "weight")
+"""The orders of channels in which GPTQ rounds, and leaves them where they are."""
 
 
 def is_kind(modifier: Modifier, *names: str) -> bool:
@@ -102,6 +104,13 @@ def _before(other: Modifier) -> str | None:
 
 
 def _after(other: Modifier, settings: Settings) -> str | None:
+    if is_kind(other, "GPTQModifier"):
+        orders = {weights.actorder for weights, _ in weight_groups(other)}
+        for order in (order for order in orders - {None} if order not in _STATIC):
+            return (
+                f"sorts channels by actorder: {ActivationOrdering(order).value}, which "
+                "llm-compressor does not support any more: write actorder: static"
+            )
     found = getattr(other, "mask_structure", None)
     if settings.prune or found in (None, settings.mask_structure):
         return None
@@ -143,6 +152,11 @@ def _means_nothing(other: Any, model: nn.Module) -> str:
     kinds = {type(module).__name__ for module in model.modules() if is_linear(module)}
     schemes = other.resolved_config.config_groups.values()
     targets = sorted({target for scheme in schemes for target in scheme.targets})
+    if kinds == {"Conv1D"}:
+        return (
+            f"{type(other).__name__} would quantize nothing: the linears of this model are "
+            "of class Conv1D, which llm-compressor does not quantize; leave it out"
+        )
     return (
         f"{type(other).__name__} with targets {', '.join(targets)} means no linear of "
         f"this model and would quantize nothing: its linears are of class "
@@ -166,7 +180,11 @@ def weight_bits(
 def weight_groups(
     modifier: Any, model: nn.Module | None = None
 ) -> Iterator[tuple[Any, dict[str, nn.Module]]]:
-    """Yield how a modifier quantizes weights, each with the linears that it means."""
+    """
+    Yield how a modifier quantizes weights, each with the linears that it means.
+
+    compressed-tensors quantizes no Conv1D.
+    """
     for scheme in modifier.resolved_config.config_groups.values():
         if scheme.weights is not None:
             found = (
@@ -174,4 +192,8 @@ def weight_groups(
                 if model is not None
                 else ()
             )
-            yield scheme.weights, {name: m for name, m in found if is_linear(m)}
+            linears = {name: m for name, m in found if is_linear(m)}
+            yield (
+                scheme.weights,
+                {n: m for n, m in linears.items() if not is_transposed(m)},
+            )

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from nm_permute_plugin.modifiers.neighbours import after, is_kind, weight_groups
 from nm_permute_plugin.pruning.recover.rounding import Rounding
-from nm_permute_plugin.specs.conv1d import is_transposed
 
 
 def roundings_of(
@@ -31,7 +30,7 @@ def roundings_of(
             break
         for weights, modules in weight_groups(other, model):
             rounding = _ToNearest(QuantizationScheme(targets=[], weights=weights))
-            found |= {n: rounding for n, m in modules.items() if not is_transposed(m)}
+            found |= dict.fromkeys(modules, rounding)
     return found
 
 

@@ -152,3 +152,14 @@ def test_a_recipe_with_gptq_is_saved_sparse_and_read_again(
     assert [row.format for row in report.rows if row.promised] == [stored] * 14
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert bool(model(torch.tensor([[1, 2, 3, 4]])).logits.isfinite().all())
+
+
+def test_a_later_session_keeps_the_zeros_too(
+    tiny_checkpoint, run_oneshot, tmp_path: Path
+) -> None:
+    run_oneshot(tiny_checkpoint(), ours(method="identity"), tmp_path / "pruned")
+    later = "quantization_stage:\n" + quantize("FP8_DYNAMIC", "GPTQModifier")
+    run_oneshot(tmp_path / "pruned", later, tmp_path / "out")
+    report = verify(tmp_path / "out")
+    assert report.faults == ()
+    assert sum(row.promised and row.sparse for row in report.rows) == 14

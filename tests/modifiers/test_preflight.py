@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import modifier, ours, quantize, wanda
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+)
 
 from nm_permute_plugin.checkpoint.verify import verify
 
@@ -62,6 +68,10 @@ REFUSED = {
     ),
     "groups that leave a rest": (OURS + grouped(24), "groups of 24 weights"),
     "GPTQ before": (before(GPTQ), "GPTQModifier before .*: put it after"),
+    "GPTQ in an order that is gone": (
+        OURS + quantize("W8A8", "GPTQModifier", actorder="group"),
+        "GPTQModifier after .* by actorder: group, .* any more: write actorder: static",
+    ),
     "quantization before": (before(quantize("W8A8")), "before .*: put it after"),
     "SpinQuant before": (before(SPIN), f"SpinQuantModifier before .*{ROTATES}"),
     "SpinQuant after": (OURS + SPIN, f"SpinQuantModifier after .*{ROTATES}"),
@@ -148,6 +158,25 @@ def test_all_findings_are_told_in_one_refusal(
     assert len(lines) == 4
     assert all(word in line for word, line in zip(words, lines, strict=True))
     assert not (folder / "sparse").exists()
+
+
+@pytest.mark.parametrize("kind", ["QuantizationModifier", "GPTQModifier"])
+def test_quantization_of_what_the_host_does_not_quantize_is_refused(
+    tiny_checkpoint, run_oneshot, tmp_path: Path, kind: str
+) -> None:
+    folder, tokenizer = (
+        tmp_path / "gpt2",
+        AutoTokenizer.from_pretrained(tiny_checkpoint()),
+    )
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    GPT2LMHeadModel(GPT2Config(vocab_size=64, **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    recipe = ours(targets=["Conv1D"], **FAST) + quantize(
+        "W8A8", kind, targets=["Conv1D"]
+    )
+    with pytest.raises(ValueError, match=f"^{kind} would quantize nothing: .* Conv1D"):
+        run_oneshot(folder, recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_folder_of_the_model_is_no_place_for_the_result(
