@@ -152,10 +152,12 @@ def _means_nothing(other: Any, model: nn.Module) -> str:
     kinds = {type(module).__name__ for module in model.modules() if is_linear(module)}
     schemes = other.resolved_config.config_groups.values()
     targets = sorted({target for scheme in schemes for target in scheme.targets})
-    if kinds == {"Conv1D"}:
+    named = match_named_modules(model, targets, other.ignore)
+    if any(is_linear(module) for _, module in named):
         return (
-            f"{type(other).__name__} would quantize nothing: the linears of this model are "
-            "of class Conv1D, which llm-compressor does not quantize; leave it out"
+            f"{type(other).__name__} with targets {', '.join(targets)} would quantize "
+            "nothing: those linears are of class Conv1D, which llm-compressor does not "
+            "quantize; leave it out"
         )
     return (
         f"{type(other).__name__} with targets {', '.join(targets)} means no linear of "

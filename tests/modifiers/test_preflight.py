@@ -174,7 +174,9 @@ def test_quantization_of_what_the_host_does_not_quantize_is_refused(
     recipe = ours(targets=["Conv1D"], **FAST) + quantize(
         "W8A8", kind, targets=["Conv1D"]
     )
-    with pytest.raises(ValueError, match=f"^{kind} would quantize nothing: .* Conv1D"):
+    with pytest.raises(
+        ValueError, match=f"^{kind} .* would quantize nothing: .* Conv1D"
+    ):
         run_oneshot(folder, recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
