@@ -54,6 +54,11 @@ class Student:
         """The names of the pruned linears."""
         return tuple(self._dropped)
 
+    @property
+    def is_rounded(self) -> bool:
+        """Whether it runs with rounded weights."""
+        return bool(self._roundings)
+
     def masks(
         self,
         overrides: Mapping[str, Tensor] | None = None,

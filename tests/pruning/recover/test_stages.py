@@ -226,6 +226,7 @@ def test_what_is_learned_under_rounding_loses_less_once_it_is_rounded(
         model = AutoModelForCausalLM.from_pretrained(trained_checkpoint)
         student = student_of(model, rounding=during)
         (record,) = run(student, data, only(stage))
+        assert record.rounded == (during is not None)
         rounded = student_of(model, rounding=coarse)
         rounded.values.update(student.values)
         losses.append(loss_of(rounded, data))
