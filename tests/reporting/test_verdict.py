@@ -33,6 +33,7 @@ def verdict(of: Run, *texts: dict[str, object]) -> str:
                 "this run brought it to 0.500, which regains 75.0 %"),
         (run(recovered=[RECOVERED]), "brought it to 0.400, which regains 80.0 %"),
         (run(recovered=[RECOVERED | {"kept": False}]), "brought it to 0.500"),
+        (run(recovered=[RECOVERED | {"rounded": True}]), "brought it to 0.500"),
         (run(searched=[]), "this run has a validation loss of 0.500"),
         (run({"prune": False}), "pruned nothing (a 2:4 mask would lose 20.0 %"),
         (run({"method": "identity"}, searched=[], history=[]),
