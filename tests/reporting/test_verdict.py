@@ -40,7 +40,8 @@ def verdict(of: Run, *texts: dict[str, object]) -> str:
          "nothing was searched or learned to regain it"),
         (Run(), "The weights are N:M by the plain mask"),
     ],
-    ids=["learned", "recovered", "dropped", "older", "unpruned", "identity", "empty"],
+    ids=["learned", "recovered", "dropped", "rounded", "older", "unpruned", "identity",
+         "empty"],
 )  # fmt: skip
 def test_what_was_lost_and_regained(of: Run, said: str) -> None:
     assert said in verdict(of)
