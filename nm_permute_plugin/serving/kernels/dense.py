@@ -32,6 +32,11 @@ class Dense:
         )  # made now: a CUDA graph would own what its capture allocates
         return weight
 
+    def unpack(
+        self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
+        return packed
+
     def candidates(self, packed: Tensor, x: Tensor, rows: int) -> list[Settings]:
         return [()]
 
