@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse kernels for a model that transformers runs, without vLLM."""
+
+import time
+from collections import Counter, defaultdict
+from typing import TypeVar
+
+import torch
+from loguru import logger
+from torch import Tensor, nn
+
+from nm_permute_plugin.checkpoint.codec import compress
+from nm_permute_plugin.checkpoint.layout24 import WORDS
+from nm_permute_plugin.serving.accelerated_linear import (
+    UNDO,
+    AcceleratedLinear,
+    pack_linear,
+)
+from nm_permute_plugin.serving.detect import Mode
+from nm_permute_plugin.serving.detect import mode as mode_of_environment
+from nm_permute_plugin.serving.kernels.kernel import DTYPES_16
+from nm_permute_plugin.serving.layer_report import from_to
+from nm_permute_plugin.serving.linear import SparseLinear, try_kernels
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def accelerate(model: Model, *, undo: bool = False, mode: Mode | None = None) -> Model:
+    """
+    Let the 2:4 linears of a loaded model run on sparse kernels, in place.
+
+    Each linear takes the kernel that is fastest for the number of tokens, as in vLLM: each
+    shape of weight is measured once on a card, which takes a minute at most, and the result
+    is kept on disk. It holds packed copies of its weight, no dense one beside them unless
+    the dense product is the fastest for some number of tokens. Weights that do not follow
+    2:4 stay dense, and so does everything without a CUDA device: the log says how many and
+    why.
+
+    The model runs forward only: eagerly, under ``torch.compile``, and in ``generate`` with
+    a static cache, where it gains most. ``state_dict`` and ``save_pretrained`` give the
+    dense weights. A layer whose weight is read (a LoRA that is merged), loaded anew or
+    moved to another device or dtype is dense again, with a line in the log.
+
+    >>> import torch
+    >>> linear = torch.nn.Linear(4, 1)
+    >>> linear.weight.data = torch.tensor([[0.0, 1.0, 2.0, 0.0]])
+    >>> accelerate(linear) is linear  # on a CPU nothing changes
+    True
+
+    :param model: a model in 16 bits on a CUDA device
+    :param undo: give every layer its weight back, bit by bit
+    :param mode: ``auto``, or ``memory`` for one packed copy of each weight; by default
+        what ``NM_PERMUTE_SERVE`` says
+    :return: the model itself
+    :raises TypeError: for what is no model
+    :raises ValueError: if no weight of the model follows 2:4
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"accelerate takes a loaded model, got a {type(model).__name__}: load it "
+            'first, by transformers.AutoModelForCausalLM.from_pretrained("MODEL")'
+        )
+    if undo:
+        _undo(model)
+        return model
+    started = time.perf_counter()
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    done = [n for n, m in linears.items() if isinstance(m, AcceleratedLinear)]
+    dense: dict[str, list[str]] = defaultdict(list)
+    sparse: dict[str, nn.Linear] = {}
+    shared = _shared(model)
+    for name, linear in linears.items():
+        if name in done:
+            continue
+        reason = _reason(linear, shared)
+        if reason is None:
+            sparse[name] = linear
+        else:
+            dense[reason].append(name)
+    if not sparse and not done:
+        raise ValueError(
+            f"no linear of this {type(model).__name__} has a 2:4 weight, so there is "
+            f"nothing to accelerate: {_told(dense)}. Load a checkpoint that was pruned 2:4."
+        )
+    before = _bytes(model)
+    chosen = mode_of_environment() if mode is None else mode
+    try_kernels([linear.weight.detach() for linear in sparse.values()], chosen)
+    told: list[str] = []
+    with torch.no_grad():
+        for name, linear in sparse.items():
+            reason = _pack(linear, chosen, told)
+            if reason is None:
+                done.append(name)
+            else:
+                dense[reason].append(name)
+    line = f"{len(done)} of {len(linears)} linears run on sparse kernels"
+    if dense:
+        line += f"; dense stay {_told(dense)}"
+    if done:
+        seconds = time.perf_counter() - started
+        line += (
+            f". Weights take {_bytes(model) / 1e9:.2f} GB, {before / 1e9:.2f} before "
+            f"({seconds:.0f} s). {UNDO} gives the dense ones back."
+        )
+    (logger.info if done else logger.warning)(f"accelerate: {line}")
+    return model
+
+
+def _undo(model: nn.Module) -> None:
+    count = 0
+    for module in model.modules():
+        if isinstance(module, AcceleratedLinear):
+            module.restore()
+            count += 1
+    logger.info(f"accelerate: {count} linears have their dense weights back")
+
+
+def _reason(linear: nn.Linear, shared: set[int]) -> str | None:
+    """Return why a linear stays dense, whatever the device; None if it is 2:4."""
+    if type(linear) is not nn.Linear or "forward" in linear.__dict__:
+        return "another forward than a linear's"
+    weight = linear.weight.detach()
+    if type(weight.data) is not Tensor or weight.is_meta:
+        return "a weight that is offloaded or cut"
+    if weight.data_ptr() in shared:
+        return "a weight that another module shares"
+    if weight.dtype not in WORDS:
+        return f"weights in {weight.dtype}"
+    if not int(weight.count_nonzero()):
+        return "a weight of zeros alone"
+    try:
+        compress(weight)
+    except ValueError as error:
+        if "-0.0" in str(error):
+            return "a weight with -0.0 (nm-permute convert DIR OUT --clear-zeros)"
+        return "a weight that is not 2:4"
+    if weight.dtype not in DTYPES_16:
+        return f"weights in {weight.dtype}, load them with dtype=torch.bfloat16"
+    return None
+
+
+def _pack(linear: nn.Linear, mode: Mode, told: list[str]) -> str | None:
+    """Pack a 2:4 linear; return why it stays dense, or None."""
+    weight = linear.weight.detach()
+    made = SparseLinear.prepare(weight, mode, is_checked=True)
+    if isinstance(made, str):
+        return made
+    words = WORDS[weight.dtype]
+    back = made.unpack((linear.out_features, linear.in_features), weight.dtype)
+    if not torch.equal(back.view(words), weight.view(words)):
+        return "values that packing would lose: -0.0, inf or NaN"
+    pack_linear(linear, made, told)
+    return None
+
+
+def _shared(model: nn.Module) -> set[int]:
+    """Find the addresses of weights that several modules have, such as tied heads."""
+    owners = Counter(
+        weight.data_ptr()
+        for module in model.modules()
+        for weight in module._parameters.values()
+        if weight is not None and weight.numel()
+    )
+    return {address for address, count in owners.items() if count > 1}
+
+
+def _bytes(model: nn.Module) -> int:
+    """Sum up the bytes of parameters and buffers, each once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+
+def _told(dense: dict[str, list[str]]) -> str:
+    return ", ".join(
+        f"{len(names)} ({from_to(names)}: {reason})" for reason, names in dense.items()
+    )
