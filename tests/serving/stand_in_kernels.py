@@ -9,7 +9,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from nm_permute_plugin.serving import linear
+from nm_permute_plugin.serving import accelerate, linear
 from nm_permute_plugin.serving.kernel_table import Bucket, Choice, KernelTable
 from nm_permute_plugin.serving.kernels.dense import Dense
 from nm_permute_plugin.serving.kernels.kernel import Settings
@@ -53,6 +53,6 @@ def stand_in_kernels(*names: str) -> Iterator[None]:
         patch.dict(TABLES, clear=True),
         patch.object(linear, "_table", table),
         patch.object(linear, "_unsupported", lambda weight, mode: None),
-        patch.object(linear, "try_kernels", lambda weights, mode: None),
+        patch.object(accelerate, "try_kernels", lambda weights, mode: None),
     ):
         yield
