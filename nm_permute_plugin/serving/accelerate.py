@@ -4,23 +4,26 @@
 import time
 from collections import Counter, defaultdict
 from typing import TypeVar
+from weakref import ref
 
 import torch
 from loguru import logger
 from torch import Tensor, nn
 
-from nm_permute_plugin.checkpoint.codec import compress
+from nm_permute_plugin.checkpoint.codec import compress, nonzero_bits
 from nm_permute_plugin.checkpoint.layout24 import WORDS
 from nm_permute_plugin.serving.accelerated_linear import (
     UNDO,
     AcceleratedLinear,
+    Host,
     pack_linear,
 )
 from nm_permute_plugin.serving.detect import Mode
 from nm_permute_plugin.serving.detect import mode as mode_of_environment
-from nm_permute_plugin.serving.kernels.kernel import DTYPES_16
+from nm_permute_plugin.serving.kernels.kernel import DTYPES_8, DTYPES_16
 from nm_permute_plugin.serving.layer_report import from_to
 from nm_permute_plugin.serving.linear import SparseLinear, try_kernels
+from nm_permute_plugin.serving.quantized_linear import owner_of, unsupported_scheme
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -47,7 +50,8 @@ def accelerate(model: Model, *, undo: bool = False, mode: Mode | None = None) ->
     >>> accelerate(linear) is linear  # on a CPU nothing changes
     True
 
-    :param model: a model in 16 bits on a CUDA device
+    :param model: a model in 16 bits on a CUDA device; or quantized to FP8 or INT8, as
+        ``from_pretrained`` returned it, before its first forward decompresses it
     :param undo: give every layer its weight back, bit by bit
     :param mode: ``auto``, or ``memory`` for one packed copy of each weight; by default
         what ``NM_PERMUTE_SERVE`` says
@@ -85,10 +89,11 @@ def accelerate(model: Model, *, undo: bool = False, mode: Mode | None = None) ->
     before = _bytes(model)
     chosen = mode_of_environment() if mode is None else mode
     try_kernels([linear.weight.detach() for linear in sparse.values()], chosen)
-    told: list[str] = []
+    owner = owner_of(model)
+    host = Host(None if owner is None else ref(owner))
     with torch.no_grad():
         for name, linear in sparse.items():
-            reason = _pack(linear, chosen, told)
+            reason = _pack(linear, chosen, host)
             if reason is None:
                 done.append(name)
             else:
@@ -117,8 +122,11 @@ def _undo(model: nn.Module) -> None:
 
 def _reason(linear: nn.Linear, shared: set[int]) -> str | None:
     """Return why a linear stays dense, whatever the device; None if it is 2:4."""
-    if type(linear) is not nn.Linear or "forward" in linear.__dict__:
+    if type(linear) is not nn.Linear:
         return "another forward than a linear's"
+    is_quantized = linear.weight.dtype in DTYPES_8 or "forward" in linear.__dict__
+    if is_quantized and (reason := unsupported_scheme(linear)):
+        return reason
     weight = linear.weight.detach()
     if type(weight.data) is not Tensor or weight.is_meta:
         return "a weight that is offloaded or cut"
@@ -126,7 +134,7 @@ def _reason(linear: nn.Linear, shared: set[int]) -> str | None:
         return "a weight that another module shares"
     if weight.dtype not in WORDS:
         return f"weights in {weight.dtype}"
-    if not int(weight.count_nonzero()):
+    if not bool(nonzero_bits(weight).any()):
         return "a weight of zeros alone"
     try:
         compress(weight)
@@ -134,12 +142,12 @@ def _reason(linear: nn.Linear, shared: set[int]) -> str | None:
         if "-0.0" in str(error):
             return "a weight with -0.0 (nm-permute convert DIR OUT --clear-zeros)"
         return "a weight that is not 2:4"
-    if weight.dtype not in DTYPES_16:
+    if weight.dtype not in DTYPES_16 + DTYPES_8:
         return f"weights in {weight.dtype}, load them with dtype=torch.bfloat16"
     return None
 
 
-def _pack(linear: nn.Linear, mode: Mode, told: list[str]) -> str | None:
+def _pack(linear: nn.Linear, mode: Mode, host: Host) -> str | None:
     """Pack a 2:4 linear; return why it stays dense, or None."""
     weight = linear.weight.detach()
     made = SparseLinear.prepare(weight, mode, is_checked=True)
@@ -149,7 +157,7 @@ def _pack(linear: nn.Linear, mode: Mode, told: list[str]) -> str | None:
     back = made.unpack((linear.out_features, linear.in_features), weight.dtype)
     if not torch.equal(back.view(words), weight.view(words)):
         return "values that packing would lose: -0.0, inf or NaN"
-    pack_linear(linear, made, told)
+    pack_linear(linear, made, host)
     return None
 
 

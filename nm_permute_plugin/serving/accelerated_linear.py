@@ -2,17 +2,35 @@
 """A linear of a transformers model whose 2:4 weight is packed for the sparse kernels."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
+from weakref import ref
 
 import torch
 from loguru import logger
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from nm_permute_plugin.serving.kernels.kernel import DTYPES_16
+from nm_permute_plugin.serving.kernels.scaling import scaled
 from nm_permute_plugin.serving.linear import SparseLinear
 from nm_permute_plugin.serving.ops import multiply, sparse24_linear, unpack
+from nm_permute_plugin.serving.quantized_linear import give_back, quantize, take_over
 
 UNDO = "nmp.accelerate(model, undo=True)"
+
+
+@dataclass
+class Host:
+    """
+    What the accelerated linears of a model share.
+
+    :param owner: the model that compressed-tensors decompresses at its first forward
+    :param told: whether the log says that some are dense again
+    """
+
+    owner: "ref[nn.Module] | None" = None
+    told: bool = False
 
 
 class AcceleratedLinear(nn.Linear):
@@ -30,9 +48,8 @@ class AcceleratedLinear(nn.Linear):
     packed_names: tuple[str, ...]
     emptied: Parameter
     dtype: torch.dtype
-    told: list[str]
-
-    # The rest is forward, and what is told apart from an ordinary linear.
+    taken: dict[str, Any]
+    host: Host
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
@@ -47,7 +64,18 @@ class AcceleratedLinear(nn.Linear):
         # A graph holds the operator; without one its dispatch would only take time.
         call = sparse24_linear if torch.compiler.is_compiling() else multiply
         packed = [getattr(self, name) for name in self.packed_names]
-        out: Tensor = call(x.reshape(-1, self.in_features), packed, self.table_name)
+        tokens = x.reshape(-1, self.in_features)
+        out: Tensor
+        if self.dtype in DTYPES_16:
+            out = call(tokens, packed, self.table_name)
+        else:
+            given = self._parameters.get("input_scale")
+            quantized, scale = quantize(tokens, self.dtype, given)
+            sums = call(quantized, packed, self.table_name)
+            weights = cast(Tensor, self.weight_scale).reshape(-1, 1)
+            if weights.dtype == torch.float16:
+                weights = weights.float()
+            out = scaled(sums, scale, weights, None, x.dtype)
         return out.view(*x.shape[:-1], self.out_features)
 
     def dense(self) -> Tensor:
@@ -62,8 +90,8 @@ class AcceleratedLinear(nn.Linear):
 
         :param why: what asked for the dense weight, for the log; None if the owner did
         """
-        if why is not None and not self.told:
-            self.told.append(why)
+        if why is not None and not self.host.told:
+            self.host.told = True
             logger.warning(
                 f"a linear of the accelerated model is dense again, because {why}; others "
                 "may follow. Call nmp.accelerate(model) again to pack them."
@@ -73,12 +101,14 @@ class AcceleratedLinear(nn.Linear):
         for name in self.packed_names:
             del self._buffers[name]
             self._non_persistent_buffers_set.discard(name)
-        for name in ("table_name", "packed_names", "emptied", "dtype", "told"):
+        taken, owner = self.taken, self.host.owner
+        for name in _ATTRIBUTES:
             del self.__dict__[name]
         others = dict(self._parameters)
         self._parameters.clear()
         self._parameters.update({"weight": weight, **others})  # in the usual order
         self.__class__ = nn.Linear  # type: ignore[assignment]
+        give_back(self, taken, None if owner is None else owner())
         return self
 
     @property
@@ -111,12 +141,15 @@ class AcceleratedLinear(nn.Linear):
         layer._load_from_state_dict(state_dict, prefix, *rest)
 
 
-def pack_linear(linear: nn.Linear, sparse: SparseLinear, told: list[str]) -> None:
+_ATTRIBUTES = ("table_name", "packed_names", "emptied", "dtype", "taken", "host")
+
+
+def pack_linear(linear: nn.Linear, sparse: SparseLinear, host: Host) -> None:
     """
     Let a linear multiply by its packed weight, in place; the dense weight is freed.
 
     :param sparse: the weight of the linear
-    :param told: a list that all layers of a model share, empty until one is dense again
+    :param host: is shared by all layers of a model
     """
     weight = linear.weight
     del linear._parameters["weight"]
@@ -129,7 +162,8 @@ def pack_linear(linear: nn.Linear, sparse: SparseLinear, told: list[str]) -> Non
         packed_names=names,
         emptied=weight,
         dtype=weight.dtype,
-        told=told,
+        taken=take_over(linear),
+        host=host,
     )
     weight.data = weight.data.new_empty(0)
     linear.__class__ = AcceleratedLinear

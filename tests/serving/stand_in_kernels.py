@@ -12,22 +12,35 @@ from torch import Tensor
 from nm_permute_plugin.serving import accelerate, linear
 from nm_permute_plugin.serving.kernel_table import Bucket, Choice, KernelTable
 from nm_permute_plugin.serving.kernels.dense import Dense
-from nm_permute_plugin.serving.kernels.kernel import Settings
+from nm_permute_plugin.serving.kernels.kernel import DTYPES_8, Settings, output_dtype
+from nm_permute_plugin.serving.kernels.packing import pack, unpack
 from nm_permute_plugin.serving.kernels.triton_fallback import TritonDecode
 from nm_permute_plugin.serving.ops import KERNELS, TABLES
 
 
 @dataclass(frozen=True)
 class StandIn(TritonDecode):
-    """Packs like our Triton kernel, and multiplies by the unpacked weight as torch does."""
+    """Packs like our own kernels, and multiplies by the unpacked weight as torch does."""
 
     name: str = "triton"
 
     def unsupported(self, weight: Tensor) -> str | None:
         return None
 
+    def prepare(self, weight: Tensor) -> Tensor:
+        return pack(weight) if weight.dtype in DTYPES_8 else super().prepare(weight)
+
+    def unpack(
+        self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
+        if dtype in DTYPES_8:
+            return unpack(packed, shape, dtype)
+        return super().unpack(packed, shape, dtype)
+
     def run(self, packed: Tensor, x: Tensor, rows: int, settings: Settings) -> Tensor:
         weight = self.unpack(packed, (rows, x.shape[1]), x.dtype)
+        if x.dtype in DTYPES_8:
+            return (x.float() @ weight.float().t()).to(output_dtype(x.dtype))
         return torch.nn.functional.linear(x, weight)
 
 
