@@ -20,6 +20,7 @@ from inspect import unwrap
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -45,6 +46,7 @@ from nm_permute_plugin.serving.kernels.cusparselt_plan import plan_of
 from nm_permute_plugin.serving.kernels.kernel import DTYPES_8
 from nm_permute_plugin.serving.linear import SparseLinear
 from nm_permute_plugin.serving.ops import KERNELS, TABLES
+from nm_permute_plugin.serving.quantized_linear import quantize
 from nm_permute_plugin.serving.tune import random_tokens
 
 SHAPES = {
@@ -256,6 +258,46 @@ def accelerated_model(dtype: torch.dtype, mode: Mode) -> None:
             raise AssertionError("a weight came back with other bits")
 
 
+def accelerated_8_bits(dtype: torch.dtype) -> None:
+    """A linear as compressed-tensors has it: exact, eagerly and compiled, and undone."""
+    linear = torch.nn.Linear(*reversed(LAYER), bias=False, device="cuda")
+    weight = clear_negative_zeros(sparse_weight(*LAYER, dtype, device="cuda"))
+    linear.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+    scale = (torch.rand(len(weight), 1, device="cuda") / 1000).bfloat16()
+    linear.weight_scale = torch.nn.Parameter(scale, requires_grad=False)
+    eight = {"num_bits": 8, "symmetric": True}
+    linear.quantization_scheme = SimpleNamespace(
+        weights=SimpleNamespace(**eight, strategy="channel"),
+        input_activations=SimpleNamespace(**eight, strategy="token", dynamic=True),
+        output_activations=None,
+    )
+    linear.forward = linear.forward
+    TABLES.clear()
+    with patch.dict(os.environ, {linear_module.FORCED: "mma_sp,cusparselt"}):
+        accelerate(linear)
+    torch.compiler.reset()
+    for name in ("forward", "product"):  # without pytest's checks of types
+        setattr(AcceleratedLinear, name, unwrap(getattr(AcceleratedLinear, name)))
+    compiled = torch.compile(linear, mode="reduce-overhead", fullgraph=True)
+    with torch.no_grad():
+        for tokens in (1, 16, 300):
+            x = torch.randn(tokens, LAYER[1], device="cuda").bfloat16()
+            x_q, scale_x = quantize(x, dtype, None)
+            scales = Scales(scale_x, scale, None, torch.bfloat16)
+            expected = exact(weight, x_q, scales)
+            # compiled, inputs may be quantized to the next value
+            for call, most in ((linear, BOUND), (compiled, 0.03), (compiled, 0.03)):
+                torch.compiler.cudagraph_mark_step_begin()
+                wrong = error(call(x[None])[0], expected)
+                if not wrong <= most:
+                    raise AssertionError(f"off by {wrong:.3g} for {tokens} tokens")
+    accelerate(linear, undo=True)
+    if not torch.equal(linear.weight.view(torch.int8), weight.view(torch.int8)):
+        raise AssertionError("the weight came back with other bits")
+    if "quantization_scheme" not in vars(linear) or "forward" not in vars(linear):
+        raise AssertionError("compressed-tensors does not run the linear again")
+
+
 def kernel_table_is_kept() -> None:
     """A second process measures nothing; a damaged file is measured anew."""
     weight = sparse_weight(*LAYER, torch.bfloat16, device="cuda")
@@ -341,6 +383,10 @@ CHECKS: dict[str, Callable[[], None]] = (
         f"accelerate {kind} {mode}": partial(accelerated_model, DTYPES[kind], mode)
         for kind in ("bf16", "fp16")
         for mode in ("auto", "memory")
+    }
+    | {
+        f"accelerate {kind}": partial(accelerated_8_bits, DTYPES[kind])
+        for kind in ("fp8", "int8")
     }
     | {f"layer {kind}": partial(layer_works, dtype) for kind, dtype in DTYPES.items()}
     | {
