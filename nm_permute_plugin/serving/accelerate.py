@@ -45,8 +45,8 @@ def accelerate(model: Model, *, undo: bool = False, mode: Mode | None = None) ->
     moved to another device or dtype is dense again, with a line in the log.
 
     >>> import torch
-    >>> linear = torch.nn.Linear(4, 1)
-    >>> linear.weight.data = torch.tensor([[0.0, 1.0, 2.0, 0.0]])
+    >>> linear = torch.nn.Linear(4, 1, dtype=torch.bfloat16)
+    >>> _ = linear.weight.data.copy_(torch.tensor([[0.0, 1.0, 2.0, 0.0]]))
     >>> accelerate(linear) is linear  # on a CPU nothing changes
     True
 
@@ -68,7 +68,11 @@ def accelerate(model: Model, *, undo: bool = False, mode: Mode | None = None) ->
         _undo(model)
         return model
     started = time.perf_counter()
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    linears = {
+        name or "the model": module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
     done = [n for n, m in linears.items() if isinstance(m, AcceleratedLinear)]
     dense: dict[str, list[str]] = defaultdict(list)
     sparse: dict[str, nn.Linear] = {}
