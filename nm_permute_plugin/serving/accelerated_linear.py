@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from nm_permute_plugin.serving.kernels.kernel import DTYPES_16
 from nm_permute_plugin.serving.kernels.scaling import scaled
 from nm_permute_plugin.serving.linear import SparseLinear
-from nm_permute_plugin.serving.ops import multiply, sparse24_linear, unpack
+from nm_permute_plugin.serving.ops import TABLES, multiply, sparse24_linear, unpack
 from nm_permute_plugin.serving.quantized_linear import give_back, quantize, take_over
 
 UNDO = "nmp.accelerate(model, undo=True)"
@@ -45,6 +45,7 @@ class AcceleratedLinear(nn.Linear):
 
     is_accelerated = True
     table_name: str
+    kernels: list[str]
     packed_names: tuple[str, ...]
     emptied: Parameter
     dtype: torch.dtype
@@ -82,7 +83,7 @@ class AcceleratedLinear(nn.Linear):
         """Unpack the weight: [out, in], with the bits that it had."""
         packed = [getattr(self, name) for name in self.packed_names]
         shape = (self.out_features, self.in_features)
-        return unpack(packed, self.table_name, shape, self.dtype)
+        return unpack(packed, self.kernels, shape, self.dtype)
 
     def restore(self, why: str | None = None) -> Any:
         """
@@ -128,6 +129,11 @@ class AcceleratedLinear(nn.Linear):
         why = f"it was moved to {moved.device} as {moved.dtype}"
         return cast(nn.Module, self.restore(why)._apply(fn, recurse))
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.table_name not in TABLES:
+            self.restore("it was pickled by another process")
+
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
@@ -141,7 +147,10 @@ class AcceleratedLinear(nn.Linear):
         layer._load_from_state_dict(state_dict, prefix, *rest)
 
 
-_ATTRIBUTES = ("table_name", "packed_names", "emptied", "dtype", "taken", "host")
+_ATTRIBUTES = (
+    *("table_name", "kernels", "packed_names", "emptied", "dtype"),
+    *("taken", "host"),
+)
 
 
 def pack_linear(linear: nn.Linear, sparse: SparseLinear, host: Host) -> None:
@@ -159,6 +168,7 @@ def pack_linear(linear: nn.Linear, sparse: SparseLinear, host: Host) -> None:
     # not by attribute: a module would take the parameter for one of its own
     linear.__dict__.update(
         table_name=sparse.table_name,
+        kernels=sparse.kernels,
         packed_names=names,
         emptied=weight,
         dtype=weight.dtype,

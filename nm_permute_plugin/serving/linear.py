@@ -43,8 +43,8 @@ class SparseLinear:
 
     def __init__(self, weight: Tensor, table_name: str) -> None:
         self.table_name = table_name
-        kernels = TABLES[table_name].kernels
-        self.packed = [KERNELS[name].prepare(weight) for name in kernels]
+        self.kernels = TABLES[table_name].kernels
+        self.packed = [KERNELS[name].prepare(weight) for name in self.kernels]
 
     @classmethod
     def prepare(
@@ -90,13 +90,12 @@ class SparseLinear:
 
     def unpack(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """Return the dense weight [out, in], see ``Kernel.unpack``."""
-        return unpack(self.packed, self.table_name, shape, dtype)
+        return unpack(self.packed, self.kernels, shape, dtype)
 
     @property
     def signature(self) -> str:
         """What a graph compiled with the layer depends on: table, kernels, our source."""
-        kernels = " ".join(TABLES[self.table_name].kernels)
-        return f"{self.table_name}: {kernels}, {_source()}"
+        return f"{self.table_name}: {' '.join(self.kernels)}, {_source()}"
 
     def __call__(self, x: Tensor) -> Tensor:
         """

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The custom operator that compiled models and CUDA graphs call."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,15 +45,18 @@ def multiply(x: Tensor, packed: list[Tensor], table_name: str) -> Tensor:
 
 
 def unpack(
-    packed: list[Tensor], table_name: str, shape: tuple[int, int], dtype: torch.dtype
+    packed: list[Tensor],
+    names: Sequence[str],
+    shape: tuple[int, int],
+    dtype: torch.dtype,
 ) -> Tensor:
     """
-    Return the weight [out, in] that was packed for each kernel of a table.
+    Return the weight [out, in] that was packed for some kernels.
 
+    :param names: the kernels
     :param shape: [out, in]
     :param dtype: the weight's dtype
     """
-    names = TABLES[table_name].kernels
     # cuSPARSELt's layout is not ours: the others give back infinite values as well
     name = min(names, key=lambda name: name == "cusparselt")
     return KERNELS[name].unpack(packed[names.index(name)], shape, dtype)

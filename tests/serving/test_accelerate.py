@@ -3,6 +3,7 @@
 
 import copy
 import inspect
+import pickle
 import re
 from collections.abc import Callable, Iterator
 from unittest.mock import patch
@@ -19,6 +20,7 @@ import nm_permute_plugin as nmp
 from nm_permute_plugin.maths.masks import nm_mask
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.serving.accelerated_linear import AcceleratedLinear
+from nm_permute_plugin.serving.ops import TABLES
 
 DTYPE = torch.bfloat16
 BITS = torch.int16
@@ -243,6 +245,20 @@ def test_a_copy_is_a_model_of_its_own(sparse_model, tokens: Tensor) -> None:
     model.model.layers[0].mlp.up_proj.weight.data.zero_()
     assert accelerated(other) == 14
     assert same(bits(other), before)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_pickle_is_read_by_processes_that_have_measured_no_kernels(
+    sparse_model, lines: list[str]
+) -> None:
+    model = nmp.accelerate(sparse_model())
+    before, pickled = bits(model), pickle.dumps(model)
+    assert accelerated(pickle.loads(pickled)) == 14  # noqa: S301
+    TABLES.clear()  # as in another process
+    read = pickle.loads(pickled)  # noqa: S301
+    assert accelerated(read) == 0
+    assert same(bits(read), before)
+    assert "because it was pickled by another process" in lines[-1]
 
 
 def lora(model: PreTrainedModel) -> nn.Module:
