@@ -128,29 +128,40 @@ class SparseLinear:
         return scaled(self(x_q), scale_x, scale_w, bias, out_dtype)
 
 
-def try_kernels(weights: Iterable[Tensor], mode: Mode) -> None:
+def unmeasured(weights: Iterable[Tensor], mode: Mode) -> list[Tensor]:
     """
-    Test side by side whether kernels crash, for all shapes that ``prepare`` will measure.
-
-    Without it ``prepare`` tests one after the other.
+    Return a weight of each shape that ``prepare`` will have to measure.
 
     :param weights: as for ``prepare``
     """
-    pairs: dict[tuple[str, str], Tensor] = {}
+    found: dict[str, Tensor] = {}
     for weight in weights:
         if _unsupported(weight, mode) is not None:
             continue
         allowed = _allowed(weight, mode)
-        path = kernel_table.path_of(weight, allowed)
-        if _name(weight, allowed) not in TABLES and not path.exists():
-            pairs |= {(name, _size(weight)): weight for name in allowed}
-    sparse = [pair for pair in pairs if pair[0] != "dense" and pair not in _CRASHES]
-    if not sparse:
-        return
-    logger.info("measuring the kernels for %d shapes of weights", len(pairs))
+        name = _name(weight, allowed)
+        if name not in TABLES | found:
+            path = kernel_table.path_of(weight, allowed)
+            if not path.exists():
+                found[name] = weight
+    return list(found.values())
+
+
+def try_kernels(weights: Iterable[Tensor], mode: Mode) -> None:
+    """
+    Test side by side whether kernels crash; ``prepare`` would test one after the other.
+
+    :param weights: of ``unmeasured``
+    """
+    pairs = {
+        (name, _size(weight)): weight
+        for weight in weights
+        for name in _allowed(weight, mode)
+        if name != "dense" and (name, _size(weight)) not in _CRASHES
+    }
     with ThreadPoolExecutor(_PROBES) as pool:
-        reasons = pool.map(lambda pair: crash_reason(pair[0], pairs[pair]), sparse)
-        _CRASHES.update(zip(sparse, reasons, strict=True))
+        reasons = pool.map(lambda pair: crash_reason(pair[0], pairs[pair]), pairs)
+        _CRASHES.update(zip(pairs, reasons, strict=True))
 
 
 @cache
