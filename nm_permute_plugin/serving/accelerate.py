@@ -74,7 +74,7 @@ def accelerate(model: Model, *, undo: bool = False, mode: Mode | None = None) ->
         if isinstance(module, nn.Linear)
     }
     done = [n for n, m in linears.items() if isinstance(m, AcceleratedLinear)]
-    dense: dict[str, list[str]] = defaultdict(list)
+    dense = _others(model)
     sparse: dict[str, nn.Linear] = {}
     shared = _shared(model)
     for name, linear in linears.items():
@@ -108,7 +108,8 @@ def accelerate(model: Model, *, undo: bool = False, mode: Mode | None = None) ->
                 done.append(name)
             else:
                 dense[reason].append(name)
-    line = f"{len(done)} of {len(linears)} linears run on sparse kernels"
+    total = len(done) + sum(map(len, dense.values()))
+    line = f"{len(done)} of {total} linears run on sparse kernels"
     if dense:
         line += f"; dense stay {_told(dense)}"
     if done:
@@ -128,6 +129,23 @@ def _undo(model: nn.Module) -> None:
             module.restore()
             count += 1
     logger.info(f"accelerate: {count} linears have their dense weights back")
+
+
+def _others(model: nn.Module) -> dict[str, list[str]]:
+    """List by reason what is pruned like linears, and is of another class."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        if type(module).__name__ == "Conv1D":
+            found["a Conv1D"].append(name)
+        if not isinstance(module, nn.modules.conv._ConvNd):
+            found["a stack of experts"] += [
+                f"{name}.{key}"
+                for key, weight in module.named_parameters(recurse=False)
+                if weight.dim() == 3
+            ]
+    return defaultdict(
+        list, {reason: names for reason, names in found.items() if names}
+    )
 
 
 def _reason(linear: nn.Linear, shared: set[int]) -> str | None:

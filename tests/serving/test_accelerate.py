@@ -14,7 +14,15 @@ from loguru import logger
 from peft import LoraConfig, get_peft_model
 from stand_in_kernels import stand_in_kernels
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    CompileConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import nm_permute_plugin as nmp
 from nm_permute_plugin.maths.masks import nm_mask
@@ -361,6 +369,28 @@ def test_what_cannot_be_packed_stays_dense_and_is_counted(
         "1 (model.layers.1.self_attn.q_proj: values that packing would lose: -0.0",
     ):
         assert told in lines[-1]
+
+
+@pytest.mark.usefixtures("kernels")
+def test_experts_stay_dense_and_are_counted(lines: list[str]) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    more = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = Qwen3MoeConfig(**sizes, **more, num_key_value_heads=2, vocab_size=48)
+    model = Qwen3MoeForCausalLM(config).to(DTYPE)
+    for module in model.model.layers[0].self_attn.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data.view(len(module.weight), -1, 4)[..., 2:] = 0
+    nmp.accelerate(model)
+    assert "4 of 7 linears run on sparse kernels" in lines[-1]
+    experts = "model.layers.0.mlp.experts"
+    told = f"2 (from {experts}.gate_up_proj to {experts}.down_proj: a stack of experts)"
+    assert told in lines[-1]
+
+
+def test_a_gpt2_is_refused_by_the_name_of_its_layers() -> None:
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=48)
+    with pytest.raises(ValueError, match=r"4 \(from transformer.h.0.*: a Conv1D\)"):
+        nmp.accelerate(GPT2LMHeadModel(config).to(DTYPE))
 
 
 def test_a_model_that_is_not_sparse_is_refused(tiny_model) -> None:
