@@ -114,10 +114,13 @@ def accelerate(model: Model, *, undo: bool = False, mode: Mode | None = None) ->
         line += f"; dense stay {_told(dense)}"
     if done:
         seconds = time.perf_counter() - started
+        after = _bytes(model)
         line += (
-            f". Weights take {_bytes(model) / 1e9:.2f} GB, {before / 1e9:.2f} before "
+            f". Weights take {after / 1e9:.2f} GB, {before / 1e9:.2f} before "
             f"({seconds:.0f} s). {UNDO} gives the dense ones back."
         )
+        if after > before:
+            line += " mode='memory' keeps one packed copy of each, and is slower."
     (logger.info if done else logger.warning)(f"accelerate: {line}")
     return model
 

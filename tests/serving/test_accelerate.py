@@ -175,6 +175,15 @@ def test_no_dense_weight_stays_beside_the_packed_one(sparse_model) -> None:
     assert storage.data_ptr() not in [t.untyped_storage().data_ptr() for t in held]
 
 
+def test_more_copies_than_one_are_told_with_the_way_to_fewer(
+    sparse_model, lines: list[str]
+) -> None:
+    model = sparse_model()
+    with stand_in_kernels("triton", "cusparselt"):
+        nmp.accelerate(model)
+    assert "mode='memory' keeps one packed copy of each" in lines[-1]
+
+
 @pytest.mark.usefixtures("kernels")
 def test_twice_is_once(sparse_model, tokens: Tensor, lines: list[str]) -> None:
     model = sparse_model()
