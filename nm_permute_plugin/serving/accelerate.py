@@ -18,7 +18,7 @@ from nm_permute_plugin.serving.accelerated_linear import (
     Host,
     pack_linear,
 )
-from nm_permute_plugin.serving.detect import Mode
+from nm_permute_plugin.serving.detect import Mode, must_be_mode
 from nm_permute_plugin.serving.detect import mode as mode_of_environment
 from nm_permute_plugin.serving.kernels.kernel import DTYPES_8, DTYPES_16
 from nm_permute_plugin.serving.layer_report import from_to
@@ -57,13 +57,14 @@ def accelerate(model: Model, *, undo: bool = False, mode: Mode | None = None) ->
         what ``NM_PERMUTE_SERVE`` says
     :return: the model itself
     :raises TypeError: for what is no model
-    :raises ValueError: if no weight of the model follows 2:4
+    :raises ValueError: if no weight of the model follows 2:4, or for another mode
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"accelerate takes a loaded model, got a {type(model).__name__}: load it "
             'first, by transformers.AutoModelForCausalLM.from_pretrained("MODEL")'
         )
+    chosen = mode_of_environment() if mode is None else must_be_mode(mode, "mode")
     if undo:
         _undo(model)
         return model
@@ -91,7 +92,6 @@ def accelerate(model: Model, *, undo: bool = False, mode: Mode | None = None) ->
             f"nothing to accelerate: {_told(dense)}. Load a checkpoint that was pruned 2:4."
         )
     before = _bytes(model)
-    chosen = mode_of_environment() if mode is None else mode
     new = unmeasured([linear.weight.detach() for linear in sparse.values()], chosen)
     if new:
         logger.info(
@@ -154,7 +154,9 @@ def _others(model: nn.Module) -> dict[str, list[str]]:
 def _reason(linear: nn.Linear, shared: set[int]) -> str | None:
     """Return why a linear stays dense, whatever the device; None if it is 2:4."""
     if type(linear) is not nn.Linear:
-        return "another forward than a linear's"
+        return f"a {type(linear).__name__}, which is no plain linear"
+    if "_hf_hook" in linear.__dict__:
+        return "a model on several devices, or offloaded, by its device_map"
     is_quantized = linear.weight.dtype in DTYPES_8 or "forward" in linear.__dict__
     if is_quantized and (reason := unsupported_scheme(linear)):
         return reason

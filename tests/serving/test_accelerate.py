@@ -108,7 +108,7 @@ def test_a_compiled_layer_says_the_same_in_one_graph(sparse_model) -> None:
     x = torch.randn(3, 5, 32).to(DTYPE)
     torch.compiler.reset()
     # compiled before: it is noticed that layers are replaced
-    compiled = torch.compile(mlp, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(mlp, backend="eager", fullgraph=True)
     with torch.no_grad():
         expected = mlp(x)
         assert torch.equal(compiled(x), expected)
@@ -362,12 +362,16 @@ def test_what_cannot_be_packed_stays_dense_and_is_counted(
     first.mlp.down_proj.weight.data.zero_()
     first.self_attn.k_proj.weight = first.self_attn.v_proj.weight
     first.self_attn.q_proj.forward = first.self_attn.q_proj.forward
+    second.self_attn.o_proj._hf_hook = second.self_attn.o_proj.forward
+    second.self_attn.k_proj = nn.modules.linear.NonDynamicallyQuantizableLinear(32, 16)
     second.mlp.to(torch.float32)
     second.self_attn.q_proj.weight.data[0, :2] = torch.tensor([-0.0, 1])
     second.self_attn.q_proj.weight.data[0, 2:4] = 0
     nmp.accelerate(model)
     for told in (
-        "4 of 15 linears run",
+        "2 of 15 linears run",
+        "1 (model.layers.1.self_attn.o_proj: a model on several devices, or offloaded, by",
+        "1 (model.layers.1.self_attn.k_proj: a NonDynamicallyQuantizableLinear, which is",
         "2 (from model.layers.0.mlp.up_proj to lm_head: a weight that is not 2:4)",
         "1 (model.layers.0.mlp.gate_proj: a weight with -0.0 (nm-permute convert DIR OUT",
         "1 (model.layers.0.mlp.down_proj: a weight of zeros alone)",
@@ -407,6 +411,12 @@ def test_a_model_that_is_not_sparse_is_refused(tiny_model) -> None:
         ValueError, match=r"no linear of this LlamaForCausalLM has a 2:4"
     ):
         nmp.accelerate(tiny_model("llama", dtype=DTYPE))
+
+
+def test_another_mode_is_refused(sparse_model) -> None:
+    unchecked = inspect.unwrap(nmp.accelerate)
+    with pytest.raises(ValueError, match="mode is 'fast'; it must be one of auto, mem"):
+        unchecked(sparse_model(), mode="fast")
 
 
 def test_a_name_is_no_model() -> None:
