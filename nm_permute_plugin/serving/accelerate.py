@@ -69,23 +69,7 @@ def accelerate(model: Model, *, undo: bool = False, mode: Mode | None = None) ->
         _undo(model)
         return model
     started = time.perf_counter()
-    linears = {
-        name or "the model": module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    }
-    done = [n for n, m in linears.items() if isinstance(m, AcceleratedLinear)]
-    dense = _others(model)
-    sparse: dict[str, nn.Linear] = {}
-    shared = _shared(model)
-    for name, linear in linears.items():
-        if name in done:
-            continue
-        reason = _reason(linear, shared)
-        if reason is None:
-            sparse[name] = linear
-        else:
-            dense[reason].append(name)
+    done, sparse, dense = _linears(model)
     if not sparse and not done:
         raise ValueError(
             f"no linear of this {type(model).__name__} has a 2:4 weight, so there is "
@@ -109,20 +93,42 @@ def accelerate(model: Model, *, undo: bool = False, mode: Mode | None = None) ->
             else:
                 dense[reason].append(name)
     total = len(done) + sum(map(len, dense.values()))
-    line = f"{len(done)} of {total} linears run on sparse kernels"
+    line = f"accelerate: {len(done)} of {total} linears run on sparse kernels"
     if dense:
         line += f"; dense stay {_told(dense)}"
-    if done:
-        seconds = time.perf_counter() - started
-        after = _bytes(model)
-        line += (
-            f". Weights take {after / 1e9:.2f} GB, {before / 1e9:.2f} before "
-            f"({seconds:.0f} s). {UNDO} gives the dense ones back."
-        )
-        if after > before:
-            line += " mode='memory' keeps one packed copy of each, and is slower."
-    (logger.info if done else logger.warning)(f"accelerate: {line}")
+    if not done:
+        logger.warning(line)
+        return model
+    after, seconds = _bytes(model), time.perf_counter() - started
+    line += (
+        f". Weights take {after / 1e9:.2f} GB, {before / 1e9:.2f} before "
+        f"({seconds:.0f} s). {UNDO} gives the dense ones back."
+    )
+    if after > before:
+        line += " mode='memory' keeps one packed copy of each, and is slower."
+    logger.info(line)
     return model
+
+
+def _linears(
+    model: nn.Module,
+) -> tuple[list[str], dict[str, nn.Linear], dict[str, list[str]]]:
+    """List the accelerated linears, those that can be, and by reason those that cannot."""
+    done: list[str] = []
+    sparse: dict[str, nn.Linear] = {}
+    dense = _others(model)
+    shared = _shared(model)
+    for path, module in model.named_modules():
+        name = path or "the model"
+        if isinstance(module, AcceleratedLinear):
+            done.append(name)
+        elif isinstance(module, nn.Linear):
+            reason = _reason(module, shared)
+            if reason is None:
+                sparse[name] = module
+            else:
+                dense[reason].append(name)
+    return done, sparse, dense
 
 
 def _undo(model: nn.Module) -> None:
