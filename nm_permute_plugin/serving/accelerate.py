@@ -87,7 +87,8 @@ def accelerate(model: Model, *, undo: bool = False, mode: Mode | None = None) ->
     host = Host(None if owner is None else ref(owner))
     with torch.no_grad():
         for name, linear in sparse.items():
-            reason = _pack(linear, chosen, host)
+            with torch.cuda.device_of(linear.weight):  # where kernels are measured
+                reason = _pack(linear, chosen, host)
             if reason is None:
                 done.append(name)
             else:
