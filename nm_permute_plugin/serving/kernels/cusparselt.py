@@ -67,10 +67,11 @@ class CuSparseLt:
         rows, channels = shape
         weight = packed.new_empty(shape, dtype=dtype)
         for start in range(0, channels, _UNPACKED):
-            part = torch.arange(start, min(start + _UNPACKED, channels))
-            ones = weight.new_zeros(len(part), channels)
-            ones[part - start, part] = 1
-            weight[:, part] = self.run(packed, ones, rows, _DEFAULT).t().to(dtype)
+            part = min(_UNPACKED, channels - start)
+            ones = torch.zeros(part, channels, device=packed.device)
+            ones.diagonal(start).fill_(1)
+            product = self.run(packed, ones.to(dtype), rows, _DEFAULT)
+            weight[:, start : start + part] = product.t().to(dtype)
         return weight
 
     def candidates(self, packed: Tensor, x: Tensor, rows: int) -> list[Settings]:
