@@ -13,8 +13,9 @@ from itertools import islice
 from torch import Tensor, nn
 
 from nm_permute_plugin.maths.permutation import Permutation
+from nm_permute_plugin.pruning import ranks
 from nm_permute_plugin.pruning.clock import Clock, environment
-from nm_permute_plugin.pruning.data import Data, endless, micro_batches
+from nm_permute_plugin.pruning.data import Data, endless
 from nm_permute_plugin.pruning.figures import Figures, figures_of
 from nm_permute_plugin.pruning.folding import fold_model
 from nm_permute_plugin.pruning.learn.layerwise import Hold, learn_layerwise
@@ -23,6 +24,7 @@ from nm_permute_plugin.pruning.problem import Problem, Solution
 from nm_permute_plugin.pruning.recover.stages import StageRecord, recover
 from nm_permute_plugin.pruning.recover.student import Student
 from nm_permute_plugin.pruning.resuming import goes_on, kept
+from nm_permute_plugin.pruning.running.backward import own_micro_batches
 from nm_permute_plugin.pruning.running.decoder_layers import decoder_layers
 from nm_permute_plugin.pruning.running.fast_dtype import computing_fast
 from nm_permute_plugin.pruning.running.masked import evaluating
@@ -195,14 +197,15 @@ def _see_again(problem: Problem, settings: Settings) -> None:
     if settings.method == "identity":
         return
     data, teacher = problem.data, problem.teacher
-    parts = list(data.validation)
+    for turn, batch in enumerate(data.validation):
+        teacher(ranks.own_part(batch, turn)[0])
     if settings.method == "learned" and not settings.layer_wise:
         steps = sum(steps for _, steps in settings.learn.schedule())
         order = dict.fromkeys(islice(endless(len(data.train), settings.seed), steps))
         size = settings.memory.micro_batch_size
-        parts += [part for i in order for part, _ in micro_batches(data.train[i], size)]
-    for part in parts:
-        teacher(part)
+        for turn, index in enumerate(order):
+            for part, _ in own_micro_batches(data.train[index], turn, size):
+                teacher(part)
 
 
 def _student(

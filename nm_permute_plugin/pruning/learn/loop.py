@@ -12,7 +12,7 @@ A new learner is a class with the methods of ``Learner``, a name in
 ``multipliers.MultipliedMask`` (the protocol ``running.masked.LearnedMask``).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from statistics import fmean
@@ -20,8 +20,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from loguru import logger
-from tqdm import tqdm
+from torch import Tensor
 
+from nm_permute_plugin.pruning import ranks
 from nm_permute_plugin.pruning.learn.best import Best, begin_of
 from nm_permute_plugin.pruning.learn.multipliers import ScoreMultipliers
 from nm_permute_plugin.pruning.learn.published import SoftPlaces, StraightThrough
@@ -61,6 +62,11 @@ class Learner(Protocol):
 
     def masks(self) -> Mapping[str, Mask]:
         """The masks of all linears, whose parameters get gradients in backward."""
+        ...
+
+    @property
+    def parameters(self) -> Sequence[Tensor]:
+        """What gets gradients, in the order of the forward pass."""
         ...
 
     def update(self) -> None:
@@ -129,6 +135,7 @@ def learn(
             backward = Backward(
                 problem.teacher,
                 learner.masks,
+                learner.parameters,
                 data.train,
                 settings.memory,
                 learner.use_graph,
@@ -142,11 +149,13 @@ def learn(
             every = settings.validation.every
             after = forecast.step
             train(learner, begin, numbers, step, best, every, stage, progress, after)
+    # The same on all ranks, unless their devices round differently.
+    solution = Solution(**ranks.of_first(best.solution.state_dict))
     logger.info(
         f"Learned {', '.join(settings.learn.stages)} in {done} steps: validation loss "
         f"{best.history[0]['validation']:.4f} -> {best.loss:.4f}"
     )
-    return best.solution, best.history
+    return solution, best.history
 
 
 def train(
@@ -182,7 +191,7 @@ def train(
             "learner": learner.state_dict(),
         }
     )
-    bar = tqdm(numbers, f"Learning {what}")
+    bar = ranks.bar(numbers, f"Learning {what}")
     for number in bar:
         if number > progress.done:
             training, rate = step(partial(learner.prepare, number)), learner.rate
