@@ -20,13 +20,12 @@ def all_samples(calibration: Any) -> Iterable[Any]:
 
     :param calibration: a data loader, or batches of another kind, which stay as they are
     """
-    sampler = getattr(calibration, "sampler", None)
+    sampler: Any = getattr(calibration, "sampler", None)
     share, whole = getattr(sampler, "data_source", None), _dataset(calibration)
-    if ranks.count() == 1 or share is None or whole is None:
-        return calibration  # type: ignore[no-any-return]
-    if len(share) == len(whole):
-        return calibration  # type: ignore[no-any-return]
-    count = min(round(ranks.total(len(sampler))), len(whole))  # type: ignore[arg-type]
+    if ranks.count() == 1 or share is None or whole is None or len(share) == len(whole):
+        batches: Iterable[Any] = calibration
+        return batches
+    count = min(round(ranks.total(len(sampler))), len(whole))
     size = calibration.batch_size
     return DataLoader(
         whole,

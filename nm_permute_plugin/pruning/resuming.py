@@ -126,7 +126,8 @@ class Progress:
     """
     Where a training loop stands, written now and then while ``resuming`` lasts.
 
-    A context: where an interrupt ends it, the state is written as well.
+    A context: where an interrupt ends it, or another rank that died, the state is written
+    as well.
 
     :param what: is going on, in words
     :param known_by: words and numbers, of the loop's start
@@ -183,6 +184,8 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+        # The others wait in vain for a rank that has died.
+        interrupted |= ranks.count() > 1 and isinstance(error, RuntimeError)
         if interrupted and self.done and not self._updating:
             self._write()
 
