@@ -317,7 +317,9 @@ def _prune(
     default = "cuda" if torch.cuda.is_available() else "cpu"
     where = own_device(device or default)
     ranks.begin(where)
-    look_before_loading(partial(empty_model, model), model, recipe, out, samples)
+    in_shards = look_before_loading(
+        partial(empty_model, model), model, recipe, out, samples
+    )
     started = time.perf_counter()
     try:
         state = state_beside(out)
@@ -333,7 +335,7 @@ def _prune(
             loaded = load_model(model)
             reset_session()
             oneshot(
-                model=loaded.to(where),
+                model=loaded if in_shards else loaded.to(where),
                 recipe=str(recipe),
                 output_dir=str(unfinished),
                 **calibration,

@@ -3,7 +3,11 @@
 
 from contextlib import nullcontext
 
-from compressed_tensors.offload import disable_offloading, disable_onloading
+from compressed_tensors.offload import (
+    disable_offloading,
+    disable_onloading,
+    remove_dispatch,
+)
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.utils.helpers import DisableQuantization
@@ -106,6 +110,8 @@ class LearnablePermutationModifier(PermutationFields, Modifier):
             f"{self.score}, method {self.method}; {data} to learn from, on "
             f"{next(model.parameters()).device}"
         )
+        if settings.memory.shard:
+            remove_dispatch(model)  # GPUs get shards, and the CPU has the whole
         # Weights stay on the device that they are fetched to: each is read many times.
         held = nullcontext() if settings.layer_wise else disable_offloading()
         with DisableQuantization(model), held:

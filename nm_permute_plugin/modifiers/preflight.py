@@ -104,9 +104,11 @@ def look_before_loading(
     recipe: Path,
     out: Path,
     samples: int,
-) -> None:
+) -> bool:
     """
     Refuse a run of the command that is certain to fail, before its weights are read.
+
+    Tell whether its weights shall lie in shards, so that the model stays on the CPU.
 
     :param empty_model: makes the model on the device meta
     :param source: its folder, or its name on the hub
@@ -123,6 +125,11 @@ def look_before_loading(
         if isinstance(ours, PermutationFields):
             place = (out, Path(source), True)
             Look(ours, modifiers, whole, samples, *place).refuse()
+    return any(
+        _settings(ours).memory.shard
+        for ours in modifiers
+        if isinstance(ours, PermutationFields)
+    )
 
 
 def look_of(ours: Modifier, modifiers: Sequence[Modifier], state: Any) -> Look:

@@ -20,6 +20,12 @@ from nm_permute_plugin.pruning.figures import Figures, figures_of
 from nm_permute_plugin.pruning.folding import fold_model
 from nm_permute_plugin.pruning.learn.layerwise import Hold, learn_layerwise
 from nm_permute_plugin.pruning.learn.loop import learn
+from nm_permute_plugin.pruning.learn.sharded import (
+    ShardedProblem,
+    refuse_alone,
+    shapes_of,
+    starts,
+)
 from nm_permute_plugin.pruning.problem import Problem, Solution
 from nm_permute_plugin.pruning.recover.stages import StageRecord, recover
 from nm_permute_plugin.pruning.recover.student import Student
@@ -28,6 +34,7 @@ from nm_permute_plugin.pruning.running.backward import own_micro_batches
 from nm_permute_plugin.pruning.running.decoder_layers import decoder_layers
 from nm_permute_plugin.pruning.running.fast_dtype import computing_fast
 from nm_permute_plugin.pruning.running.masked import evaluating
+from nm_permute_plugin.pruning.running.sharded import sharded_twin
 from nm_permute_plugin.pruning.search import History, search_problem
 from nm_permute_plugin.pruning.settings import Settings
 from nm_permute_plugin.pruning.targets import refuse_sparse
@@ -108,6 +115,10 @@ def permute_and_prune(
     learns_layers = settings.method == "learned" and settings.layer_wise
     if learns_layers or "blocks" in settings.recover.stages:
         decoder_layers(model, prunable)  # refuses before the work, not after
+    if settings.memory.shard:
+        refuse_alone()
+        with evaluating(model), Clock(ranks.device()) as clock:
+            return _run_sharded(model, resolved, prunable, data, settings, write, clock)
     device = next(model.parameters()).device
     with evaluating(model), computing_fast(model), Clock(device) as clock:
         return _run(model, resolved, prunable, data, settings, write, hold, clock)
@@ -159,6 +170,57 @@ def _run(
         history,
         recovered,
     )
+
+
+def _run_sharded(
+    model: nn.Module,
+    resolved: ResolvedSpec,
+    prunable: Sequence[str],
+    data: Data,
+    settings: Settings,
+    write: Write,
+    clock: Clock,
+) -> Record:
+    """The stages with a twin in shards; the model itself changes on the first rank."""
+    start = starts(shapes_of(model, resolved, settings), settings.learn)
+    twin = sharded_twin(model, prunable, start)
+    problem = ShardedProblem.of_shards(twin, model, resolved, prunable, data, settings)
+    clock.lap("statistics")
+    scored = problem.with_scores(model) if ranks.is_first() else problem
+    found, searched = search_problem(problem, settings, scored.spaces)
+    history = searched
+    clock.lap("search")
+    if settings.method == "learned":
+        begin = found
+
+        def learned() -> tuple[dict[str, dict[str, Tensor]], History]:
+            found, history = learn(problem, begin, settings)
+            return found.state_dict(), history
+
+        state, history = kept(learned, "learning", problem.known)
+        found = Solution(**state)
+        clock.lap("learn")
+    del twin, problem
+
+    def finished() -> Record:
+        on_cpu = Solution(
+            {name: perm.cpu() for name, perm in found.perms.items()},
+            {name: value.cpu() for name, value in found.multipliers.items()},
+        )
+        masks = scored.masks(on_cpu)
+        figures = figures_of(scored, on_cpu, masks, prunable)
+        perms = on_cpu.perms
+        error = fold_model(model, resolved, perms, None, data.train[0], write)
+        clock.lap("fold")
+        if settings.prune:
+            masks = moved_along(model, resolved, masks, perms)
+            for name in prunable:
+                _student(model, masks, [name]).write(write)
+            clock.lap("prune")
+        measured = clock.seconds, clock.memory, environment(model)
+        return Record(perms, error, figures, *measured, searched, history)
+
+    return ranks.of_first(finished)
 
 
 def _find(

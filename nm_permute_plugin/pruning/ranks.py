@@ -112,11 +112,16 @@ def gathered(value: T) -> list[T]:
     return found
 
 
+def device() -> torch.device:
+    """Where ranks sum: on a GPU each, or on CPUs."""
+    return torch.device("cuda" if "nccl" in distributed.get_backend() else "cpu")
+
+
 def total(value: float) -> float:
     """The sum over ranks of a number, the same bits on all of them."""
     if count() == 1:
         return value
-    summed = torch.tensor(value, dtype=torch.float64, device=_device())
+    summed = torch.tensor(value, dtype=torch.float64, device=device())
     distributed.all_reduce(summed)
     return float(summed)
 
@@ -129,7 +134,7 @@ def totals(values: Sequence[Tensor]) -> list[Tensor]:
     """
     if count() == 1 or not values:
         return list(values)
-    flat = torch.cat([value.to(_device(), torch.float64).flatten() for value in values])
+    flat = torch.cat([value.to(device(), torch.float64).flatten() for value in values])
     distributed.all_reduce(flat)
     parts = flat.split([value.numel() for value in values])
     return [
@@ -275,11 +280,6 @@ class _Bucket:
 
 def _is_up() -> bool:
     return distributed.is_available() and distributed.is_initialized()
-
-
-def _device() -> torch.device:
-    """Where the process group sums."""
-    return torch.device("cuda" if "nccl" in distributed.get_backend() else "cpu")
 
 
 def _is_capturing(device: torch.device) -> bool:

@@ -131,14 +131,15 @@ class Progress:
 
     :param what: is going on, in words
     :param known_by: words and numbers, of the loop's start
+    :param keeps: false writes nothing: a run that dies takes the loop from its start
     :ivar value: what ``follow``'s function gave when the run died; None if it did not
     :ivar done: the updates that are behind it
     :ivar losses: those of training, of the updates since the list was cleared
     :ivar rate: the learning rate of the last update
     """
 
-    def __init__(self, what: str, *known_by: object) -> None:
-        self._run = _current.get()
+    def __init__(self, what: str, *known_by: object, keeps: bool = True) -> None:
+        self._run = _current.get() if keeps else None
         self._what, self._key = what, repr((what, known_by))
         self._state: Callable[[], object] | None = None
         self._updating = False

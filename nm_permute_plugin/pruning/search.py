@@ -43,11 +43,19 @@ READ = {"score", "mask_structure", "seed", "search", "loss", "objective", "spec"
 """The settings that a search depends on, beside the model and the data."""
 
 
-def search_problem(problem: Problem, settings: Settings) -> tuple[Solution, History]:
-    """Search a problem's permutations, judged by its validation loss: see ``search``."""
+def search_problem(
+    problem: Problem,
+    settings: Settings,
+    spaces: Mapping[str, SpaceScores] | None = None,
+) -> tuple[Solution, History]:
+    """
+    Search a problem's permutations, judged by its validation loss: see ``search``.
+
+    :param spaces: of the problem, with scores, where it has none
+    """
     perms, history = once(
         lambda: search(
-            problem.spaces,
+            problem.spaces if spaces is None else spaces,
             problem.pattern,
             settings.search.rounds,
             settings.seed,

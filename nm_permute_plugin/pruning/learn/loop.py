@@ -26,6 +26,7 @@ from nm_permute_plugin.pruning import ranks
 from nm_permute_plugin.pruning.learn.best import Best, begin_of
 from nm_permute_plugin.pruning.learn.multipliers import ScoreMultipliers
 from nm_permute_plugin.pruning.learn.published import SoftPlaces, StraightThrough
+from nm_permute_plugin.pruning.learn.sharded import ShardedMultipliers
 from nm_permute_plugin.pruning.learn.swaps import ChannelSwaps
 from nm_permute_plugin.pruning.problem import Problem, Solution
 from nm_permute_plugin.pruning.resuming import Progress
@@ -120,7 +121,8 @@ def learn(
             "calibration samples"
         )
     best = Best(problem.complete(start), problem.validate, callback)
-    progress = Progress("the learning", problem.known)
+    shards = settings.memory.shard
+    progress = Progress("the learning", problem.known, keeps=not shards)
     batches = islice(data.batches(settings.seed), progress.done, None)
     done = 0
     forecast = Forecast.of_training(settings, progress.done, best.seconds)
@@ -131,7 +133,9 @@ def learn(
             begin = begin_of(numbers, best, progress)
             if begin is None:
                 continue
-            learner = LEARNERS[stage](problem, begin, settings.learn, steps)
+            make: Callable[..., Learner] = LEARNERS[stage]
+            make = ShardedMultipliers if shards else make
+            learner = make(problem, begin, settings.learn, steps)
             backward = Backward(
                 problem.teacher,
                 learner.masks,
@@ -149,8 +153,7 @@ def learn(
             every = settings.validation.every
             after = forecast.step
             train(learner, begin, numbers, step, best, every, stage, progress, after)
-    # The same on all ranks, unless their devices round differently.
-    solution = Solution(**ranks.of_first(best.solution.state_dict))
+    solution = problem.agreed(best.solution)
     logger.info(
         f"Learned {', '.join(settings.learn.stages)} in {done} steps: validation loss "
         f"{best.history[0]['validation']:.4f} -> {best.loss:.4f}"

@@ -36,6 +36,8 @@ def layers_to_checkpoint(
     """
     model = teacher.model
     wanted = settings.gradient_checkpointing
+    if wanted is None and settings.shard:
+        wanted = True  # for models that leave little room
     if wanted is None:
         free = free_bytes(next(model.parameters()).device)
         if free is not None:
