@@ -23,10 +23,9 @@ from nm_permute_plugin.pruning.learn.loop import learn
 from nm_permute_plugin.pruning.learn.sharded import (
     ShardedProblem,
     refuse_alone,
-    shapes_of,
-    starts,
 )
 from nm_permute_plugin.pruning.problem import Problem, Solution
+from nm_permute_plugin.pruning.recover.sharded import distill_in_shards
 from nm_permute_plugin.pruning.recover.stages import StageRecord, recover
 from nm_permute_plugin.pruning.recover.student import Student
 from nm_permute_plugin.pruning.resuming import goes_on, kept
@@ -34,7 +33,6 @@ from nm_permute_plugin.pruning.running.backward import own_micro_batches
 from nm_permute_plugin.pruning.running.decoder_layers import decoder_layers
 from nm_permute_plugin.pruning.running.fast_dtype import computing_fast
 from nm_permute_plugin.pruning.running.masked import evaluating
-from nm_permute_plugin.pruning.running.sharded import sharded_twin
 from nm_permute_plugin.pruning.search import History, search_problem
 from nm_permute_plugin.pruning.settings import Settings
 from nm_permute_plugin.pruning.targets import refuse_sparse
@@ -182,9 +180,7 @@ def _run_sharded(
     clock: Clock,
 ) -> Record:
     """The stages with a twin in shards; the model itself changes on the first rank."""
-    start = starts(shapes_of(model, resolved, settings), settings.learn)
-    twin = sharded_twin(model, prunable, start)
-    problem = ShardedProblem.of_shards(twin, model, resolved, prunable, data, settings)
+    problem = ShardedProblem.of_shards(model, resolved, prunable, data, settings)
     clock.lap("statistics")
     scored = problem.with_scores(model) if ranks.is_first() else problem
     found, searched = search_problem(problem, settings, scored.spaces)
@@ -200,27 +196,62 @@ def _run_sharded(
         state, history = kept(learned, "learning", problem.known)
         found = Solution(**state)
         clock.lap("learn")
-    del twin, problem
+    del problem
+    masks: Mapping[str, Tensor] = {}
 
-    def finished() -> Record:
+    def folded() -> tuple[Figures, float, dict[str, Permutation]]:
+        nonlocal masks
         on_cpu = Solution(
             {name: perm.cpu() for name, perm in found.perms.items()},
             {name: value.cpu() for name, value in found.multipliers.items()},
         )
         masks = scored.masks(on_cpu)
         figures = figures_of(scored, on_cpu, masks, prunable)
-        perms = on_cpu.perms
-        error = fold_model(model, resolved, perms, None, data.train[0], write)
-        clock.lap("fold")
-        if settings.prune:
-            masks = moved_along(model, resolved, masks, perms)
-            for name in prunable:
-                _student(model, masks, [name]).write(write)
-            clock.lap("prune")
-        measured = clock.seconds, clock.memory, environment(model)
-        return Record(perms, error, figures, *measured, searched, history)
+        perms, sample = on_cpu.perms, data.train[0]
+        error = fold_model(model, resolved, perms, None, sample, write)
+        masks = moved_along(model, resolved, masks, perms)
+        return figures, error, perms
 
-    return ranks.of_first(finished)
+    figures, error, perms = ranks.of_first(folded)
+    del scored
+    clock.lap("fold")
+    recovered: list[StageRecord] = []
+    if settings.prune:
+        recovered = _pruned_in_shards(model, prunable, masks, data, settings, write)
+        clock.lap("recover" if recovered else "prune")
+    measured = clock.seconds, clock.memory, environment(model)
+    return Record(perms, error, figures, *measured, searched, history, recovered)
+
+
+def _pruned_in_shards(
+    model: nn.Module,
+    prunable: Sequence[str],
+    masks: Mapping[str, Tensor],
+    data: Data,
+    settings: Settings,
+    write: Write,
+) -> list[StageRecord]:
+    """Prune the first rank's model, whose masks it has, perhaps with a recovery."""
+
+    def student(name: str) -> Student:
+        return _student(model, masks, [name])
+
+    def store(name: str, value: Tensor) -> None:
+        one = student(name)
+        one.values[f"{name}.weight"] = value
+        one.write(write)
+
+    def kept_weight(name: str) -> Tensor:
+        return student(name).values[f"{name}.weight"]
+
+    if settings.recover.stages:
+        parts = kept_weight, store, data, settings
+        return [distill_in_shards(model, prunable, *parts)]
+    if ranks.is_first():
+        for name in prunable:
+            student(name).write(write)
+    ranks.wait()
+    return []
 
 
 def _find(

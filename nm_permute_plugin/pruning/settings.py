@@ -455,14 +455,15 @@ class Settings(Frozen):
             "method: identity": self.method == "identity",
             "objective: layer_wise": self.layer_wise,
             f"learn.stages {list(self.stages)}": set(self.stages) - {"multipliers"},
-            f"recover {list(self.recover.stages)}": self.recover.stages,
+            f"recover {list(self.recover.stages)}": {*self.recover.stages}
+            - {"end_to_end"},
             "loss.hidden or loss.cosine": self.loss.needs_hidden,
         }
         names = [name for name, is_so in unfit.items() if is_so]
         if names:
             raise ValueError(
-                f"memory.shard is for learning multipliers end to end, and not for "
-                f"{', '.join(names)}: leave out the one or the other"
+                "memory.shard is for learning multipliers, and recovery, end to end, and "
+                f"not for {', '.join(names)}: leave out the one or the other"
             )
 
     @model_validator(mode="after")

@@ -133,8 +133,7 @@ def learn(
             begin = begin_of(numbers, best, progress)
             if begin is None:
                 continue
-            make: Callable[..., Learner] = LEARNERS[stage]
-            make = ShardedMultipliers if shards else make
+            make = ShardedMultipliers.of if shards else LEARNERS[stage]
             learner = make(problem, begin, settings.learn, steps)
             backward = Backward(
                 problem.teacher,

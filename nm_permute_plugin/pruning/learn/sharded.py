@@ -29,6 +29,7 @@ from nm_permute_plugin.pruning.running.sharded import (
     holding,
     learned_of,
     own_shard,
+    sharded_twin,
 )
 from nm_permute_plugin.pruning.running.teacher import Teacher
 from nm_permute_plugin.pruning.session import known_run, once
@@ -112,7 +113,6 @@ class ShardedProblem(Problem):
     @classmethod
     def of_shards(
         cls,
-        twin: nn.Module,
         model: nn.Module,
         resolved: ResolvedSpec,
         prunable: Sequence[str],
@@ -122,8 +122,12 @@ class ShardedProblem(Problem):
         """
         Measure a dense model in shards.
 
-        :param twin: of the model; what is learned of a linear is its multipliers
+        :param model: whole, on the CPU
         """
+        like = likes(shapes_of(model, resolved, settings), settings.learn)
+        twin = sharded_twin(
+            model, prunable, like, lambda name: torch.zeros(like[name].shape)
+        )
         known = known_run(model, prunable, data, settings)
         norms: dict[str, Tensor] = {}
         if settings.score != "magnitude":
@@ -251,14 +255,15 @@ def shapes_of(
     }
 
 
-def starts(
+def likes(
     spaces: Mapping[str, SpaceScores], settings: LearnSettings
 ) -> dict[str, Tensor]:
-    """The logarithms of the multipliers with which learning begins, by linear: 0."""
+    """What the logarithms of the multipliers are like, by linear; without memory."""
     return {
-        consumer.name: torch.zeros(
+        consumer.name: torch.empty(
             row_groups(len(score), consumer.queries, settings.multipliers.rows),
             score.shape[1],
+            device="meta",
         )
         for of in spaces.values()
         for consumer, score in of.parts()
@@ -285,6 +290,13 @@ class ShardedMultipliers:
         self._schedule = torch.optim.lr_scheduler.LinearLR(
             self._optimizer, 1.0, 1 / steps, total_iters=steps
         )
+
+    @classmethod
+    def of(cls, problem: Problem, *given: Any) -> "ShardedMultipliers":
+        """The learner of a problem in shards."""
+        if not isinstance(problem, ShardedProblem):
+            raise TypeError(f"a {type(problem).__name__} has no shards")
+        return cls(problem, *given)
 
     @property
     def rate(self) -> float:

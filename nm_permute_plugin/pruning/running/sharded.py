@@ -7,8 +7,10 @@ runs: before a layer runs, its weights are gathered, and they are freed after it
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,22 +25,24 @@ from nm_permute_plugin.pruning.running.memory import repeated_layers
 LEARNED = "nm_learned"
 """The parameter that a linear of the twin has beside its own: what is learned."""
 
-BYTES_OF_A_PART = 1 << 30
-"""The most of a parameter that is gathered at a time."""
-
 
 def sharded_twin(
-    model: nn.Module, linears: Iterable[str], learned: Mapping[str, Tensor]
+    model: nn.Module,
+    linears: Iterable[str],
+    learned: Mapping[str, Tensor],
+    start: Callable[[str], Tensor],
 ) -> nn.Module:
     """
     A twin of a model in shards, one part of every weight on each rank.
 
     Gradients of what is learned are summed over ranks, and lie in shards as it does.
 
-    :param model: whole, on the CPU, of every rank; it stays as it is
+    :param model: whole, on the CPU, where it stays as it is; the values are those of the
+        first rank
     :param linears: that are pruned: what repeats around them is gathered at a time
-    :param learned: of some linears, a parameter that ``LEARNED`` names in the twin; its
-        gradient is summed
+    :param learned: of some linears, what a parameter is like that ``LEARNED`` names in the
+        twin
+    :param start: the value that it begins with, by linear; asked for on the first rank
     :raises ValueError: if a weight is not on the CPU
     """
     for name, parameter in model.named_parameters():
@@ -54,8 +58,8 @@ def sharded_twin(
     }
     memo |= {id(b): b.detach().to(device) for b in model.buffers()}
     twin = copy.deepcopy(model, memo)
-    for name, start in learned.items():
-        own = nn.Parameter(torch.empty_like(start, device="meta"))
+    for name, like in learned.items():
+        own = nn.Parameter(torch.empty_like(like, device="meta"))
         linear(twin, name).register_parameter(LEARNED, own)
     mesh = init_device_mesh(device.type, (ranks.count(),))
     for layer in repeated_layers(twin, linears):
@@ -69,12 +73,29 @@ def sharded_twin(
     twin._apply(
         lambda t: torch.empty_like(t, device=device) if t.is_meta else t, recurse=True
     )
-    whole: dict[str, Tensor] = dict(model.named_parameters())
-    whole |= {f"{name}.{LEARNED}": start for name, start in learned.items()}
+    whole = dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in twin.named_parameters():
-            own_shard(parameter).copy_(shard_of(whole[name]))
+            owner, _, leaf = name.rpartition(".")
+            value: Callable[[], Tensor] = partial(whole.__getitem__, name)
+            value = partial(start, owner) if leaf == LEARNED else value
+            _deal(value, parameter)
     return twin.eval()
+
+
+def _deal(whole: Callable[[], Tensor], parameter: Tensor) -> None:
+    """Give every rank its rows of the first rank's value."""
+    own, count = own_shard(parameter), ranks.count()
+    most = -(-len(parameter) // count)
+    shape, device = parameter.shape[1:], own.device
+    parts: list[Tensor] | None = None
+    if ranks.is_first():
+        padded = own.new_zeros(most * count, *shape)
+        padded[: len(parameter)] = whole().to(device, own.dtype)
+        parts = list(padded.chunk(count))
+    received = own.new_empty(most, *shape)
+    torch.distributed.scatter(received, parts)
+    own.copy_(received[: len(own)])
 
 
 def learned_of(twin: nn.Module, name: str) -> nn.Parameter:
@@ -83,17 +104,10 @@ def learned_of(twin: nn.Module, name: str) -> nn.Parameter:
     return parameter
 
 
-def shard_of(whole: Tensor) -> Tensor:
-    """The rows of a tensor that are this rank's; there may be none."""
-    parts = whole.detach().chunk(ranks.count(), dim=0)
-    return parts[ranks.number()] if ranks.number() < len(parts) else whole.detach()[:0]
-
-
 def own_shard(parameter: Tensor) -> Tensor:
     """The part of a sharded parameter that this rank holds, itself."""
-    if not isinstance(parameter, DTensor):  # of one rank
-        return parameter
-    local: Tensor = parameter.detach().to_local()
+    sharded = cast("DTensor", parameter.detach())
+    local: Tensor = sharded.to_local()
     return local
 
 
@@ -101,7 +115,7 @@ def gathered_rows(shard: Tensor, rows: int) -> Tensor:
     """
     A whole tensor on the CPU of every rank, from all ranks' shards.
 
-    :param shard: as ``shard_of`` gives it
+    :param shard: of a sharded parameter
     :param rows: of the whole
     """
     count = ranks.count()
