@@ -117,10 +117,10 @@ def device() -> torch.device:
     return torch.device("cuda" if "nccl" in distributed.get_backend() else "cpu")
 
 
-def total(value: float) -> float:
+def total(value: float | int) -> float:
     """The sum over ranks of a number, the same bits on all of them."""
     if count() == 1:
-        return value
+        return float(value)
     summed = torch.tensor(value, dtype=torch.float64, device=device())
     distributed.all_reduce(summed)
     return float(summed)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``torchrun`` on two CPU ranks: they find what one finds, and end together."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -8,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import nm_permute_plugin as nmp
 
 pytestmark = pytest.mark.slow
 
-BASE = {
+BASE: dict[str, Any] = {
     "batch_size": 4,
     "search": {"rounds": 3},
     "learn": {"steps": 6},
@@ -29,15 +30,23 @@ BASE = {
     "recover": {"stages": ["end_to_end"], "end_to_end": {"steps": 4}},
 }
 
-RECIPES = {
-    "plain": ours(**BASE),
-    "sharded": ours(**BASE, memory={"shard": True}),
-    "layers": ours(
-        **{**BASE, "recover": {"stages": ["rescale", "blocks"]}},
-        objective="layer_wise",
-    ),
-    "long": ours(**{**BASE, "learn": {"steps": 60}, "validation": {"every": 20}}),
+SETTINGS = {
+    "plain": BASE,
+    "sharded": {**BASE, "memory": {"shard": True}},
+    "layers": {
+        **BASE,
+        "objective": "layer_wise",
+        "recover": {"stages": ["rescale", "blocks"]},
+    },
 }
+
+RECIPES = {
+    "long": ours(**{**BASE, "learn": {"steps": 60}, "validation": {"every": 20}}),
+    "plain": ours(**BASE),
+    "sharded": ours(**SETTINGS["sharded"]),
+}
+
+API_RUNS = Path(__file__).with_name("api_runs.py")
 
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
@@ -48,12 +57,14 @@ ENVIRONMENT = os.environ | {
 
 @pytest.fixture(scope="module")
 def folder(trained_checkpoint: Path, chain_rows, words, tmp_path_factory: Any) -> Path:
-    """A folder with ``dense``, ``text.txt``, ``rows.json`` and the recipes."""
+    """A folder with a model, its text and rows, recipes and settings."""
     folder: Path = tmp_path_factory.mktemp("ranks")
     (folder / "dense").symlink_to(trained_checkpoint)
     rows = chain_rows(40, 32, seed=3)
     (folder / "text.txt").write_text(words(rows))
     (folder / "rows.json").write_text(json.dumps(rows.tolist()))
+    alone = {name: of for name, of in SETTINGS.items() if name != "sharded"}
+    (folder / "settings.json").write_text(json.dumps(alone))
     for name, recipe in RECIPES.items():
         (folder / f"{name}.yaml").write_text(recipe)
     return folder
@@ -65,7 +76,7 @@ def free_port() -> int:
         return int(taken.getsockname()[1])
 
 
-def torchrun(*hosts: Sequence[object]) -> list[str]:
+def torchrun(*hosts: Sequence[object]) -> list[list[str]]:
     """The words of every host's ``torchrun``, of one rank each, or of two on one host."""
     count = 2 if len(hosts) == 1 else 1
     port = free_port()
@@ -92,31 +103,38 @@ def command(folder: Path, recipe: str, out: str, *more: object) -> list[object]:
 
 
 @pytest.fixture(scope="module")
-def pruned(folder: Path) -> Callable[..., tuple[Path, str]]:
-    """A factory: the checkpoint of a recipe by 1 rank, 2 ranks, or 2 hosts; and the log."""
-    made: dict[str, tuple[Path, str]] = {}
+def by_one(folder: Path) -> Path:
+    """The folder, where one rank has pruned with all settings."""
+    there = importlib.util.spec_from_file_location("api_runs", API_RUNS)
+    assert there is not None
+    assert there.loader is not None
+    api_runs = importlib.util.module_from_spec(there)
+    there.loader.exec_module(api_runs)
+    api_runs.main(folder)
+    return folder
 
-    def prune(recipe: str, ranks: int = 1, hosts: int = 1) -> tuple[Path, str]:
-        out = f"{recipe}-{ranks}-{hosts}"
-        if out in made:
-            return made[out]
-        given = command(folder, recipe, out)
-        if ranks == 1:
-            words = [
-                [sys.executable, "-W", "ignore", "-m", "nm_permute_plugin"]
-                + list(map(str, given))
-            ]
-        else:
-            words = torchrun(*[["-m", "nm_permute_plugin", *given]] * hosts)
-        logs = [folder / f"{out}.{number}.log" for number in range(len(words))]
-        runs = [begin(each, log) for each, log in zip(words, logs, strict=True)]
-        statuses = [run.wait(timeout=300) for run in runs]
-        said = "\n".join(log.read_text() for log in logs)
-        assert statuses == [0] * len(runs), said
-        made[out] = folder / out, said
-        return made[out]
 
-    return prune
+@pytest.fixture(scope="module")
+def by_two(by_one: Path) -> Path:
+    """The folder, where two ranks have done so as well."""
+    (by_one / "settings.json").write_text(json.dumps(SETTINGS))
+    (words,) = torchrun([API_RUNS, by_one])
+    log = by_one / "api_runs.log"
+    assert begin(words, log).wait(timeout=300) == 0, log.read_text()
+    return by_one
+
+
+@pytest.fixture(scope="module")
+def on_two_hosts(folder: Path) -> tuple[Path, str]:
+    """The checkpoint of two ranks on two hosts, both of which are this one; the log."""
+    given = ["-m", "nm_permute_plugin", *command(folder, "long", "hosts")]
+    logs = [folder / f"host{number}.log" for number in range(2)]
+    words = torchrun(given, given)
+    runs = [begin(each, log) for each, log in zip(words, logs, strict=True)]
+    statuses = [run.wait(timeout=300) for run in runs]
+    said = "\n".join(log.read_text() for log in logs)
+    assert statuses == [0, 0], said
+    return folder / "hosts", said
 
 
 def report(out: Path) -> dict[str, Any]:
@@ -137,35 +155,29 @@ def weights(out: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "hosts", "like"),
-    [("plain", 2, "plain"), ("sharded", 1, "plain"), ("layers", 1, "layers")],
+    ("name", "like"),
+    [("plain", "plain"), ("sharded", "plain"), ("layers", "layers")],
 )
 def test_two_ranks_find_what_one_finds(
-    pruned, tmp_path: Path, recipe: str, hosts: int, like: str
+    by_two: Path, tmp_path: Path, name: str, like: str
 ) -> None:
-    one, _ = pruned(like)
-    two, said = pruned(recipe, ranks=2, hosts=hosts)
+    one, two = by_two / f"{like}-1", by_two / f"{name}-2"
     assert losses(two) == pytest.approx(losses(one), rel=1e-3)
-    assert report(two)["searched"] == pytest.approx(report(one)["searched"]) or (
-        [e["validation"] for e in report(two)["searched"]]
-        == pytest.approx([e["validation"] for e in report(one)["searched"]], rel=1e-3)
-    )
     ours, theirs = weights(one, tmp_path), weights(two, tmp_path)
     same = total = 0
-    for name, weight in ours.items():
+    for matrix, weight in ours.items():
         if weight.dim() == 2:
-            same += int(((weight != 0) == (theirs[name] != 0)).sum())
+            same += int(((weight != 0) == (theirs[matrix] != 0)).sum())
             total += weight.numel()
     assert same / total > 0.99
     assert nmp.verify(two).good
+
+
+def test_the_command_on_two_hosts_speaks_once(on_two_hosts) -> None:
+    out, said = on_two_hosts
+    assert nmp.verify(out).good
     assert said.count("This run prunes") == 1
-
-
-def test_two_ranks_give_the_same_bytes_twice(pruned, folder: Path) -> None:
-    first, _ = pruned("plain", ranks=2, hosts=2)
-    second, _ = pruned("plain", ranks=2, hosts=1)
-    name = "model.safetensors"
-    assert (first / name).read_bytes() == (second / name).read_bytes()
+    assert said.count("next: nm-permute evaluate") == 1
 
 
 def rank_of(run: "subprocess.Popen[bytes]", number: int) -> int:
@@ -179,16 +191,17 @@ def rank_of(run: "subprocess.Popen[bytes]", number: int) -> int:
 
 
 def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on(
-    pruned, folder: Path
+    on_two_hosts, folder: Path
 ) -> None:
-    undisturbed, _ = pruned("long", ranks=2)
+    undisturbed, _ = on_two_hosts
     given = command(folder, "long", "died")
     (words,) = torchrun(["-m", "nm_permute_plugin", *given])
     log = folder / "died.log"
     run = begin(words, log)
     until = time.monotonic() + 200
     while "The stage search took" not in log.read_text():
-        assert time.monotonic() < until and run.poll() is None, log.read_text()
+        assert run.poll() is None, log.read_text()
+        assert time.monotonic() < until, log.read_text()
         time.sleep(0.1)
     time.sleep(1)
     os.kill(rank_of(run, 1), signal.SIGKILL)
@@ -206,16 +219,14 @@ def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on(
     assert (out / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
-def test_oneshot_on_ranks_that_share_memory(
-    pruned, folder: Path, tmp_path: Path
-) -> None:
+def test_oneshot_on_ranks_that_share_memory(by_one: Path, folder: Path) -> None:
     script, out = Path(__file__).with_name("host_way.py"), folder / "host"
     given = [folder / "dense", folder / "plain.yaml", out, folder / "rows.json"]
     (words,) = torchrun([script, *given])
     log = folder / "host.log"
     assert begin(words, log).wait(timeout=300) == 0, log.read_text()
     assert nmp.verify(out).good
-    assert losses(out) == pytest.approx(losses(pruned("plain")[0]), rel=1e-3)
+    assert losses(out) == pytest.approx(losses(by_one / "plain-1"), rel=1e-3)
 
 
 def one_process(
