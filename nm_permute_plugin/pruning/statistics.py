@@ -39,6 +39,9 @@ MOST_SAMPLES = 32
 MOST_TOKENS = 1 << 13
 """Tokens that measure it at most: as many as a step of learning has."""
 
+ENOUGH_TOKENS = 1 << 22
+"""Tokens that measure the norms of inputs at most; more do not change their proportions."""
+
 FLOOR = 1e-6
 """Least squared sensitivity relative to the mean, for outputs without a gradient, such as
 those of experts that no token reached."""
@@ -48,7 +51,8 @@ def input_norms(
     model: nn.Module, linears: Iterable[str], batches: Iterable[Batch]
 ) -> dict[str, Float[Tensor, " in"]]:
     """
-    ``||x_j||_2`` of every input channel of every linear, over all tokens of ``batches``.
+    ``||x_j||_2`` of every input channel of every linear, over the tokens of ``batches``:
+    the first ``ENOUGH_TOKENS`` of them, in whole batches.
 
     Squares are summed in float32. Padding does not count, not even in experts whose router
     flattens the tokens; all patches of images do.
@@ -57,7 +61,7 @@ def input_norms(
     :raises ValueError: if there are no tokens, if an activation is not finite, or its
         square is not, or if a linear never ran
     """
-    linears, batches = list(linears), list(batches)
+    linears, batches = list(linears), list(_enough(batches))
     device = next(model.parameters()).device
     sums: dict[str, Float[Tensor, " in"]] = {}
 
@@ -173,6 +177,16 @@ def _of_all_ranks(
     device = next(model.parameters()).device
     totals = ranks.totals([values.to(device) for values in own])
     return dict(zip(names, totals, strict=True))
+
+
+def _enough(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The first batches, up to ``ENOUGH_TOKENS``; images count as one token each."""
+    tokens = 0
+    for batch in batches:
+        yield batch
+        tokens += token_mask(batch).numel()
+        if tokens >= ENOUGH_TOKENS:
+            return
 
 
 def _largest(
