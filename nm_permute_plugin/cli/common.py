@@ -16,6 +16,8 @@ import typer
 from typer import Argument, Option
 from typer.core import TyperGroup
 
+from nm_permute_plugin._words import install
+
 Device = Annotated[
     str | None, Option(help="Where the model runs: cpu or cuda; a GPU if there is one.")
 ]
@@ -132,7 +134,7 @@ def _one_line(error: Exception, command: str | None) -> str | None:
         extra = EXTRAS.get((error.name or "").partition(".")[0])
         if extra is not None:
             extra = {"prune": "compress", "demo": "demo"}.get(command or "", extra)
-            return f"{text}: pip install 'nm-permute-plugin[{extra}]'"
+            return f"{text}: {install(extra)}"
     return text if isinstance(error, MENDABLE) or _is_refusal(error) else None
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, cast
 import typer
 from typer import Argument, Option
 
+from nm_permute_plugin._words import file_size
 from nm_permute_plugin.cli.common import Model, find_device, must_be_device
 from nm_permute_plugin.cli.data import DATASET, TextColumn, data_sources
 from nm_permute_plugin.cli.logs import HostLog, nothing_misleading
@@ -137,12 +138,12 @@ def prune(
             model, recipe, out, rows.ids, where, fresh, rows.counted
         )
         amount, test = str(rows), ["--text", "TEST.txt"]
-    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     following = ["nm-permute", "evaluate", str(out), *test, "--dense", model]
     page = out / PAGE
     told = f"; report: {page}" if page.exists() else ""
     typer.echo(
-        f"{out}: calibrated on {amount}, {minutes:.1f} minutes, {size:,.1f} MB, "
+        f"{out}: calibrated on {amount}, {minutes:.1f} minutes, {file_size(size)}, "
         f"{_outcome(out)}{told}; next: {shlex.join(following)}"
     )
 

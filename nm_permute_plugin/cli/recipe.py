@@ -65,8 +65,14 @@ def new(
         list[str] | None,
         Option(help="A linear that stays dense; repeatable (lm_head)."),
     ] = None,
-    batch_size: Annotated[
-        int | None, Option(help="Rows, or images, of a step (8).")
+    set_: Annotated[
+        list[str] | None,
+        Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Any other field, such as learn.steps=20, search.rounds=4 or "
+            "batch_size=1 (`nm-permute fields` lists them); repeatable.",
+        ),
     ] = None,
     out: Annotated[
         Path | None, Option(help="The file to write; stdout if left out.")
@@ -77,11 +83,10 @@ def new(
         "mask_structure": pattern,
         "score": score,
         "method": method,
-        **({} if batch_size is None else {"batch_size": batch_size}),
         **({"recover": list(recover)} if recover else {}),
         "ignore": list(ignore or ["lm_head"]),
     }
-    text = written(fields, then or [])
+    text = written(_with_fields(fields, set_ or []), then or [])
     if out is None:
         typer.echo(text, nl=False)
         return
@@ -186,7 +191,7 @@ def written(fields: Mapping[str, Any], then: list[str]) -> str:
         last = body.pop("ignore")
         body["prune"] = False
         if body["method"] == "learned":
-            body["learn"] = {"stages": ["swaps"]}
+            body["learn"] = {"stages": ["swaps"], **body.get("learn", {})}
         body["ignore"] = last
     try:
         settings = Settings.model_validate(body)
@@ -211,12 +216,45 @@ def written(fields: Mapping[str, Any], then: list[str]) -> str:
         for kind, values in kinds.items():
             lines.append(f"    {kind}:")
             for name, value in values.items():
-                comment = (
-                    COMMENTS.get(name) if kind == OURS or name == "scheme" else None
-                )
+                known = kind == OURS or name == "scheme"
+                known &= name != "learn" or bool(pruners)
+                comment = COMMENTS.get(name) if known else None
                 end = f"  # {comment}" if comment else ""
                 lines.append(f"      {name}: {_flow(value)}{end}")
     return "\n".join(lines) + "\n"
+
+
+def _with_fields(fields: Mapping[str, Any], given: list[str]) -> dict[str, Any]:
+    """
+    Put fields of ``--set`` into those of our modifier, ``ignore`` at the end as ever.
+
+    :raises ValueError: for words that name no field and value
+    """
+    import yaml
+
+    body = dict(fields)
+    ignore = body.pop("ignore")
+    for word in given:
+        path, equals, text = word.partition("=")
+        if not path or not equals:
+            raise ValueError(f"--set {word}: give FIELD=VALUE, such as learn.steps=20")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {word}: {text!r} is no YAML") from error
+        *groups, name = path.split(".")
+        node = body
+        for group in groups:
+            inner = node.get(group, {})
+            # A list of stages stands for their group.
+            inner = {"stages": inner} if isinstance(inner, list) else inner
+            if not isinstance(inner, dict):
+                raise ValueError(f"--set {word}: {group} is {inner!r}, and no group")
+            node[group] = inner
+            node = inner
+        node[name] = value
+    body["ignore"] = body.pop("ignore", ignore)
+    return body
 
 
 def _following(

@@ -22,6 +22,7 @@ from typing import Any, TypeVar, cast
 import torch
 from loguru import logger
 
+from nm_permute_plugin._words import file_size
 from nm_permute_plugin.pruning.state_files import (
     bytes_of,
     read_about,
@@ -311,8 +312,8 @@ class _Run:
         try:
             if free < size + self._reserve:
                 raise OSError(
-                    f"the disk has {free / 1e6:.1f} MB free, of which the checkpoint may "
-                    f"need {self._reserve / 1e6:.1f} and the state {size / 1e6:.1f}"
+                    f"the disk has {file_size(free)} free, of which the checkpoint may "
+                    f"need {file_size(self._reserve)} and the state {file_size(size)}"
                 )
             write_value(self.folder / name, value, about)
         except OSError as error:
