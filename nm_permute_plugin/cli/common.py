@@ -64,7 +64,7 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:  # a class that typer keeps to itself
         try:
-            with stopped_cleanly():
+            with stopped_cleanly(), telling_of_imports():
                 return super().invoke(ctx)
         except Exception as error:
             _hint_at_text(error, ctx.invoked_subcommand)
@@ -95,7 +95,7 @@ def stopped_cleanly() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may handle signals
         return
-    owner = os.getpid()
+    owner, stderr = os.getpid(), sys.stderr  # which the block may replace for a while
 
     def stop(number: int, frame: object) -> None:
         for each in before:  # a second one must not interrupt the cleaning up
@@ -103,7 +103,8 @@ def stopped_cleanly() -> Iterator[None]:
         if os.getpid() != owner:
             os._exit(128 + number)  # a process that we started, and must not clean up
         name = signal.Signals(number).name
-        typer.echo(f"error: stopped by {name}; no unfinished folder is left", err=True)
+        said = f"error: stopped by {name}; no unfinished folder is left"
+        typer.echo(said, file=stderr)
         raise SystemExit(128 + number)
 
     before = {
@@ -116,6 +117,33 @@ def stopped_cleanly() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def telling_of_imports(after: float = 5.0) -> Iterator[None]:
+    """
+    Say what is being imported where that takes long, as on a busy or a fresh machine.
+
+    :param after: seconds of the block
+    """
+    stderr = sys.stderr
+
+    def tell() -> None:
+        for name, module in list(sys.modules.items()):
+            root = name.partition(".")[0]
+            spec = getattr(module, "__spec__", None)
+            # A module is in this state while its own lines run.
+            if root != "nm_permute_plugin" and getattr(spec, "_initializing", False):
+                typer.echo(f"Still importing {root} ...", file=stderr)
+                return
+
+    timer = threading.Timer(after, tell)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _one_line(error: Exception, command: str | None) -> str | None:

@@ -83,10 +83,11 @@ def dry_run(
         f"{len(data.train)}, for validation: {len(data.validation)}"
     )
     plan.try_spec(loaded, settings, data, write_in_place)
-    typer.echo(f"Measuring a few steps of every stage on {there} ...", err=True)
     folder = nearest(out)
     beside = free(there)
-    found = estimate(loaded, plan, data, settings, folder, free)
+    found = estimate(
+        loaded, plan, data, settings, folder, free, partial(typer.echo, err=True)
+    )
     found.stages.insert(0, StageEstimate("load", load, found.held))
     print_table(table(found))
     saved, stored = bytes_of_a_save(loaded, settings, ours, modifiers)

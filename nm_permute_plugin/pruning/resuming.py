@@ -21,6 +21,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from loguru import logger
+from tqdm import tqdm
 
 from nm_permute_plugin._words import file_size
 from nm_permute_plugin.pruning.state_files import (
@@ -146,6 +147,7 @@ class Progress:
         found = None if self._run is None else self._run.progress(self._key)
         if found is not None:
             self.done, self.rate, self.losses, self.value = found
+            logger.info(f"Going on from step {self.done} of {what}")
 
     def follow(self, state: Callable[[], object]) -> None:
         """Write from now on what a function gives; it is called between two updates."""
@@ -163,6 +165,17 @@ class Progress:
         self.done, self.rate = number, rate
         self.losses.append(loss)
         self._updating = False
+
+    def bar(self, numbers: range, what: str) -> "tqdm[int]":
+        """
+        Count updates in a bar that begins where the run stands.
+
+        The last update that is behind it comes first: its validation may be missing yet.
+
+        :param numbers: of all updates
+        """
+        behind = max(0, self.done - numbers[0])
+        return tqdm(numbers[behind:], what, total=len(numbers), initial=behind)
 
     def keep(self) -> None:
         """Write the state if it is time to."""

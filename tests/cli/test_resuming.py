@@ -103,6 +103,8 @@ def test_a_run_that_died_ends_with_the_same_bytes(ends, moment: str) -> None:
     assert died["status"] != 0, died["log"]
     assert state in died["beside"], died["log"]
     assert f"The run goes on from {MOMENTS[moment]}" in went_on["log"]
+    if MOMENTS[moment].startswith("step"):
+        assert f"Going on from {MOMENTS[moment]}" in went_on["log"]
     assert went_on["status"] == 0, went_on["log"]
     assert went_on["beside"] == []
     expected, found = contents(folder / undisturbed["out"]), contents(folder / out)

@@ -146,3 +146,18 @@ class _Full:
 
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+def test_the_bar_of_a_run_that_goes_on_begins_where_it_stands() -> None:
+    progress = resuming.Progress("the learning")
+    for done, numbers, left in (
+        (0, (1, 6), (1, 6)),
+        (3, (1, 6), (3, 6)),
+        (6, (4, 7), (6, 7)),
+    ):
+        progress.done = done
+        bar = progress.bar(range(*numbers), "Learning")
+        behind = left[0] - numbers[0]
+        assert (bar.n, bar.total) == (behind, len(range(*numbers)))
+        assert list(bar) == list(range(*left))
+        assert bar.n == bar.total

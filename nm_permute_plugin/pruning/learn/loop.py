@@ -20,7 +20,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from loguru import logger
-from tqdm import tqdm
 
 from nm_permute_plugin.pruning.learn.best import Best, begin_of
 from nm_permute_plugin.pruning.learn.multipliers import ScoreMultipliers
@@ -182,7 +181,7 @@ def train(
             "learner": learner.state_dict(),
         }
     )
-    bar = tqdm(numbers, f"Learning {what}")
+    bar = progress.bar(numbers, f"Learning {what}")
     for number in bar:
         if number > progress.done:
             training, rate = step(partial(learner.prepare, number)), learner.rate

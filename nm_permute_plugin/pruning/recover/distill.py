@@ -7,7 +7,6 @@ from itertools import islice
 from statistics import fmean
 
 import torch
-from tqdm import tqdm
 
 from nm_permute_plugin.pruning.data import Data
 from nm_permute_plugin.pruning.recover.optimizer import RelativeAdamW
@@ -42,15 +41,12 @@ def distill(
     optimizer = RelativeAdamW(masters, settings.recover.end_to_end.rate, steps)
     before = time.perf_counter()
     best = teacher.validate(student.masks(), data.validation)
-    forecast = Forecast(
-        "the recovery end_to_end",
-        steps,
-        -(-steps // every),
-        time.perf_counter() - before,
-    )
+    took = time.perf_counter() - before
     better: Values = {}
     history: History = [{"step": 0, "validation": best}]
     progress = Progress("the distilling", known)
+    left = steps - progress.done
+    forecast = Forecast("the recovery end_to_end", left, -(-left // every), took)
     if progress.value is not None:
         with torch.no_grad():
             for name, master in masters.items():
@@ -73,7 +69,7 @@ def distill(
             use_graph=True,
         )
         batches = islice(data.batches(settings.seed), progress.done, None)
-        bar = tqdm(range(1, steps + 1), "Distilling the kept weights")
+        bar = progress.bar(range(1, steps + 1), "Distilling the kept weights")
         for step in bar:
             if step > progress.done:
                 training, rate = backward(next(batches)), optimizer.rate
