@@ -103,7 +103,8 @@ def stopped_cleanly() -> Iterator[None]:
         if os.getpid() != owner:
             os._exit(128 + number)  # a process that we started, and must not clean up
         name = signal.Signals(number).name
-        said = f"error: stopped by {name}; no unfinished folder is left"
+        begin = "\n" * stderr.isatty()  # below a bar
+        said = f"{begin}error: stopped by {name}; no unfinished folder is left"
         typer.echo(said, file=stderr)
         raise SystemExit(128 + number)
 

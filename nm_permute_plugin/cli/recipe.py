@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``nm-permute recipe``: write a recipe, show all its settings, look over it."""
+"""``nm-permute recipe``: write a recipe, show all its settings, check it."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import redirect_stdout
@@ -13,7 +13,7 @@ from typer import Argument, Option
 from nm_permute_plugin.cli.logs import HostLog
 
 recipe = typer.Typer(
-    no_args_is_help=True, help="Write a recipe, show all its settings, look over it."
+    no_args_is_help=True, help="Write a recipe, show all its settings, check it."
 )
 
 File = Annotated[Path, Argument(metavar="FILE", help="YAML recipe.")]
@@ -126,7 +126,7 @@ def check(
         Option(help="Folder of the dense model, or its name on the hub; not loaded."),
     ] = None,
 ) -> None:
-    """Look for all that is certain to fail, without running anything."""
+    """Check for all that is certain to fail, without running anything."""
     ours, modifiers = _ours_of(file)
     from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
 
@@ -206,7 +206,7 @@ def written(fields: Mapping[str, Any], then: list[str]) -> str:
     what = f"{body['mask_structure']} by {body['score']}, method {body['method']}"
     lines = [
         f"# {what}{''.join(f', then {name}' for name in then)}.",
-        "#   nm-permute recipe check FILE --model MODEL     looks for what must fail",
+        "#   nm-permute recipe check FILE --model MODEL     finds what must fail",
         "#   nm-permute prune MODEL FILE OUT --text TEXT.txt --dry-run",
         "# All other fields, with their defaults: nm-permute fields",
         "prune_stage:",

@@ -25,7 +25,7 @@ from nm_permute_plugin.pruning.data import (
 from nm_permute_plugin.pruning.positions import check_length
 from nm_permute_plugin.pruning.targets import refuse_adapters
 
-FEW_JUDGES = 1000
+FEW_VALIDATION_TOKENS = 1000
 """
 Fewer validation tokens than this are warned of: a mean loss over them is off by some %.
 """
@@ -57,7 +57,8 @@ def read_samples(
         tokens] or [tokens], or lists of the same. What PyTorch's CPU generator draws while
         they are read, such as the order of a data loader that shuffles, depends on
         ``seed`` alone
-    :param validation_share: the share of samples that only judge; one at least, never all
+    :param validation_share: the share of samples that only validate; one at least, never
+        all
     :param seed: of the random split as well
     :raises ValueError: if there is no data, if it is of another kind than the model takes,
         if its rows are longer than the model's learned positions, if it is broken, or for
@@ -104,12 +105,12 @@ def read_samples(
 def _warn_of_few(data: Data) -> None:
     """Warn where a loss mask leaves little to validate on, which nobody sees otherwise."""
     count = sum(int(token_mask(batch).sum()) for batch in data.validation)
-    if count < FEW_JUDGES:
+    if count < FEW_VALIDATION_TOKENS:
         rows = sum(len(batch["input_ids"]) for batch in data.validation)
         logger.warning(
             f"Of the {rows} rows for validation, {count} tokens count, fewer than "
-            f"{FEW_JUDGES}: which step is the best is partly chance then. Give more "
-            "conversations, or write validation: {share: 0.3} into the recipe"
+            f"{FEW_VALIDATION_TOKENS}: which step is the best is partly chance then. Give "
+            "more conversations, or write validation: {share: 0.3} into the recipe"
         )
 
 

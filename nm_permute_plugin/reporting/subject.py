@@ -66,7 +66,7 @@ class Subject:
     def _serving(self) -> str:
         free = "serving it costs nothing at run time"
         if self.run.permuted:
-            free += ", because the order of the channels is folded into the weights"
+            free += ", because the permutation is folded into the weights"
         if self.stored is None:
             return free
         ours, dense = self.stored

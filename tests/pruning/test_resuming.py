@@ -79,7 +79,7 @@ def test_what_was_found_is_kept_where_the_disk_has_room(
         learned(go, model)
     warnings = [line for line in said if "is not kept any more" in line]
     assert len(warnings) == 1
-    assert "the disk has 0.0 MB free" in warnings[0]
+    assert "the disk has 0 kB free" in warnings[0]
     assert not folder.exists()
 
 

@@ -80,7 +80,7 @@ def test_the_page_tells_the_whole_run(learned: Path) -> None:
     assert "Permuting the channels moved the dense model's outputs by" in said
     assert "learn.steps: 4" in said
     assert "threads" in said
-    assert "Nothing was measured on held-back text yet" in said
+    assert "Nothing was measured on a test text yet" in said
     assert re.search(r"has a validation loss of .* regains .* % of what was lost", said)
 
 

@@ -69,9 +69,7 @@ def test_a_text_tells_more_than_the_validation(texts: list[dict], said: str) -> 
 
 
 def test_what_serving_costs() -> None:
-    assert "because the order of the channels is folded" in verdict(
-        run(moved=["hidden.0"])
-    )
+    assert "because the permutation is folded" in verdict(run(moved=["hidden.0"]))
     assert "folded" not in verdict(run(moved=[]))
-    assert "0.0 MB on disk where dense ones take 0.0 MB" in verdict(run())
+    assert "0 kB on disk where dense ones take 0 kB" in verdict(run())
     assert "nothing to fold" in Subject("out", run(moved=[], fold_error=0.0)).fold
