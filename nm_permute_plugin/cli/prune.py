@@ -76,7 +76,7 @@ def prune(
         Option(
             "--dry-run",
             help="Say what the run would do, how long it would take and how much memory, "
-            "measured with a few of its steps; write nothing.",
+            "measured with a few of its steps, minutes on a CPU; write nothing.",
         ),
     ] = False,
     fresh: Annotated[

@@ -17,7 +17,7 @@ from contextvars import ContextVar
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from loguru import logger
@@ -166,16 +166,14 @@ class Progress:
         self.losses.append(loss)
         self._updating = False
 
-    def bar(self, numbers: range, what: str) -> "tqdm[int]":
+    def bar(self, numbers: range, what: str) -> "tqdm[NoReturn]":
         """
-        Count updates in a bar that begins where the run stands.
-
-        The last update that is behind it comes first: its validation may be missing yet.
+        Make a bar of updates that begins where the run stands; ``update`` moves it.
 
         :param numbers: of all updates
         """
-        behind = max(0, self.done - numbers[0])
-        return tqdm(numbers[behind:], what, total=len(numbers), initial=behind)
+        behind = len(range(numbers[0], self.done + 1))
+        return tqdm(desc=what, total=len(numbers), initial=behind)
 
     def keep(self) -> None:
         """Write the state if it is time to."""

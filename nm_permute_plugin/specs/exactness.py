@@ -145,7 +145,7 @@ def _suspects(resolved: ResolvedSpec, wrong: list[str]) -> str:
         if not parameter.spaces and sizes & set(parameter.shape)
         for name in parameter.names
     ]
-    text = f" The orders of {', '.join(merged(wrong))} do it." if wrong else ""
+    text = f" The permutations of {', '.join(merged(wrong))} do it." if wrong else ""
     if still:
         text += f" See whether these should move with them: {', '.join(merged(still))}."
     return text

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs of Python that are interrupted go on, and folders that hold something else stay."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -148,16 +149,16 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_the_bar_of_a_run_that_goes_on_begins_where_it_stands() -> None:
-    progress = resuming.Progress("the learning")
-    for done, numbers, left in (
-        (0, (1, 6), (1, 6)),
-        (3, (1, 6), (3, 6)),
-        (6, (4, 7), (6, 7)),
-    ):
-        progress.done = done
-        bar = progress.bar(range(*numbers), "Learning")
-        behind = left[0] - numbers[0]
-        assert (bar.n, bar.total) == (behind, len(range(*numbers)))
-        assert list(bar) == list(range(*left))
-        assert bar.n == bar.total
+def test_the_bar_of_a_run_that_goes_on_begins_where_it_stands(
+    tiny_model, go, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, folder = tiny_model("llama"), tmp_path / "state"
+    with stopping_in(6), nmp.resuming(folder):  # the third of the second stage
+        learned(go, model)
+    capsys.readouterr()
+    with nmp.resuming(folder):
+        learned(go, model)
+    shown = capsys.readouterr().err
+    counts = re.findall(r"Learning (\w+): +\d+%\|[^|]*\| (\d+)/(\d+) ", shown)
+    assert counts[0] == ("multipliers", "2", "3")
+    assert counts[-1] == ("multipliers", "3", "3")

@@ -182,15 +182,17 @@ def train(
         }
     )
     bar = progress.bar(numbers, f"Learning {what}")
-    for number in bar:
+    for number in numbers:
         if number > progress.done:
             training, rate = step(partial(learner.prepare, number)), learner.rate
             with progress.update(number, training, rate):
                 learner.update()
             after_step()
+            bar.update()
             bar.set_postfix(loss=f"{training:.4f}", best=f"{best.loss:.4f}")
         ends = number % validate_every == 0 or number == numbers[-1]
         if ends and number > best.history[-1]["step"]:
             best.consider(number, fmean(progress.losses), progress.rate, learner)
             progress.losses.clear()
         progress.keep()
+    bar.close()

@@ -70,12 +70,13 @@ def distill(
         )
         batches = islice(data.batches(settings.seed), progress.done, None)
         bar = progress.bar(range(1, steps + 1), "Distilling the kept weights")
-        for step in bar:
+        for step in range(1, steps + 1):
             if step > progress.done:
                 training, rate = backward(next(batches)), optimizer.rate
                 with progress.update(step, training, rate):
                     optimizer.step()
                 forecast.step()
+                bar.update()
                 bar.set_postfix(loss=f"{training:.4f}", best=f"{best:.4f}")
             ends = step % every == 0 or step == steps
             if ends and step > history[-1]["step"]:
@@ -93,4 +94,5 @@ def distill(
                 )
                 progress.losses.clear()
             progress.keep()
+        bar.close()
     return better, history
