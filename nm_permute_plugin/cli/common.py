@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,7 +64,9 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:  # a class that typer keeps to itself
         try:
-            with stopped_cleanly(), telling_of_imports():
+            quiet = ctx.params.get("quiet")
+            telling = nullcontext() if quiet else telling_of_imports()
+            with stopped_cleanly(), telling:
                 return super().invoke(ctx)
         except Exception as error:
             _hint_at_text(error, ctx.invoked_subcommand)
@@ -123,28 +125,30 @@ def stopped_cleanly() -> Iterator[None]:
 @contextmanager
 def telling_of_imports(after: float = 5.0) -> Iterator[None]:
     """
-    Say what is being imported where that takes long, as on a busy or a fresh machine.
+    Say once what is being imported where that takes long, as on a busy machine.
 
     :param after: seconds of the block
     """
-    stderr = sys.stderr
+    stderr, ended = sys.stderr, threading.Event()
 
-    def tell() -> None:
-        for name, module in list(sys.modules.items()):
-            root = name.partition(".")[0]
-            spec = getattr(module, "__spec__", None)
-            # A module is in this state while its own lines run.
-            if root != "nm_permute_plugin" and getattr(spec, "_initializing", False):
-                typer.echo(f"Still importing {root} ...", file=stderr)
-                return
+    def watch() -> None:
+        wait = after
+        while not ended.wait(wait):
+            wait = 1.0
+            for name, module in list(sys.modules.items()):
+                root = name.partition(".")[0]
+                spec = getattr(module, "__spec__", None)
+                # A module is in this state while its own lines run.
+                initializing = getattr(spec, "_initializing", False)
+                if initializing and root != "nm_permute_plugin":
+                    typer.echo(f"Still importing {root} ...", file=stderr)
+                    return
 
-    timer = threading.Timer(after, tell)
-    timer.daemon = True
-    timer.start()
+    threading.Thread(target=watch, daemon=True).start()
     try:
         yield
     finally:
-        timer.cancel()
+        ended.set()
 
 
 def _one_line(error: Exception, command: str | None) -> str | None:

@@ -84,9 +84,9 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def timeless(value: Any) -> Any:
-    """A report without the seconds and the memory that it tells."""
+    """A report without seconds and memory, and that it went on."""
     if isinstance(value, dict):
-        spent = ("seconds", "memory")
+        spent = ("seconds", "memory", "resumed")
         return {key: timeless(of) for key, of in value.items() if key not in spent}
     return [timeless(of) for of in value] if isinstance(value, list) else value
 
