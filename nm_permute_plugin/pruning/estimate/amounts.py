@@ -97,6 +97,12 @@ class Amounts:
         return 7 + (1 + 10 * trained) * self.rows + 3 * judged * of_validation
 
     @property
+    def measured_masks(self) -> float:
+        """How often measuring makes the masks of all linears, or sorts as much, roughly."""
+        learned = self.settings.method == "learned"
+        return 6 + (12 * len(self.settings.learn.stages) if learned else 0)
+
+    @property
     def search_rounds(self) -> int:
         """Rounds of assignment, up to the last validation."""
         every = ROUNDS_BETWEEN_VALIDATIONS

@@ -20,6 +20,7 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
+from nm_permute_plugin.maths.masks import nm_mask
 from nm_permute_plugin.pruning.data import Data, forward, on_device
 from nm_permute_plugin.pruning.estimate.amounts import Amounts
 from nm_permute_plugin.pruning.estimate.layers import learning_by_layers
@@ -41,6 +42,7 @@ from nm_permute_plugin.pruning.running.teacher import Teacher
 from nm_permute_plugin.pruning.search import alike, rounds_of_all, segments_of
 from nm_permute_plugin.pruning.settings import Settings
 from nm_permute_plugin.pruning.statistics import input_norms, output_sensitivity
+from nm_permute_plugin.specs.conv1d import weight_of
 from nm_permute_plugin.specs.exactness import random_perms
 from nm_permute_plugin.specs.fold import fold, invert_all, write_in_place
 
@@ -168,13 +170,19 @@ class _Probe:
             self.found.unfit.append(str(error))
 
     def _announce(self) -> None:
-        """Say how long measuring takes, by what one forward pass does."""
+        """Say how long measuring takes, by a forward pass and the mask of one linear."""
         self.room.check("statistics")
         row = on_device(self.amounts.row, self.model)
         with self.room.caught("statistics"), torch.no_grad():
             forward(self.model, row)  # warms up
             _, one = self.meter.took(lambda: forward(self.model, row))
+        weights = [weight_of(self.model.get_submodule(x)) for x in self.plan.prunable]
+        part = max(weights, key=Tensor.numel)
+        score = part.detach().float().abs()
+        _, mask = self.meter.took(lambda: nm_mask(score, self.settings.pattern))
+        masks = sum(map(Tensor.numel, weights)) / part.numel()
         about = one.seconds * self.amounts.measured_passes
+        about += mask.seconds * masks * self.amounts.measured_masks
         rounds = " and the time of three rounds of the search"
         self.tell(
             f"Measuring a few steps of every stage on {self.found.device}: about "
