@@ -97,7 +97,7 @@ class Amounts:
         return 7 + (1 + 10 * trained) * self.rows + 3 * judged * of_validation
 
     @property
-    def measured_masks(self) -> float:
+    def measured_masks(self) -> int:
         """How often measuring makes the masks of all linears, or sorts as much, roughly."""
         learned = self.settings.method == "learned"
         return 6 + (12 * len(self.settings.learn.stages) if learned else 0)
