@@ -125,7 +125,7 @@ def test_check_says_what_would_be_done(tmp_path: Path, tiny_checkpoint) -> None:
     result = nm_permute("recipe", "check", file, "--model", tiny_checkpoint())
     assert result.exit_code == 0, result.output
     assert "2:4 in 14 linears" in result.stdout
-    assert "residual (32 channels) orders" in result.stdout
+    assert "residual (32 channels) permutes" in result.stdout
 
 
 @pytest.mark.parametrize(
