@@ -178,7 +178,7 @@ class _Probe:
             _, one = self.meter.took(lambda: forward(self.model, row))
         weights = [weight_of(self.model.get_submodule(x)) for x in self.plan.prunable]
         part = max(weights, key=Tensor.numel)
-        score = part.detach().float().abs()
+        score = part.detach().float().abs().nan_to_num()  # bad ones are told later
         _, mask = self.meter.took(lambda: nm_mask(score, self.settings.pattern))
         masks = sum(map(Tensor.numel, weights)) / part.numel()
         about = one.seconds * self.amounts.measured_passes
