@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What was measured of a checkpoint, kept beside it in ``nm_permute/evaluations.json``."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -12,6 +13,9 @@ from nm_permute_plugin.checkpoint.record import FOLDER
 FILE = f"{FOLDER}/evaluations.json"
 
 R = TypeVar("R", bound=BaseModel)
+
+ROUNDING = 1e-3
+"""Values that differ by this share at most are one: sums are added in another order."""
 
 
 class _Measured(BaseModel):
@@ -99,13 +103,19 @@ def _replaced(
     """
 
     def alike(old: R, names: Sequence[str]) -> bool:
-        return all(getattr(old, name) == getattr(new, name) for name in names)
+        return all(_same(getattr(old, name), getattr(new, name)) for name in names)
 
     fields = {name: of for name, of in new if of is not None}
     for old in results:
         if alike(old, key) and alike(old, value):
             new = old.model_copy(update=fields)
     return (*(old for old in results if not alike(old, key)), new)
+
+
+def _same(one: object, other: object) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=ROUNDING)
+    return one == other
 
 
 def read_evaluations(checkpoint: Path) -> Evaluations:
