@@ -17,6 +17,8 @@ from typer import Argument, Option
 from typer.core import TyperGroup
 
 from nm_permute_plugin._words import install
+from nm_permute_plugin.cli.torchrun import hold_back
+from nm_permute_plugin.pruning.processes import rank
 
 Device = Annotated[
     str | None, Option(help="Where the model runs: cpu or cuda; a GPU if there is one.")
@@ -64,7 +66,7 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:  # a class that typer keeps to itself
         try:
-            quiet = ctx.params.get("quiet")
+            quiet = ctx.params.get("quiet") or rank() > 0
             telling = nullcontext() if quiet else telling_of_imports()
             with stopped_cleanly(), telling:
                 return super().invoke(ctx)
@@ -73,7 +75,7 @@ class Commands(TyperGroup):
             line = _one_line(error, ctx.invoked_subcommand)
             if line is None or ctx.params["debug"]:
                 raise
-            typer.echo(f"error: {line}", err=True)
+            typer.echo(f"error: {hold_back()}{line}", err=True)
             raise typer.Exit(1) from error
 
 
@@ -105,9 +107,10 @@ def stopped_cleanly() -> Iterator[None]:
         if os.getpid() != owner:
             os._exit(128 + number)  # a process that we started, and must not clean up
         name = signal.Signals(number).name
-        begin = "\n" * stderr.isatty()  # below a bar
-        said = f"{begin}error: stopped by {name}; no unfinished folder is left"
-        typer.echo(said, file=stderr)
+        if rank() == 0:
+            begin = "\n" * stderr.isatty()  # below a bar
+            said = f"{begin}error: stopped by {name}; no unfinished folder is left"
+            typer.echo(said, file=stderr)
         raise SystemExit(128 + number)
 
     before = {

@@ -13,6 +13,7 @@ from nm_permute_plugin._words import file_size
 from nm_permute_plugin.checkpoint.saving import save_checkpoint
 from nm_permute_plugin.checkpoint.source import Source
 from nm_permute_plugin.checkpoint.transaction import is_unfinished
+from nm_permute_plugin.pruning import ranks
 
 
 def after_save(
@@ -37,10 +38,10 @@ def after_save(
     @wraps(save)
     def save_and_finish(save_directory: str | Path, **kwargs: object) -> None:
         save_checkpoint(model, save_directory, finish, save, source, **kwargs)
+        ranks.wait()  # for the first to have put it in its place
         folder = Path(save_directory)
-        if said and not is_unfinished(
-            folder.resolve()
-        ):  # whoever puts it in place says so
+        # Of an unfinished folder, whoever puts it in its place says so.
+        if said and ranks.is_first() and not is_unfinished(folder.resolve()):
             files = (file for file in folder.rglob("*") if file.is_file())
             size = sum(file.stat().st_size for file in files)
             images = model.main_input_name == "pixel_values"

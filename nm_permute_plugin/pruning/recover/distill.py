@@ -64,6 +64,7 @@ def distill(
         backward = Backward(
             teacher,
             partial(student.masks, masters),
+            masters.values(),
             data.train,
             settings.memory,
             use_graph=True,
