@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from nm_permute_plugin.pruning.data import Batch, token_mask
+from nm_permute_plugin.pruning.heartbeat import Heartbeat
 from nm_permute_plugin.pruning.processes import started
 
 T = TypeVar("T")
@@ -49,6 +50,7 @@ def begin(device: torch.device) -> None:
     distributed.init_process_group(
         "nccl" if on_gpu else "gloo", device_id=device if on_gpu else None
     )
+    Heartbeat(number(), count())
 
 
 def count() -> int:

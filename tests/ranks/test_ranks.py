@@ -42,6 +42,9 @@ SETTINGS = {
 
 RECIPES = {
     "long": ours(**{**BASE, "learn": {"steps": 60}, "validation": {"every": 20}}),
+    "endless": ours(
+        **{**BASE, "learn": {"steps": 100_000}, "validation": {"every": 50}}
+    ),
     "plain": ours(**BASE),
     "sharded": ours(**SETTINGS["sharded"]),
 }
@@ -217,6 +220,31 @@ def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on(
     assert not state.exists()
     name = "model.safetensors"
     assert (out / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+def test_a_rank_that_stands_still_ends_the_run(folder: Path) -> None:
+    """It stands for a host that has vanished: none of its processes says anything."""
+    (words,) = torchrun(
+        ["-m", "nm_permute_plugin", *command(folder, "endless", "silent")]
+    )
+    log = folder / "silent.log"
+    run = begin(words, log)
+    until = time.monotonic() + 200
+    while "The stage search took" not in log.read_text():
+        assert run.poll() is None, log.read_text()
+        assert time.monotonic() < until, log.read_text()
+        time.sleep(0.1)
+    still = rank_of(run, 1)
+    os.kill(still, signal.SIGSTOP)
+    try:
+        until = time.monotonic() + 60
+        while "rank 1 has given no sign of life" not in log.read_text():
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.1)
+    finally:
+        os.kill(still, signal.SIGKILL)
+    assert run.wait(timeout=60) != 0
+    assert not (folder / "silent").exists()
 
 
 def test_oneshot_on_ranks_that_share_memory(on_two_hosts, folder: Path) -> None:
