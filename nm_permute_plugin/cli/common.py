@@ -64,6 +64,8 @@ _REMEDIES = {"prune": PRUNE_OUT_OF_MEMORY, "lm-eval": LM_EVAL_OUT_OF_MEMORY}
 class Commands(TyperGroup):
     """Commands whose mendable errors are one line, unless ``--debug`` is given."""
 
+    context_class = typer.Context  # what typer's functions are annotated to be given
+
     def invoke(self, ctx: Any) -> Any:  # a class that typer keeps to itself
         try:
             quiet = ctx.params.get("quiet") or rank() > 0
