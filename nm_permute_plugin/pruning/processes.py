@@ -19,6 +19,22 @@ def place() -> int:
     return _number("LOCAL_RANK", 0)
 
 
+def refuse_strange() -> None:
+    """
+    See that processes that are told of each other can find each other.
+
+    :raises ValueError: if ``torchrun`` has not started them
+    """
+    wanted = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in wanted if name not in os.environ]
+    if started() > 1 and missing:
+        raise ValueError(
+            f"WORLD_SIZE says that there are {started()} processes, but {missing[0]} is "
+            "not set: start them by torchrun, or unset WORLD_SIZE to prune without "
+            "torchrun"
+        )
+
+
 def _number(name: str, default: int) -> int:
     given = os.environ.get(name, "")
     return int(given) if given.isdecimal() else default

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from nm_permute_plugin.pruning.data import Batch, token_mask
 from nm_permute_plugin.pruning.heartbeat import Heartbeat
-from nm_permute_plugin.pruning.processes import started
+from nm_permute_plugin.pruning.processes import refuse_strange, started
 
 T = TypeVar("T")
 
@@ -41,9 +41,11 @@ def begin(device: torch.device) -> None:
     Join the process group of ``torchrun``, unless that has been done.
 
     :param device: of this rank; GPUs talk by NCCL, CPUs by gloo
+    :raises ValueError: if there are several processes that ``torchrun`` has not started
     """
     if _is_up() or started() == 1:
         return
+    refuse_strange()
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
