@@ -53,7 +53,7 @@ class LearnablePermutationModifier(PermutationFields, Modifier):
 
     Lifecycle:
 
-    - on_initialize: look over everything, match targets, resolve the permutation spec,
+    - on_initialize: check everything, match targets, resolve the permutation spec,
       refuse what cannot be
     - on_calibration_start: measure the dense model, search and learn, fold, prune, and
       change the kept weights if `recover` says so

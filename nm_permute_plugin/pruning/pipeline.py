@@ -173,7 +173,7 @@ def _run(
         figures,
         clock.seconds,
         clock.memory,
-        environment(model),
+        environment(model) | ({"resumed": "yes"} if goes_on() else {}),
         searched,
         history,
         recovered,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs of Python that are interrupted go on, and folders that hold something else stay."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -79,7 +80,7 @@ def test_what_was_found_is_kept_where_the_disk_has_room(
         learned(go, model)
     warnings = [line for line in said if "is not kept any more" in line]
     assert len(warnings) == 1
-    assert "the disk has 0.0 MB free" in warnings[0]
+    assert "the disk has 0 kB free" in warnings[0]
     assert not folder.exists()
 
 
@@ -146,3 +147,18 @@ class _Full:
 
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+def test_the_bar_of_a_run_that_goes_on_begins_where_it_stands(
+    tiny_model, go, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, folder = tiny_model("llama"), tmp_path / "state"
+    with stopping_in(6), nmp.resuming(folder):  # the third of the second stage
+        learned(go, model)
+    capsys.readouterr()
+    with nmp.resuming(folder):
+        learned(go, model)
+    shown = capsys.readouterr().err
+    counts = re.findall(r"Learning (\w+): +\d+%\|[^|]*\| (\d+)/(\d+) ", shown)
+    assert counts[0] == ("multipliers", "2", "3")
+    assert counts[-1] == ("multipliers", "3", "3")
