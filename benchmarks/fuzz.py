@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Whether changed files are refused, in one line, soon, and with little memory.
+
+    python benchmarks/fuzz.py --count 10000 --seed 0
+    python benchmarks/fuzz.py --minutes 60 --seed 7 --only resume-state recipe
+    python benchmarks/fuzz.py --case 1234 --keep FOLDER     # one again, in all detail
+
+Small real files of every kind are made, and for each case one of them is changed: bits,
+lengths, headers, JSON and YAML, other files and things that are no files in its place. A
+command, or the function behind it, then reads it in a process of its own. A case fails if
+what is read is not what was written and nobody says so, if it takes more than 10 s, or
+more memory than twice the files and 256 MB (2 GB of addresses), if code of the files is
+run, if something is left behind, or if what is said names no file or is a traceback.
+"""
+
+import argparse
+import json
+import os
+import resource
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import fuzz_changes  # noqa: E402 - after the environment is set
+from fuzz_readers import CHECKSUMMED, READERS, Digests, Read  # noqa: E402
+from fuzz_subjects import OURS, Subject, make_subjects, text  # noqa: E402
+
+SECONDS = 10.0
+MEMORY = 256 << 20
+"""Bytes beside twice the files that reading may take."""
+ADDRESSES = 2 << 30
+UNDER_CHECKSUMS = (".safetensors", "config.json", ".index.json", "report.json")
+"""Files that checksums cover, of checkpoints."""
+WITHOUT = ("adapter_model.safetensors", "adapter_config.json", "README.md")
+"""Files of adapters, to which PEFT gives no checksums."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """
+    How a case ended.
+
+    :param failures: what must not be; empty if all is well
+    :param megabytes: of memory, beside what was there before
+    """
+
+    case: int
+    subject: str
+    reader: str
+    change: str
+    failures: tuple[str, ...]
+    status: int
+    seconds: float
+    megabytes: float
+    said: str = ""
+    error: str = ""
+
+
+class Fuzz:
+    """Subjects in a folder, and what reads them."""
+
+    def __init__(self, folder: Path, names: list[str], seed: int) -> None:
+        self.folder, self.seed = folder, seed
+        self.mark = folder / "mark"
+        self.subjects = make_subjects(folder / "subjects", names)
+        self.work = folder / "work"
+        self.work.mkdir()
+        dense = folder / "subjects" / "base" / "dense"
+        (self.work / "dense").symlink_to(dense)
+        (self.work / "text.txt").write_text(text(20))
+        recipe = OURS.format(fields=json.dumps({"method": "identity"}))
+        (self.work / "search.yaml").write_text(recipe)
+        trap = folder / "trap"
+        trap.mkdir()
+        code = f"import os\nos.mkdir({str(self.mark)!r})\n"
+        (trap / f"{fuzz_changes.TRAP}.py").write_text(code)
+        sys.path.append(str(trap))
+        self.right: dict[tuple[str, str], Digests | None] = {}
+        for subject in self.subjects:
+            for reader in subject.readers:
+                self.right[subject.name, reader] = self._unchanged(subject, reader)
+
+    def _unchanged(self, subject: Subject, reader: str) -> Digests | None:
+        """What a reader makes of a subject that is as it should be."""
+        there, scratch = self._place("right", subject)
+        read = READERS[reader](there, scratch)
+        shutil.rmtree(there.parent)
+        if read.status or read.error or read.left:
+            said = f"{read.error}{read.said}"[-2000:]
+            raise AssertionError(f"{subject.name}, {reader}: {read.left} {said}")
+        return read.made
+
+    def _place(self, name: str, subject: Subject) -> tuple[Path, Path]:
+        there, scratch = self.work / name / subject.name, self.work / "scratch"
+        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(there.parent, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        fuzz_changes.copy(subject.folder, there)
+        return there, scratch
+
+    def run(self, case: int, keep: Path | None = None) -> Result:
+        """Change a subject, have it read, and judge."""
+        rng = Random(f"{self.seed} {case}")
+        subject = self.subjects[case % len(self.subjects)]
+        readers = [r for r in subject.readers if r != "prune" or rng.random() < 0.2]
+        reader = rng.choice(readers)
+        there, scratch = self._place("case", subject)
+        files = list(_files(there, subject.changed))
+        said = fuzz_changes.change(there, files, rng, self.mark)
+        forged = rng.random() < 0.25 and fuzz_changes.forge(there)
+        if keep is not None:
+            fuzz_changes.copy(there, keep)
+        ended = self._in_fork(there, scratch, reader)
+        failures = list(ended.pop("failures"))
+        made, right = ended.pop("made"), self.right[subject.name, reader]
+        left = ended.pop("left")
+        if reader in CHECKSUMMED and made is not None and not forged:
+            covered = not any(name in said for name in WITHOUT)
+            if made != right and covered:
+                failures.append("silently wrong")
+        if left:
+            failures.append(f"left behind: {', '.join(left)}")
+        if self.mark.exists():
+            self.mark.rmdir()
+            failures.append("code was run")
+        if ended["status"] and not failures:
+            failures += _unclear(ended["said"], there)
+        result = Result(
+            case, subject.name, reader, said + " (forged)" * forged, tuple(failures), **ended
+        )
+        shutil.rmtree(there.parent, ignore_errors=True)
+        return result if failures else replace(result, said=result.said[:300])
+
+    def _in_fork(self, there: Path, scratch: Path, reader: str) -> dict[str, Any]:
+        """Read in a process of its own, which is killed when it takes too long."""
+        allowed = 2 * _size(there)
+        receive, send = os.pipe()
+        started = time.monotonic()
+        child = os.fork()
+        if child == 0:
+            os.close(receive)
+            _child(send, there, scratch, reader, allowed)
+        os.close(send)
+        content = b""
+        with open(receive, "rb", buffering=0) as stream:
+            while select.select([stream], [], [], max(0, started + SECONDS - _now()))[0]:
+                part = stream.read(1 << 16)
+                if not part:
+                    break
+                content += part
+            else:
+                os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        seconds = time.monotonic() - started
+        ended: dict[str, Any] = {"seconds": round(seconds, 3), "megabytes": 0.0}
+        nothing = {"status": 1, "said": "", "error": "", "made": None, "left": ()}
+        if os.WIFSIGNALED(status):
+            number = os.WTERMSIG(status)
+            hung = number == signal.SIGKILL and seconds >= SECONDS
+            failure = "hangs" if hung else f"died of {signal.Signals(number).name}"
+            return ended | nothing | {"failures": (failure,)}
+        told = json.loads(content)
+        memory = told.pop("memory")
+        failures = ["traceback"] if told["error"] else []
+        if "MemoryError" in told["error"] + told["said"] or memory > allowed + MEMORY:
+            failures.append("memory")
+        if "DefaultCPUAllocator" in told["error"] + told["said"]:
+            failures.append("memory")
+        ended |= {"megabytes": round(memory / 1e6, 1), "failures": tuple(failures)}
+        return told | ended
+
+
+def _child(send: int, there: Path, scratch: Path, reader: str, allowed: int) -> None:
+    """Read, say how it went, and end this process."""
+    try:
+        _forget_peak()
+        before = _memory("VmRSS")
+        limit = _memory("VmSize") + allowed + ADDRESSES
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        null = os.open(os.devnull, os.O_RDWR)
+        for number in range(3):
+            os.dup2(null, number)
+        try:
+            read = READERS[reader](there, scratch)
+        except BaseException as error:  # of the harness itself, or of a reader
+            read = Read(1, "", f"{type(error).__name__}: {error}")
+        told = asdict(read) | {"memory": max(0, _memory("VmHWM") - before)}
+        told["said"] = told["said"][-20_000:]
+        with open(send, "wb") as stream:
+            stream.write(json.dumps(told).encode())
+    finally:
+        os._exit(0)
+
+
+def _now() -> float:
+    return time.monotonic()
+
+
+def _forget_peak() -> None:
+    """Have the kernel count the peak of this process's memory anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _memory(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) << 10
+    raise LookupError(name)
+
+
+def _size(folder: Path) -> int:
+    """The bytes of a folder's files on the disk: holes do not count."""
+    files = [path.lstat() for path in folder.rglob("*")]
+    return sum(512 * stat.st_blocks for stat in files)
+
+
+def _files(folder: Path, below: tuple[str, ...]) -> Iterator[Path]:
+    for part in below or (".",):
+        path = folder / part
+        yield from [path] if path.is_file() else sorted(path.rglob("*"))
+
+
+def _unclear(said: str, there: Path) -> list[str]:
+    """What is not clear in the words of a refusal."""
+    lines = [
+        line
+        for line in said.replace("\r", "\n").splitlines()
+        if line.startswith(("error: ", "fault: "))
+    ]
+    if not lines:
+        return ["no error line"]
+    if "Traceback" in said:
+        return ["traceback"]
+    names = {path.name for path in there.rglob("*")} | {"config.json", "plan.json"}
+    names |= {"model.safetensors", "recipe.yaml", "spec.yaml", "value.json"}
+    if not any(name in line for line in lines for name in names):
+        return ["names no file"]
+    return []
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run the cases that the command line asks for; 1 if one failed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--count", type=int, help="cases (10,000, or as --minutes says)")
+    parser.add_argument("--minutes", type=float, help="how long")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", default=[], metavar="SUBJECT")
+    parser.add_argument("--case", type=int, help="this one, in all detail")
+    parser.add_argument("--keep", type=Path, help="where the changed files of --case go")
+    parser.add_argument("--out", type=Path, help="JSON lines of all failures")
+    asked = parser.parse_args(words)
+    count = asked.count or (10**9 if asked.minutes else 10_000)
+    place = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        fuzz = Fuzz(Path(folder), asked.only, asked.seed)
+        if asked.case is not None:
+            result = fuzz.run(asked.case, asked.keep)
+            print(json.dumps(asdict(result), indent=1).replace("\\n", "\n"))
+            return 1 if result.failures else 0
+        started, results = _now(), []
+        for case in range(count):
+            if asked.minutes and _now() - started > 60 * asked.minutes:
+                break
+            results.append(fuzz.run(case))
+            if results[-1].failures:
+                _tell(results[-1], asked.out)
+    print(summary(results))
+    return 1 if any(result.failures for result in results) else 0
+
+
+def _tell(result: Result, out: Path | None) -> None:
+    print(f"case {result.case}, {result.subject}, {result.reader}, {result.change}: ")
+    print(f"    {'; '.join(result.failures)}", flush=True)
+    if out is not None:
+        with out.open("a") as stream:
+            stream.write(json.dumps(asdict(result)) + "\n")
+
+
+def summary(results: list[Result]) -> str:
+    """A table of subjects: cases, refused, taken as good, failures, slowest, memory."""
+    lines = [
+        "| files | cases | refused | taken | failures | slowest, s | memory, MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in (*sorted({result.subject for result in results}), "all"):
+        of = [result for result in results if name in (result.subject, "all")]
+        refused = sum(result.status != 0 for result in of)
+        failed = sum(bool(result.failures) for result in of)
+        cells = [name, len(of), refused, len(of) - refused, failed]
+        cells += [max((r.seconds for r in of), default=0)]
+        cells += [max((r.megabytes for r in of), default=0)]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    kinds = Counter(failure for result in results for failure in result.failures)
+    lines += [f"{count} x {failure}" for failure, count in kinds.most_common()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
