@@ -72,14 +72,16 @@ class Result:
 class Fuzz:
     """Subjects in a folder, and what reads them."""
 
-    def __init__(self, folder: Path, names: list[str], seed: int) -> None:
+    def __init__(
+        self, folder: Path, names: list[str], seed: int, subjects: Path | None = None
+    ) -> None:
         self.folder, self.seed = folder, seed
         self.mark = folder / "mark"
-        self.subjects = make_subjects(folder / "subjects", names)
+        subjects = (subjects or folder / "subjects").resolve()
+        self.subjects = make_subjects(subjects, names)
         self.work = folder / "work"
         self.work.mkdir()
-        dense = folder / "subjects" / "base" / "dense"
-        (self.work / "dense").symlink_to(dense)
+        (self.work / "dense").symlink_to(subjects / "dense-model")
         (self.work / "text.txt").write_text(text(20))
         recipe = OURS.format(fields=json.dumps({"method": "identity"}))
         (self.work / "search.yaml").write_text(recipe)
@@ -90,7 +92,7 @@ class Fuzz:
         sys.path.append(str(trap))
         self.right: dict[tuple[str, str], Digests | None] = {}
         for subject in self.subjects:
-            for reader in subject.readers:
+            for reader in dict.fromkeys(subject.readers):
                 self.right[subject.name, reader] = self._unchanged(subject, reader)
 
     def _unchanged(self, subject: Subject, reader: str) -> Digests | None:
@@ -258,6 +260,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, help="how long")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", default=[], metavar="SUBJECT")
+    parser.add_argument("--subjects", type=Path, help="where they are kept, to be used again")
     parser.add_argument("--case", type=int, help="this one, in all detail")
     parser.add_argument("--keep", type=Path, help="where the changed files of --case go")
     parser.add_argument("--out", type=Path, help="JSON lines of all failures")
@@ -265,7 +268,7 @@ def main(words: list[str] | None = None) -> int:
     count = asked.count or (10**9 if asked.minutes else 10_000)
     place = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=place) as folder:
-        fuzz = Fuzz(Path(folder), asked.only, asked.seed)
+        fuzz = Fuzz(Path(folder), asked.only, asked.seed, asked.subjects)
         if asked.case is not None:
             result = fuzz.run(asked.case, asked.keep)
             print(json.dumps(asdict(result), indent=1).replace("\\n", "\n"))

@@ -4,6 +4,7 @@
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,18 +85,24 @@ class Subject:
 
 
 def make_subjects(folder: Path, names: Sequence[str] = ()) -> list[Subject]:
-    """Make the subjects of these names, all of them by default."""
+    """Make the subjects of these names, all by default, but those that are there."""
     torch.manual_seed(0)
     folder.mkdir(parents=True, exist_ok=True)
-    dense = make_dense(folder / "base" / "dense", 64, torch.float32)
+    dense = folder / "dense-model"
+    if not dense.exists():
+        make_dense(dense, 64, torch.float32)
     made = []
     for name in names or (*CHECKPOINTS, *OTHERS):
+        own = folder / name
         if name in CHECKPOINTS:
-            out = _checkpoint(folder, dense, name)
-            readers = ("verify", "convert", "load", "evaluate", "report")
-            made.append(Subject(name, out, readers))
-        else:
-            made.append(OTHERS[name](folder, dense))
+            if not own.exists():
+                _checkpoint(folder, dense, name)
+            made.append(Subject(name, own, CHECKPOINT_READERS))
+            continue
+        make, readers, changed = OTHERS[name]
+        if not own.exists():
+            make(own, dense)
+        made.append(Subject(name, own, readers, changed))
     return made
 
 
@@ -133,24 +140,23 @@ def _rows() -> list[list[int]]:
     return torch.randint(WORDS, (18, 16), generator=generator).tolist()
 
 
-def _checkpoint(folder: Path, dense: Path, name: str) -> Path:
+def _checkpoint(folder: Path, dense: Path, name: str) -> None:
     fields, scheme, shard = CHECKPOINTS[name]
-    if scheme == "W4A16":  # its groups are of 128 channels
-        dense = make_dense(folder / "base" / "wide", 128, torch.bfloat16)
-    elif scheme is not None or shard is None:
-        dense = make_dense(folder / "base" / "half", 64, torch.bfloat16)
+    base = folder / "base" / name
+    if shard is None:  # groups of W4A16 are of 128 channels
+        width = 128 if scheme == "W4A16" else 64
+        dense = make_dense(base, width, torch.bfloat16)
+    base.mkdir(parents=True, exist_ok=True)
     recipe = OURS.format(fields=json.dumps(fields | {"search": {"rounds": 1}}))
     if scheme is not None:
         given = json.dumps(FP8 | {"scheme": scheme})
         recipe += f"  quantization_modifiers:\n    QuantizationModifier: {given}\n"
-    path, out = folder / "base" / f"{name}.yaml", folder / name
+    path, out = base / "recipe.yaml", folder / name
     path.write_text(recipe)
     prune_checkpoint(dense, path, out, _rows(), "cpu")
     if shard is not None:
         _cut(out, shard)
-    (out / "nm_permute" / "report.html").unlink(missing_ok=True)
-    shutil.rmtree(out / "nm_permute" / "report", ignore_errors=True)
-    return out
+    _without_page(out)
 
 
 def _cut(out: Path, shard: str) -> None:
@@ -162,61 +168,53 @@ def _cut(out: Path, shard: str) -> None:
     shutil.rmtree(whole)
 
 
-def _model(folder: Path, dense: Path) -> Subject:
-    return Subject("dense-model", dense, ("evaluate", "spec", "check", "prune"))
+def _without_page(out: Path) -> None:
+    """Take out of a checkpoint what nobody reads."""
+    (out / "nm_permute" / "report.html").unlink(missing_ok=True)
+    shutil.rmtree(out / "nm_permute" / "report", ignore_errors=True)
 
 
-def _recipe(folder: Path, dense: Path) -> Subject:
-    own = folder / "recipe"
+def _nothing(own: Path, dense: Path) -> None:
+    """The model is there already."""
+
+
+def _recipe(own: Path, dense: Path) -> None:
     own.mkdir()
     (own / "recipe.yaml").write_text(RECIPE)
-    return Subject("recipe", own, ("recipe check", "recipe show"))
 
 
-def _spec(folder: Path, dense: Path) -> Subject:
+def _spec(own: Path, dense: Path) -> None:
     import yaml
 
-    own = folder / "spec"
     own.mkdir()
     (own / "spec.yaml").write_text(yaml.safe_dump(dict(LLAMA)))
-    return Subject("spec", own, ("spec file",))
 
 
-def _adapter(folder: Path, dense: Path) -> Subject:
+def _adapter(own: Path, dense: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
-    own = folder / "adapter"
     model = AutoModelForCausalLM.from_pretrained(dense)
     made = get_peft_model(model, LoraConfig(target_modules=["v_proj", "down_proj"], r=4))
     made.save_pretrained(str(own / "adapter"))
-    path = folder / "base" / "adapter.yaml"
-    path.write_text(OURS.format(fields=json.dumps({"method": "search", "format": "dense"})))
+    path = own / "recipe.yaml"
+    fields = {"method": "search", "format": "dense"}
+    path.write_text(OURS.format(fields=json.dumps(fields)))
     prune_checkpoint(dense, path, own / "folded", _rows(), "cpu")
-    (own / "folded" / "nm_permute" / "report.html").unlink(missing_ok=True)
-    shutil.rmtree(own / "folded" / "nm_permute" / "report", ignore_errors=True)
-    changed = ("adapter", "folded/nm_permute", "folded/config.json")
-    return Subject("adapter", own, ("adapt",), changed)
+    _without_page(own / "folded")
 
 
-def _plans(folder: Path, dense: Path) -> Subject:
-    own = folder / "plan-cache"
+def _plans(own: Path, dense: Path) -> None:
     own.mkdir()
     quick, dense_one = Choice("mma_sp", (2, 1), 3.25), Choice("dense", (), 4.5)
     fastest = [quick, dense_one]
     buckets = [Bucket(1, quick, fastest), Bucket(64, dense_one, fastest)]
     (own / "plan.json").write_text(KernelTable(64, buckets).to_json())
-    return Subject("plan-cache", own, ("plan",))
 
 
-def _state(folder: Path, dense: Path) -> Subject:
-    own = folder / "resume-state"
-    try:
-        with resuming(own / "state"):
-            found_of_state(lambda made: made)
-            raise KeyboardInterrupt  # a run that died has left it
-    except KeyboardInterrupt:
-        pass
-    return Subject("resume-state", own, ("resume",))
+def _state(own: Path, dense: Path) -> None:
+    with suppress(KeyboardInterrupt), resuming(own / "state"):
+        found_of_state(lambda made: made)
+        raise KeyboardInterrupt  # a run that died has left it
 
 
 def found_of_state(make: Callable[[Any], Any]) -> list[Any]:
@@ -249,11 +247,14 @@ def found_of_state(make: Callable[[Any], Any]) -> list[Any]:
     return found
 
 
-OTHERS: dict[str, Callable[[Path, Path], Subject]] = {
-    "dense-model": _model,
-    "recipe": _recipe,
-    "spec": _spec,
-    "adapter": _adapter,
-    "plan-cache": _plans,
-    "resume-state": _state,
+CHECKPOINT_READERS = ("verify", "verify", "convert", "load", "load", "evaluate", "report")
+OTHERS: dict[str, tuple[Callable[[Path, Path], None], tuple[str, ...], tuple[str, ...]]]
+OTHERS = {
+    "dense-model": (_nothing, ("evaluate", "spec", "check", "check", "prune"), ()),
+    "recipe": (_recipe, ("recipe check", "recipe show"), ()),
+    "spec": (_spec, ("spec file",), ()),
+    "adapter": (_adapter, ("adapt",), ("adapter", "folded/nm_permute")),
+    "plan-cache": (_plans, ("plan",), ()),
+    "resume-state": (_state, ("resume",), ()),
 }
+"""What makes them, who reads them, and what of them is changed."""
