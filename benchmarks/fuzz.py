@@ -141,7 +141,12 @@ class Fuzz:
         if ended["status"] and not failures:
             failures += _unclear(ended["said"], there)
         result = Result(
-            case, subject.name, reader, said + " (forged)" * forged, tuple(failures), **ended
+            case,
+            subject.name,
+            reader,
+            said + " (forged)" * forged,
+            tuple(failures),
+            **ended,
         )
         shutil.rmtree(there.parent, ignore_errors=True)
         return result if failures else replace(result, said=result.said[:300])
@@ -158,7 +163,9 @@ class Fuzz:
         os.close(send)
         content = b""
         with open(receive, "rb", buffering=0) as stream:
-            while select.select([stream], [], [], max(0, started + SECONDS - _now()))[0]:
+            while select.select([stream], [], [], max(0, started + SECONDS - _now()))[
+                0
+            ]:
                 part = stream.read(1 << 16)
                 if not part:
                     break
@@ -256,13 +263,19 @@ def _unclear(said: str, there: Path) -> list[str]:
 def main(words: list[str] | None = None) -> int:
     """Run the cases that the command line asks for; 1 if one failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--count", type=int, help="cases (10,000, or as --minutes says)")
+    parser.add_argument(
+        "--count", type=int, help="cases (10,000, or as --minutes says)"
+    )
     parser.add_argument("--minutes", type=float, help="how long")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", default=[], metavar="SUBJECT")
-    parser.add_argument("--subjects", type=Path, help="where they are kept, to be used again")
+    parser.add_argument(
+        "--subjects", type=Path, help="where they are kept, to be used again"
+    )
     parser.add_argument("--case", type=int, help="this one, in all detail")
-    parser.add_argument("--keep", type=Path, help="where the changed files of --case go")
+    parser.add_argument(
+        "--keep", type=Path, help="where the changed files of --case go"
+    )
     parser.add_argument("--out", type=Path, help="JSON lines of all failures")
     asked = parser.parse_args(words)
     count = asked.count or (10**9 if asked.minutes else 10_000)

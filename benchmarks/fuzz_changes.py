@@ -57,7 +57,9 @@ NUMBERS: list[Any] = [
     None,
 ]
 ENUM = {"__enum__": True, "fqn": f"{TRAP}:Class", "name": "x"}
-CODE = {"auto_map": {k: f"{TRAP}.Class" for k in ("AutoConfig", "AutoModelForCausalLM")}}
+CODE = {
+    "auto_map": {k: f"{TRAP}.Class" for k in ("AutoConfig", "AutoModelForCausalLM")}
+}
 
 
 def change(folder: Path, files: Sequence[Path], rng: Random, mark: Path) -> str:
@@ -161,7 +163,17 @@ def _bytes(file: Path, files: Sequence[Path], rng: Random, mark: Path) -> str:
 def _place(file: Path, files: Sequence[Path], rng: Random, mark: Path) -> str:
     """What should be a file is not one, or another."""
     kind = rng.choice(
-        ("gone", "empty", "folder", "pipe", "loop", "zero", "urandom", "hole", "dangling")
+        (
+            "gone",
+            "empty",
+            "folder",
+            "pipe",
+            "loop",
+            "zero",
+            "urandom",
+            "hole",
+            "dangling",
+        )
         + ("swap", "other", "random", "wide", "socket")
     )
     if kind in ("swap", "other"):

@@ -194,7 +194,9 @@ def _adapter(own: Path, dense: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     model = AutoModelForCausalLM.from_pretrained(dense)
-    made = get_peft_model(model, LoraConfig(target_modules=["v_proj", "down_proj"], r=4))
+    made = get_peft_model(
+        model, LoraConfig(target_modules=["v_proj", "down_proj"], r=4)
+    )
     made.save_pretrained(str(own / "adapter"))
     path = own / "recipe.yaml"
     fields = {"method": "search", "format": "dense"}
@@ -234,7 +236,9 @@ def found_of_state(make: Callable[[Any], Any]) -> list[Any]:
     found = [kept(lambda: make(statistics), "statistics", 1)]
     orders = [torch.randperm(64, generator=generator), {"loss": 0.25, 3: [1.5, True]}]
     found.append(kept(lambda: make(orders), "search", "2:4"))
-    state = {"state": {0: {"step": 5, "exp_avg": torch.rand(8, 8, generator=generator)}}}
+    state = {
+        "state": {0: {"step": 5, "exp_avg": torch.rand(8, 8, generator=generator)}}
+    }
     with Progress("learning", 8) as progress:
         found.append(progress.value)
         if progress.value is None:
@@ -247,7 +251,15 @@ def found_of_state(make: Callable[[Any], Any]) -> list[Any]:
     return found
 
 
-CHECKPOINT_READERS = ("verify", "verify", "convert", "load", "load", "evaluate", "report")
+CHECKPOINT_READERS = (
+    "verify",
+    "verify",
+    "convert",
+    "load",
+    "load",
+    "evaluate",
+    "report",
+)
 OTHERS: dict[str, tuple[Callable[[Path, Path], None], tuple[str, ...], tuple[str, ...]]]
 OTHERS = {
     "dense-model": (_nothing, ("evaluate", "spec", "check", "check", "prune"), ()),

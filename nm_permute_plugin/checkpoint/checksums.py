@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
+from nm_permute_plugin._files import open_file
 from nm_permute_plugin.checkpoint.directory import INDEX, read_json
 from nm_permute_plugin.checkpoint.record import FOLDER
 from nm_permute_plugin.checkpoint.shards import DamagedError
@@ -34,7 +35,7 @@ def write_checksums(folder: Path, weights: Iterable[str]) -> None:
     """
     names = [*weights, *(name for name in _DESCRIBING if (folder / name).is_file())]
     (folder / FOLDER).mkdir(exist_ok=True)
-    files = dict(zip(names, _digests(folder, names), strict=True))
+    files = dict(zip(names, digests(folder, names), strict=True))
     content = {"algorithm": _ALGORITHM, "files": files}
     text = json.dumps(content, indent=1) + "\n"
     (folder / FILE).unlink(missing_ok=True)  # it may be linked to an older one
@@ -59,7 +60,7 @@ def find_changes(folder: Path) -> dict[str, str] | None:
     for name in files:
         if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
             return {FILE: f"names {name!r}, which is not in this folder"}
-    found = _digests(folder, files)
+    found = digests(folder, files)
     return {
         name: "is missing, and its checksum is there"
         if digest is None
@@ -81,15 +82,15 @@ def refuse_changed(folder: Path) -> None:
         raise DamagedError(folder / name, message)
 
 
-def _digests(folder: Path, names: Iterable[str]) -> list[str | None]:
+def digests(folder: Path, names: Iterable[str]) -> list[str | None]:
+    """Returns the SHA-256 of files in hexadecimal; None of one that cannot be read."""
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(_digest, (folder / name for name in names)))
 
 
 def _digest(path: Path) -> str | None:
-    """Returns the SHA-256 of a file in hexadecimal; None where it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return hashlib.file_digest(file, _ALGORITHM).hexdigest()
     except OSError:
         return None

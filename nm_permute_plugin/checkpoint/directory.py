@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read a checkpoint directory as one mapping from tensor names to tensors."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nm_permute_plugin import _files
 from nm_permute_plugin.checkpoint.bitmask import decompress_any
 from nm_permute_plugin.checkpoint.codec import decompress
 from nm_permute_plugin.checkpoint.config import Format, Json
@@ -213,13 +213,14 @@ def read_json(path: Path) -> Json:
     :raises DamagedError: if it is missing or does not
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = _files.read_json(path)
     except OSError as error:
         raise DamagedError(path, f"cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise DamagedError(path, f"is no JSON: {error}") from error
+    except ValueError as error:
+        raise DamagedError(path, str(error).removeprefix(f"{path} ")) from error
     if not isinstance(content, dict):
-        raise DamagedError(path, f"must hold an object, it holds a {type(content)}")
+        kind = type(content).__name__
+        raise DamagedError(path, f"must hold an object, it holds a {kind}")
     return content
 
 

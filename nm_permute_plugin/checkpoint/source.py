@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder that a model was loaded from: which of its files travel into a checkpoint."""
 
-import json
 import os
 import re
 import shutil
@@ -12,6 +11,7 @@ from typing import Any
 
 from loguru import logger
 
+from nm_permute_plugin._files import read_json
 from nm_permute_plugin.checkpoint.directory import INDEX, SINGLE, index_of
 from nm_permute_plugin.checkpoint.record import FOLDER
 from nm_permute_plugin.maths.permutation import Permutation
@@ -138,7 +138,7 @@ def list_files(source: Path) -> Listing:
 def module_folders(source: Path) -> dict[str, list[str]]:
     """Finds a sentence encoder's modules beside the model, and the weights of each."""
     try:
-        listed = json.loads((source / "modules.json").read_text(encoding="utf-8"))
+        listed = read_json(source / "modules.json")
         names = {str(entry["path"]) for entry in listed} - {""}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

@@ -94,8 +94,7 @@ def new(
 @recipe.command()
 def show(file: File) -> None:
     """Print a recipe with all settings, the defaults too, and mark what differs."""
-    import yaml
-
+    from nm_permute_plugin._files import read_yaml
     from nm_permute_plugin.pruning.describe import changed_settings
     from nm_permute_plugin.pruning.settings import Settings
 
@@ -109,7 +108,7 @@ def show(file: File) -> None:
         for name in path.split("."):
             value = value[name]
         marks[path] = f"the default is {_flow(value)}"
-    document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    _, document = read_yaml(file, "recipe")
     typer.echo("\n".join(_lines(document, every, marks)))
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from nm_permute_plugin._files import read_json
 from nm_permute_plugin.checkpoint.record import FOLDER
 
 FILE = f"{FOLDER}/evaluations.json"
@@ -94,11 +95,13 @@ def read_evaluations(checkpoint: Path) -> Evaluations:
     if not path.exists():
         return Evaluations()
     try:
-        return Evaluations.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
+        return Evaluations.model_validate(read_json(path))
+    except (OSError, ValueError) as error:
+        said = str(error)
+        if isinstance(error, ValidationError):
+            said = error.errors()[0]["msg"]
         raise ValueError(
-            f"{path} holds no results of an evaluation ({first['msg']}); remove it, or "
+            f"{path} holds no results of an evaluation ({said}); remove it, or "
             "measure again"
         ) from None
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Carry a LoRA adapter of a base model over to a checkpoint whose channels have moved."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,12 +9,13 @@ from typing import Any, cast
 
 import torch
 from loguru import logger
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nm_permute_plugin._files import read_json
 from nm_permute_plugin.checkpoint import transaction
 from nm_permute_plugin.checkpoint.record import FOLDER, earlier_record
+from nm_permute_plugin.checkpoint.shards import open_shard
 from nm_permute_plugin.checkpoint.source import carry_files
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import (
@@ -226,18 +226,11 @@ def _read_adapter(
                 f"{adapter} holds no LoRA adapter of PEFT (no {name})"
                 + ("; save it by PEFT's save_pretrained, as safetensors" * pickled)
             )
-    try:
-        config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{adapter / CONFIG} is no JSON: {error}") from error
+    config, stored = read_json(adapter / CONFIG), open_shard(adapter / WEIGHTS)
     if not isinstance(config, dict):
         raise ValueError(f"{adapter / CONFIG} must hold an object")
-    try:
-        with safe_open(adapter / WEIGHTS, "pt") as stored:
-            metadata = stored.metadata() or {}
-            return config, {n: stored.get_tensor(n) for n in stored.keys()}, metadata  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{adapter / WEIGHTS} is damaged: {error}") from error
+    tensors = {name: stored.read(name) for name in stored.tensors}
+    return config, tensors, dict(stored.metadata)
 
 
 def _refuse_kinds(adapter: Path, config: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nm_permute_plugin._files import parse_json, read_text
 from nm_permute_plugin.serving import kernels as implementations
 from nm_permute_plugin.serving.kernels.kernel import Settings
 
@@ -25,6 +26,8 @@ logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is under its n
 
 BUCKETS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """The most tokens that each bucket serves; the last bucket also serves larger numbers."""
+
+_LARGEST = 1 << 20  # bytes of a file: a table takes some kilobytes
 
 CACHE = "NM_PERMUTE_CACHE"
 """This environment variable names the folder where kernel tables are kept."""
@@ -104,7 +107,7 @@ class KernelTable:
         :raises ValueError: if the text is no kernel table
         """
         try:
-            stored = json.loads(text)
+            stored = parse_json(text)
             buckets = [
                 Bucket(
                     int(tokens), _choice(chosen), [_choice(each) for each in fastest]
@@ -112,7 +115,7 @@ class KernelTable:
                 for tokens, chosen, fastest in stored["buckets"]
             ]
             table = cls(int(stored["out_features"]), buckets)
-        except (KeyError, TypeError, OverflowError, RecursionError) as error:
+        except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"it is no kernel table: {error!r}") from None
         sizes = table._sizes
         if not sizes or sizes != sorted(set(sizes)):
@@ -169,7 +172,7 @@ def load(path: Path, rows: int, allowed: list[str]) -> KernelTable | None:
     A damaged table, or one of other rows or kernels, is ignored with a warning.
     """
     try:
-        table = KernelTable.from_json(path.read_text())
+        table = KernelTable.from_json(read_text(path, _LARGEST))
         if table.out_features != rows or not set(table.kernels) <= set(allowed):
             raise ValueError(f"it is for {table.out_features} rows, {table.kernels}")
         return table
