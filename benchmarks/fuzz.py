@@ -140,14 +140,8 @@ class Fuzz:
             failures.append("code was run")
         if ended["status"] and not failures:
             failures += _unclear(ended["said"], there)
-        result = Result(
-            case,
-            subject.name,
-            reader,
-            said + " (forged)" * forged,
-            tuple(failures),
-            **ended,
-        )
+        said += " (forged)" * forged
+        result = Result(case, subject.name, reader, said, tuple(failures), **ended)
         shutil.rmtree(there.parent, ignore_errors=True)
         return result if failures else replace(result, said=result.said[:300])
 
@@ -270,7 +264,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", default=[], metavar="SUBJECT")
     parser.add_argument(
-        "--subjects", type=Path, help="where they are kept, to be used again"
+        "--subjects", type=Path, help="where they are kept"
     )
     parser.add_argument("--case", type=int, help="this one, in all detail")
     parser.add_argument(
@@ -290,6 +284,8 @@ def main(words: list[str] | None = None) -> int:
         for case in range(count):
             if asked.minutes and _now() - started > 60 * asked.minutes:
                 break
+            if case % 500 == 0 and case:
+                print(f"{case} cases, {_now() - started:.0f} s", flush=True)
             results.append(fuzz.run(case))
             if results[-1].failures:
                 _tell(results[-1], asked.out)

@@ -29,7 +29,11 @@ from nm_permute_plugin.specs.architectures.llama import LLAMA
 
 WORDS = 48
 GIVEN = {"seed": 3, "settings": {"method": "learned", "learn": {"steps": 8}}}
-OURS = "prune_stage:\n  permutation_modifiers:\n    LearnablePermutationModifier: {fields}\n"
+OURS = """\
+prune_stage:
+  permutation_modifiers:
+    LearnablePermutationModifier: {fields}
+"""
 FP8 = {"scheme": "FP8_DYNAMIC", "targets": ["Linear"], "ignore": ["lm_head"]}
 
 CHECKPOINTS: dict[str, tuple[dict[str, Any], str | None, str | None]] = {

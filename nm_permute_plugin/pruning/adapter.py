@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nm_permute_plugin._files import read_json
 from nm_permute_plugin.checkpoint import transaction
 from nm_permute_plugin.checkpoint.record import FOLDER, earlier_record
+from nm_permute_plugin.checkpoint.saving import writing
 from nm_permute_plugin.checkpoint.shards import open_shard
 from nm_permute_plugin.checkpoint.source import carry_files
 from nm_permute_plugin.maths.pattern import NMPattern
@@ -89,7 +90,8 @@ def adapt(
     new = {name: fold.moved(name, tensor) for name, tensor in tensors.items()}
     moved = sum(not torch.equal(new[name], tensors[name]) for name in tensors)
     with transaction.directory(out.resolve()) as fresh:
-        save_file(new, fresh / WEIGHTS, metadata)
+        with writing(out):
+            save_file(new, fresh / WEIGHTS, metadata)
         content = {**config, "base_model_name_or_path": str(checkpoint)}
         transaction.write_json(fresh / CONFIG, content)
         carry_files(adapter.resolve(), fresh)

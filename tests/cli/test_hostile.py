@@ -125,9 +125,8 @@ def test_json_that_is_nested_deeply_is_one_error(
     dense: Path, text_file: Path, command: str, name: str
 ) -> None:
     (dense / name).write_text(DEEP)
-    assert_one_error(
-        run(command, dense, text_file), rf"{name}.*(maximum recursion|is no JSON)"
-    )
+    message = rf"{name}.*(maximum recursion|is no JSON)"
+    assert_one_error(run(command, dense, text_file), message)
 
 
 def test_a_recipe_that_is_nested_deeply_is_one_error(
