@@ -17,10 +17,7 @@ run, if something is left behind, or if what is said names no file or is a trace
 import argparse
 import json
 import os
-import resource
-import select
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -29,21 +26,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import fuzz_changes  # noqa: E402 - after the environment is set
-from fuzz_readers import CHECKSUMMED, READERS, Digests, Read  # noqa: E402
+from fuzz_readers import CHECKSUMMED, READERS, Digests  # noqa: E402
 from fuzz_subjects import OURS, Subject, make_subjects, text  # noqa: E402
+from fuzz_worker import Worker  # noqa: E402
 
-SECONDS = 10.0
-MEMORY = 256 << 20
-"""Bytes beside twice the files that reading may take."""
-ADDRESSES = 2 << 30
-UNDER_CHECKSUMS = (".safetensors", "config.json", ".index.json", "report.json")
-"""Files that checksums cover, of checkpoints."""
 WITHOUT = ("adapter_model.safetensors", "adapter_config.json", "README.md")
 """Files of adapters, to which PEFT gives no checksums."""
 
@@ -90,6 +81,7 @@ class Fuzz:
         code = f"import os\nos.mkdir({str(self.mark)!r})\n"
         (trap / f"{fuzz_changes.TRAP}.py").write_text(code)
         sys.path.append(str(trap))
+        self.worker = Worker()
         self.right: dict[tuple[str, str], Digests | None] = {}
         for subject in self.subjects:
             for reader in dict.fromkeys(subject.readers):
@@ -125,7 +117,7 @@ class Fuzz:
         forged = rng.random() < 0.25 and fuzz_changes.forge(there)
         if keep is not None:
             fuzz_changes.copy(there, keep)
-        ended = self._in_fork(there, scratch, reader)
+        ended = self.worker.read(there, scratch, reader, _size(there))
         failures = list(ended.pop("failures"))
         made, right = ended.pop("made"), self.right[subject.name, reader]
         left = ended.pop("left")
@@ -145,83 +137,9 @@ class Fuzz:
         shutil.rmtree(there.parent, ignore_errors=True)
         return result if failures else replace(result, said=result.said[:300])
 
-    def _in_fork(self, there: Path, scratch: Path, reader: str) -> dict[str, Any]:
-        """Read in a process of its own, which is killed when it takes too long."""
-        allowed = 2 * _size(there)
-        receive, send = os.pipe()
-        started = time.monotonic()
-        child = os.fork()
-        if child == 0:
-            os.close(receive)
-            _child(send, there, scratch, reader, allowed)
-        os.close(send)
-        content = b""
-        with open(receive, "rb", buffering=0) as stream:
-            while select.select([stream], [], [], max(0, started + SECONDS - _now()))[
-                0
-            ]:
-                part = stream.read(1 << 16)
-                if not part:
-                    break
-                content += part
-            else:
-                os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        seconds = time.monotonic() - started
-        ended: dict[str, Any] = {"seconds": round(seconds, 3), "megabytes": 0.0}
-        nothing = {"status": 1, "said": "", "error": "", "made": None, "left": ()}
-        if os.WIFSIGNALED(status):
-            number = os.WTERMSIG(status)
-            hung = number == signal.SIGKILL and seconds >= SECONDS
-            failure = "hangs" if hung else f"died of {signal.Signals(number).name}"
-            return ended | nothing | {"failures": (failure,)}
-        told = json.loads(content)
-        memory = told.pop("memory")
-        failures = ["traceback"] if told["error"] else []
-        if "MemoryError" in told["error"] + told["said"] or memory > allowed + MEMORY:
-            failures.append("memory")
-        if "DefaultCPUAllocator" in told["error"] + told["said"]:
-            failures.append("memory")
-        ended |= {"megabytes": round(memory / 1e6, 1), "failures": tuple(failures)}
-        return told | ended
-
-
-def _child(send: int, there: Path, scratch: Path, reader: str, allowed: int) -> None:
-    """Read, say how it went, and end this process."""
-    try:
-        _forget_peak()
-        before = _memory("VmRSS")
-        limit = _memory("VmSize") + allowed + ADDRESSES
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        null = os.open(os.devnull, os.O_RDWR)
-        for number in range(3):
-            os.dup2(null, number)
-        try:
-            read = READERS[reader](there, scratch)
-        except BaseException as error:  # of the harness itself, or of a reader
-            read = Read(1, "", f"{type(error).__name__}: {error}")
-        told = asdict(read) | {"memory": max(0, _memory("VmHWM") - before)}
-        told["said"] = told["said"][-20_000:]
-        with open(send, "wb") as stream:
-            stream.write(json.dumps(told).encode())
-    finally:
-        os._exit(0)
-
 
 def _now() -> float:
     return time.monotonic()
-
-
-def _forget_peak() -> None:
-    """Have the kernel count the peak of this process's memory anew."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _memory(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) << 10
-    raise LookupError(name)
 
 
 def _size(folder: Path) -> int:
@@ -263,9 +181,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, help="how long")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", default=[], metavar="SUBJECT")
-    parser.add_argument(
-        "--subjects", type=Path, help="where they are kept"
-    )
+    parser.add_argument("--subjects", type=Path, help="where they are kept")
     parser.add_argument("--case", type=int, help="this one, in all detail")
     parser.add_argument(
         "--keep", type=Path, help="where the changed files of --case go"

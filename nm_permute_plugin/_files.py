@@ -8,8 +8,9 @@ import errno
 import json
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 LARGEST_JSON = 64 << 20
 """Bytes of a JSON file: the index of the largest models takes a fifth of it."""
@@ -29,7 +30,7 @@ _KINDS = {
 }
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: Path) -> BufferedReader:
     """
     Open a file to read bytes, and never wait for a pipe, or read a device without end.
 
@@ -125,8 +126,9 @@ def parse_yaml(text: str, kind: Any) -> Any:
     """
     import yaml
 
-    loader = kind(text)
+    loader = None
     try:
+        loader = kind(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -148,7 +150,8 @@ def parse_yaml(text: str, kind: Any) -> Any:
         said = " ".join(str(error).split())
         raise ValueError(f"is no YAML: {said}") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _values(node: Any, known: dict[int, int]) -> int:

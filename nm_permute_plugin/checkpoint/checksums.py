@@ -92,5 +92,5 @@ def _digest(path: Path) -> str | None:
     try:
         with open_file(path) as file:
             return hashlib.file_digest(file, _ALGORITHM).hexdigest()
-    except OSError:
+    except (OSError, ValueError):  # no file can have such a name
         return None

@@ -50,6 +50,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 """Maps the dtypes of torch to what a header calls them."""
 
 _LARGEST_HEADER = 100_000_000  # bytes that the safetensors package accepts
+_LONGEST = 600  # characters of a reason
 _PIECE = 1 << 24  # bytes that are read at a time to compare a checksum
 
 
@@ -63,6 +64,8 @@ class DamagedError(ValueError):
     """
 
     def __init__(self, path: Path, reason: str, tensor: str = "") -> None:
+        if len(reason) > _LONGEST:  # which tells what a file holds, however much
+            reason = f"{reason[:_LONGEST]}..."
         super().__init__(f"{path}: {reason}")
         self.path = path
         self.reason = reason

@@ -3,7 +3,6 @@
 
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from loguru import logger
 from nm_permute_plugin._files import read_json
 from nm_permute_plugin.checkpoint.directory import INDEX, SINGLE, index_of
 from nm_permute_plugin.checkpoint.record import FOLDER
+from nm_permute_plugin.checkpoint.transaction import copy_file
 from nm_permute_plugin.maths.permutation import Permutation
 
 _WEIGHTS = re.compile(
@@ -202,7 +202,7 @@ def carry_files(source: Path, folder: Path, target: Path | None = None) -> None:
         if there or folder.is_relative_to(source / name.parts[0]):
             continue
         to.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(source / name, to)
+        copy_file(source / name, to)
 
 
 def _below(folder: Path, source: Path, links: list[str]) -> Iterator[Path]:

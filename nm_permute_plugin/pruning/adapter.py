@@ -89,6 +89,7 @@ def adapt(
     fold = _Fold(model, resolved, perms, tensors)
     new = {name: fold.moved(name, tensor) for name, tensor in tensors.items()}
     moved = sum(not torch.equal(new[name], tensors[name]) for name in tensors)
+    transaction.refuse_full(out.resolve(), sum(x.nbytes for x in new.values()))
     with transaction.directory(out.resolve()) as fresh:
         with writing(out):
             save_file(new, fresh / WEIGHTS, metadata)

@@ -6,7 +6,9 @@ import logging
 import os
 import re
 import tempfile
+import time
 from bisect import bisect_left
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -27,6 +29,8 @@ logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is under its n
 BUCKETS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """The most tokens that each bucket serves; the last bucket also serves larger numbers."""
 
+_PART = ".tmp"
+_ABANDONED = 3600.0  # seconds: to write a table takes a moment
 _LARGEST = 1 << 20  # bytes of a file: a table takes some kilobytes
 
 CACHE = "NM_PERMUTE_CACHE"
@@ -187,10 +191,24 @@ def save(table: KernelTable, path: Path) -> None:
     """Write a kernel table as a whole or not at all; a failure is only warned of."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _clear_abandoned(path.parent)
         with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, suffix=".tmp", delete=False
+            "w", dir=path.parent, suffix=_PART, delete=False
         ) as file:
-            file.write(table.to_json())
-        os.replace(file.name, path)
+            try:
+                file.write(table.to_json())
+                file.flush()
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
     except OSError as error:
         logger.warning("could not keep the kernel table in %s: %s", path, error)
+
+
+def _clear_abandoned(folder: Path) -> None:
+    """Remove what servers that were killed while they wrote have left."""
+    for part in folder.glob(f"*{_PART}"):
+        with suppress(OSError):
+            if time.time() - part.stat().st_mtime > _ABANDONED:
+                part.unlink()

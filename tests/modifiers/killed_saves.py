@@ -2,10 +2,10 @@
 """
 Run ``oneshot`` in forks of this process, which kill themselves while it saves.
 
-``python killed_saves.py FOLDER COUNT``: FOLDER holds ``dense``. A run into ``whole`` is left
-alone, and counts how often it changes the disk beside it. COUNT runs into an empty place,
-and as many into an older checkpoint, are killed before one of these changes, spread over
-all of them. What each left is printed as JSON.
+``python killed_saves.py FOLDER COUNT``: FOLDER holds ``dense``. A run into ``whole`` is
+left alone, and counts how often it changes the disk beside it. COUNT runs into an empty
+place, and as many into an older checkpoint, are killed before one of these changes, spread
+over all of them. What each left is printed as JSON.
 """
 
 import json
@@ -109,7 +109,9 @@ def main(folder: Path, count: int) -> dict[str, Any]:
             run(dense, out, moment)
             before = {"nothing": None, "older": look(older)}[there]
             after = {"nothing": right, "older": replaced}[there]
-            ends.append({"there": there, "before": of[moment]} | _end(out, before, after))
+            ends.append(
+                {"there": there, "before": of[moment]} | _end(out, before, after)
+            )
     return {"changes": len(changes), "over": len(over), "ends": ends}
 
 
