@@ -8,10 +8,11 @@ Whether changed files are refused, in one line, soon, and with little memory.
 
 Small real files of every kind are made, and for each case one of them is changed: bits,
 lengths, headers, JSON and YAML, other files and things that are no files in its place. A
-command, or the function behind it, then reads it in a process of its own. A case fails if
-what is read is not what was written and nobody says so, if it takes more than 10 s, or
-more memory than twice the files and 256 MB (2 GB of addresses), if code of the files is
-run, if something is left behind, or if what is said names no file or is a traceback.
+command, or the function behind it, then reads it in another process. A case fails if what
+is read is not what was written and nobody says so; if it computes or waits for more than
+10 s; if it takes more memory than twice the files and 256 MB, or 2 GB more of addresses; if
+code of the files is run; if something is left behind; or if what is said is a traceback, or
+names no file.
 """
 
 import argparse

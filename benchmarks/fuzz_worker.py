@@ -7,7 +7,6 @@ import resource
 import select
 import signal
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,13 @@ from fuzz_changes import TRAP
 from fuzz_readers import READERS, Read
 
 SECONDS = 10.0
+"""Of the processor's time, or of waiting for what does not come; however busy the machine
+is with other work."""
+POLL = 0.5
 MEMORY = 256 << 20
 """Bytes beside twice the files that reading may take."""
 ADDRESSES = 2 << 30
+TICKS = os.sysconf("SC_CLK_TCK")
 CASES = 200  # of a process: what it has learned by then is forgotten
 
 
@@ -42,16 +45,18 @@ class Worker:
             self._start()
         self._cases += 1
         request = json.dumps([str(there), str(scratch), reader, 2 * size])
-        started, line = time.monotonic(), b""
+        line = b""
         os.write(self._requests, request.encode() + b"\n")
+        watch = _Watch(self._child)
         while not line.endswith(b"\n"):
-            wait = max(0.0, started + SECONDS - time.monotonic())
-            if not select.select([self._answers], [], [], wait)[0]:
-                os.kill(self._child, signal.SIGKILL)
-                return self._lost("hangs", started)
+            if not select.select([self._answers], [], [], POLL)[0]:
+                if watch.is_hanging():
+                    os.kill(self._child, signal.SIGKILL)
+                    return self._lost("hangs", watch)
+                continue
             part = os.read(self._answers, 1 << 16)
             if not part:
-                return self._lost("", started)
+                return self._lost("", watch)
             line += part
         told: dict[str, Any] = json.loads(line)
         memory = told.pop("memory")
@@ -60,10 +65,9 @@ class Worker:
         failures = ["traceback"] if told["error"] else []
         if memory > 2 * size + MEMORY or any(word in words for word in refused):
             failures.append("memory")
-        seconds, megabytes = time.monotonic() - started, memory / 1e6
         return told | {
-            "seconds": round(seconds, 3),
-            "megabytes": round(megabytes, 1),
+            "seconds": round(watch.seconds(), 3),
+            "megabytes": round(memory / 1e6, 1),
             "failures": tuple(failures),
         }
 
@@ -77,12 +81,12 @@ class Worker:
         self._child = 0
         return status
 
-    def _lost(self, failure: str, started: float) -> dict[str, Any]:
+    def _lost(self, failure: str, watch: "_Watch") -> dict[str, Any]:
+        seconds = round(watch.seconds(), 3)
         status = self.stop()
         number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
         failure = failure or f"died of {number}"
         nothing = {"status": 1, "said": "", "error": "", "made": None, "left": ()}
-        seconds = round(time.monotonic() - started, 3)
         return nothing | {
             "seconds": seconds,
             "megabytes": 0.0,
@@ -99,6 +103,33 @@ class Worker:
             _serve(theirs, ours)
         os.close(theirs)
         os.close(ours)
+
+
+class _Watch:
+    """Looks at how long a process has computed, and how long it has waited."""
+
+    def __init__(self, child: int) -> None:
+        self._child, self._waited = child, 0.0
+        self._before = self._last = self._now()[0]
+
+    def seconds(self) -> float:
+        """Of computing and of waiting, since this object was made."""
+        return self._now()[0] - self._before + self._waited
+
+    def is_hanging(self) -> bool:
+        """Tell, every ``POLL`` seconds, whether it has gone on for too long."""
+        now, waits = self._now()
+        self._waited += POLL if waits and now == self._last else 0.0
+        self._last = now
+        return self.seconds() > SECONDS
+
+    def _now(self) -> tuple[float, bool]:
+        try:
+            told = Path(f"/proc/{self._child}/stat").read_text().rpartition(")")[2]
+        except OSError:  # it has died
+            return self._last, False
+        words = told.split()
+        return (int(words[11]) + int(words[12])) / TICKS, words[0] in "SD"
 
 
 def _serve(requests: int, answers: int) -> None:

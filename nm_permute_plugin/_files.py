@@ -7,6 +7,7 @@ Nothing here imports more than Python's own library until it is asked to read YA
 import errno
 import json
 import os
+import re
 import stat
 from io import BufferedReader
 from pathlib import Path
@@ -19,6 +20,7 @@ LARGEST_YAML = 1 << 20
 """Bytes of a YAML file: recipes and specs take some kilobytes."""
 
 _MEMORY = 64 << 20  # bytes that a document may take beside twice its file
+_DEEPEST = 100  # brackets of a YAML document
 _MOST_VALUES = 100_000  # of a YAML document, with what its aliases repeat
 
 _KINDS = {
@@ -128,6 +130,8 @@ def parse_yaml(text: str, kind: Any) -> Any:
 
     loader = None
     try:
+        if _depth(text) > _DEEPEST:
+            raise ValueError(f"it is nested deeper than {_DEEPEST} brackets")
         loader = kind(text)
         node = loader.get_single_node()
         if node is None:
@@ -152,6 +156,15 @@ def parse_yaml(text: str, kind: Any) -> Any:
     finally:
         if loader is not None:
             loader.dispose()
+
+
+def _depth(text: str) -> int:
+    """Count the most brackets that are open at once; YAML's own parser is slow there."""
+    depth = most = 0
+    for bracket in re.finditer(r"[\[\]{}]", text):
+        depth = max(0, depth + (1 if bracket[0] in "[{" else -1))
+        most = max(most, depth)
+    return most
 
 
 def _values(node: Any, known: dict[int, int]) -> int:

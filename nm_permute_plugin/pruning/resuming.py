@@ -363,9 +363,15 @@ def _generators() -> list[torch.Tensor]:
 
 
 def _set_generators(states: list[torch.Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if len(states) - 1 == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states[1:])
+    try:
+        torch.set_rng_state(states[0])
+        if len(states) - 1 == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(states[1:])
+    except (LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"value.json holds no state of random generators ({error}): start anew with "
+            "--fresh (fresh=True)"
+        ) from error
 
 
 def _flat(given: Mapping[str, object], prefix: str = "") -> dict[str, str]:
