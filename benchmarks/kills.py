@@ -53,10 +53,10 @@ prune_stage:
   permutation_modifiers:
     LearnablePermutationModifier:
       batch_size: 4
-      learn: {steps: 60}
+      learn: {steps: 40}
       search: {rounds: 2}
       validation: {every: 10}
-      recover: {stages: [end_to_end], end_to_end: {steps: 60}}
+      recover: {stages: [end_to_end], end_to_end: {steps: 40}}
 """
 
 
@@ -93,8 +93,11 @@ class Run:
 class Runs:
     """Runs of one command into folders of one folder."""
 
-    def __init__(self, folder: Path, words: list[str], every: float | None) -> None:
+    def __init__(
+        self, folder: Path, words: list[str], every: float | None, pages: bool = True
+    ) -> None:
         self.folder, self.words, self.every = folder, words, every
+        self.pages = pages
 
     def run(
         self,
@@ -143,6 +146,9 @@ class Runs:
             setattr(holder, name, _marked(getattr(holder, name), phase, send))
         if self.every is not None:
             resuming.EVERY, resuming.SHARE = self.every, 1e9
+        if not self.pages:
+            finish = import_module("nm_permute_plugin.checkpoint.finish")
+            finish.make_page_if_possible = lambda folder: None
         if not keeps:
             beside = import_module("nm_permute_plugin.checkpoint.transaction")
             beside.state_beside = lambda target: None
@@ -312,12 +318,15 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--every", type=float, help="seconds between states (120)")
+    parser.add_argument("--no-pages", dest="pages", action="store_false")
     parser.add_argument("--kept", action="store_true", help="what the state costs")
     parser.add_argument("--rounds", type=int, default=3, help="runs of --kept")
     parser.add_argument("--folder", type=Path, help="where runs write")
     asked = parser.parse_args(words)
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
-        runs = Runs(Path(folder), _prepare(Path(folder), asked), asked.every)
+        runs = Runs(
+            Path(folder), _prepare(Path(folder), asked), asked.every, asked.pages
+        )
         if asked.kept:
             print(_cost(runs, asked.rounds))
             return 0
