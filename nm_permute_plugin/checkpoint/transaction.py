@@ -208,15 +208,21 @@ def take(
     :param link: link files instead of copying them, where the file system can; for a
         source that will be replaced
     """
-    copy = _link if link else copy_file
     for entry in source.iterdir():
         to = fresh / entry.name
-        if os.path.lexists(to) or not keep(entry.name):
-            continue
-        if entry.is_dir() and not (link and entry.is_symlink()):
-            shutil.copytree(entry, to, symlinks=link, copy_function=copy)
-        else:
-            copy(entry, to)
+        if not os.path.lexists(to) and keep(entry.name):
+            _take(entry, to, link)
+
+
+def _take(entry: Path, to: Path, link: bool) -> None:
+    if entry.is_dir() and not (link and entry.is_symlink()):
+        to.mkdir()
+        for inside in entry.iterdir():
+            _take(inside, to / inside.name, link)
+    elif link:
+        _link(entry, to)
+    else:
+        copy_file(entry, to)
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
