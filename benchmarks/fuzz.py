@@ -18,6 +18,7 @@ names no file.
 import argparse
 import json
 import os
+import resource
 import shutil
 import sys
 import tempfile
@@ -189,6 +190,7 @@ def main(words: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="JSON lines of all failures")
     asked = parser.parse_args(words)
+    resource.setrlimit(resource.RLIMIT_AS, (16 << 30, resource.RLIM_INFINITY))
     count = asked.count or (10**9 if asked.minutes else 10_000)
     place = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=place) as folder:

@@ -100,8 +100,10 @@ def forge(folder: Path) -> bool:
         try:
             content = json.loads(path.read_text())
             for name in content["files"]:
-                digest = hashlib.sha256((base / name).read_bytes()).hexdigest()
-                content["files"][name] = digest
+                file = base / name
+                if file.is_file() and file.resolve().is_relative_to(base.resolve()):
+                    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+                    content["files"][name] = digest
             path.write_text(json.dumps(content))
             tried = True
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
