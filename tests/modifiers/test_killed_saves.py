@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).with_name("killed_saves.py")
 def test_a_killed_save_leaves_all_or_nothing(tiny_checkpoint, tmp_path: Path) -> None:
     tiny_checkpoint()
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(SCRIPT), str(tmp_path), "6"],
+        [sys.executable, "-W", "ignore", str(SCRIPT), str(tmp_path), "4"],
         capture_output=True,
         text=True,
         check=False,
