@@ -133,7 +133,7 @@ class Fuzz:
             self.mark.rmdir()
             failures.append("code was run")
         if ended["status"] and not failures:
-            failures += _unclear(ended["said"], there)
+            failures += _unclear(ended["said"], subject.folder)
         said += " (forged)" * forged
         result = Result(case, subject.name, reader, said, tuple(failures), **ended)
         shutil.rmtree(there.parent, ignore_errors=True)

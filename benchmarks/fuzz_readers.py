@@ -103,7 +103,8 @@ def _load(folder: Path, scratch: Path) -> Read:
 
 
 def _evaluate(folder: Path, scratch: Path) -> Read:
-    return command("evaluate", folder, "--text", scratch.parent / "text.txt")
+    text = scratch.parent / "text.txt"
+    return command("evaluate", folder, "--text", text, "--sequence-length", 16)
 
 
 def _report(folder: Path, scratch: Path) -> Read:

@@ -62,7 +62,7 @@ def find_changes(folder: Path) -> dict[str, str] | None:
             return {FILE: f"names {name!r}, which is not in this folder"}
     found = digests(folder, files)
     return {
-        name: "is missing, and its checksum is there"
+        name: f"is missing, and {FILE} names it"
         if digest is None
         else "is not the file that was written with the others (SHA-256): it is "
         "damaged, changed, or of another run. Fetch or make the checkpoint again; if you "

@@ -11,6 +11,7 @@ from typing import Any
 
 from loguru import logger
 
+from nm_permute_plugin._files import open_file
 from nm_permute_plugin.checkpoint.config import Format, quantization_format
 from nm_permute_plugin.checkpoint.directory import Checkpoint, open_checkpoint
 from nm_permute_plugin.checkpoint.plan import experts_of
@@ -139,8 +140,11 @@ def write_evaluation(folder: Path, tables: str) -> None:
 
 def is_ours(folder: Path) -> bool:
     """Tells whether a folder has a README.md that was written here."""
-    path = folder / CARD
-    return path.exists() and _MARK in path.read_text(encoding="utf-8", errors="replace")
+    try:
+        with open_file(folder / CARD) as file:
+            return _MARK.encode() in file.read()
+    except OSError:
+        return False
 
 
 def keep_foreign_card(folder: Path, fresh: Path) -> None:

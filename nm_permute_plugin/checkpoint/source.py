@@ -167,8 +167,8 @@ def check_files(source: Path) -> None:
     if listing.links:
         logger.warning(
             f"{source}: {', '.join(listing.links)} does not travel into the checkpoint: a "
-            "link to a folder or out of this one; put the file itself there to take it "
-            "along"
+            "link to a folder, out of this one or nowhere; put the file itself there to "
+            "take it along"
         )
     own = {SINGLE, INDEX, f"{FOLDER}/"}
     if (source / INDEX).exists() and (index := index_of(source)) is not None:
@@ -228,12 +228,14 @@ def _is_bookkeeping(name: str) -> bool:
 
 def _leads_out(path: Path, source: Path) -> bool:
     """
-    Tells whether a link leads out of a folder, or is one to a folder.
+    Tells whether a link leads out of a folder, to a folder, or nowhere.
 
     The hub's cache keeps each file under its checksum, and a snapshot links to it.
     """
     if not path.is_symlink():
         return False
+    if not path.exists():
+        return True
     target = path.resolve()
     store = target.parent
     cached = store.name == "blobs" and store.parent.name.startswith("models--")

@@ -19,6 +19,8 @@ from nm_permute_plugin.checkpoint.shards import DamagedError, open_shard
 from nm_permute_plugin.pruning.positions import fit_length
 from nm_permute_plugin.pruning.running.fast_dtype import to_fast_dtype
 
+_LONGEST = 400  # characters of what transformers says
+
 CODE = "wants code of its own to be run"
 """In the message of an error about a folder that transformers would run code of."""
 
@@ -176,7 +178,7 @@ def _blaming(folder: str | Path, *names: str) -> Iterator[None]:
         blamed = _damaged_file(Path(folder)) or ", ".join(
             str(Path(folder, name)) for name in names
         )
-        said = f"{type(error).__name__}: {' '.join(told.split())}"
+        said = f"{type(error).__name__}: {' '.join(told.split())[:_LONGEST]}"
         raise ValueError(f"{blamed}: transformers cannot read it: {said}") from error
 
 
