@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -35,6 +36,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import llmcompressor  # noqa: E402, F401 - once, not in every fork
 import torch  # noqa: E402
 import torch.distributed.checkpoint.hf_storage  # noqa: E402, F401
+from tqdm import tqdm  # noqa: E402
 from transformers import LlamaForCausalLM  # noqa: E402, F401
 
 from fuzz_subjects import make_dense, text  # noqa: E402
@@ -81,13 +83,20 @@ class Kill:
 
 @dataclass(frozen=True)
 class Run:
-    """How a run ended; phases by name, seconds from its start."""
+    """
+    How a run ended; phases by name, seconds from its start.
+
+    :param writes: of its state, of which ``written`` bytes took ``writing`` seconds
+    """
 
     status: int
     began: dict[str, float]
     ended: dict[str, float]
     seconds: float
     log: str
+    writes: int
+    writing: float
+    written: int
 
 
 class Runs:
@@ -103,7 +112,6 @@ class Runs:
         self,
         out: str,
         kill: tuple[str, float, signal.Signals] | None = None,
-        keeps: bool = True,
     ) -> Run:
         """Run the command in a fork, and kill it so many seconds into a phase."""
         log, started = self.folder / f"{out}.log", time.monotonic()
@@ -111,10 +119,10 @@ class Runs:
         child = os.fork()
         if child == 0:
             os.close(receive)
-            self._child(send, log, out, keeps)
+            self._child(send, log, out)
         os.close(send)
         marks: dict[str, dict[str, float]] = {"began": {}, "ended": {}}
-        due = None
+        due, writes = None, []
         with open(receive, "rb", buffering=0) as stream:
             while True:
                 wait = None if due is None else max(0.0, due - time.monotonic())
@@ -122,25 +130,32 @@ class Runs:
                     os.kill(child, kill[2] if kill else signal.SIGKILL)
                     due = None
                     continue
-                line = stream.read(64)  # each mark is one write
+                line = stream.readline()
                 if not line:
                     break
                 for mark in line.decode().split():
-                    what, phase = mark.split(":")
+                    what, phase, *more = mark.split(":")
+                    if what == "wrote":
+                        writes.append((float(phase), int(more[0])))
+                        continue
                     marks[what][phase] = time.monotonic() - started
                     if kill and what == "began" and phase == kill[0]:
                         due = time.monotonic() + kill[1]
         _, status = os.waitpid(child, 0)
         took = time.monotonic() - started
         code = os.waitstatus_to_exitcode(status)
-        return Run(code, marks["began"], marks["ended"], took, log.read_text())
+        writing, written = (sum(of) for of in zip((0.0, 0), *writes, strict=True))
+        told = (marks["began"], marks["ended"], took, log.read_text())
+        return Run(code, *told, len(writes), writing, int(written))
 
-    def _child(self, send: int, log: Path, out: str, keeps: bool) -> None:
+    def _child(self, send: int, log: Path, out: str) -> None:
         with open(log, "w") as stream:
             os.dup2(stream.fileno(), 1)
             os.dup2(stream.fileno(), 2)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)  # nohup may have switched them off
+        # Its own lock is shared by all forks, and one that is killed may hold it.
+        tqdm.set_lock(threading.RLock())
         for phase, (module, name) in PHASES.items():
             holder = import_module(module)
             setattr(holder, name, _marked(getattr(holder, name), phase, send))
@@ -149,9 +164,7 @@ class Runs:
         if not self.pages:
             finish = import_module("nm_permute_plugin.checkpoint.finish")
             finish.make_page_if_possible = lambda folder: None
-        if not keeps:
-            beside = import_module("nm_permute_plugin.checkpoint.transaction")
-            beside.state_beside = lambda target: None
+        resuming._Run.write = _timed(resuming._Run.write, send)
         words = [word.replace("OUT", str(self.folder / out)) for word in self.words]
         status = 1
         try:
@@ -197,14 +210,28 @@ def _marked(real: Callable[..., Any], phase: str, send: int) -> Callable[..., An
     """A function that writes into a pipe when it begins, and when it has ended."""
 
     def marked(*arguments: Any, **options: Any) -> Any:
-        os.write(send, f"began:{phase} ".encode())
+        os.write(send, f"began:{phase}\n".encode())
         try:
             return real(*arguments, **options)
         finally:
             with suppress(OSError):
-                os.write(send, f"ended:{phase} ".encode())
+                os.write(send, f"ended:{phase}\n".encode())
 
     return marked
+
+
+def _timed(real: Callable[..., Any], send: int) -> Callable[..., Any]:
+    """The writing of a run's state, which tells how long it took."""
+
+    def timed(self: Any, name: str, what: str, key: str, value: object) -> Any:
+        started = time.monotonic()
+        try:
+            return real(self, name, what, key, value)
+        finally:
+            took, size = time.monotonic() - started, resuming.bytes_of(value)
+            os.write(send, f"wrote:{took:.6f}:{size}\n".encode())
+
+    return timed
 
 
 def _unfinished(folder: Path, name: str) -> list[str]:
@@ -290,19 +317,16 @@ def summary(kills: list[Kill]) -> str:
     return "\n".join([*lines, f"{good} of {len(kills)} went on to the same bytes"])
 
 
-def _cost(runs: Runs, rounds: int) -> str:
-    """What keeping the state costs: runs with and without, in turn."""
-    took: dict[bool, list[float]] = {True: [], False: []}
-    for i in range(rounds):
-        for keeps in (True, False):
-            ended = runs.run(f"cost{i}{keeps}", keeps=keeps)
-            if ended.status:
-                raise RuntimeError(ended.log[-3000:])
-            took[keeps].append(ended.ended["saving"] - ended.began["learning"])
-    kept, bare = (min(took[keeps]) for keeps in (True, False))
+def _cost(runs: Runs) -> str:
+    """What keeping the state costs: the time of all writing in a whole run."""
+    ended = runs.run("cost")
+    if ended.status:
+        raise RuntimeError(ended.log[-3000:])
+    whole = ended.ended["saving"] - ended.began["learning"]
     return (
-        f"from learning to the end of saving, best of {rounds}: {kept:.2f} s with the "
-        f"state kept, {bare:.2f} s without: {kept / bare - 1:+.1%}"
+        f"{ended.writes} writes of {ended.written / 1e6:.1f} MB in all took "
+        f"{ended.writing:.2f} s of the {whole:.1f} s from learning to the end of saving: "
+        f"{ended.writing / whole:.2%}"
     )
 
 
@@ -320,7 +344,6 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--every", type=float, help="seconds between states (120)")
     parser.add_argument("--no-pages", dest="pages", action="store_false")
     parser.add_argument("--kept", action="store_true", help="what the state costs")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of --kept")
     parser.add_argument("--folder", type=Path, help="where runs write")
     asked = parser.parse_args(words)
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
@@ -328,7 +351,7 @@ def main(words: list[str] | None = None) -> int:
             Path(folder), _prepare(Path(folder), asked), asked.every, asked.pages
         )
         if asked.kept:
-            print(_cost(runs, asked.rounds))
+            print(_cost(runs))
             return 0
         kills = _kills(runs, asked.kills, asked.seed)
     print(summary(kills))

@@ -202,7 +202,10 @@ def _tell_card(source: Path, fresh: Path, plan: Plan) -> None:
     if not (fresh / CARD).exists():
         transaction.copy_file(source / CARD, fresh / CARD)
     stored = plan.format if plan.nonzeros else "dense"
-    write_storage(fresh, promise, stored, "converted")
+    try:
+        write_storage(fresh, promise, stored, "converted")
+    except ValueError as error:  # a card is no reason to refuse the weights
+        logger.warning(f"the card does not say how the weights are stored now: {error}")
 
 
 def _refuse_unsaid(checkpoint: Checkpoint) -> None:
