@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read files that anybody may have made: ordinary files, of a size that fits them.
+"""
+Read files that anybody may have made: ordinary ones, of a size that fits them; write them.
 
 Nothing here imports more than Python's own library until it is asked to read YAML.
 """
@@ -66,6 +67,24 @@ def read_text(path: Path, most: int) -> str:
         return content.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8: {error}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """
+    Write a file as a whole or not at all, in place of an older one.
+
+    :raises OSError: if it cannot be written; the older one is what it was
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path) -> Any:

@@ -94,3 +94,18 @@ def test_yaml_with_aliases_is_read_as_ever(tmp_path: Path) -> None:
     assert read == (text, yaml.safe_load(text))
     (tmp_path / "a.yaml").write_text("")
     assert _files.read_yaml(tmp_path / "a.yaml", "recipe") == ("", None)
+
+
+def test_a_file_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _files.write_text(tmp_path / "a", "old")
+
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        _files.write_text(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "old"
+    assert os.listdir(tmp_path) == ["a"]

@@ -147,6 +147,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     index = index_of(path)
     named = _weight_map(path, index)
     files = sorted({SINGLE} if named is None else set(named.values()))
+    for file in files if named is not None else ():
+        if not (path / file).exists():
+            raise DamagedError(path / file, f"does not exist, and {INDEX} names it")
     shards = tuple(open_shard(path / file) for file in files)
     where: dict[str, Shard] = {}
     for shard in shards:

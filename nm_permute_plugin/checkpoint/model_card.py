@@ -11,7 +11,7 @@ from typing import Any
 
 from loguru import logger
 
-from nm_permute_plugin._files import open_file
+from nm_permute_plugin._files import open_file, write_text
 from nm_permute_plugin.checkpoint.config import Format, quantization_format
 from nm_permute_plugin.checkpoint.directory import Checkpoint, open_checkpoint
 from nm_permute_plugin.checkpoint.plan import experts_of
@@ -382,4 +382,4 @@ def _block(folder: Path, marks: tuple[str, str]) -> tuple[str, str]:
 def _replace(folder: Path, text: str, marks: tuple[str, str], new: str) -> None:
     before, after = text.split(marks[0], 1)[0], text.split(marks[1], 1)[1]
     card = f"{before}{marks[0]}{new}{marks[1]}{after}"
-    (folder / CARD).write_text(card, encoding="utf-8")
+    write_text(folder / CARD, card)

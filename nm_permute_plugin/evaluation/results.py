@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from nm_permute_plugin._files import read_json
+from nm_permute_plugin._files import read_json, write_text
 from nm_permute_plugin.checkpoint.record import FOLDER
 
 FILE = f"{FOLDER}/evaluations.json"
@@ -110,7 +110,4 @@ def write_evaluations(checkpoint: Path, results: Evaluations) -> None:
     """Write ``nm_permute/evaluations.json``, whole or not at all."""
     path = checkpoint / FILE
     path.parent.mkdir(exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    text = results.model_dump_json(indent=1, exclude_none=True) + "\n"
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    write_text(path, results.model_dump_json(indent=1, exclude_none=True) + "\n")

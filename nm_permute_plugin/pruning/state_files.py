@@ -98,7 +98,7 @@ def _same(folder: Path, only: str | None = None) -> list[str]:
     sums = read_json(folder / _SUMS)["files"]
     names = [name for name in sums if only in (None, name)]
     if _JSON not in names or any(name != Path(name).name for name in names):
-        raise ValueError(f"{_SUMS} names {', '.join(names)}")
+        raise ValueError(f"{_SUMS} does not name the files of this folder")
     for name, digest in zip(names, digests(folder, names), strict=True):
         if digest != sums[name]:
             raise ValueError(f"{name} is not as it was written (SHA-256)")
