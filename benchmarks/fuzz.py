@@ -133,7 +133,7 @@ class Fuzz:
             self.mark.rmdir()
             failures.append("code was run")
         if ended["status"] and not failures:
-            failures += _unclear(ended["said"], subject.folder)
+            failures += _unclear(ended["said"], subject.folder, there)
         said += " (forged)" * forged
         result = Result(case, subject.name, reader, said, tuple(failures), **ended)
         shutil.rmtree(there.parent, ignore_errors=True)
@@ -156,7 +156,7 @@ def _files(folder: Path, below: tuple[str, ...]) -> Iterator[Path]:
         yield from [path] if path.is_file() else sorted(path.rglob("*"))
 
 
-def _unclear(said: str, there: Path) -> list[str]:
+def _unclear(said: str, *folders: Path) -> list[str]:
     """What is not clear in the words of a refusal."""
     lines = [
         line
@@ -167,8 +167,8 @@ def _unclear(said: str, there: Path) -> list[str]:
         return ["no error line"]
     if "Traceback" in said:
         return ["traceback"]
-    names = {path.name for path in there.rglob("*")} | {"config.json", "plan.json"}
-    names |= {"model.safetensors", "recipe.yaml", "spec.yaml", "value.json"}
+    names = {path.name for folder in folders for path in folder.rglob("*")}
+    names.add("the dense model")  # which the command names, and which has no checksums
     if not any(name in line for line in lines for name in names):
         return ["names no file"]
     return []

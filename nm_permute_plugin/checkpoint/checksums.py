@@ -42,10 +42,11 @@ def write_checksums(folder: Path, weights: Iterable[str]) -> None:
     (folder / FILE).write_text(text, encoding="utf-8")
 
 
-def find_changes(folder: Path) -> dict[str, str] | None:
+def find_changes(folder: Path, below: str = "") -> dict[str, str] | None:
     """
     Reads every file of a checkpoint, and says what is not as it was written, by file.
 
+    :param below: look at files of this subfolder alone
     :return: None where the checkpoint has no checksums
     """
     if not (folder / FILE).exists():
@@ -60,6 +61,7 @@ def find_changes(folder: Path) -> dict[str, str] | None:
     for name in files:
         if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
             return {FILE: f"names {name!r}, which is not in this folder"}
+    files = {name: of for name, of in files.items() if name.startswith(below)}
     found = digests(folder, files)
     return {
         name: f"is missing, and {FILE} names it"
@@ -72,13 +74,14 @@ def find_changes(folder: Path) -> dict[str, str] | None:
     }
 
 
-def refuse_changed(folder: Path) -> None:
+def refuse_changed(folder: Path, below: str = "") -> None:
     """
     Checks that a checkpoint is as it was written, where it has checksums.
 
+    :param below: look at files of this subfolder alone
     :raises DamagedError: at the first file that is not
     """
-    for name, message in (find_changes(folder) or {}).items():
+    for name, message in (find_changes(folder, below) or {}).items():
         raise DamagedError(folder / name, message)
 
 

@@ -227,6 +227,11 @@ def read_json(path: Path) -> Json:
     return content
 
 
+def is_file_name(name: object) -> bool:
+    """Tells whether an index may call a file so: it lies beside the index."""
+    return isinstance(name, str) and name.isprintable() and Path(name).name == name
+
+
 def _weight_map(path: Path, index: Json | None) -> dict[str, str] | None:
     if index is None:
         return None
@@ -234,7 +239,7 @@ def _weight_map(path: Path, index: Json | None) -> dict[str, str] | None:
     if not isinstance(named, dict) or not named:
         raise DamagedError(path / INDEX, "has no weight_map")
     for name, file in named.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        if not is_file_name(file):
             raise DamagedError(path / INDEX, f"{name} is said to be in {file!r}", name)
     return named
 

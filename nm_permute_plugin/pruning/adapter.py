@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nm_permute_plugin._files import read_json
 from nm_permute_plugin.checkpoint import transaction
+from nm_permute_plugin.checkpoint.checksums import refuse_changed
 from nm_permute_plugin.checkpoint.record import FOLDER, earlier_record
 from nm_permute_plugin.checkpoint.saving import writing
 from nm_permute_plugin.checkpoint.shards import open_shard
@@ -74,6 +75,7 @@ def adapt(
             f"{checkpoint} has no record of a fold ({FOLDER}/permutations.safetensors); "
             "name a checkpoint that `nm-permute prune` or oneshot made with this plugin"
         )
+    refuse_changed(checkpoint, FOLDER)
     perms, report = record
     perms = _from_base_of(adapter, config, checkpoint, perms, report)
     if all(map(is_identity, perms.values())):
@@ -85,7 +87,11 @@ def adapt(
     spec = spec_of(model) if stated is None else stated
     head_dim = head_dim_of(cast(Any, model).config)
     resolved = resolve(model, spec, NMPattern(2, 4), [], head_dim, with_values=False)
-    check_perms(resolved, perms)
+    try:
+        check_perms(resolved, perms)
+    except ValueError as error:
+        record_file = checkpoint / FOLDER / "permutations.safetensors"
+        raise ValueError(f"{record_file}: {error}") from error
     fold = _Fold(model, resolved, perms, tensors)
     new = {name: fold.moved(name, tensor) for name, tensor in tensors.items()}
     moved = sum(not torch.equal(new[name], tensors[name]) for name in tensors)
@@ -272,6 +278,7 @@ def _from_base_of(
     first = str(report.get("base_model") or "")
     if base and Path(base).is_dir():
         earlier = earlier_record(Path(base))
+        refuse_changed(Path(base), FOLDER)
         if earlier is not None:
             old, told = earlier
             first = str(told.get("base_model") or "")

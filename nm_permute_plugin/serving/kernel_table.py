@@ -31,7 +31,7 @@ BUCKETS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 _PART = ".tmp"
 _ABANDONED = 3600.0  # seconds: to write a table takes a moment
-_LARGEST_SETTING = 1 << 16  # they are sizes of tiles, counts, numbers of algorithms
+_LARGEST_SETTING = 1 << 16  # sizes of tiles, counts, numbers of algorithms; -1: none
 _LARGEST = 1 << 20  # bytes of a file: a table takes some kilobytes
 
 CACHE = "NM_PERMUTE_CACHE"
@@ -130,7 +130,7 @@ class KernelTable:
 
 def _choice(stored: list[Any]) -> Choice:
     kernel, settings, microseconds = stored
-    numbers = all(type(n) is int and 0 <= n <= _LARGEST_SETTING for n in settings)
+    numbers = all(type(n) is int and -1 <= n <= _LARGEST_SETTING for n in settings)
     if not numbers or not 0 <= float(microseconds) < float("inf"):
         raise ValueError(f"it is no kernel table: it holds {settings}, {microseconds}")
     return Choice(str(kernel), tuple(settings), float(microseconds))
