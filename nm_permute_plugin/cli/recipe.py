@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``nm-permute recipe``: write a recipe, show all its settings, look over it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stdout
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -46,6 +46,21 @@ COMMENTS = {
     "scheme": "FP8_DYNAMIC, FP8, W8A8 and W4A16 keep the zeros",
 }
 """What stands behind a field in a recipe that ``new`` writes."""
+
+
+def _naming_the_file(command: Callable[..., None]) -> Callable[..., None]:
+    """Let the error of a command about a recipe name the recipe's file."""
+
+    @wraps(command)
+    def named(*, file: Path, **options: Any) -> None:
+        try:
+            command(file=file, **options)
+        except ValueError as error:
+            if str(file) in str(error):
+                raise
+            raise ValueError(f"recipe {file}: {error}") from error
+
+    return named
 
 
 @recipe.command()
@@ -113,6 +128,7 @@ def show(file: File) -> None:
 
 
 @recipe.command()
+@_naming_the_file
 def check(
     file: File,
     model: Annotated[
