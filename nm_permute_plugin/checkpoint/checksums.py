@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -49,7 +50,7 @@ def find_changes(folder: Path, below: str = "") -> dict[str, str] | None:
     :param below: look at files of this subfolder alone
     :return: None where the checkpoint has no checksums
     """
-    if not (folder / FILE).exists():
+    if not os.path.lexists(folder / FILE):
         return None
     try:
         content = read_json(folder / FILE)

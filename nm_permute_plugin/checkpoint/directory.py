@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read a checkpoint directory as one mapping from tensor names to tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,9 +147,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     index = index_of(path)
     named = _weight_map(path, index)
     files = sorted({SINGLE} if named is None else set(named.values()))
-    for file in files if named is not None else ():
-        if not (path / file).exists():
-            raise DamagedError(path / file, f"does not exist, and {INDEX} names it")
+    if named is not None:
+        refuse_missing([path / file for file in files])
     shards = tuple(open_shard(path / file) for file in files)
     where: dict[str, Shard] = {}
     for shard in shards:
@@ -227,9 +226,21 @@ def read_json(path: Path) -> Json:
     return content
 
 
+def refuse_missing(files: Iterable[Path]) -> None:
+    """
+    Checks that the files are there that an index names.
+
+    :raises DamagedError: for one that is not
+    """
+    for file in files:
+        if not file.exists():
+            raise DamagedError(file, f"does not exist, and {INDEX} names it")
+
+
 def is_file_name(name: object) -> bool:
     """Tells whether an index may call a file so: it lies beside the index."""
-    return isinstance(name, str) and name.isprintable() and Path(name).name == name
+    text = name if isinstance(name, str) else ""
+    return text != "" and text.isprintable() and Path(text).name == text
 
 
 def _weight_map(path: Path, index: Json | None) -> dict[str, str] | None:

@@ -18,6 +18,7 @@ from nm_permute_plugin.checkpoint.config import (
     Format,
     Json,
     quantization_format,
+    read_sparsity_config,
     with_sparsity_config,
 )
 from nm_permute_plugin.checkpoint.directory import (
@@ -114,6 +115,9 @@ def convert(
     if target != source:
         transaction.refuse_occupied(target, overwrite)
     refuse_changed(source)
+    read_sparsity_config(
+        checkpoint.config
+    )  # a block that nobody understands is refused
     _refuse_unsaid(checkpoint)
     plan = make_plan(checkpoint, format, modules, pattern, clear_zeros, dense_experts)
     if modules is None:

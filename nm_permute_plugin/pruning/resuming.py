@@ -385,7 +385,8 @@ def _flat(given: Mapping[str, object], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _differences(then: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
+def _differences(then: Any, now: Mapping[str, str]) -> Iterator[str]:
+    then = then if isinstance(then, dict) else {}
     for name in dict.fromkeys([*then, *now]):
         before, after = then.get(name, "none"), now.get(name, "none")
         if before != after:
