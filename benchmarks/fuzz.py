@@ -170,7 +170,8 @@ def _unclear(said: str, *folders: Path) -> list[str]:
     if "Traceback" in said:
         return ["traceback"]
     names = {path.name for folder in folders for path in folder.rglob("*")}
-    names.add("the dense model")  # which the command names, and which has no checksums
+    # of weights that are none the command names the model
+    names |= {"the dense model", "broken weights"}
     if not any(name in line for line in lines for name in names):
         return ["names no file"]
     return []

@@ -14,8 +14,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-LARGEST_JSON = 64 << 20
-"""Bytes of a JSON file: the index of the largest models takes a fifth of it."""
+LARGEST_JSON = 128 << 20
+"""Bytes of a JSON file: the largest tokenizers take half of it, indices a tenth."""
 
 LARGEST_YAML = 1 << 20
 """Bytes of a YAML file: recipes and specs take some kilobytes."""

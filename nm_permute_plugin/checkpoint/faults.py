@@ -161,7 +161,7 @@ def file_faults(path: Path) -> list[Fault]:
     except DamagedError as error:
         return [fault_of(error)]
     named = {"": SINGLE} if index is None else index.get("weight_map")
-    names = list(named.values()) if isinstance(named, dict) else []
+    names = named.values() if isinstance(named, dict) else ()
     faults = []
     for file in sorted({name for name in names if is_file_name(name)}):
         if index is not None and not (path / file).exists():

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from nm_permute_plugin._files import read_json
+from nm_permute_plugin._files import LARGEST_JSON, read_json
 from nm_permute_plugin.checkpoint.checksums import refuse_changed
 from nm_permute_plugin.checkpoint.shards import DamagedError, open_shard
 from nm_permute_plugin.pruning.positions import fit_length
@@ -167,6 +167,12 @@ def _blaming(folder: str | Path, *names: str) -> Iterator[None]:
     :param names: of the files that are read, where none is found to be damaged
     :raises ValueError: in place of whatever a file causes that is not as it should be
     """
+    for file in Path(folder).glob("*.json"):
+        if file.is_file() and file.stat().st_size > LARGEST_JSON:
+            size = f"{file.stat().st_size:,} bytes"
+            raise ValueError(
+                f"{file} has {size}, which is too large for JSON of a model"
+            )
     try:
         yield
     except (ImportError, MemoryError, OSError, torch.OutOfMemoryError):
