@@ -19,6 +19,7 @@ from nm_permute_plugin.checkpoint.shards import DamagedError, open_shard
 from nm_permute_plugin.pruning.positions import fit_length
 from nm_permute_plugin.pruning.running.fast_dtype import to_fast_dtype
 
+_MOST_TOKENS = 1 << 24  # of a vocabulary: the largest have a million
 _LONGEST = 400  # characters of what transformers says
 
 CODE = "wants code of its own to be run"
@@ -58,9 +59,24 @@ def tokenizer_of(folder: str | Path) -> Any:
     :raises ValueError: if it needs such code, or cannot be read
     """
     with _blaming(folder, "tokenizer.json", "tokenizer_config.json"):
+        _refuse_huge_numbers(Path(folder, "tokenizer.json"))
         tokenizer = _without_code(AutoTokenizer, folder)
         tokenizer("a")  # some of its fields are only looked at now
         return tokenizer
+
+
+def _refuse_huge_numbers(file: Path) -> None:
+    """Refuse numbers of tokens for which the tokenizers package ends the process."""
+    if not file.is_file():
+        return
+    content = read_json(file)
+    model = content.get("model") if isinstance(content, dict) else None
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    for token, number in vocabulary.items() if isinstance(vocabulary, dict) else ():
+        if type(number) is not int or not 0 <= number < _MOST_TOKENS:
+            raise ValueError(
+                f"{file}: the token {token!r} has the number {str(number)[:40]}"
+            )
 
 
 def load_model(folder: str | Path, **options: Any) -> Any:
