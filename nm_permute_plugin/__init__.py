@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from nm_permute_plugin.pruning.run import save as save
     from nm_permute_plugin.pruning.session import session as session
     from nm_permute_plugin.pruning.settings import Settings as Settings
+    from nm_permute_plugin.serving.accelerate import accelerate as accelerate
     from nm_permute_plugin.specs.architectures import spec_of as spec_of
     from nm_permute_plugin.specs.fold import fold as fold
 
@@ -41,6 +42,7 @@ _PLACES = {
     "LearnablePermutationModifier": "modifiers",
     "NMPattern": "maths.pattern",
     "Settings": "pruning.settings",
+    "accelerate": "serving.accelerate",
     "convert": "checkpoint.writer",
     "fold": "specs.fold",
     "keep_masks": "pruning.keep_masks",

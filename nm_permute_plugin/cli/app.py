@@ -20,7 +20,9 @@ from nm_permute_plugin.cli.recipe import recipe
 from nm_permute_plugin.cli.report import report
 from nm_permute_plugin.cli.sample import sample
 from nm_permute_plugin.cli.spec import spec
+from nm_permute_plugin.cli.torchrun import refuse_many
 from nm_permute_plugin.cli.verify import verify
+from nm_permute_plugin.pruning.processes import rank
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False)
 for command in (
@@ -52,6 +54,7 @@ def _print_version(asked: bool) -> bool:
 
 @app.callback()
 def main(
+    context: typer.Context,
     debug: Annotated[
         bool,
         Option(
@@ -80,5 +83,6 @@ def main(
 
     Results are written to stdout, logs to stderr.
     """
-    if quiet:
+    refuse_many(context.invoked_subcommand)
+    if quiet or rank() > 0:
         be_quiet()

@@ -16,6 +16,9 @@ import typer
 from typer import Argument, Option
 from typer.core import TyperGroup
 
+from nm_permute_plugin.cli.torchrun import hold_back
+from nm_permute_plugin.pruning.processes import rank
+
 Device = Annotated[
     str | None, Option(help="Where the model runs: cpu or cuda; a GPU if there is one.")
 ]
@@ -72,7 +75,7 @@ class Commands(TyperGroup):
             line = _one_line(error, ctx.invoked_subcommand)
             if line is None or ctx.params["debug"]:
                 raise
-            typer.echo(f"error: {_shortened(line)}", err=True)
+            typer.echo(f"error: {hold_back()}{_shortened(line)}", err=True)
             raise typer.Exit(1) from error
 
 
@@ -104,7 +107,9 @@ def stopped_cleanly() -> Iterator[None]:
         if os.getpid() != owner:
             os._exit(128 + number)  # a process that we started, and must not clean up
         name = signal.Signals(number).name
-        typer.echo(f"error: stopped by {name}; no unfinished folder is left", err=True)
+        if rank() == 0:
+            line = f"error: stopped by {name}; no unfinished folder is left"
+            typer.echo(line, err=True)
         raise SystemExit(128 + number)
 
     before = {

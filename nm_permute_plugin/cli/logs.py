@@ -15,6 +15,8 @@ MISLEADING = (
     "Inferred `DataFreePipeline` for `LearnablePermutationModifier`",
     # A path inside of the folder of unfinished work, which is gone a moment later.
     "Resaved original config with patched fields to ",
+    # Of the share of a rank, where several run; they share all samples.
+    "samples but the provided dataset only has",
     # A warning of what the host has done already; nobody has to do anything.
     "Disabling tokenizer parallelism due to threading conflict",
 )
@@ -55,6 +57,7 @@ class HostLog:
 def nothing_misleading() -> Iterator[None]:
     """Leave out what the hosts say of a model that lies whole on one device."""
     from compressed_tensors.compressors.model_compressors import model_compressor
+    from compressed_tensors.distributed import module_parallel
     from compressed_tensors.offload import dispatch
     from compressed_tensors.utils import patch_attr
     from tqdm import tqdm
@@ -67,6 +70,9 @@ def nothing_misleading() -> Iterator[None]:
         # After a save every module goes to where it is: no bar of it.
         return modules
 
+    def compressing_in_ranks(total: int, **options: Any) -> Any:
+        return tqdm(total=total, **options | ({} if total else {"disable": True}))
+
     with warnings.catch_warnings(), ExitStack() as patches:
         # transformers takes every model whose device is the CPU for an offloaded one.
         warnings.filterwarnings(
@@ -75,4 +81,5 @@ def nothing_misleading() -> Iterator[None]:
         for module, bar in ((model_compressor, compressing), (dispatch, dispatching)):
             if hasattr(module, "tqdm"):
                 patches.enter_context(patch_attr(module, "tqdm", bar))
+        patches.enter_context(patch_attr(module_parallel, "tqdm", compressing_in_ranks))
         yield

@@ -2,9 +2,10 @@
 """``nm-permute prune``: run a recipe, and leave a finished checkpoint or nothing."""
 
 import shlex
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -15,9 +16,11 @@ from typer import Argument, Option
 from nm_permute_plugin.cli.common import Model, find_device, must_be_device
 from nm_permute_plugin.cli.data import DATASET, TextColumn, data_sources
 from nm_permute_plugin.cli.logs import HostLog, nothing_misleading
+from nm_permute_plugin.cli.torchrun import own_device, refuse_dry_run
 from nm_permute_plugin.evaluation.corpus import Corpus, read_corpus, spread
 from nm_permute_plugin.evaluation.model_names import must_be_model
 from nm_permute_plugin.pruning.findings import together
+from nm_permute_plugin.pruning.processes import rank
 
 
 def prune(
@@ -91,6 +94,8 @@ def prune(
     A run that died goes on when the same command is given again.
     """
     what = "give calibration text"
+    if dry_run:
+        refuse_dry_run()
     if answers_only and images is not None:
         raise ValueError("--answers-only is for conversations, not for --images")
     # Before anything heavy is imported, and all of it at once.
@@ -137,6 +142,8 @@ def prune(
             model, recipe, out, rows.ids, where, fresh, rows.counted
         )
         amount, test = str(rows), ["--text", "TEST.txt"]
+    if rank() > 0:
+        return
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6
     following = ["nm-permute", "evaluate", str(out), *test, "--dense", model]
     page = out / PAGE
@@ -300,36 +307,63 @@ def _prune(
     # From its import on, llm-compressor logs to what is stdout then.
     with redirect_stdout(cast("Any", HostLog())):
         from llmcompressor import oneshot, reset_session
-    from nm_permute_plugin.checkpoint.transaction import directory, state_beside
+    from nm_permute_plugin.checkpoint.transaction import state_beside
     from nm_permute_plugin.evaluation.pretrained import empty_model, load_model
     from nm_permute_plugin.modifiers.preflight import look_before_loading
+    from nm_permute_plugin.pruning import ranks
     from nm_permute_plugin.pruning.resuming import resuming
 
     out = out.resolve()
-    look_before_loading(partial(empty_model, model), model, recipe, out, samples)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    where = own_device(device or default)
+    ranks.begin(where)
+    in_shards = look_before_loading(
+        partial(empty_model, model), model, recipe, out, samples
+    )
     started = time.perf_counter()
     try:
         state = state_beside(out)
         going_on = nullcontext() if state is None else resuming(state, fresh)
         with (
             nothing_misleading(),
+            # Where ranks are many, llm-compressor begins its log anew.
+            redirect_stdout(cast("Any", HostLog())),
             going_on,
-            directory(out, was_empty=True) as unfinished,
+            _unfinished(out) as unfinished,
         ):
             calibration = data()
             loaded = load_model(model)
-            default = "cuda" if torch.cuda.is_available() else "cpu"
             reset_session()
             oneshot(
-                model=loaded.to(device or default),
+                model=loaded if in_shards else loaded.to(where),
                 recipe=str(recipe),
                 output_dir=str(unfinished),
                 **calibration,
             )
+            ranks.wait()  # for all to have written what they write
     except SafetensorError as error:
         # Weights that cannot be written, to a full disk say, are no OSError there.
         raise OSError(f"cannot write the checkpoint {out}: {error}") from error
     return (time.perf_counter() - started) / 60
+
+
+@contextmanager
+def _unfinished(out: Path) -> Iterator[Path]:
+    """
+    A folder that becomes the checkpoint; a temporary one on all ranks but the first.
+
+    :raises OSError: if it cannot be written
+    """
+    from nm_permute_plugin.checkpoint.transaction import directory
+    from nm_permute_plugin.pruning import ranks
+
+    if ranks.is_first():
+        with directory(out, was_empty=True) as unfinished:
+            yield unfinished
+    else:
+        # llm-compressor writes the tokenizer on every rank.
+        with tempfile.TemporaryDirectory() as nowhere:
+            yield Path(nowhere)
 
 
 def calibration_rows(

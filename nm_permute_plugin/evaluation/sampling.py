@@ -15,8 +15,9 @@ from nm_permute_plugin.evaluation.static_steps import StaticSteps, can_be_static
 ON_CPU = 128
 """Texts at a time on a CPU, whose memory is not the limit."""
 
-SHARE = 0.5
-"""Of a GPU's memory that the weights leave: what keys, values and logits may take."""
+SHARE = 0.3
+"""Of a GPU's memory that the weights leave: what keys, values and logits may take. With
+more there is no room for CUDA graphs, without which a token takes five times as long."""
 
 LOGITS_BYTES = 24
 """Bytes of an entry of the vocabulary while a token is drawn: float32, and its copies."""

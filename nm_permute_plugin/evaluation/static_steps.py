@@ -4,6 +4,7 @@ Run a language model token by token as a CUDA graph: its kernels are shorter tha
 launches.
 """
 
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -50,7 +51,8 @@ class StaticSteps:
         self._cache = StaticCache(config=known.config, max_cache_len=tokens)
         self._cache.layers = [_Part(tokens) for _ in self._cache.layers]
         self._lengths = [tokens * n // MOST_GRAPHS for n in range(1, MOST_GRAPHS + 1)]
-        self._graphs = CudaGraphs(self._logits)
+        # Bound to no method of this object: a cycle would hold the keys until it is found.
+        self._graphs = CudaGraphs(partial(_logits, known, self._cache))
         self._seen = 0
 
     def __enter__(self) -> "StaticSteps":
@@ -68,12 +70,14 @@ class StaticSteps:
         length = next(length for length in self._lengths if length >= self._seen)
         return self._graphs(ids, length)
 
-    def _logits(self, ids: Tensor, length: int) -> Tensor:
-        for layer in self._cache.layers:
-            layer.read = length
-        out = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True)
-        logits: Tensor = out.logits[:, -1]
-        return logits
+
+def _logits(model: Any, cache: StaticCache, ids: Tensor, length: int) -> Tensor:
+    """The logits of the next token, from keys and values of so many tokens."""
+    for layer in cache.layers:
+        layer.read = length
+    out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+    logits: Tensor = out.logits[:, -1]
+    return logits
 
 
 class _Part(StaticLayer):

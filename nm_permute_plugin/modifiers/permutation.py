@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from compressed_tensors.offload import (
     disable_offloading,
     disable_onloading,
-    update_offload_parameter,
+    remove_dispatch,
 )
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
@@ -15,12 +15,15 @@ from loguru import logger
 from pydantic import PrivateAttr
 
 from nm_permute_plugin.checkpoint.plan import experts_of
+from nm_permute_plugin.modifiers.calibration import all_samples
 from nm_permute_plugin.modifiers.fields import PermutationFields
 from nm_permute_plugin.modifiers.names import name_experts_for_saving
 from nm_permute_plugin.modifiers.neighbours import is_pruned_later
-from nm_permute_plugin.modifiers.preflight import look_of, refuse_many_processes
+from nm_permute_plugin.modifiers.offloaded import write_once
+from nm_permute_plugin.modifiers.preflight import look_of, refuse_strangers
 from nm_permute_plugin.modifiers.recipe import refuse_shared_pass
 from nm_permute_plugin.modifiers.save import after_save
+from nm_permute_plugin.pruning import ranks
 from nm_permute_plugin.pruning.pipeline import Record, permute_and_prune
 from nm_permute_plugin.pruning.reading import read_samples
 from nm_permute_plugin.pruning.run import Pruned, PrunePlan
@@ -71,7 +74,9 @@ class LearnablePermutationModifier(PermutationFields, Modifier):
 
     def on_initialize(self, state: State, **kwargs: object) -> bool:
         model, settings = state.model, self.settings()
-        refuse_many_processes()
+        refuse_strangers()
+        if not ranks.is_first():
+            logger.disable("nm_permute_plugin")
         modifiers = active_session().lifecycle.recipe.modifiers
         with disable_onloading():
             look_of(self, modifiers, state).refuse()
@@ -95,7 +100,7 @@ class LearnablePermutationModifier(PermutationFields, Modifier):
         model, plan, settings = state.model, self._plan, self.settings()
         data = read_samples(
             model,
-            state.data.calib,
+            all_samples(state.data.calib),
             settings.batch_size,
             settings.validation.share,
             settings.seed,
@@ -105,17 +110,19 @@ class LearnablePermutationModifier(PermutationFields, Modifier):
             f"{self.score}, method {self.method}; {data} to learn from, on "
             f"{next(model.parameters()).device}"
         )
+        if settings.memory.shard:
+            remove_dispatch(model)  # GPUs get shards, and the CPU has the whole
         # Weights stay on the device that they are fetched to: each is read many times.
         held = nullcontext() if settings.layer_wise else disable_offloading()
         with DisableQuantization(model), held:
-            plan.try_spec(model, settings, data, update_offload_parameter)
+            plan.try_spec(model, settings, data, write_once)
             self._record = permute_and_prune(
                 model,
                 plan.resolved,
                 plan.prunable,
                 data,
                 settings,
-                write=update_offload_parameter,
+                write=write_once,
                 hold=disable_offloading,
             )
 

@@ -5,7 +5,6 @@ One look over recipe, model, data, folder and disk, before the model is run even
 What is certain to fail is found here, all of it at once, and not after hours of work.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +26,12 @@ from nm_permute_plugin.modifiers.fields import PermutationFields
 from nm_permute_plugin.modifiers.host import running_oneshot
 from nm_permute_plugin.modifiers.neighbours import unfit_groups, unfit_neighbours
 from nm_permute_plugin.modifiers.recipe import read_recipe
+from nm_permute_plugin.pruning import ranks
 from nm_permute_plugin.pruning.findings import refuse
+from nm_permute_plugin.pruning.processes import started
 from nm_permute_plugin.pruning.settings import Settings
 from nm_permute_plugin.pruning.targets import linears_among
 from nm_permute_plugin.specs.conv1d import weight_of
-
-WORLD_SIZE = "WORLD_SIZE"
-"""``torchrun`` tells each of its processes in this variable how many there are."""
 
 
 @dataclass(frozen=True)
@@ -84,19 +82,19 @@ class Look:
         refuse(self.findings())
 
 
-def refuse_many_processes() -> None:
+def refuse_strangers() -> None:
     """
-    Refuse to run beside other processes of ``torchrun``, which would share the weights.
+    Refuse to run beside processes of ``torchrun`` that know nothing of each other.
 
-    :raises ValueError: if there are others
+    :raises ValueError: if there are such processes
     """
-    count = os.environ.get(WORLD_SIZE, "1")
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        count = str(torch.distributed.get_world_size())
-    if count.isdecimal() and int(count) > 1:
+    if ranks.count() == 1 and started() > 1:
         raise ValueError(
-            f"there are {count} processes ({WORLD_SIZE}), and the permutation is found by "
-            "one: start nm-permute, or the script that calls oneshot, without torchrun"
+            f"torchrun has started {started()} processes, but they have no process "
+            "group, and each would write the same files: call "
+            "compressed_tensors.distributed.init_dist() before the model is loaded (on "
+            'CPUs torch.distributed.init_process_group("gloo")), or start the script '
+            "without torchrun"
         )
 
 
@@ -106,9 +104,11 @@ def look_before_loading(
     recipe: Path,
     out: Path,
     samples: int,
-) -> None:
+) -> bool:
     """
     Refuse a run of the command that is certain to fail, before its weights are read.
+
+    Tell whether its weights shall lie in shards, so that the model stays on the CPU.
 
     :param empty_model: makes the model on the device meta
     :param source: its folder, or its name on the hub
@@ -116,7 +116,7 @@ def look_before_loading(
     :param samples: rows of calibration text, or images
     :raises ValueError: with every finding in a line of its own
     """
-    refuse_many_processes()
+    refuse_strangers()
     modifiers = Recipe.create_instance(read_recipe(recipe)).modifiers
     model = empty_model()
     # Packed experts become linears when oneshot unpacks them; the modifier sees them.
@@ -125,6 +125,11 @@ def look_before_loading(
         if isinstance(ours, PermutationFields):
             place = (out, Path(source), True)
             Look(ours, modifiers, whole, samples, *place).refuse()
+    return any(
+        _settings(ours).memory.shard
+        for ours in modifiers
+        if isinstance(ours, PermutationFields)
+    )
 
 
 def look_of(ours: Modifier, modifiers: Sequence[Modifier], state: Any) -> Look:

@@ -14,6 +14,7 @@ from nm_permute_plugin.checkpoint.saving import save_checkpoint
 from nm_permute_plugin.checkpoint.source import Source
 from nm_permute_plugin.checkpoint.transaction import is_unfinished
 from nm_permute_plugin.modifiers.host import running_oneshot
+from nm_permute_plugin.pruning import ranks
 
 
 def after_save(
@@ -43,10 +44,10 @@ def after_save(
         save_checkpoint(model, save_directory, finish, save, source, also, **kwargs)
         if host is not None:
             host.model_args.processor = None  # it is saved, and not written again
+        ranks.wait()  # for the first to have put it in its place
         folder = Path(save_directory)
-        if said and not is_unfinished(
-            folder.resolve()
-        ):  # whoever puts it in place says so
+        # Of an unfinished folder, whoever puts it in its place says so.
+        if said and ranks.is_first() and not is_unfinished(folder.resolve()):
             files = (file for file in folder.rglob("*") if file.is_file())
             size = sum(file.stat().st_size for file in files) / 1e6
             images = model.main_input_name == "pixel_values"

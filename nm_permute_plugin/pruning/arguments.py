@@ -28,6 +28,19 @@ def must_be_model(model: object) -> None:
     )
 
 
+def refuse_accelerated(model: nn.Module) -> None:
+    """
+    Refuse a model whose weights are packed for the sparse kernels.
+
+    :raises ValueError: naming the way back
+    """
+    if any(getattr(module, "is_accelerated", False) for module in model.modules()):
+        raise ValueError(
+            f"this {type(model).__name__} is accelerated, so that its weights cannot be "
+            "changed: call nmp.accelerate(model, undo=True) first"
+        )
+
+
 def must_be(value: object, kind: type, name: str, wanted: str) -> None:
     """
     See that an argument is of a kind.

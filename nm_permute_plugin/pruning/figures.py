@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm import tqdm
 
 from nm_permute_plugin.maths.permutation import Permutation, is_identity
+from nm_permute_plugin.pruning import ranks
 from nm_permute_plugin.pruning.problem import Problem, Solution, permuted_mask
 from nm_permute_plugin.specs.spec import Consumer
 
@@ -111,7 +111,7 @@ def figures_of(
     :param masks: of ``found``, by linear, channels in their old places
     :param order: the linears as they are to be listed
     """
-    rows = tqdm(_rows(problem, found), "Comparing the masks", len(order))
+    rows = ranks.bar(_rows(problem, found), "Comparing the masks", total=len(order))
     compared = [_compared(problem, row, masks) for row in rows]
     by_name = {linear.name: linear for linear in compared}
     linears = [by_name[name] for name in order]

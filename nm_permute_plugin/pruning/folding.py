@@ -2,14 +2,14 @@
 """Fold a model, and see that it still computes the same."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from loguru import logger
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from nm_permute_plugin.maths.permutation import Permutation
+from nm_permute_plugin.pruning import ranks
 from nm_permute_plugin.pruning.data import Batch, first_sample, forward, on_device
 from nm_permute_plugin.pruning.running.loss import answer, refuse_not_finite
 from nm_permute_plugin.pruning.running.masked import evaluating
@@ -57,7 +57,7 @@ def fold_model(
     tolerance = FOLD_TOLERANCE.get(next(model.parameters()).dtype, 0.05)
     moving = sum(bool(of.spaces & perms.keys()) for of in resolved.parameters)
     # The model runs once before the fold, and once after it.
-    with tqdm(desc="Folding the permutation", total=moving + 2) as bar:
+    with ranks.bar(desc="Folding the permutation", total=moving + 2) as bar:
         error = fold_checked(
             model,
             resolved,
@@ -72,7 +72,7 @@ def fold_model(
     return error
 
 
-def _counted(call: Callable[P, T], bar: "tqdm[Any]") -> Callable[P, T]:
+def _counted(call: Callable[P, T], bar: ranks.Bar) -> Callable[P, T]:
     """The same function, whose bar counts its calls."""
 
     def calling(*given: P.args, **named: P.kwargs) -> T:

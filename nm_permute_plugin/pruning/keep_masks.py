@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nm_permute_plugin.checkpoint.bitmask import pack_bits, unpack_bits
 from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.pruning.arguments import must_be_model
+from nm_permute_plugin.pruning.arguments import must_be_model, refuse_accelerated
 
 
 def keep_masks(model: nn.Module, mask_structure: str = "2:4") -> "KeptMasks":
@@ -47,10 +47,12 @@ def keep_masks(model: nn.Module, mask_structure: str = "2:4") -> "KeptMasks":
     :param mask_structure: the N:M pattern that the model was pruned to
     :return: the masks; they stay in force until ``remove``, the end of a ``with``
         block, or the end of the model
-    :raises ValueError: if no weight of the model follows the pattern
+    :raises ValueError: if no weight of the model follows the pattern, or for a model that
+        is accelerated
     :raises TypeError: for what is no model
     """
     must_be_model(model)
+    refuse_accelerated(model)
     pattern = NMPattern.parse(mask_structure)
     if earlier := _KEPT.pop(model, None):
         earlier.remove()

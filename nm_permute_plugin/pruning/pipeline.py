@@ -13,16 +13,23 @@ from itertools import islice
 from torch import Tensor, nn
 
 from nm_permute_plugin.maths.permutation import Permutation
+from nm_permute_plugin.pruning import ranks
 from nm_permute_plugin.pruning.clock import Clock, environment
-from nm_permute_plugin.pruning.data import Data, endless, micro_batches
+from nm_permute_plugin.pruning.data import Data, endless
 from nm_permute_plugin.pruning.figures import Figures, figures_of
 from nm_permute_plugin.pruning.folding import fold_model
 from nm_permute_plugin.pruning.learn.layerwise import Hold, learn_layerwise
 from nm_permute_plugin.pruning.learn.loop import learn
+from nm_permute_plugin.pruning.learn.sharded import (
+    ShardedProblem,
+    refuse_alone,
+)
 from nm_permute_plugin.pruning.problem import Problem, Solution
+from nm_permute_plugin.pruning.recover.sharded import distill_in_shards
 from nm_permute_plugin.pruning.recover.stages import StageRecord, recover
 from nm_permute_plugin.pruning.recover.student import Student
 from nm_permute_plugin.pruning.resuming import goes_on, kept
+from nm_permute_plugin.pruning.running.backward import own_micro_batches
 from nm_permute_plugin.pruning.running.decoder_layers import decoder_layers
 from nm_permute_plugin.pruning.running.fast_dtype import computing_fast
 from nm_permute_plugin.pruning.running.masked import evaluating
@@ -106,6 +113,10 @@ def permute_and_prune(
     learns_layers = settings.method == "learned" and settings.layer_wise
     if learns_layers or "blocks" in settings.recover.stages:
         decoder_layers(model, prunable)  # refuses before the work, not after
+    if settings.memory.shard:
+        refuse_alone()
+        with evaluating(model), Clock(ranks.device()) as clock:
+            return _run_sharded(model, resolved, prunable, data, settings, write, clock)
     device = next(model.parameters()).device
     with evaluating(model), computing_fast(model), Clock(device) as clock:
         return _run(model, resolved, prunable, data, settings, write, hold, clock)
@@ -159,6 +170,90 @@ def _run(
     )
 
 
+def _run_sharded(
+    model: nn.Module,
+    resolved: ResolvedSpec,
+    prunable: Sequence[str],
+    data: Data,
+    settings: Settings,
+    write: Write,
+    clock: Clock,
+) -> Record:
+    """The stages with a twin in shards; the model itself changes on the first rank."""
+    problem = ShardedProblem.of_shards(model, resolved, prunable, data, settings)
+    clock.lap("statistics")
+    scored = problem.with_scores(model) if ranks.is_first() else problem
+    found, searched = search_problem(problem, settings, scored.spaces)
+    history = searched
+    clock.lap("search")
+    if settings.method == "learned":
+        begin = found
+
+        def learned() -> tuple[dict[str, dict[str, Tensor]], History]:
+            found, history = learn(problem, begin, settings)
+            return found.state_dict(), history
+
+        state, history = kept(learned, "learning", problem.known)
+        found = Solution(**state)
+        clock.lap("learn")
+    del problem
+    masks: Mapping[str, Tensor] = {}
+
+    def folded() -> tuple[Figures, float, dict[str, Permutation]]:
+        nonlocal masks
+        on_cpu = Solution(
+            {name: perm.cpu() for name, perm in found.perms.items()},
+            {name: value.cpu() for name, value in found.multipliers.items()},
+        )
+        masks = scored.masks(on_cpu)
+        figures = figures_of(scored, on_cpu, masks, prunable)
+        perms, sample = on_cpu.perms, data.train[0]
+        error = fold_model(model, resolved, perms, None, sample, write)
+        masks = moved_along(model, resolved, masks, perms)
+        return figures, error, perms
+
+    figures, error, perms = ranks.of_first(folded)
+    del scored
+    clock.lap("fold")
+    recovered: list[StageRecord] = []
+    if settings.prune:
+        recovered = _pruned_in_shards(model, prunable, masks, data, settings, write)
+        clock.lap("recover" if recovered else "prune")
+    measured = clock.seconds, clock.memory, environment(model)
+    return Record(perms, error, figures, *measured, searched, history, recovered)
+
+
+def _pruned_in_shards(
+    model: nn.Module,
+    prunable: Sequence[str],
+    masks: Mapping[str, Tensor],
+    data: Data,
+    settings: Settings,
+    write: Write,
+) -> list[StageRecord]:
+    """Prune the first rank's model, whose masks it has, perhaps with a recovery."""
+
+    def student(name: str) -> Student:
+        return _student(model, masks, [name])
+
+    def store(name: str, value: Tensor) -> None:
+        one = student(name)
+        one.values[f"{name}.weight"] = value
+        one.write(write)
+
+    def kept_weight(name: str) -> Tensor:
+        return student(name).values[f"{name}.weight"]
+
+    if settings.recover.stages:
+        parts = kept_weight, store, data, settings
+        return [distill_in_shards(model, prunable, *parts)]
+    if ranks.is_first():
+        for name in prunable:
+            student(name).write(write)
+    ranks.wait()
+    return []
+
+
 def _find(
     problem: Problem, settings: Settings, clock: Clock, hold: Hold
 ) -> tuple[Solution, History, History]:
@@ -195,14 +290,15 @@ def _see_again(problem: Problem, settings: Settings) -> None:
     if settings.method == "identity":
         return
     data, teacher = problem.data, problem.teacher
-    parts = list(data.validation)
+    for turn, batch in enumerate(data.validation):
+        teacher(ranks.own_part(batch, turn)[0])
     if settings.method == "learned" and not settings.layer_wise:
         steps = sum(steps for _, steps in settings.learn.schedule())
         order = dict.fromkeys(islice(endless(len(data.train), settings.seed), steps))
         size = settings.memory.micro_batch_size
-        parts += [part for i in order for part, _ in micro_batches(data.train[i], size)]
-    for part in parts:
-        teacher(part)
+        for turn, index in enumerate(order):
+            for part, _ in own_micro_batches(data.train[index], turn, size):
+                teacher(part)
 
 
 def _student(

@@ -18,6 +18,7 @@ from nm_permute_plugin.maths.masks import nm_mask
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import Permutation, invert
 from nm_permute_plugin.maths.scores import score_weight
+from nm_permute_plugin.pruning import ranks
 from nm_permute_plugin.pruning.data import Data
 from nm_permute_plugin.pruning.running.masked import linear
 from nm_permute_plugin.pruning.running.teacher import Teacher
@@ -238,6 +239,10 @@ class Problem:
         if not missing:
             return solution
         return Solution(solution.perms | missing, solution.multipliers)
+
+    def agreed(self, solution: Solution) -> Solution:
+        """The solution of the first rank: of others whose devices round differently."""
+        return Solution(**ranks.of_first(solution.state_dict))
 
     def masks(self, solution: Solution) -> dict[str, Tensor]:
         """The masks of all linears under a solution, channels in their old places."""

@@ -4,12 +4,14 @@
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from loguru import logger
 from torch import Tensor, nn
 
+from nm_permute_plugin.pruning import ranks
 from nm_permute_plugin.pruning.arguments import as_tensors, must_be_model
 from nm_permute_plugin.pruning.data import (
     Batch,
@@ -43,6 +45,9 @@ def read_samples(
     Where any batch has both, every batch must be one sample, as llm-compressor's collators
     give it with ``batch_size=1``, and stays a batch of its own. Labels are dropped.
 
+    Where there are several ranks, all of them get all samples: the hosts give each rank a
+    share of a data set that all ranks have, or each has its own.
+
     Rows are cut where their ``position_ids`` begin again, so that no document sees the one
     before it. Of a batch with a ``loss_mask``, as llm-compressor knows it, all tokens are
     read, but statistics and losses count only those that it marks.
@@ -68,7 +73,7 @@ def read_samples(
     refuse_adapters(model)
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
-        kept = [_inputs(batch, model) for batch in as_tensors(batches)]
+        kept = _of_all_ranks([_inputs(batch, model) for batch in as_tensors(batches)])
     if any("loss_mask" in batch for batch in kept):
         refuse_experts(model)
     with_images = ["pixel_values" in batch for batch in kept]
@@ -91,6 +96,25 @@ def read_samples(
         )
     images = _images(batch["pixel_values"] for batch in kept)
     return split_images(images, batch_size, validation_share, seed)
+
+
+def _of_all_ranks(own: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The batches of all ranks, once where all ranks have the same, in one order."""
+    of_ranks = ranks.gathered(own)
+    if all(_same(own, other) for own, other in pairwise(of_ranks)):
+        return own
+    batches = [batch for batches in of_ranks for batch in batches]
+    if all("input_ids" in batch and len(batch["input_ids"]) == 1 for batch in batches):
+        # As llm-compressor orders the rows of one process.
+        batches.sort(key=lambda batch: -batch["input_ids"].shape[1])
+    return batches
+
+
+def _same(own: list[dict[str, Tensor]], other: list[dict[str, Tensor]]) -> bool:
+    return len(own) == len(other) and all(
+        a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+        for a, b in zip(own, other, strict=True)
+    )
 
 
 def rows_of(batches: Iterable[Batch], vocabulary: int) -> list[Row]:

@@ -22,6 +22,7 @@ from typing import Any, TypeVar, cast
 import torch
 from loguru import logger
 
+from nm_permute_plugin.pruning import ranks
 from nm_permute_plugin.pruning.state_files import (
     bytes_of,
     read_about,
@@ -53,7 +54,8 @@ def resuming(folder: str | Path, fresh: bool = False) -> Iterator[None]:
     ...     pruned = nmp.prune(model, data, nmp.Settings(method="learned"))
     ...     nmp.save(model, "OUT", pruned)
 
-    ``oneshot`` with a recipe may take the place of the two lines. One run fits into a
+    ``oneshot`` with a recipe may take the place of the two lines. Of several ranks the
+    first one reads and writes the folder. One run fits into a
     block: another model, other data or other settings are refused by ``prune``.
 
     :param fresh: forget what the folder holds
@@ -67,7 +69,7 @@ def resuming(folder: str | Path, fresh: bool = False) -> Iterator[None]:
         if fresh:
             run.clear()
         where = run.where()
-        run.goes_on = where is not None
+        run.goes_on = ranks.of_first(lambda: where is not None)
         if where:
             logger.info(f"The run goes on {where}, as {run.folder} holds it")
         yield
@@ -124,27 +126,32 @@ class Progress:
     """
     Where a training loop stands, written now and then while ``resuming`` lasts.
 
-    A context: where an interrupt ends it, the state is written as well.
+    A context: where an interrupt ends it, or another rank that died, the state is written
+    as well.
 
     :param what: is going on, in words
     :param known_by: words and numbers, of the loop's start
+    :param keeps: false writes nothing: a run that dies takes the loop from its start
     :ivar value: what ``follow``'s function gave when the run died; None if it did not
     :ivar done: the updates that are behind it
     :ivar losses: those of training, of the updates since the list was cleared
     :ivar rate: the learning rate of the last update
     """
 
-    def __init__(self, what: str, *known_by: object) -> None:
-        self._run = _current.get()
+    def __init__(self, what: str, *known_by: object, keeps: bool = True) -> None:
+        self._run = _current.get() if keeps else None
         self._what, self._key = what, repr((what, known_by))
         self._state: Callable[[], object] | None = None
         self._updating = False
         self.value: Any = None
         self.done, self.rate = 0, float("nan")
         self.losses: list[float] = []
-        found = None if self._run is None else self._run.progress(self._key)
+        run = self._run
+        found = None if run is None else ranks.of_first(lambda: run.progress(self._key))
         if found is not None:
-            self.done, self.rate, self.losses, self.value = found
+            generators, value = found
+            _set_generators(generators)
+            self.done, self.rate, self.losses, self.value = value
 
     def follow(self, state: Callable[[], object]) -> None:
         """Write from now on what a function gives; it is called between two updates."""
@@ -178,6 +185,8 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+        # The others wait in vain for a rank that has died.
+        interrupted |= ranks.count() > 1 and isinstance(error, RuntimeError)
         if interrupted and self.done and not self._updating:
             self._write()
 
@@ -206,17 +215,21 @@ class _Run:
         self._writes = True
         self._took, self._last = 0.0, time.monotonic()
         self._inside: list[set[Path]] = []
+        self._lock: int | None = None
+        if not ranks.is_first():
+            self._writes = False
+            return
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(f"cannot write to {folder}: {error.strerror}") from error
         self._refuse_foreign()
         # Not the folder itself: what is written into it locks that for a moment.
-        self._lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        self._lock = lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            os.close(self._lock)
+            os.close(lock)
             raise FileExistsError(
                 f"another process prunes with the state in {folder} at the moment: wait "
                 "for it, or name another folder"
@@ -226,12 +239,16 @@ class _Run:
 
     def clear(self) -> None:
         """Remove all state from the folder."""
+        if self._lock is None:
+            return
         for path in self.folder.iterdir():
             if _NAMES.fullmatch(path.name) and path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
 
     def close(self) -> None:
         """Let others use the folder, and remove it if it holds nothing worth keeping."""
+        if self._lock is None:
+            return
         if not self._found() and not (self.folder / _PROGRESS).is_dir():
             self.clear()
             (self.folder / _LOCK).unlink(missing_ok=True)
@@ -241,6 +258,8 @@ class _Run:
 
     def where(self) -> str | None:
         """Say from where a run goes on; None from its start."""
+        if self._lock is None:
+            return None
         if (self.folder / _PROGRESS).is_dir():
             return f"from {self._about(_PROGRESS)['what']}"
         found = self._found()
@@ -251,7 +270,9 @@ class _Run:
 
     def expect(self, given: Mapping[str, object], reserve: int) -> None:
         self._reserve = reserve
-        now = _flat(given)
+        ranks.of_first(lambda: self._expect(_flat(given)))
+
+    def _expect(self, now: dict[str, str]) -> None:
         if (self.folder / _GIVEN).is_dir():
             different = list(_differences(self._read(_GIVEN), now))
             if different:
@@ -269,8 +290,8 @@ class _Run:
         name = _FOUND + digest
         if self._inside:
             self._inside[-1].add(self.folder / name)
-        if (self.folder / name).is_dir():
-            generators, value = self._read(name)
+        if ranks.of_first((self.folder / name).is_dir):
+            generators, value = ranks.of_first(lambda: self._read(name))
             _set_generators(generators)
             logger.info(f"Taken from {self.folder}: the {what}")
             return value
@@ -291,9 +312,7 @@ class _Run:
         folder = self.folder / _PROGRESS
         if not folder.is_dir() or self._about(_PROGRESS)["key"] != key:
             return None
-        generators, value = self._read(_PROGRESS)
-        _set_generators(generators)
-        return value
+        return self._read(_PROGRESS)
 
     def is_due(self) -> bool:
         pause = max(EVERY, self._took / SHARE)
@@ -358,15 +377,17 @@ _current: ContextVar[_Run | None] = ContextVar("_current", default=None)
 
 
 def _generators() -> list[torch.Tensor]:
-    """The states of torch's random generators: of the CPU, and of every GPU."""
-    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    """The states of torch's random generators: of the CPU, and of the GPU in use."""
+    of_gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *of_gpu]
 
 
 def _set_generators(states: list[torch.Tensor]) -> None:
     try:
         torch.set_rng_state(states[0])
-        if len(states) - 1 == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(states[1:])
+        if torch.cuda.is_initialized():
+            for state in states[1:]:
+                torch.cuda.set_rng_state(state)
     except (LookupError, RuntimeError, TypeError) as error:
         raise ValueError(
             f"value.json holds no state of random generators ({error}): start anew with "

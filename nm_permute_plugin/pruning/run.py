@@ -18,6 +18,7 @@ from nm_permute_plugin.checkpoint.saved_names import saved_names
 from nm_permute_plugin.checkpoint.saving import save_checkpoint
 from nm_permute_plugin.checkpoint.source import Source
 from nm_permute_plugin.maths.permutation import is_identity
+from nm_permute_plugin.pruning import ranks
 from nm_permute_plugin.pruning.arguments import must_be, must_be_model
 from nm_permute_plugin.pruning.data import Data
 from nm_permute_plugin.pruning.describe import describe
@@ -246,7 +247,8 @@ def save(model: nn.Module, folder: str | Path, pruned: Pruned | None = None) -> 
     """
     Save a pruned model: check it, store it as asked, describe it.
 
-    The folder holds what it held before until everything is written. What the model's own
+    The folder holds what it held before until everything is written, by one of several
+    ranks. What the model's own
     folder holds beside its weights travels along. Save the tokenizer into it as ever.
 
     :param pruned: what ``prune`` returned; None for a model that was pruned in an earlier
@@ -272,7 +274,9 @@ def save(model: nn.Module, folder: str | Path, pruned: Pruned | None = None) -> 
         origin = origin_of(hosted)
         finish = FinishAgain(origin)
         source = None if origin.folder is None else Source(origin.folder)
-    save_checkpoint(hosted, folder, finish, source=source)
+    if ranks.is_first():
+        save_checkpoint(hosted, folder, finish, source=source)
+    ranks.wait()
 
 
 def origin_of(model: "PreTrainedModel") -> Origin:

@@ -3,13 +3,11 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from nm_permute_plugin.maths.allocation import allocate, joining_gain
 from nm_permute_plugin.maths.assignment import assign
@@ -17,6 +15,7 @@ from nm_permute_plugin.maths.masks import retained_score
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import Permutation, from_blocks
 from nm_permute_plugin.maths.ranks import descending
+from nm_permute_plugin.pruning import ranks
 from nm_permute_plugin.pruning.problem import Problem, Solution, SpaceScores
 from nm_permute_plugin.pruning.session import once
 from nm_permute_plugin.pruning.settings import Settings
@@ -44,11 +43,19 @@ READ = {"score", "mask_structure", "seed", "search", "loss", "objective", "spec"
 """The settings that a search depends on, beside the model and the data."""
 
 
-def search_problem(problem: Problem, settings: Settings) -> tuple[Solution, History]:
-    """Search a problem's permutations, judged by its validation loss: see ``search``."""
+def search_problem(
+    problem: Problem,
+    settings: Settings,
+    spaces: Mapping[str, SpaceScores] | None = None,
+) -> tuple[Solution, History]:
+    """
+    Search a problem's permutations, judged by its validation loss: see ``search``.
+
+    :param spaces: of the problem, with scores, where it has none
+    """
     perms, history = once(
         lambda: search(
-            problem.spaces,
+            problem.spaces if spaces is None else spaces,
             problem.pattern,
             settings.search.rounds,
             settings.seed,
@@ -81,6 +88,7 @@ def search(
     A model that retains more score may still be a worse one: the permutations with the
     least validation loss are kept, the channels as they are among them. At every validation
     all permutations may take the place of the best, or those of one family of spaces alone.
+    Of several ranks the first one searches, and all of them validate.
 
     :param rounds: of assignment, rounded up to the next validation
     :param seed: of the choice which channels leave their groups
@@ -97,21 +105,26 @@ def search(
     together = [list(spaces), *_families(spaces)]
     # Counted are rounds and validations; the start is a round as well.
     counted = 2 + len(numbers) * (step + len(together))
-    # Said only where it is so: otherwise the environment may have switched bars off.
-    hidden: dict[str, Any] = {} if numbers else {"disable": True}
-    with tqdm(desc="Searching the permutation", total=counted, **hidden) as bar:
+    is_shown = bool(numbers)
+    with ranks.bar(desc="Searching", total=counted, shown=is_shown) as bar:
         least = validate(best)
         bar.update()
         history: History = [{"round": 0, "validation": least}]
         if not rounds:
             return best, history
         found = rounds_of_all(spaces, pattern, seed, device)
-        next(found)  # the channels as they are or dealt, whichever retains more
+        if ranks.is_first():
+            next(found)  # the channels as they are or dealt, whichever retains more
         bar.update()
-        for number in numbers:
+
+        def searched() -> Perms:
             for _ in range(step):
                 perms = next(found)
                 bar.update()
+            return perms
+
+        for number in numbers:
+            perms = ranks.of_first(searched)
             for names in together:
                 tried = best | {name: perms[name] for name in names}
                 loss = validate(tried)

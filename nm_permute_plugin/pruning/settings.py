@@ -358,10 +358,13 @@ class MemorySettings(Frozen):
         gradient; null takes a whole batch
     :param gradient_checkpointing: true keeps only what enters a layer, and runs the layer
         again in backward; null decides by the GPU's free memory
+    :param shard: true keeps a part of every weight on each GPU of ``torchrun``, for a model
+        that fits on none of them; it stays whole on the CPU, where it is folded and pruned
     """
 
     micro_batch_size: int | None = Field(default=None, ge=1)
     gradient_checkpointing: bool | None = None
+    shard: bool = False
 
 
 class Settings(Frozen):
@@ -444,6 +447,25 @@ class Settings(Frozen):
         """The stages of learning that run."""
         return self.learn.stages if self.method == "learned" else ()
 
+    def _refuse_in_shards(self) -> None:
+        """See that shards are asked for what they can be used for."""
+        if not self.memory.shard:
+            return
+        unfit = {
+            "method: identity": self.method == "identity",
+            "objective: layer_wise": self.layer_wise,
+            f"learn.stages {list(self.stages)}": set(self.stages) - {"multipliers"},
+            f"recover {list(self.recover.stages)}": {*self.recover.stages}
+            - {"end_to_end"},
+            "loss.hidden or loss.cosine": self.loss.needs_hidden,
+        }
+        names = [name for name, is_so in unfit.items() if is_so]
+        if names:
+            raise ValueError(
+                "memory.shard is for learning multipliers, and recovery, end to end, and "
+                f"not for {', '.join(names)}: leave out the one or the other"
+            )
+
     @model_validator(mode="after")
     def _fit_together(self) -> "Settings":
         pattern = self.pattern
@@ -468,6 +490,7 @@ class Settings(Frozen):
                 "prune: false with learn.stages [multipliers] would learn the scores of a "
                 "mask that another modifier makes; write learn: {stages: [swaps]}"
             )
+        self._refuse_in_shards()
         if self.recover.stages and not self.prune:
             raise ValueError(
                 f"recover: {list(self.recover.stages)} with prune: false: there is no mask "

@@ -17,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
-from tqdm import tqdm
 
+from nm_permute_plugin.pruning import ranks
 from nm_permute_plugin.pruning.data import (
     Batch,
     counted_rows,
@@ -39,6 +39,9 @@ MOST_SAMPLES = 32
 MOST_TOKENS = 1 << 13
 """Tokens that measure it at most: as many as a step of learning has."""
 
+ENOUGH_TOKENS = 1 << 22
+"""Tokens that measure the norms of inputs at most; more do not change their proportions."""
+
 FLOOR = 1e-6
 """Least squared sensitivity relative to the mean, for outputs without a gradient, such as
 those of experts that no token reached."""
@@ -48,7 +51,8 @@ def input_norms(
     model: nn.Module, linears: Iterable[str], batches: Iterable[Batch]
 ) -> dict[str, Float[Tensor, " in"]]:
     """
-    ``||x_j||_2`` of every input channel of every linear, over all tokens of ``batches``.
+    ``||x_j||_2`` of every input channel of every linear, over the tokens of ``batches``:
+    the first ``ENOUGH_TOKENS`` of them, in whole batches.
 
     Squares are summed in float32. Padding does not count, not even in experts whose router
     flattens the tokens; all patches of images do.
@@ -57,16 +61,18 @@ def input_norms(
     :raises ValueError: if there are no tokens, if an activation is not finite, or its
         square is not, or if a linear never ran
     """
-    linears, batches = list(linears), list(batches)
+    linears, batches = list(linears), list(_enough(batches))
     device = next(model.parameters()).device
     sums: dict[str, Float[Tensor, " in"]] = {}
 
     def add(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if not counts:
+            return
         values = inputs[0].detach()
         _add(sums, name, values if mask is None else counted_rows(values, mask))
 
     tokens = 0
-    bar = tqdm(batches, desc="Measuring input norms")
+    bar = ranks.bar(ranks.dealt(batches), desc="Measuring input norms")
     with (
         torch.no_grad(),
         _hooked(
@@ -74,14 +80,17 @@ def input_norms(
             for name in linears
         ),
     ):
-        for part in (part for batch in bar for part in without_padding(batch)):
-            # Only a sample with images can hold padding still: it is not cut.
-            counted: Tensor = token_mask(part)
-            mask = None if bool(counted.all()) else counted.to(device)
-            tokens += int(counted.sum())
-            forward(model, on_device(part, model))
+        for _, batch, counts in bar:
+            for part in without_padding(batch):
+                # Only a sample with images can hold padding still: it is not cut.
+                counted: Tensor = token_mask(part)
+                mask = None if bool(counted.all()) else counted.to(device)
+                tokens += int(counted.sum()) * counts
+                forward(model, on_device(part, model))
+    tokens = round(ranks.total(tokens))
     if tokens == 0:
         raise ValueError("the calibration data holds no tokens; give the run a dataset")
+    sums = _of_all_ranks(model, linears, sums)
     for name in linears:
         if name not in sums:
             raise ValueError(
@@ -129,7 +138,7 @@ def output_sensitivity(
         return watched
 
     device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
+    samples = ranks.dealt(list(first_samples(batches)))
     with (
         frozen(model),
         torch.enable_grad(),
@@ -138,19 +147,46 @@ def output_sensitivity(
             for name in linears
         ),
     ):
-        for sample in tqdm(list(first_samples(batches)), "Measuring outputs"):
+        for turn, sample, counts in ranks.bar(samples, "Measuring outputs"):
+            # Its own, because ranks take samples in turns.
+            generator = torch.Generator(device).manual_seed(seed + turn)
             out = run(model, on_device(sample, model), LossSettings())
             refuse_not_finite(out.logits.detach())
             mask = token_mask(sample).to(device)
             # A classifier gives one row of logits for a whole row of tokens.
             places = mask.any(-1) if mask.dim() == out.logits.dim() else mask
             logits = counted_rows(out.logits, places).float()
-            _likelihood(logits, out.are_values, generator).backward()
-    for name in linears:
-        rows = len(weight_of(linear(model, name)))
-        squares[name] = squares.get(name, torch.zeros(rows)).cpu()
+            (counts * _likelihood(logits, out.are_values, generator)).backward()
+    rows = {name: len(weight_of(linear(model, name))) for name in linears}
+    own = [squares.get(name, torch.zeros(rows[name])).cpu() for name in linears]
+    squares = dict(zip(linears, ranks.totals(own), strict=True))
     mean = torch.cat(list(squares.values())).mean()
     return {name: (s / mean).clamp_min(FLOOR).sqrt() for name, s in squares.items()}
+
+
+def _of_all_ranks(
+    model: nn.Module, linears: Sequence[str], sums: dict[str, Float[Tensor, " _in"]]
+) -> dict[str, Float[Tensor, " _in"]]:
+    """The sums over ranks, of the linears that ran on any of them."""
+    if ranks.count() == 1:
+        return sums
+    ran = ranks.totals([torch.tensor([float(name in sums) for name in linears])])[0]
+    names = [name for name, times in zip(linears, ran.tolist(), strict=True) if times]
+    widths = {name: weight_of(linear(model, name)).shape[1] for name in names}
+    own = [sums.get(name, torch.zeros(widths[name])) for name in names]
+    device = next(model.parameters()).device
+    totals = ranks.totals([values.to(device) for values in own])
+    return dict(zip(names, totals, strict=True))
+
+
+def _enough(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The first batches, up to ``ENOUGH_TOKENS``; images count as one token each."""
+    tokens = 0
+    for batch in batches:
+        yield batch
+        tokens += token_mask(batch).numel()
+        if tokens >= ENOUGH_TOKENS:
+            return
 
 
 def _largest(

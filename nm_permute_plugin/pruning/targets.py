@@ -11,6 +11,7 @@ from torch import nn
 from nm_permute_plugin._near_names import near_names
 from nm_permute_plugin.checkpoint.config import AskedFormat, matches
 from nm_permute_plugin.maths.pattern import NMPattern
+from nm_permute_plugin.pruning.arguments import refuse_accelerated
 from nm_permute_plugin.pruning.settings import Settings
 from nm_permute_plugin.specs.conv1d import (
     CONV1D,
@@ -30,10 +31,12 @@ def match_linears(
     :param targets: module names, class names, or ``re:`` patterns
     :param ignore: likewise, the modules that stay dense
     :raises ValueError: if a target or an ignore matches nothing, if a target is no
-        linear, if nothing is left, or for a model with adapters of PEFT
+        linear, if nothing is left, or for a model with adapters of PEFT or one that is
+        accelerated
     """
     modules = dict(model.named_modules())
     refuse_adapters(model)
+    refuse_accelerated(model)
     if "Linear" in targets and any(map(is_transposed, modules.values())):
         has_linears = any(means("Linear", n, m) for n, m in modules.items())
         targets = [t for t in targets if has_linears or t != "Linear"] + [CONV1D]

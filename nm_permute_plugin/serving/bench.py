@@ -14,10 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from vllm import LLM
+from typing import Any
 
 WARM_UP = 1
 """So many runs of each size come before those that are timed."""
@@ -74,8 +71,9 @@ def measure_engine(checkpoint: Path, workload: Workload) -> list[dict[str, objec
     Prefill ends with the first token. Decode is all further tokens: its time is that of a
     whole answer minus that of the prefill.
     """
-    from vllm import LLM
+    from nm_permute_plugin.serving.vllm_names import engine
 
+    LLM, _ = engine()
     arguments: dict[str, Any] = {
         "max_model_len": workload.prompt_tokens + workload.output_tokens,
         "max_num_seqs": max(workload.batches),
@@ -97,10 +95,11 @@ def measure_engine(checkpoint: Path, workload: Workload) -> list[dict[str, objec
     return found
 
 
-def _timings(llm: "LLM", workload: Workload) -> Iterator[tuple[int, float, float]]:
+def _timings(llm: Any, workload: Workload) -> Iterator[tuple[int, float, float]]:
     """Yield each batch size with its seconds of a prefill and of a whole answer."""
-    from vllm import SamplingParams
+    from nm_permute_plugin.serving.vllm_names import engine
 
+    _, SamplingParams = engine()
     source = random.Random(0)
     vocabulary = llm.llm_engine.vllm_config.model_config.get_vocab_size()
 

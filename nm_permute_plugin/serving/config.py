@@ -6,12 +6,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.linear import LinearBase
-from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
-    CompressedTensorsConfig,
-)
-from vllm.model_executor.models.utils import WeightsMapper
 
 from nm_permute_plugin.checkpoint.config import (
     QUANT_METHOD,
@@ -21,6 +15,12 @@ from nm_permute_plugin.checkpoint.config import (
 from nm_permute_plugin.serving.detect import NAME, is_ours, mode
 from nm_permute_plugin.serving.layer_report import LayerReport
 from nm_permute_plugin.serving.method import Sparse24LinearMethod
+from nm_permute_plugin.serving.vllm_names import (
+    CompressedTensorsConfig,
+    LinearBase,
+    QuantizeMethodBase,
+    WeightsMapper,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +51,21 @@ class Sparse24Config(CompressedTensorsConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Claim 2:4 checkpoints, and no others."""
-        wanted = user_quant in (None, NAME, QUANT_METHOD)
-        return NAME if wanted and is_ours(hf_quant_cfg) else None
+        """
+        Claim 2:4 checkpoints, and no others.
+
+        :raises ValueError: if a 2:4 checkpoint is to be quantized while it is loaded
+        """
+        if not is_ours(hf_quant_cfg):
+            return None
+        if user_quant in (None, NAME, QUANT_METHOD):
+            return NAME
+        raise ValueError(
+            f"--quantization {user_quant} would quantize this 2:4 checkpoint while it is "
+            "loaded, which makes it dense. Leave it out; or quantize the checkpoint by "
+            "llm-compressor's oneshot (FP8_DYNAMIC, W8A8), which keeps it 2:4; or serve "
+            "it dense: nm-permute convert DIR OUT --format dense"
+        )
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Sparse24Config":

@@ -43,9 +43,18 @@ def mode() -> Mode:
 
     :raises ValueError: if the variable names no mode
     """
-    word = os.environ.get(MODE_VARIABLE, "auto")
+    return must_be_mode(os.environ.get(MODE_VARIABLE, "auto"), MODE_VARIABLE)
+
+
+def must_be_mode(word: object, name: str) -> Mode:
+    """
+    Return a word that names a mode.
+
+    :param name: what the message calls the word
+    :raises ValueError: if it names none
+    """
     if word not in get_args(Mode):
         raise ValueError(
-            f"{MODE_VARIABLE} is {word!r}; it must be one of {', '.join(get_args(Mode))}"
+            f"{name} is {word!r}; it must be one of {', '.join(get_args(Mode))}"
         )
     return cast(Mode, word)

@@ -2,7 +2,7 @@
 """Tells a server's log how the 2:4 layers of a model are served."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 class LayerReport:
@@ -46,12 +46,22 @@ class LayerReport:
             return
         total = len(self._noted)
         for why, names in self._dense.items():
-            which = names[0] if len(names) == 1 else f"from {names[0]} to {names[-1]}"
             self._warn(
-                f"{len(names)} of {total} 2:4 layers are served dense, {which}: {why}"
+                f"{len(names)} of {total} 2:4 layers are served dense, "
+                f"{from_to(names)}: {why}"
             )
         sparse = total - sum(map(len, self._dense.values()))
         if sparse:
             self._inform(f"{sparse} of {total} 2:4 layers are served sparse")
         self._noted.clear()
         self._dense.clear()
+
+
+def from_to(names: Sequence[str]) -> str:
+    """
+    Name layers in few words.
+
+    >>> from_to(["head"]), from_to(["up", "gate", "down"])
+    ('head', 'from up to down')
+    """
+    return names[0] if len(names) == 1 else f"from {names[0]} to {names[-1]}"

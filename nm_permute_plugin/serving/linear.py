@@ -3,6 +3,8 @@
 
 import logging
 import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.resources import files
 
@@ -15,7 +17,7 @@ from nm_permute_plugin.serving.detect import Mode
 from nm_permute_plugin.serving.kernel_table import Bucket, Choice, KernelTable
 from nm_permute_plugin.serving.kernels.kernel import DTYPES_16
 from nm_permute_plugin.serving.kernels.scaling import scaled
-from nm_permute_plugin.serving.ops import KERNELS, TABLES, sparse24_linear
+from nm_permute_plugin.serving.ops import KERNELS, TABLES, sparse24_linear, unpack
 from nm_permute_plugin.serving.probe import crash_reason
 from nm_permute_plugin.serving.tune import tune, warm_up
 
@@ -23,6 +25,13 @@ logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is under its n
 
 FORCED = "NM_PERMUTE_KERNEL"
 """This environment variable restricts the kernels to those it names, comma-separated."""
+
+
+_PROBES = 8
+"""So many kernels are tried at once, in a process each."""
+
+_CRASHES: dict[tuple[str, str], str | None] = {}
+"""How a kernel crashes for weights of a size, or None; each is tested once."""
 
 
 class SparseLinear:
@@ -34,8 +43,8 @@ class SparseLinear:
 
     def __init__(self, weight: Tensor, table_name: str) -> None:
         self.table_name = table_name
-        kernels = TABLES[table_name].kernels
-        self.packed = [KERNELS[name].prepare(weight) for name in kernels]
+        self.kernels = TABLES[table_name].kernels
+        self.packed = [KERNELS[name].prepare(weight) for name in self.kernels]
 
     @classmethod
     def prepare(
@@ -59,7 +68,7 @@ class SparseLinear:
             except ValueError as error:
                 return str(error)
         allowed = _allowed(weight, mode)
-        name = f"{tuple(weight.shape)} {weight.dtype} {' '.join(allowed)}"
+        name = _name(weight, allowed)
         is_first = name not in TABLES
         if is_first:
             TABLES[name] = _table(weight, allowed)
@@ -79,11 +88,14 @@ class SparseLinear:
         for mine, theirs in zip(self.packed, other.packed, strict=True):
             mine.copy_(theirs)
 
+    def unpack(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """Return the dense weight [out, in], see ``Kernel.unpack``."""
+        return unpack(self.packed, self.kernels, shape, dtype)
+
     @property
     def signature(self) -> str:
         """What a graph compiled with the layer depends on: table, kernels, our source."""
-        kernels = " ".join(TABLES[self.table_name].kernels)
-        return f"{self.table_name}: {kernels}, {_source()}"
+        return f"{self.table_name}: {' '.join(self.kernels)}, {_source()}"
 
     def __call__(self, x: Tensor) -> Tensor:
         """
@@ -114,6 +126,42 @@ class SparseLinear:
         :return: [tokens, out]
         """
         return scaled(self(x_q), scale_x, scale_w, bias, out_dtype)
+
+
+def unmeasured(weights: Iterable[Tensor], mode: Mode) -> list[Tensor]:
+    """
+    Return a weight of each shape that ``prepare`` will have to measure.
+
+    :param weights: as for ``prepare``
+    """
+    found: dict[str, Tensor] = {}
+    for weight in weights:
+        if _unsupported(weight, mode) is not None:
+            continue
+        allowed = _allowed(weight, mode)
+        name = _name(weight, allowed)
+        if name not in TABLES | found:
+            path = kernel_table.path_of(weight, allowed)
+            if not path.exists():
+                found[name] = weight
+    return list(found.values())
+
+
+def try_kernels(weights: Iterable[Tensor], mode: Mode) -> None:
+    """
+    Test side by side whether kernels crash; ``prepare`` would test one after the other.
+
+    :param weights: of ``unmeasured``
+    """
+    pairs = {
+        (name, _size(weight)): weight
+        for weight in weights
+        for name in _allowed(weight, mode)
+        if name != "dense" and (name, _size(weight)) not in _CRASHES
+    }
+    with ThreadPoolExecutor(_PROBES) as pool:
+        reasons = pool.map(lambda pair: crash_reason(pair[0], pairs[pair]), pairs)
+        _CRASHES.update(zip(pairs, reasons, strict=True))
 
 
 @cache
@@ -164,11 +212,11 @@ def _table(weight: Tensor, allowed: list[str]) -> KernelTable:
     if table is None:
         usable = []
         for name in allowed:
-            reason = None if name == "dense" else crash_reason(name, weight)
+            reason = None if name == "dense" else _crash_reason(name, weight)
             if reason is None:
                 usable.append(name)
             else:
-                size = f"weights of shape {tuple(weight.shape)}, {weight.dtype}"
+                size = _size(weight)
                 logger.warning("%s is not used for %s: %s", name, size, reason)
         try:
             table = tune(weight, {name: KERNELS[name] for name in usable})
@@ -184,6 +232,23 @@ def _table(weight: Tensor, allowed: list[str]) -> KernelTable:
         _memory(weight, table),
     )
     return table
+
+
+def _crash_reason(kernel: str, weight: Tensor) -> str | None:
+    """Return how a kernel crashes for weights of this size, tested once a process."""
+    key = (kernel, _size(weight))
+    if key not in _CRASHES:
+        _CRASHES[key] = crash_reason(kernel, weight)
+    return _CRASHES[key]
+
+
+def _size(weight: Tensor) -> str:
+    return f"weights of shape {tuple(weight.shape)}, {weight.dtype}"
+
+
+def _name(weight: Tensor, allowed: list[str]) -> str:
+    """Name the kernel table of a weight."""
+    return f"{tuple(weight.shape)} {weight.dtype} {' '.join(allowed)}"
 
 
 def _memory(weight: Tensor, table: KernelTable) -> str:

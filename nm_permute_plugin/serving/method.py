@@ -6,15 +6,6 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from vllm import envs
-from vllm.config import get_current_vllm_config
-from vllm.model_executor.layers.linear import (
-    LinearBase,
-    LinearMethodBase,
-    register_weight_loader_v2_supported_method,
-)
-from vllm.model_executor.parameter import BasevLLMParameter, ModelWeightParameter
-from vllm.platforms import current_platform
 
 from nm_permute_plugin.checkpoint.codec import decompress
 from nm_permute_plugin.checkpoint.layout24 import WORDS
@@ -22,6 +13,16 @@ from nm_permute_plugin.serving.detect import MODE_VARIABLE, NAME, Mode
 from nm_permute_plugin.serving.layer_report import LayerReport
 from nm_permute_plugin.serving.linear import SparseLinear
 from nm_permute_plugin.serving.product import Product, product_of, unsupported_precision
+from nm_permute_plugin.serving.vllm_names import (
+    BasevLLMParameter,
+    LinearBase,
+    LinearMethodBase,
+    ModelWeightParameter,
+    current_platform,
+    envs,
+    get_current_vllm_config,
+    register_weight_loader_v2_supported_method,
+)
 
 STORED_TENSORS = ("compressed", "bitmask", "shape")
 """These parameters hold a stored weight until all of it has been loaded."""

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The custom operator that compiled models and CUDA graphs call."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,9 +23,11 @@ kernels. It is global since an operator takes tensors and plain values only: a c
 graph holds a table's name, which all layers of the same shape share."""
 
 
-def _sparse24_linear(x: Tensor, packed: list[Tensor], table_name: str) -> Tensor:
+def multiply(x: Tensor, packed: list[Tensor], table_name: str) -> Tensor:
     """
     Compute ``x @ weight.T`` by the kernel that is fastest for the number of tokens.
+
+    ``sparse24_linear`` is the same as an operator, which graphs can hold.
 
     :param x: [tokens, in], of the weight's dtype
     :param packed: the weight, packed for each of the table's kernels in their order
@@ -40,6 +44,24 @@ def _sparse24_linear(x: Tensor, packed: list[Tensor], table_name: str) -> Tensor
         return run(weight, x, table.out_features, choice.settings)
 
 
+def unpack(
+    packed: list[Tensor],
+    names: Sequence[str],
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """
+    Return the weight [out, in] that was packed for some kernels.
+
+    :param names: the kernels
+    :param shape: [out, in]
+    :param dtype: the weight's dtype
+    """
+    # cuSPARSELt's layout is not ours: the others give back infinite values as well
+    name = min(names, key=lambda name: name == "cusparselt")
+    return KERNELS[name].unpack(packed[names.index(name)], shape, dtype)
+
+
 def _fake(x: Tensor, packed: list[Tensor], table_name: str) -> Tensor:
     """Return a tensor like the operator's output, with arbitrary values."""
     # Not len(x): a compiled graph is for any number of tokens.
@@ -50,8 +72,8 @@ def _fake(x: Tensor, packed: list[Tensor], table_name: str) -> Tensor:
 # Not torch.library.custom_op, whose calls take the CPU longer: prompts without a captured
 # graph wait for them in every layer.
 _LIBRARY = torch.library.Library("nm_permute", "DEF")
-_SCHEMA = torch.library.infer_schema(_sparse24_linear, mutates_args=())
+_SCHEMA = torch.library.infer_schema(multiply, mutates_args=())
 _LIBRARY.define(f"sparse24_linear{_SCHEMA}")
-_LIBRARY.impl("sparse24_linear", _sparse24_linear, "CompositeExplicitAutograd")
+_LIBRARY.impl("sparse24_linear", multiply, "CompositeExplicitAutograd")
 torch.library.register_fake("nm_permute::sparse24_linear", _fake, lib=_LIBRARY)
 sparse24_linear = torch.ops.nm_permute.sparse24_linear.default

@@ -3,6 +3,8 @@
 
 import logging
 
+logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is under its name
+
 
 def register() -> None:
     """
@@ -10,15 +12,19 @@ def register() -> None:
 
     vLLM calls this in each of its processes, in some of them twice. It touches no device.
 
-    :raises ImportError: if vLLM is not installed
+    Where vLLM lacks a name that we use, an error is logged and nothing registered: other
+    models are served as ever.
     """
-    from vllm.model_executor.layers.quantization import (
-        QUANTIZATION_METHODS,
-        register_quantization_config,
-    )
-
     from nm_permute_plugin.serving.detect import NAME
 
+    try:
+        from nm_permute_plugin.serving.vllm_names import (
+            QUANTIZATION_METHODS,
+            register_quantization_config,
+        )
+    except ImportError as error:
+        logger.error("%s", error)
+        return
     if NAME not in QUANTIZATION_METHODS:
         from nm_permute_plugin.serving.config import Sparse24Config
 

@@ -9,24 +9,20 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from vllm import _custom_ops as ops
-from vllm.model_executor.layers.linear import (
-    LinearBase,
-    LinearMethodBase,
-    UnquantizedLinearMethod,
-)
-from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
-    CompressedTensorsLinearMethod,
-)
-from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
-    CompressedTensorsW8A8Fp8,
-    CompressedTensorsW8A8Int8,
-)
-from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
-from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
 
 from nm_permute_plugin.serving.kernels.scaling import narrowest
 from nm_permute_plugin.serving.linear import SparseLinear
+from nm_permute_plugin.serving.vllm_names import (
+    CompressedTensorsLinearMethod,
+    CompressedTensorsW8A8Fp8,
+    CompressedTensorsW8A8Int8,
+    GroupShape,
+    LinearBase,
+    LinearMethodBase,
+    QuantFP8,
+    UnquantizedLinearMethod,
+    ops,
+)
 
 Quantize = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """Maps x and its static scale, None for one per token, to x in 8 bits and the scale."""

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is drawn follows from the beginning and from all that was drawn before it."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,7 +22,11 @@ from nm_permute_plugin.evaluation.sampling import (
     draw,
     texts_at_a_time,
 )
-from nm_permute_plugin.evaluation.static_steps import can_be_static, grouped_attention
+from nm_permute_plugin.evaluation.static_steps import (
+    StaticSteps,
+    can_be_static,
+    grouped_attention,
+)
 
 
 def gpt2() -> nn.Module:
@@ -121,3 +128,17 @@ def test_a_text_takes_the_memory_that_its_cache_has(tiny_model) -> None:
     assert bytes_of_a_text(model, 10) == 2 * 2 * 2 * 8 * 4 * 10 + 100 * 24
     assert bytes_of_a_text(gpt2(), 10) == 2 * 2 * 4 * 8 * 4 * 10 + 48 * 24
     assert texts_at_a_time(model, 10) == ON_CPU
+
+
+def test_keys_are_freed_with_the_steps_that_made_them(tiny_model) -> None:
+    """The next texts need their memory before a garbage collector would find it."""
+    gc.disable()
+    try:
+        with torch.no_grad(), StaticSteps(tiny_model("llama"), 8) as step:
+            step(torch.tensor([[1], [2]]))
+            keys = weakref.ref(step._cache.layers[0].keys)
+            assert keys() is not None
+        del step
+        assert keys() is None
+    finally:
+        gc.enable()

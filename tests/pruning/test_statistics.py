@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from zoo_models import zoo_linears, zoo_model
 
+from nm_permute_plugin.pruning import statistics
 from nm_permute_plugin.pruning.data import token_mask
 from nm_permute_plugin.pruning.statistics import input_norms
 
@@ -75,6 +76,18 @@ def test_norms_do_not_depend_on_the_batches(tiny_model, tokens: Tensor) -> None:
     whole = input_norms(model, NAMES, [{"input_ids": tokens}])
     parts = input_norms(model, NAMES, [{"input_ids": row[None]} for row in tokens])
     assert_norms_equal(parts, {name: norm.double() for name, norm in whole.items()})
+
+
+def test_norms_come_from_the_first_tokens_of_very_many(
+    tiny_model, monkeypatch, tokens: Tensor
+) -> None:
+    model, one = tiny_model("llama"), {"input_ids": tokens}
+    other = {"input_ids": tokens.flip(1)}
+    monkeypatch.setattr(statistics, "ENOUGH_TOKENS", tokens.numel() + 1)
+    names = NAMES
+    enough = input_norms(model, names, [one, other, other, other])
+    both = input_norms(model, names, [one, other])
+    assert all(torch.equal(enough[name], both[name]) for name in names)
 
 
 def test_squares_of_short_formats_are_summed_in_float32(

@@ -4,7 +4,7 @@ What must hold on a GPU, as plain functions: pytest runs them, and so does this 
 
 Usage, where there is no pytest::
 
-    PYTHONPATH=. python tests/serving/gpu_checks.py
+    PYTHONPATH=. python tests/serving/gpu_checks.py [BEGINNING_OF_NAMES...]
 """
 
 import logging
@@ -16,9 +16,11 @@ import time
 import traceback
 from collections.abc import Callable
 from functools import partial
+from inspect import unwrap
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -32,13 +34,19 @@ from weights import (
     sparse_weight,
 )
 
-from nm_permute_plugin.serving import kernel_table, linear
+from nm_permute_plugin.checkpoint.codec import clear_negative_zeros
+from nm_permute_plugin.checkpoint.layout24 import WORDS
+from nm_permute_plugin.serving import kernel_table
+from nm_permute_plugin.serving import linear as linear_module
+from nm_permute_plugin.serving.accelerate import accelerate
+from nm_permute_plugin.serving.accelerated_linear import AcceleratedLinear
 from nm_permute_plugin.serving.detect import Mode
 from nm_permute_plugin.serving.kernels import cusparselt
 from nm_permute_plugin.serving.kernels.cusparselt_plan import plan_of
 from nm_permute_plugin.serving.kernels.kernel import DTYPES_8
 from nm_permute_plugin.serving.linear import SparseLinear
 from nm_permute_plugin.serving.ops import KERNELS, TABLES
+from nm_permute_plugin.serving.quantized_linear import quantize
 from nm_permute_plugin.serving.tune import random_tokens
 
 SHAPES = {
@@ -195,6 +203,101 @@ def layer_is_refilled(layer: SparseLinear, weight: torch.Tensor) -> None:
         raise AssertionError(f"off by {wrong:.3g} after another weight was filled in")
 
 
+def weights_come_back(name: str, dtype: torch.dtype) -> None:
+    """A kernel's packed weight is unpacked bit by bit."""
+    kernel = KERNELS[name]
+    for shape in SHAPES[name]:
+        weight = clear_negative_zeros(sparse_weight(*shape, dtype, device="cuda"))
+        if (reason := kernel.unsupported(weight)) is not None:
+            raise Skip(reason)
+        back = kernel.unpack(kernel.prepare(weight), shape, dtype)
+        if not torch.equal(back.view(WORDS[dtype]), weight.view(WORDS[dtype])):
+            raise AssertionError(f"{shape} came back with other bits")
+
+
+def accelerated_model(dtype: torch.dtype, mode: Mode) -> None:
+    """Two linears: exact, compiled into one captured graph, and undone bit by bit."""
+    model = torch.nn.Sequential(
+        torch.nn.Linear(*reversed(LAYER), bias=True, dtype=dtype, device="cuda"),
+        torch.nn.Linear(*LAYER, bias=False, dtype=dtype, device="cuda"),
+    ).requires_grad_(False)
+    for seed, linear in enumerate(model):
+        shape = linear.weight.shape
+        linear.weight.data = sparse_weight(*shape, dtype, seed, "cuda") / 64
+        linear.weight.data = clear_negative_zeros(linear.weight.data)
+    before = [linear.weight.clone() for linear in model]
+    allowed = "cusparselt" if mode == "memory" else "mma_sp,cusparselt"
+    TABLES.clear()
+    with patch.dict(os.environ, {linear_module.FORCED: allowed}):
+        accelerate(model, mode=mode)
+    if not all(isinstance(linear, AcceleratedLinear) for linear in model):
+        raise AssertionError("a linear stayed dense")
+    held = [t for m in model for t in (*m.buffers(), m.emptied)]
+    share = sum(t.untyped_storage().nbytes() for t in held)
+    share /= sum(weight.nbytes for weight in before)
+    if not share < (0.6 if mode == "memory" else 1.2):
+        raise AssertionError(f"the weights take {share:.2f} of the dense ones' memory")
+    torch.compiler.reset()
+    for name in ("forward", "product"):  # without pytest's checks of types
+        setattr(AcceleratedLinear, name, unwrap(getattr(AcceleratedLinear, name)))
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    with torch.no_grad():
+        for tokens in (1, 16, 33, 300):
+            x = random_tokens(before[0], tokens)
+            middle = torch.nn.functional.linear(x, before[0], model[0].bias)
+            expected = exact(before[1], middle)
+            for call in (model, compiled, compiled, compiled):
+                torch.compiler.cudagraph_mark_step_begin()
+                wrong = error(call(x[:, None]).squeeze(1), expected)
+                if not wrong <= 2 * BOUND:
+                    raise AssertionError(f"off by {wrong:.3g} for {tokens} tokens")
+    accelerate(model, undo=True)
+    words = WORDS[dtype]
+    for linear, weight in zip(model, before, strict=True):
+        if not torch.equal(linear.weight.view(words), weight.view(words)):
+            raise AssertionError("a weight came back with other bits")
+
+
+def accelerated_8_bits(dtype: torch.dtype) -> None:
+    """A linear as compressed-tensors has it: exact, eagerly and compiled, and undone."""
+    linear = torch.nn.Linear(*reversed(LAYER), bias=False, device="cuda")
+    weight = clear_negative_zeros(sparse_weight(*LAYER, dtype, device="cuda"))
+    linear.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+    scale = (torch.rand(len(weight), 1, device="cuda") / 1000).bfloat16()
+    linear.weight_scale = torch.nn.Parameter(scale, requires_grad=False)
+    eight = {"num_bits": 8, "symmetric": True}
+    linear.quantization_scheme = SimpleNamespace(
+        weights=SimpleNamespace(**eight, strategy="channel"),
+        input_activations=SimpleNamespace(**eight, strategy="token", dynamic=True),
+        output_activations=None,
+    )
+    linear.forward = linear.forward
+    TABLES.clear()
+    with patch.dict(os.environ, {linear_module.FORCED: "mma_sp,cusparselt"}):
+        accelerate(linear)
+    torch.compiler.reset()
+    for name in ("forward", "product"):  # without pytest's checks of types
+        setattr(AcceleratedLinear, name, unwrap(getattr(AcceleratedLinear, name)))
+    compiled = torch.compile(linear, mode="reduce-overhead", fullgraph=True)
+    with torch.no_grad():
+        for tokens in (1, 16, 300):
+            x = torch.randn(tokens, LAYER[1], device="cuda").bfloat16()
+            x_q, scale_x = quantize(x, dtype, None)
+            scales = Scales(scale_x, scale, None, torch.bfloat16)
+            expected = exact(weight, x_q, scales)
+            # compiled, inputs may be quantized to the next value
+            for call, most in ((linear, BOUND), (compiled, 0.03), (compiled, 0.03)):
+                torch.compiler.cudagraph_mark_step_begin()
+                wrong = error(call(x[None])[0], expected)
+                if not wrong <= most:
+                    raise AssertionError(f"off by {wrong:.3g} for {tokens} tokens")
+    accelerate(linear, undo=True)
+    if not torch.equal(linear.weight.view(torch.int8), weight.view(torch.int8)):
+        raise AssertionError("the weight came back with other bits")
+    if "quantization_scheme" not in vars(linear) or "forward" not in vars(linear):
+        raise AssertionError("compressed-tensors does not run the linear again")
+
+
 def kernel_table_is_kept() -> None:
     """A second process measures nothing; a damaged file is measured anew."""
     weight = sparse_weight(*LAYER, torch.bfloat16, device="cuda")
@@ -233,11 +336,11 @@ def a_dense_weight_stays_dense() -> None:
 
 def prepared(weight: torch.Tensor, mode: Mode) -> SparseLinear:
     """A layer on sparse kernels only, so that small shapes use them too."""
-    os.environ[linear.FORCED] = "mma_sp,cusparselt"
+    os.environ[linear_module.FORCED] = "mma_sp,cusparselt"
     try:
         layer = prepared_or_none(weight, mode)
     finally:
-        del os.environ[linear.FORCED]
+        del os.environ[linear_module.FORCED]
     if layer is None:
         raise AssertionError("the layer stayed dense")
     return layer
@@ -270,6 +373,20 @@ CHECKS: dict[str, Callable[[], None]] = (
     | {
         f"plans {kind}": partial(plans_multiply_as_torch_does, dtype)
         for kind, dtype in DTYPES.items()
+    }
+    | {
+        f"unpack {name} {kind}": partial(weights_come_back, name, dtype)
+        for name in ("triton", "mma_sp", "cusparselt")
+        for kind, dtype in DTYPES.items()
+    }
+    | {
+        f"accelerate {kind} {mode}": partial(accelerated_model, DTYPES[kind], mode)
+        for kind in ("bf16", "fp16")
+        for mode in ("auto", "memory")
+    }
+    | {
+        f"accelerate {kind}": partial(accelerated_8_bits, DTYPES[kind])
+        for kind in ("fp8", "int8")
     }
     | {f"layer {kind}": partial(layer_works, dtype) for kind, dtype in DTYPES.items()}
     | {
@@ -346,12 +463,11 @@ def main() -> int:
     """Run every check; the number of those that failed."""
     logging.basicConfig(level=logging.INFO)
     os.environ.setdefault(kernel_table.CACHE, tempfile.mkdtemp())
-    failed = in_children(list(CHECKS))
-    print(f"{len(CHECKS)} checks, {len(failed)} failed: {failed}", flush=True)
+    names = [name for name in CHECKS if name.startswith(tuple(sys.argv[1:] or [""]))]
+    failed = in_children(names)
+    print(f"{len(names)} checks, {len(failed)} failed: {failed}", flush=True)
     return len(failed)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        run_one(sys.argv[1])
     sys.exit(min(main(), 1))

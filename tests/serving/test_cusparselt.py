@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from weights import BOUND, DTYPES, error, exact, sparse_weight
 
+from nm_permute_plugin.checkpoint.codec import clear_negative_zeros
+from nm_permute_plugin.checkpoint.layout24 import WORDS
 from nm_permute_plugin.serving.kernels import cusparselt
 from nm_permute_plugin.serving.kernels.cusparselt import CuSparseLt
 from nm_permute_plugin.serving.kernels.kernel import DTYPES_8, output_dtype
@@ -127,3 +129,15 @@ def test_whatever_is_offered_is_the_product(
         assert out.shape == (tokens, 128)
         assert out.dtype == output_dtype(weight.dtype)
         assert error(out, exact(weight, x)) < BOUND
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+def test_a_weight_comes_back_by_products_with_ones(
+    kind: str, fake: Callable[..., FakeLibrary], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake()
+    monkeypatch.setattr(cusparselt, "_UNPACKED", 100)
+    weight = clear_negative_zeros(sparse_weight(96, 256, DTYPES[kind]))
+    back = KERNEL.unpack(weight, (96, 256), DTYPES[kind])
+    assert back.dtype == weight.dtype
+    assert torch.equal(back.view(WORDS[back.dtype]), weight.view(WORDS[back.dtype]))

@@ -128,6 +128,34 @@ def test_a_kept_table_of_another_weight_is_measured_anew(
     assert kernel_table.load(path, 16, ["dense"]) == measured
 
 
+def test_kernels_are_tried_once_for_each_shape_that_is_not_measured(
+    pretended_gpu: Callable[[Tensor], Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    tried: list[tuple[str, tuple[int, ...]]] = []
+
+    def crash(name: str, weight: Tensor) -> str | None:
+        tried.append((name, tuple(weight.shape)))
+        return "it crashed" if weight.shape[0] == 32 else None
+
+    monkeypatch.setattr(linear, "crash_reason", crash)
+    monkeypatch.setattr(linear, "_CRASHES", {})
+    paths = lambda weight, allowed: tmp_path / str(weight.shape[0])  # noqa: E731
+    monkeypatch.setattr(kernel_table, "path_of", paths)
+    (tmp_path / "64").write_text("a table")
+    known = pretended_gpu(sparse_weight(16, 64, torch.bfloat16))
+    others = [sparse_weight(rows, 64, torch.bfloat16) for rows in (32, 32, 48, 64)]
+    gpu = [known, *(weight.as_subclass(OnGpu) for weight in others)]
+    new = linear.unmeasured(gpu, "auto")
+    assert [len(weight) for weight in new] == [32, 48]
+    linear.try_kernels(new, "auto")
+    assert sorted(tried) == [("cusparselt", (32, 64)), ("cusparselt", (48, 64))]
+    assert linear._crash_reason("cusparselt", gpu[1]) == "it crashed"
+    assert linear._crash_reason("cusparselt", gpu[3]) is None
+    assert len(tried) == 2
+
+
 def test_an_unknown_kernel_in_the_environment_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -6,7 +6,12 @@ import pytest
 import torch
 from weights import DTYPES, sparse_weight
 
+from nm_permute_plugin.checkpoint.codec import clear_negative_zeros
+from nm_permute_plugin.checkpoint.layout24 import WORDS
+from nm_permute_plugin.serving.kernels.kernel import DTYPES_8
+from nm_permute_plugin.serving.kernels.mma_sp import MmaSp
 from nm_permute_plugin.serving.kernels.packing import group_order, pack
+from nm_permute_plugin.serving.kernels.triton_fallback import TritonDecode
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 8])
@@ -47,3 +52,17 @@ def test_a_shape_that_has_no_whole_chunks_is_refused(shape: tuple[int, int]) -> 
 def test_a_dense_weight_is_refused() -> None:
     with pytest.raises(ValueError, match="is not 2:4 sparse"):
         pack(torch.ones(32, 128))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("kernel", [MmaSp(), TritonDecode()], ids=lambda k: k.name)
+def test_a_packed_weight_comes_back_bit_by_bit(kernel, dtype: torch.dtype) -> None:
+    if dtype in DTYPES_8 and kernel.name == "triton":
+        pytest.skip("the kernel has no 8-bit weights")
+    weight = clear_negative_zeros(sparse_weight(96, 384, dtype))
+    if dtype not in DTYPES_8:
+        at = weight[-1].nonzero()
+        weight[-1, at[0]], weight[-1, at[1]] = torch.inf, torch.nan
+    back = kernel.unpack(kernel.prepare(weight), weight.shape, dtype)
+    assert back.dtype == dtype
+    assert torch.equal(back.view(WORDS[dtype]), weight.view(WORDS[dtype]))

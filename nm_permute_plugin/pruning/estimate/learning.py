@@ -51,6 +51,7 @@ def learning(
                     Backward,
                     problem.teacher,
                     learner.masks,
+                    learner.parameters,
                     data.train,
                     settings.memory,
                     learner.use_graph,

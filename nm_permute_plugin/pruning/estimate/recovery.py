@@ -53,6 +53,7 @@ def _distilling(
         backward = Backward(
             teacher,
             partial(student.masks, masters),
+            masters.values(),
             amounts.data.train,
             settings.memory,
             use_graph=True,

@@ -10,6 +10,7 @@ import torch
 from loguru import logger
 from torch import Tensor
 
+from nm_permute_plugin.pruning import ranks
 from nm_permute_plugin.pruning.data import endless
 from nm_permute_plugin.pruning.learn.best import Best, begin_of
 from nm_permute_plugin.pruning.learn.loop import LEARNERS, Learner, train
@@ -104,11 +105,18 @@ def _learn_layer(
             options = {"fixed": shared} if moves else {}
             learner = LEARNERS[stage](inside, begin, settings.learn, steps, **options)
 
-            def step(prepare: Callable[[], None], learner: Learner = learner) -> float:
+            sums = ranks.GradientSums(learner.parameters)
+
+            def step(
+                prepare: Callable[[], None],
+                learner: Learner = learner,
+                sums: ranks.GradientSums = sums,
+            ) -> float:
                 prepare()
                 error = stream.error(next(numbers), window, learner.masks())
                 error.backward()
-                return check_finite(float(error.detach()), "training loss")
+                sums.finish()
+                return check_finite(ranks.total(float(error.detach())), "training loss")
 
             every = settings.validation.every
             with progress:

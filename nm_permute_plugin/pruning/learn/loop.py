@@ -12,7 +12,7 @@ A new learner is a class with the methods of ``Learner``, a name in
 ``multipliers.MultipliedMask`` (the protocol ``running.masked.LearnedMask``).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from statistics import fmean
@@ -20,11 +20,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from loguru import logger
-from tqdm import tqdm
+from torch import Tensor
 
+from nm_permute_plugin.pruning import ranks
 from nm_permute_plugin.pruning.learn.best import Best, begin_of
 from nm_permute_plugin.pruning.learn.multipliers import ScoreMultipliers
 from nm_permute_plugin.pruning.learn.published import SoftPlaces, StraightThrough
+from nm_permute_plugin.pruning.learn.sharded import ShardedMultipliers
 from nm_permute_plugin.pruning.learn.swaps import ChannelSwaps
 from nm_permute_plugin.pruning.problem import Problem, Solution
 from nm_permute_plugin.pruning.resuming import Progress
@@ -61,6 +63,11 @@ class Learner(Protocol):
 
     def masks(self) -> Mapping[str, Mask]:
         """The masks of all linears, whose parameters get gradients in backward."""
+        ...
+
+    @property
+    def parameters(self) -> Sequence[Tensor]:
+        """What gets gradients, in the order of the forward pass."""
         ...
 
     def update(self) -> None:
@@ -114,7 +121,8 @@ def learn(
             "calibration samples"
         )
     best = Best(problem.complete(start), problem.validate, callback)
-    progress = Progress("the learning", problem.known)
+    shards = settings.memory.shard
+    progress = Progress("the learning", problem.known, keeps=not shards)
     batches = islice(data.batches(settings.seed), progress.done, None)
     done = 0
     forecast = Forecast.of_training(settings, progress.done, best.seconds)
@@ -125,10 +133,12 @@ def learn(
             begin = begin_of(numbers, best, progress)
             if begin is None:
                 continue
-            learner = LEARNERS[stage](problem, begin, settings.learn, steps)
+            make = ShardedMultipliers.of if shards else LEARNERS[stage]
+            learner = make(problem, begin, settings.learn, steps)
             backward = Backward(
                 problem.teacher,
                 learner.masks,
+                learner.parameters,
                 data.train,
                 settings.memory,
                 learner.use_graph,
@@ -142,11 +152,12 @@ def learn(
             every = settings.validation.every
             after = forecast.step
             train(learner, begin, numbers, step, best, every, stage, progress, after)
+    solution = problem.agreed(best.solution)
     logger.info(
         f"Learned {', '.join(settings.learn.stages)} in {done} steps: validation loss "
         f"{best.history[0]['validation']:.4f} -> {best.loss:.4f}"
     )
-    return best.solution, best.history
+    return solution, best.history
 
 
 def train(
@@ -182,7 +193,7 @@ def train(
             "learner": learner.state_dict(),
         }
     )
-    bar = tqdm(numbers, f"Learning {what}")
+    bar = ranks.bar(numbers, f"Learning {what}")
     for number in bar:
         if number > progress.done:
             training, rate = step(partial(learner.prepare, number)), learner.rate

@@ -11,7 +11,7 @@ Forward uses the hard mask. Backward has the gradient of a choice that is a litt
 (``maths.mask_gradients.score_gradient``).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
@@ -58,7 +58,7 @@ class ScoreMultipliers:
                     MultipliedMask(consumer, score, perm, log, problem.pattern)
                 )
         self._optimizer = torch.optim.AdamW(
-            [mask.log_multiplier for mask in self._masks],
+            self.parameters,
             lr=settings.multipliers.rate,
             weight_decay=0.0,
         )
@@ -77,6 +77,10 @@ class ScoreMultipliers:
         # Copies, because a mask caches what it made (`_kept`) from a step's multipliers.
         return {**self._fixed, **{m.consumer.name: replace(m) for m in self._masks}}
 
+    @property
+    def parameters(self) -> Sequence[Tensor]:
+        return [mask.log_multiplier for mask in self._masks]
+
     def update(self) -> None:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=False)
@@ -91,7 +95,7 @@ class ScoreMultipliers:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "log_multipliers": [mask.log_multiplier for mask in self._masks],
+            "log_multipliers": self.parameters,
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
         }

@@ -8,7 +8,7 @@ the soft matching's gradient (https://arxiv.org/abs/2510.10136, eqs. 4 to 8). Bo
 restricted here to permutations that fold.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -61,7 +61,7 @@ class SoftPlaces:
         ]
         self._temperature = torch.ones((), device=problem.device)
         self._optimizer = torch.optim.AdamW(
-            [matching.logits for matching in self._matchings],
+            self.parameters,
             lr=self._settings.rate,
             weight_decay=self._settings.weight_decay,
         )
@@ -97,6 +97,10 @@ class SoftPlaces:
                     for consumer, part in zip(of.space.consumers, rows, strict=True)
                 }
         return masks
+
+    @property
+    def parameters(self) -> Sequence[Tensor]:
+        return [matching.logits for matching in self._matchings]
 
     def update(self) -> None:
         self._done += 1

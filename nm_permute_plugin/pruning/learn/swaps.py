@@ -8,7 +8,7 @@ block, the first-order change of the loss if the channel joined that group
 change places.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -88,6 +88,10 @@ class ChannelSwaps:
                         consumer, score, start, group_of, cost, rows, self._pattern
                     )
         return masks
+
+    @property
+    def parameters(self) -> Sequence[Tensor]:
+        return [groups.cost for groups in self._groups]
 
     def update(self) -> None:
         share = self.rate

@@ -6,8 +6,8 @@ from itertools import islice
 
 import torch
 from loguru import logger
-from tqdm import tqdm
 
+from nm_permute_plugin.pruning import ranks
 from nm_permute_plugin.pruning.data import Data, endless
 from nm_permute_plugin.pruning.recover.optimizer import RelativeAdamW
 from nm_permute_plugin.pruning.recover.student import Student, Values
@@ -42,7 +42,7 @@ def rebuild_blocks(
     history: History = []
     count = len(stream.layers)
     with frozen(student.model):
-        for first in tqdm(range(0, count, settings.window), "Rebuilding layers"):
+        for first in ranks.bar(range(0, count, settings.window), "Rebuilding layers"):
             window = range(first, min(first + settings.window, count))
             stream.advance(stream.dense, window)
             work = partial(_rebuild, student, stream, window, settings, seed)
@@ -70,12 +70,15 @@ def _rebuild(
         count = len(stream.train)
         optimizer = RelativeAdamW(masters, settings.rate, settings.epochs * count)
         order = endless(count, seed)
+        sums = ranks.GradientSums(masters.values())
         for _ in range(settings.epochs):
             for number in islice(order, count):
                 with torch.enable_grad():
                     error = stream.error(number, window, student.masks(masters))
-                check_finite(float(error.detach()), "training error of the recovery")
+                now_at = ranks.total(float(error.detach()))
+                check_finite(now_at, "training error of the recovery")
                 error.backward()
+                sums.finish()
                 optimizer.step()
             now = student.rounded(masters)
             error_now = stream.validate(window, student.masks(now))

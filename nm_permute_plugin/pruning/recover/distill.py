@@ -7,8 +7,8 @@ from itertools import islice
 from statistics import fmean
 
 import torch
-from tqdm import tqdm
 
+from nm_permute_plugin.pruning import ranks
 from nm_permute_plugin.pruning.data import Data
 from nm_permute_plugin.pruning.recover.optimizer import RelativeAdamW
 from nm_permute_plugin.pruning.recover.student import Student, Values
@@ -68,12 +68,13 @@ def distill(
         backward = Backward(
             teacher,
             partial(student.masks, masters),
+            masters.values(),
             data.train,
             settings.memory,
             use_graph=True,
         )
         batches = islice(data.batches(settings.seed), progress.done, None)
-        bar = tqdm(range(1, steps + 1), "Distilling the kept weights")
+        bar = ranks.bar(range(1, steps + 1), "Distilling the kept weights")
         for step in bar:
             if step > progress.done:
                 training, rate = backward(next(batches)), optimizer.rate

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from nm_permute_plugin.pruning import ranks
 
 
 class RelativeAdamW:
@@ -26,7 +29,8 @@ class RelativeAdamW:
             {"params": [master], "lr": rate * _root_mean_square(master)}
             for master in masters.values()
         ]
-        on_gpu = all(master.is_cuda for master in masters.values())
+        self._in_shards = any(isinstance(m, DTensor) for m in masters.values())
+        on_gpu = all(m.is_cuda for m in masters.values()) and not self._in_shards
         # One kernel a group; on CPUs it would only round otherwise.
         self._adamw = torch.optim.AdamW(groups, weight_decay=0.0, fused=on_gpu)
         warm_up = steps // 10
@@ -47,7 +51,7 @@ class RelativeAdamW:
     def step(self) -> None:
         """Take one step along the gradients, and zero them in place."""
         self._adamw.step()
-        self._adamw.zero_grad(set_to_none=False)
+        self._adamw.zero_grad(set_to_none=self._in_shards)
         self._schedule.step()
 
     def state_dict(self) -> dict[str, Any]:
@@ -64,5 +68,10 @@ class RelativeAdamW:
 def _root_mean_square(master: Tensor) -> float:
     """The root mean square of the values that are not 0; 0 if there are none."""
     values = master.detach()
+    if isinstance(values, DTensor):
+        shard: Tensor = values.to_local()
+        squares = ranks.total(float(shard.double().square().sum()))
+        count = round(ranks.total(float((shard != 0).sum())))
+        return float((squares / max(count, 1)) ** 0.5)
     count = int((values != 0).sum())
     return float(values.norm()) / float(max(count, 1) ** 0.5)

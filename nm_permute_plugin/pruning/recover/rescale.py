@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One factor for every row of kept weights, in closed form, from one pass of the data."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
+from nm_permute_plugin.pruning import ranks
 from nm_permute_plugin.pruning.data import (
     Batch,
     counted_rows,
@@ -38,6 +38,8 @@ def rescaled(student: Student, batches: Sequence[Batch]) -> Values:
     def add(
         name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
     ) -> None:
+        if not counts:
+            return
         y = counted_rows(output, mask).float()
         bias = bias_of(module)
         if bias is not None:
@@ -52,9 +54,12 @@ def rescaled(student: Student, batches: Sequence[Batch]) -> Values:
             module = linear(student.model, name)
             hook = module.register_forward_hook(partial(add, name))
             hooks.callback(hook.remove)
-        for part in _parts(tqdm(batches, desc="Rescaling rows")):
-            mask = token_mask(part)  # of a sample with images: that is not cut
-            forward(student.model, on_device(part, student.model))
+        for _, batch, is_own in ranks.bar(ranks.dealt(batches), desc="Rescaling rows"):
+            counts = is_own
+            for part in without_padding(batch):
+                mask = token_mask(part)  # of a sample with images: that is not cut
+                forward(student.model, on_device(part, student.model))
+    sums = dict(zip(sums, ranks.totals(list(sums.values())), strict=True))
     values: Values = {}
     for name in student.linears:
         dense, pruned = sums[name]
@@ -63,7 +68,3 @@ def rescaled(student: Student, batches: Sequence[Batch]) -> Values:
             student.values[f"{name}.weight"].float() * factor[:, None]
         )
     return values
-
-
-def _parts(batches: Iterable[Batch]) -> Iterator[Batch]:
-    return (part for batch in batches for part in without_padding(batch))

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Forward and backward over a batch under masks, in as little memory as there is."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from nm_permute_plugin.pruning import ranks
 from nm_permute_plugin.pruning.data import Batch, micro_batches, on_device
 from nm_permute_plugin.pruning.running.cuda_graph import CudaGraphs
 from nm_permute_plugin.pruning.running.loss import Outputs, check_finite, loss, run
@@ -24,8 +25,12 @@ class Backward:
     """
     Forward and backward over a batch; the gradients stay with what the masks are made from.
 
+    Where there are several ranks, each runs its rows of the batch, and gradients are sums
+    over all of them.
+
     :param teacher: the dense model, and the loss
     :param masks: makes the masks, anew for every micro-batch
+    :param parameters: that get gradients, in the order of the forward pass
     :param batches: the training batches, which tell how much memory a step needs
     :param use_graph: let a GPU that waits for launches run micro-batches as CUDA graphs.
         Tensors that masks are made from then stay where they are in memory, every step does
@@ -36,10 +41,12 @@ class Backward:
         self,
         teacher: Teacher,
         masks: Masks,
+        parameters: Iterable[Tensor],
         batches: Sequence[Batch],
         settings: MemorySettings,
         use_graph: bool,
     ) -> None:
+        self._sums, self._turn = ranks.GradientSums(parameters), 0
         self._teacher, self._size = teacher, settings.micro_batch_size
         layers = layers_to_checkpoint(teacher, masks, batches, settings)
         # Bound to no method of this object: graphs would outlive it, and their memory too.
@@ -61,7 +68,11 @@ class Backward:
         """
         total = 0.0
         model = self._teacher.model
-        for part, share in micro_batches(batch, self._size):
+        parts = list(own_micro_batches(batch, self._turn, self._size))
+        self._turn += 1
+        for number, (part, share) in enumerate(parts, 1):
+            if number == len(parts):
+                self._sums.last_backward()
             dense = self._teacher(part)
             part = on_device(part, model)
             prepare()
@@ -71,7 +82,17 @@ class Backward:
                 part, dense.logits, dense.hidden, dense.are_values, weight
             )
             total += float(value)
-        return check_finite(total, "training loss")
+        self._sums.finish()
+        return check_finite(ranks.total(total), "training loss")
+
+
+def own_micro_batches(
+    batch: Batch, turn: int, size: int | None
+) -> Iterator[tuple[Batch, float]]:
+    """The micro-batches of this rank, with their shares of all that counts in the batch."""
+    own, share = ranks.own_part(batch, turn)
+    for part, of_own in micro_batches(own, size):
+        yield part, share * of_own
 
 
 def _micro_batch(

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from nm_permute_plugin.pruning import ranks
 from nm_permute_plugin.pruning.data import (
     Batch,
     Data,
@@ -152,7 +153,8 @@ class LayerStream:
     The hidden states of all batches on their way through the decoder layers, on the CPU.
 
     Two streams run side by side: one through the dense layers, which give the targets, one
-    through layers that are pruned already. So errors are corrected, not copied.
+    through layers that are pruned already. So errors are corrected, not copied. Each of
+    several ranks holds its rows of every batch.
 
     :param linears: names of the linears that are pruned
     :raises ValueError: if there are no decoder layers, or if they do not run on their own
@@ -162,7 +164,9 @@ class LayerStream:
 
     def __init__(self, model: nn.Module, linears: Iterable[str], data: Data) -> None:
         self.model = model
-        self.batches = [*data.train, *data.validation]
+        parts = [*data.train, *data.validation]
+        own = [ranks.own_part(batch, turn) for turn, batch in enumerate(parts)]
+        self.batches, self._shares = [b for b, _ in own], [share for _, share in own]
         self.train = range(len(data.train))
         self.layers = decoder_layers(model, linears)
         check_layers(model, self.layers, self.batches)
@@ -183,14 +187,16 @@ class LayerStream:
         self, number: int, window: range, masks: Mapping[str, Mask]
     ) -> Float[Tensor, ""]:
         """
-        The relative error of a batch behind the window, which only ``dense`` has passed.
+        The relative error of a batch behind the window, which only ``dense`` has passed;
+        of several ranks, the part of it that is this one's, so that it wants summing.
 
         :param masks: of the linears in the window
         """
         with masked(self.model, masks):
             out = self._run(number, window, self.pruned[number])
         counted = token_mask(self.batches[number]).to(out.device)
-        return relative_error(out, self.dense[number].to(out.device), counted)
+        error = relative_error(out, self.dense[number].to(out.device), counted)
+        return error * self._shares[number]
 
     def validate(self, window: range, masks: Mapping[str, Mask]) -> float:
         """
@@ -201,7 +207,8 @@ class LayerStream:
         numbers = range(len(self.train), len(self.batches))
         with torch.no_grad():
             errors = [float(self.error(number, window, masks)) for number in numbers]
-        return check_finite(sum(errors) / len(errors), "validation error of a layer")
+        total = ranks.total(sum(errors))
+        return check_finite(total / len(errors), "validation error of a layer")
 
     def _run(self, number: int, window: range, hidden: Hidden) -> Hidden:
         """Run a batch through the layers of the window, on the model's device."""

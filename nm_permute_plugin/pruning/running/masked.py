@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from nm_permute_plugin.specs.conv1d import bias_of, is_linear, weight_of
@@ -39,7 +40,21 @@ class LearnedMask(Protocol):
         ...
 
 
-Mask = Tensor | LearnedMask | Callable[[Tensor], Tensor]
+@runtime_checkable
+class BoundMask(Protocol):
+    """A mask that is made from the weight that it masks."""
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """What learns; of the moment when the linear runs."""
+        ...
+
+    def bound(self, weight: Float[Tensor, "out in"]) -> LearnedMask:
+        """The mask, which is not kept between forward and backward."""
+        ...
+
+
+Mask = Tensor | LearnedMask | BoundMask | Callable[[Tensor], Tensor]
 """A tensor, 1 or True where a weight is kept, [out, in]; a learned mask; or a function
 of the input that gives the whole output of the linear."""
 
@@ -78,7 +93,10 @@ def forwards(replaced: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Let no parameter of the model have a gradient while the context lasts."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    # What lies in shards is frozen, or learned, from the start.
+    trained = [
+        p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)
+    ]
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
@@ -126,30 +144,37 @@ class _MaskedLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        mask: "_TensorMask | LearnedMask",
+        mask: "_TensorMask | LearnedMask | BoundMask",
         *parameters: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.mask = mask
-        return F.linear(x, _times(weight, mask.kept()), bias)
+        return F.linear(x, _times(weight, _bound(mask, weight).kept()), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, weight = ctx.saved_tensors
+        mask = _bound(ctx.mask, weight)
         grad_x = None
         learned: tuple[Tensor | None, ...] = (None,) * (len(ctx.needs_input_grad) - 4)
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ _times(weight, ctx.mask.kept())
+            grad_x = grad @ _times(weight, mask.kept())
         if any(ctx.needs_input_grad[4:]):
             of_weight = grad.flatten(0, -2).T @ x.flatten(0, -2)
-            learned = ctx.mask.gradients(of_weight.mul_(weight))
+            learned = mask.gradients(of_weight.mul_(weight))
         return grad_x, None, None, None, *learned
 
 
 def _times(weight: Tensor, mask: Tensor) -> Tensor:
     """The product; a CPU multiplies by numbers of a byte far faster than by booleans."""
     return weight * (mask.view(torch.uint8) if mask.dtype == torch.bool else mask)
+
+
+def _bound(
+    mask: "_TensorMask | LearnedMask | BoundMask", weight: Tensor
+) -> "_TensorMask | LearnedMask":
+    return mask.bound(weight) if isinstance(mask, BoundMask) else mask
 
 
 class _TensorMask:
@@ -168,7 +193,7 @@ class _TensorMask:
 def _forward(module: nn.Module, mask: Mask, x: Tensor) -> Tensor:
     if isinstance(mask, Tensor):
         mask = _TensorMask(mask.to(weight_of(module).device))
-    elif not isinstance(mask, LearnedMask):
+    elif not isinstance(mask, LearnedMask | BoundMask):
         return mask(x)
     out: Tensor = _MaskedLinear.apply(
         x, weight_of(module), bias_of(module), mask, *mask.parameters

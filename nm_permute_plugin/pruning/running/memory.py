@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nm_permute_plugin.pruning import ranks
 from nm_permute_plugin.pruning.data import Batch, first_sample, on_device, token_mask
 from nm_permute_plugin.pruning.running.loss import loss, run
 from nm_permute_plugin.pruning.running.masked import Mask, forwards, masked
@@ -35,11 +36,15 @@ def layers_to_checkpoint(
     """
     model = teacher.model
     wanted = settings.gradient_checkpointing
+    if wanted is None and settings.shard:
+        wanted = True  # for models that leave little room
     if wanted is None:
         free = free_bytes(next(model.parameters()).device)
         if free is not None:
-            needed = activation_bytes(teacher, masks, batches[0], settings)
-            wanted = 2 * needed > free - teacher.bytes_to_come(batches)
+            own, _ = ranks.own_part(batches[0], 0)
+            needed = activation_bytes(teacher, masks, own, settings)
+            wanted = 2 * needed > free - teacher.bytes_to_come(batches) / ranks.count()
+            wanted = ranks.total(wanted) > 0  # one way on all of them
     return repeated_layers(model, masks()) if wanted else []
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nm_permute_plugin.maths.permutation import Permutation
+from nm_permute_plugin.pruning import ranks
 from nm_permute_plugin.pruning.data import Batch, on_device
 from nm_permute_plugin.pruning.running.loss import Outputs, check_finite, loss, run
 from nm_permute_plugin.pruning.running.masked import Mask, masked
@@ -66,13 +67,14 @@ class Teacher:
         """
         total = 0.0
         with torch.no_grad():
-            for batch in batches:
-                dense = self(batch)
-                batch = on_device(batch, self.model)
+            for turn, batch in enumerate(batches):
+                part, share = ranks.own_part(batch, turn)
+                dense = self(part)
+                part = on_device(part, self.model)
                 with masked(self.model, masks):
-                    ours = run(self.model, batch, self.loss)
-                total += float(loss(ours, dense, batch, self.loss))
-        return check_finite(total, "validation loss") / len(batches)
+                    ours = run(self.model, part, self.loss)
+                total += share * float(loss(ours, dense, part, self.loss))
+        return check_finite(ranks.total(total), "validation loss") / len(batches)
 
     def bytes_to_come(self, batches: Sequence[Batch]) -> int:
         """The memory that will be taken for batches that were not kept yet, at most."""

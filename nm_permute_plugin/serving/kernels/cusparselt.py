@@ -30,6 +30,9 @@ _DEFAULT = (0, 1, -1)
 _SEARCHED = (torch.bfloat16, *DTYPES_8)
 """The search runs for these dtypes only: in float16 it fails or crashes (torch 2.11)."""
 
+_UNPACKED = 1024
+"""So many channels of a weight are unpacked at a time."""
+
 _SAFE_MULTIPLE = 128
 """The search runs for multiples of this many rows and channels only: it crashes, and ends
 the process, for small odd shapes ("illegal instruction" at 96 x 384, version 0.8)."""
@@ -56,6 +59,20 @@ class CuSparseLt:
 
     def prepare(self, weight: Tensor) -> Tensor:
         return torch._cslt_compress(weight)
+
+    def unpack(
+        self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
+        # The library's layout is its own. A product by 1 and zeros is exact.
+        rows, channels = shape
+        weight = packed.new_empty(shape, dtype=dtype)
+        for start in range(0, channels, _UNPACKED):
+            part = min(_UNPACKED, channels - start)
+            ones = torch.zeros(part, channels, device=packed.device)
+            ones.diagonal(start).fill_(1)
+            product = self.run(packed, ones.to(dtype), rows, _DEFAULT)
+            weight[:, start : start + part] = product.t().to(dtype)
+        return weight
 
     def candidates(self, packed: Tensor, x: Tensor, rows: int) -> list[Settings]:
         tokens, channels = x.shape

@@ -27,10 +27,15 @@ class Dense:
         return unsupported_dtype(weight.dtype, DTYPES_16 + DTYPES_8)
 
     def prepare(self, weight: Tensor) -> Tensor:
-        _one(
-            weight.device
-        )  # made now: a CUDA graph would own what its capture allocates
+        # Made now: a CUDA graph would own what its capture allocates. Filled anew: an
+        # engine that has slept (level 2) loads its weights into memory that was lost.
+        _one(weight.device).fill_(1)
         return weight
+
+    def unpack(
+        self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
+        return packed
 
     def candidates(self, packed: Tensor, x: Tensor, rows: int) -> list[Settings]:
         return [()]

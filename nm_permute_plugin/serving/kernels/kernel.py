@@ -45,6 +45,19 @@ class Kernel(Protocol):
     def prepare(self, weight: Tensor) -> Tensor:
         """Pack the weight [out, in] into one tensor of the kernel's own layout."""
 
+    def unpack(
+        self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
+        """
+        Return the weight [out, in] that ``prepare`` packed.
+
+        Its bits come back, but for those of -0.0 and, with cuSPARSELt, of values that are
+        not finite.
+
+        :param shape: [out, in] of the weight
+        :param dtype: the weight's dtype
+        """
+
     def candidates(self, packed: Tensor, x: Tensor, rows: int) -> list[Settings]:
         """
         List the settings worth measuring for products of this size.

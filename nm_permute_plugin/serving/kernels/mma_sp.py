@@ -16,7 +16,7 @@ from nm_permute_plugin.serving.kernels.kernel import (
     output_dtype,
     unsupported_dtype,
 )
-from nm_permute_plugin.serving.kernels.packing import CHANNELS, ROWS, pack
+from nm_permute_plugin.serving.kernels.packing import CHANNELS, ROWS, pack, unpack
 
 MOST_TOKENS = 64
 """The kernel multiplies at most this many tokens."""
@@ -104,6 +104,11 @@ class MmaSp:
 
     def prepare(self, weight: Tensor) -> Tensor:
         return pack(weight)
+
+    def unpack(
+        self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
+        return unpack(packed, shape, dtype)
 
     def candidates(self, packed: Tensor, x: Tensor, rows: int) -> list[Settings]:
         tokens = len(x)

@@ -55,24 +55,54 @@ def pack(weight: Tensor) -> UInt8[Tensor, "tiles chunks bytes"]:
     places = codes[nibbles.int()].view(rows, chunks, -1)[:, :, order.flatten()]
     words = stored.compressed.view(WORDS[weight.dtype]).view(rows, chunks, -1, 2)
     values = words[:, :, order.flatten()]
-    # rows: tile, half of 16, upper or lower 8, row; groups: high or low, lane, the rest
-    values = values.view(tiles, 2, 2, 8, chunks, steps, 2, 4, groups // 8, 2)
-    lane_first = "tile chunk step half row lane high eight group two"
-    if weight.dtype == torch.float8_e4m3fn:
-        lane_first = "tile chunk step row lane half high eight group two"
-    given = "tile half eight row chunk step high lane group two"
-    values = _arrange(values, given, lane_first)
+    sizes = _sizes(tiles, chunks, weight.dtype)
+    lane_first, meta_first = _orders(weight.dtype)
+    values = _arrange(values.view(_shape(VALUES, sizes)), VALUES, lane_first)
     bits = 4 * torch.arange(groups // 2, device=weight.device)
-    meta = (places.view(tiles, 2, 2, 8, chunks, steps, 2, -1) << bits).sum(-1)
-    given = "tile half eight row chunk step part"
-    if weight.dtype == torch.int8:
-        meta = _arrange(meta, given, "tile chunk row part eight step half")
-        meta = _as_bytes(meta, torch.int32)
-    else:
-        meta = _arrange(meta, given, "tile chunk row half part step eight")
-        meta = _as_bytes(meta, torch.int16)
+    meta = (places.view(*_shape(META, sizes), -1) << bits).sum(-1)
+    meta = _as_bytes(_arrange(meta, META, meta_first), _meta_dtype(weight.dtype))
     chunked = values.reshape(tiles, chunks, -1).view(torch.uint8)
     return torch.cat((chunked, meta.view(tiles, chunks, -1)), -1)
+
+
+def unpack(
+    packed: UInt8[Tensor, "tiles chunks bytes"],
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """
+    Return the weight [out, in] that ``pack`` packed, bit by bit; -0.0 has become 0.0.
+
+    :param shape: [out, in]
+    :param dtype: the weight's dtype
+    """
+    tiles, chunks, _ = packed.shape
+    sizes = _sizes(tiles, chunks, dtype)
+    lane_first, meta_first = _orders(dtype)
+    order = group_order(dtype).to(packed.device)
+    kept = ROWS * CHANNELS // 2 * dtype.itemsize
+    values = packed[..., :kept].contiguous().view(WORDS[dtype])
+    values = _arrange(values.view(_shape(lane_first, sizes)), lane_first, VALUES)
+    meta = packed[..., kept:].contiguous().view(_meta_dtype(dtype)).long()
+    meta = _arrange(meta.view(_shape(meta_first, sizes)), meta_first, META)
+    bits = 4 * torch.arange(order.shape[1] // 2, device=packed.device)
+    places = (meta.unsqueeze(-1) >> bits & 15).view(shape[0], chunks, -1)
+    seen = expand(values.view(shape[0], chunks, -1, 2), places)
+    words = torch.empty_like(seen)
+    words[:, :, order.flatten()] = seen
+    return words.view(shape).view(dtype)
+
+
+def expand(
+    values: Int[Tensor, "*groups 2"], places: Int[Tensor, "*groups"]
+) -> Int[Tensor, "*groups 4"]:
+    """
+    Put the two kept values of each group at their places among zeros.
+
+    :param places: a group's metadata, see ``CODES``
+    """
+    both = torch.stack((places & 3, places >> 2 & 3), -1).long()
+    return values.new_zeros(*places.shape, 4).scatter_(-1, both, values)
 
 
 @lru_cache(maxsize=8)
@@ -92,6 +122,38 @@ def group_order(dtype: torch.dtype) -> Int[Tensor, "steps groups"]:
         order = [[8 * s + 4 * pair + word for word in range(4) for pair in range(2)]
                  for s in range(4)]  # fmt: skip
     return torch.tensor(order)
+
+
+VALUES = "tile half eight row chunk step high lane group two"
+META = "tile half eight row chunk step part"
+"""The axes of values and metadata as the weight has them. Rows: tile, half of 16, upper or
+lower 8, row; groups: high or low, lane, the rest."""
+
+
+def _orders(dtype: torch.dtype) -> tuple[str, str]:
+    """Return the same axes in the order of the lanes: of the values, of the metadata."""
+    if dtype == torch.int8:
+        meta = "tile chunk row part eight step half"
+    else:
+        meta = "tile chunk row half part step eight"
+    if dtype == torch.float8_e4m3fn:
+        return "tile chunk step row lane half high eight group two", meta
+    return "tile chunk step half row lane high eight group two", meta
+
+
+def _sizes(tiles: int, chunks: int, dtype: torch.dtype) -> dict[str, int]:
+    steps, groups = group_order(dtype).shape
+    twos = dict.fromkeys(("half", "eight", "high", "two", "part"), 2)
+    of = {"tile": tiles, "chunk": chunks, "step": steps, "group": groups // 8}
+    return {**twos, **of, "row": 8, "lane": 4}
+
+
+def _shape(names: str, sizes: dict[str, int]) -> list[int]:
+    return [sizes[name] for name in names.split()]
+
+
+def _meta_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.int32 if dtype == torch.int8 else torch.int16
 
 
 def _arrange(tensor: Tensor, given: str, wanted: str) -> Tensor:

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from nm_permute_plugin.checkpoint.codec import clear_negative_zeros, compress
+from nm_permute_plugin.checkpoint.layout24 import WORDS
 from nm_permute_plugin.serving.kernels.kernel import (
     DTYPES_16,
     Settings,
     unsupported_dtype,
 )
-from nm_permute_plugin.serving.kernels.packing import CODES
+from nm_permute_plugin.serving.kernels.packing import CODES, expand
 
 MOST_TOKENS = 64
 """The kernel multiplies at most this many tokens."""
@@ -43,6 +44,15 @@ class TritonDecode:
         low, high = codes[bits & 15], codes[bits >> 4]
         values = stored.compressed.view(torch.uint8)
         return torch.cat((values, low | high << 4), -1)
+
+    def unpack(
+        self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
+        rows, channels = shape
+        kept = packed[:, :channels].contiguous().view(WORDS[dtype])
+        codes = packed[:, channels:].int()
+        places = torch.stack((codes & 15, codes >> 4), -1).view(rows, -1)
+        return expand(kept.view(rows, -1, 2), places).view(shape).view(dtype)
 
     def candidates(self, packed: Tensor, x: Tensor, rows: int) -> list[Settings]:
         if len(x) > MOST_TOKENS:

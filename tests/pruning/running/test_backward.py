@@ -46,6 +46,7 @@ def gradients(
             run = Backward(
                 problem.teacher,
                 learner.masks,
+                learner.parameters,
                 [batch],
                 MemorySettings(**memory),
                 learner.use_graph,

@@ -34,6 +34,7 @@ def test_the_door_is_light() -> None:
 def test_registering_twice_is_registering_once(engine_says) -> None:
     found = engine_says("registration.py")
     assert "is for 2:4 checkpoints" in found.pop("error")
+    assert found.pop("quantized").startswith("--quantization fp8 would quantize this")
     # a tower's names get prefixes in vLLM; classes and patterns stay
     assert found.pop("targets") == [
         "Linear",

@@ -30,9 +30,8 @@ def main():
         "targets": ["Linear", "re:model.*", "model.layers.0.mlp.up_proj"],
         "ignore": ["lm_head"],
     }
-    renamed = Sparse24Config.from_config(
-        {"quant_method": "compressed-tensors", "sparsity_config": block}
-    )
+    ours = {"quant_method": "compressed-tensors", "sparsity_config": block}
+    renamed = Sparse24Config.from_config(ours)
     prefixes = {"model.": "text.model.", "lm_head.": "text.lm_head."}
     renamed.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix=prefixes))
     found = {
@@ -48,6 +47,10 @@ def main():
         Sparse24Config.from_config({"quant_method": "compressed-tensors"})
     except ValueError as error:
         found["error"] = str(error)
+    try:
+        Sparse24Config.override_quantization_method(ours, "fp8")
+    except ValueError as error:
+        found["quantized"] = str(error)
     print(json.dumps(found))
 
 
