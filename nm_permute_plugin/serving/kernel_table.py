@@ -132,7 +132,7 @@ def _choice(stored: list[Any]) -> Choice:
     kernel, settings, microseconds = stored
     numbers = all(type(n) is int and -1 <= n <= _LARGEST_SETTING for n in settings)
     if not numbers or not 0 <= float(microseconds) < float("inf"):
-        raise ValueError(f"it is no kernel table: it holds {settings}, {microseconds}")
+        raise ValueError(f"it is no kernel table: it holds {str(stored)[:80]}")
     return Choice(str(kernel), tuple(settings), float(microseconds))
 
 
