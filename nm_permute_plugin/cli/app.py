@@ -20,7 +20,6 @@ from nm_permute_plugin.cli.recipe import recipe
 from nm_permute_plugin.cli.report import report
 from nm_permute_plugin.cli.sample import sample
 from nm_permute_plugin.cli.spec import spec
-from nm_permute_plugin.cli.torchrun import refuse_many
 from nm_permute_plugin.cli.verify import verify
 from nm_permute_plugin.pruning.processes import rank
 
@@ -54,7 +53,6 @@ def _print_version(asked: bool) -> bool:
 
 @app.callback()
 def main(
-    context: typer.Context,
     debug: Annotated[
         bool,
         Option(
@@ -83,6 +81,5 @@ def main(
 
     Results are written to stdout, logs to stderr.
     """
-    refuse_many(context.invoked_subcommand)
     if quiet or rank() > 0:
         be_quiet()

@@ -16,7 +16,7 @@ import typer
 from typer import Argument, Option
 from typer.core import TyperGroup
 
-from nm_permute_plugin.cli.torchrun import hold_back
+from nm_permute_plugin.cli.torchrun import hold_back, refuse_many
 from nm_permute_plugin.pruning.processes import rank
 
 Device = Annotated[
@@ -65,6 +65,11 @@ _REMEDIES = {"prune": PRUNE_OUT_OF_MEMORY, "lm-eval": LM_EVAL_OUT_OF_MEMORY}
 
 class Commands(TyperGroup):
     """Commands whose mendable errors are one line, unless ``--debug`` is given."""
+
+    def resolve_command(self, ctx: Any, args: Any) -> Any:
+        found = super().resolve_command(ctx, args)
+        refuse_many(found[0])
+        return found
 
     def invoke(self, ctx: Any) -> Any:  # a class that typer keeps to itself
         try:
