@@ -6,6 +6,8 @@ from pathlib import Path
 
 from loguru import logger
 
+from nm_permute_plugin._files import LARGEST_YAML, open_file, parse_yaml
+
 _KEPT = ("license", "license_name", "license_link", "language", "base_model")
 
 
@@ -16,11 +18,14 @@ def base_matter(folder: Path) -> dict[str, object]:
     :return: license, languages, tags and base model, those that are there
     """
     matter = _front_matter(folder / "README.md")
-    kept = {key: matter[key] for key in _KEPT if matter.get(key)}
-    tags = matter.get("tags")
-    if isinstance(tags, list):
-        kept["tags"] = [str(tag) for tag in tags]
-    return kept
+    kept = {key: matter[key] for key in (*_KEPT, "tags") if matter.get(key)}
+    return {key: value for key, value in kept.items() if _is_plain(value)}
+
+
+def _is_plain(value: object) -> bool:
+    """Tells a word, or a list of words, from what has no place in a card."""
+    words = value if isinstance(value, list) else [value]
+    return all(isinstance(word, str) for word in words)
 
 
 def _front_matter(path: Path) -> Mapping[str, object]:
@@ -28,7 +33,8 @@ def _front_matter(path: Path) -> Mapping[str, object]:
 
     if not path.is_file():
         return {}
-    text = path.read_text(encoding="utf-8", errors="replace")
+    with open_file(path) as file:
+        text = file.read(LARGEST_YAML).decode(errors="replace")
     lines = text.lstrip("\ufeff").splitlines()
     if not lines or lines[0].strip() != "---":
         return {}
@@ -36,11 +42,11 @@ def _front_matter(path: Path) -> Mapping[str, object]:
     try:
         # Everything is text to it: to other loaders Norwegian, `no`, is a boolean.
         front = "\n".join(lines[1 : ends[0]]) if ends else ""
-        matter = yaml.load(front, Loader=yaml.BaseLoader)
-    except yaml.YAMLError as error:
+        matter = parse_yaml(front, yaml.BaseLoader)
+    except ValueError as error:
         logger.warning(
-            f"{path}: its front matter is no YAML, so that license and language do not "
-            f"travel into the new card: {' '.join(str(error).split())}"
+            f"{path}: its front matter {error}, so that license and language do not "
+            "travel into the new card"
         )
         return {}
     return matter if isinstance(matter, dict) else {}

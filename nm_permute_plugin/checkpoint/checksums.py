@@ -3,10 +3,12 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
+from nm_permute_plugin._files import open_file
 from nm_permute_plugin.checkpoint.directory import INDEX, read_json
 from nm_permute_plugin.checkpoint.record import FOLDER
 from nm_permute_plugin.checkpoint.shards import DamagedError
@@ -34,20 +36,21 @@ def write_checksums(folder: Path, weights: Iterable[str]) -> None:
     """
     names = [*weights, *(name for name in _DESCRIBING if (folder / name).is_file())]
     (folder / FOLDER).mkdir(exist_ok=True)
-    files = dict(zip(names, _digests(folder, names), strict=True))
+    files = dict(zip(names, digests(folder, names), strict=True))
     content = {"algorithm": _ALGORITHM, "files": files}
     text = json.dumps(content, indent=1) + "\n"
     (folder / FILE).unlink(missing_ok=True)  # it may be linked to an older one
     (folder / FILE).write_text(text, encoding="utf-8")
 
 
-def find_changes(folder: Path) -> dict[str, str] | None:
+def find_changes(folder: Path, below: str = "") -> dict[str, str] | None:
     """
     Reads every file of a checkpoint, and says what is not as it was written, by file.
 
+    :param below: look at files of this subfolder alone
     :return: None where the checkpoint has no checksums
     """
-    if not (folder / FILE).exists():
+    if not os.path.lexists(folder / FILE):
         return None
     try:
         content = read_json(folder / FILE)
@@ -59,9 +62,10 @@ def find_changes(folder: Path) -> dict[str, str] | None:
     for name in files:
         if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
             return {FILE: f"names {name!r}, which is not in this folder"}
-    found = _digests(folder, files)
+    files = {name: of for name, of in files.items() if name.startswith(below)}
+    found = digests(folder, files)
     return {
-        name: "is missing, and its checksum is there"
+        name: f"is missing, and {FILE} names it"
         if digest is None
         else "is not the file that was written with the others (SHA-256): it is "
         "damaged, changed, or of another run. Fetch or make the checkpoint again; if you "
@@ -71,25 +75,26 @@ def find_changes(folder: Path) -> dict[str, str] | None:
     }
 
 
-def refuse_changed(folder: Path) -> None:
+def refuse_changed(folder: Path, below: str = "") -> None:
     """
     Checks that a checkpoint is as it was written, where it has checksums.
 
+    :param below: look at files of this subfolder alone
     :raises DamagedError: at the first file that is not
     """
-    for name, message in (find_changes(folder) or {}).items():
+    for name, message in (find_changes(folder, below) or {}).items():
         raise DamagedError(folder / name, message)
 
 
-def _digests(folder: Path, names: Iterable[str]) -> list[str | None]:
+def digests(folder: Path, names: Iterable[str]) -> list[str | None]:
+    """Returns the SHA-256 of files in hexadecimal; None of one that cannot be read."""
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(_digest, (folder / name for name in names)))
 
 
 def _digest(path: Path) -> str | None:
-    """Returns the SHA-256 of a file in hexadecimal; None where it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return hashlib.file_digest(file, _ALGORITHM).hexdigest()
-    except OSError:
+    except (OSError, ValueError):  # no file can have such a name
         return None

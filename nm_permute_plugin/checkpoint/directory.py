@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read a checkpoint directory as one mapping from tensor names to tensors."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from nm_permute_plugin import _files
 from nm_permute_plugin.checkpoint.bitmask import decompress_any
 from nm_permute_plugin.checkpoint.codec import decompress
 from nm_permute_plugin.checkpoint.config import Format, Json
@@ -147,6 +147,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     index = index_of(path)
     named = _weight_map(path, index)
     files = sorted({SINGLE} if named is None else set(named.values()))
+    if named is not None:
+        refuse_missing([path / file for file in files])
     shards = tuple(open_shard(path / file) for file in files)
     where: dict[str, Shard] = {}
     for shard in shards:
@@ -213,14 +215,32 @@ def read_json(path: Path) -> Json:
     :raises DamagedError: if it is missing or does not
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = _files.read_json(path)
     except OSError as error:
         raise DamagedError(path, f"cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise DamagedError(path, f"is no JSON: {error}") from error
+    except ValueError as error:
+        raise DamagedError(path, str(error).removeprefix(f"{path} ")) from error
     if not isinstance(content, dict):
-        raise DamagedError(path, f"must hold an object, it holds a {type(content)}")
+        kind = type(content).__name__
+        raise DamagedError(path, f"must hold an object, it holds a {kind}")
     return content
+
+
+def refuse_missing(files: Iterable[Path]) -> None:
+    """
+    Checks that the files are there that an index names.
+
+    :raises DamagedError: for one that is not
+    """
+    for file in files:
+        if not file.exists():
+            raise DamagedError(file, f"does not exist, and {INDEX} names it")
+
+
+def is_file_name(name: object) -> bool:
+    """Tells whether an index may call a file so: it lies beside the index."""
+    text = name if isinstance(name, str) else ""
+    return text != "" and text.isprintable() and Path(text).name == text
 
 
 def _weight_map(path: Path, index: Json | None) -> dict[str, str] | None:
@@ -230,7 +250,7 @@ def _weight_map(path: Path, index: Json | None) -> dict[str, str] | None:
     if not isinstance(named, dict) or not named:
         raise DamagedError(path / INDEX, "has no weight_map")
     for name, file in named.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        if not is_file_name(file):
             raise DamagedError(path / INDEX, f"{name} is said to be in {file!r}", name)
     return named
 

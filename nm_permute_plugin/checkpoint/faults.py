@@ -14,9 +14,11 @@ from nm_permute_plugin.checkpoint.config import (
     weight_schemes,
 )
 from nm_permute_plugin.checkpoint.directory import (
+    INDEX,
     SINGLE,
     Checkpoint,
     index_of,
+    is_file_name,
 )
 from nm_permute_plugin.checkpoint.pattern import comparable
 from nm_permute_plugin.checkpoint.prunable import packed_experts
@@ -159,9 +161,12 @@ def file_faults(path: Path) -> list[Fault]:
     except DamagedError as error:
         return [fault_of(error)]
     named = {"": SINGLE} if index is None else index.get("weight_map")
-    files = set(named.values()) if isinstance(named, dict) else set()
+    names = named.values() if isinstance(named, dict) else ()
     faults = []
-    for file in sorted(name for name in files if isinstance(name, str)):
+    for file in sorted({name for name in names if is_file_name(name)}):
+        if index is not None and not (path / file).exists():
+            faults.append(Fault(file, "", f"does not exist, and {INDEX} names it"))
+            continue
         try:
             open_shard(path / file)
         except DamagedError as error:

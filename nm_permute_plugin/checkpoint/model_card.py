@@ -11,6 +11,7 @@ from typing import Any
 
 from loguru import logger
 
+from nm_permute_plugin._files import open_file, write_text
 from nm_permute_plugin._words import file_size
 from nm_permute_plugin.checkpoint.config import Format, quantization_format
 from nm_permute_plugin.checkpoint.directory import Checkpoint, open_checkpoint
@@ -144,8 +145,11 @@ def write_evaluation(folder: Path, tables: str) -> None:
 
 def is_ours(folder: Path) -> bool:
     """Tells whether a folder has a README.md that was written here."""
-    path = folder / CARD
-    return path.exists() and _MARK in path.read_text(encoding="utf-8", errors="replace")
+    try:
+        with open_file(folder / CARD) as file:
+            return _MARK.encode() in file.read()
+    except OSError:
+        return False
 
 
 def keep_foreign_card(folder: Path, fresh: Path) -> None:
@@ -383,4 +387,4 @@ def _block(folder: Path, marks: tuple[str, str]) -> tuple[str, str]:
 def _replace(folder: Path, text: str, marks: tuple[str, str], new: str) -> None:
     before, after = text.split(marks[0], 1)[0], text.split(marks[1], 1)[1]
     card = f"{before}{marks[0]}{new}{marks[1]}{after}"
-    (folder / CARD).write_text(card, encoding="utf-8")
+    write_text(folder / CARD, card)

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from nm_permute_plugin._files import read_json
+from nm_permute_plugin.checkpoint.shards import open_shard
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import Permutation, compose
 
@@ -39,10 +41,24 @@ def read_record(checkpoint: Path) -> tuple[dict[str, Permutation], dict[str, obj
     Reads the permutations and the report that ``write_record`` wrote.
 
     :raises FileNotFoundError: if the checkpoint has no record
+    :raises ValueError: if the record cannot be read, naming its file
     """
     folder = checkpoint / FOLDER
-    report: dict[str, object] = json.loads((folder / "report.json").read_text())
-    return load_file(folder / "permutations.safetensors"), report
+    report, path = (
+        read_json(folder / "report.json"),
+        folder / "permutations.safetensors",
+    )
+    if not isinstance(report, dict):
+        raise ValueError(f"{folder}/report.json must hold an object")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    stored = open_shard(path)
+    for name, layout in stored.tensors.items():
+        if layout.dtype != torch.int64 or len(layout.shape) != 1:
+            raise ValueError(
+                f"{path}: {name} is {layout.dtype} {list(layout.shape)}, and no permutation"
+            )
+    return {name: stored.read(name) for name in stored.tensors}, report
 
 
 def earlier_record(
@@ -56,15 +72,12 @@ def earlier_record(
     if not (folder / FOLDER).is_dir():
         return None
     try:
-        perms, report = read_record(folder)
-    except (OSError, SafetensorError, ValueError) as error:
+        return read_record(folder)
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder / FOLDER} is no whole record of a run ({error}). Fetch or make the "
             "folder again, or remove it where the channels never moved."
         ) from error
-    if not isinstance(report, dict):
-        raise ValueError(f"{folder / FOLDER}/report.json must hold an object")
-    return perms, report
 
 
 def composed(
@@ -111,10 +124,10 @@ def read_promise(checkpoint: Path) -> Promise | None:
     if not path.exists():
         return None
     try:
-        report = json.loads(path.read_text())
+        report = read_json(path)
         pruned = [str(name) for name in report["pruned"]]
         transposed = [str(name) for name in report.get("transposed", ())]
         pattern = NMPattern.parse(report["modifier"]["mask_structure"])
         return Promise(pruned, pattern, transposed)
-    except (KeyError, RecursionError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no record of a run: {error!r}") from error

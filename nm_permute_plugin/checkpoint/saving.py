@@ -9,6 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
 from torch import distributed
 
 from nm_permute_plugin.checkpoint import transaction
@@ -28,6 +29,7 @@ def save_checkpoint(
     finish: Callable[[Path], None],
     save: Callable[..., None] | None = None,
     source: Source | None = None,
+    also: Callable[[Path], object] | None = None,
     **save_options: object,
 ) -> None:
     """
@@ -40,8 +42,10 @@ def save_checkpoint(
     :param finish: is called with the directory of the saved checkpoint
     :param save: writes the model to a directory; by default ``model.save_pretrained``
     :param source: the model's own folder
+    :param also: writes what belongs to the checkpoint as well, such as its tokenizer
     :param save_options: go to ``save``
     :raises ValueError: for ``push_to_hub``, which would upload what is not finished
+    :raises OSError: if it cannot be written
     """
     if save_options.get("push_to_hub"):
         raise ValueError(
@@ -55,18 +59,35 @@ def save_checkpoint(
     inside = transaction.is_unfinished(target)  # whoever made it puts it in its place
     if inside or not first:
         fresh = target if inside else transaction.unfinished(target, _MARK)
-        with _savable(model):
+        with _savable(model), writing(target):
             save(fresh, **save_options)
+            if first and also is not None:
+                also(fresh)
         if first:
             _finish(model, finish, source, fresh)
         return
     # a name that all processes know, and that two runs into one folder do not share
     mark = _MARK if together else None
     with transaction.directory(target, _stays, mark) as fresh:
-        with _savable(model):
+        with _savable(model), writing(target):
             save(fresh, **save_options)
+            if also is not None:
+                also(fresh)
         _finish(model, finish, source, fresh, target)
         keep_foreign_card(target, fresh)
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """
+    Let the safetensors package say that it cannot write as everybody else does.
+
+    :raises OSError: in place of its own error, where the disk is full for example
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"cannot write {target}: {error}") from error
 
 
 @contextmanager

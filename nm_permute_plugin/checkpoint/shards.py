@@ -6,7 +6,6 @@ beside ``{"format": "pt"}`` their metadata holds a CRC-32 of every tensor, and o
 for all files of a checkpoint, which other readers pass over.
 """
 
-import json
 import math
 import os
 import zlib
@@ -16,6 +15,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from nm_permute_plugin._files import open_file, parse_json
 
 CHECKSUMS = "nm_permute.crc32"
 """Names the entry of a file's metadata that holds the checksums."""
@@ -49,6 +50,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 """Maps the dtypes of torch to what a header calls them."""
 
 _LARGEST_HEADER = 100_000_000  # bytes that the safetensors package accepts
+_LONGEST = 600  # characters of a reason
 _PIECE = 1 << 24  # bytes that are read at a time to compare a checksum
 
 
@@ -62,6 +64,8 @@ class DamagedError(ValueError):
     """
 
     def __init__(self, path: Path, reason: str, tensor: str = "") -> None:
+        if len(reason) > _LONGEST:  # which tells what a file holds, however much
+            reason = f"{reason[:_LONGEST]}..."
         super().__init__(f"{path}: {reason}")
         self.path = path
         self.reason = reason
@@ -107,7 +111,7 @@ class Shard:
         """
         layout = self.tensors[name]
         content = bytearray(layout.end - layout.start)
-        with self.path.open("rb") as file:
+        with open_file(self.path) as file:
             file.seek(self.data + layout.start)
             if file.readinto(content) != len(content):
                 raise DamagedError(self.path, f"{name} is cut off", name)
@@ -127,7 +131,7 @@ class Shard:
         """
         if self.checksums is None:
             return
-        with self.path.open("rb") as file:
+        with open_file(self.path) as file:
             for name, layout in self.tensors.items():
                 file.seek(self.data + layout.start)
                 found, left = checksum_seed(name, layout), layout.end - layout.start
@@ -153,7 +157,7 @@ def open_shard(path: Path) -> Shard:
         one, naming the tensor where there is one
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _LARGEST_HEADER):
@@ -162,13 +166,13 @@ def open_shard(path: Path) -> Shard:
                     f"is cut off: it has {size} bytes, and its header alone should "
                     f"have {length}",
                 )
-            header = json.loads(file.read(length).decode())
+            header = parse_json(file.read(length).decode(), allowed=2 * size)
         metadata = header.pop("__metadata__", {})
         if not all(isinstance(value, str) for value in metadata.values()):
             raise TypeError("metadata must be text")
         tensors = {name: _layout(entry) for name, entry in header.items()}
         sums = metadata.get(CHECKSUMS)
-        checksums = None if sums is None else _checksums(json.loads(sums))
+        checksums = None if sums is None else _checksums(parse_json(sums))
     except OSError as error:
         raise DamagedError(path, f"cannot be read: {error.strerror}") from error
     except DamagedError:

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder that a model was loaded from: which of its files travel into a checkpoint."""
 
-import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +10,10 @@ from typing import Any
 
 from loguru import logger
 
+from nm_permute_plugin._files import read_json
 from nm_permute_plugin.checkpoint.directory import INDEX, SINGLE, index_of
 from nm_permute_plugin.checkpoint.record import FOLDER
+from nm_permute_plugin.checkpoint.transaction import copy_file
 from nm_permute_plugin.maths.permutation import Permutation
 
 _WEIGHTS = re.compile(
@@ -138,7 +138,7 @@ def list_files(source: Path) -> Listing:
 def module_folders(source: Path) -> dict[str, list[str]]:
     """Finds a sentence encoder's modules beside the model, and the weights of each."""
     try:
-        listed = json.loads((source / "modules.json").read_text(encoding="utf-8"))
+        listed = read_json(source / "modules.json")
         names = {str(entry["path"]) for entry in listed} - {""}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
@@ -167,8 +167,8 @@ def check_files(source: Path) -> None:
     if listing.links:
         logger.warning(
             f"{source}: {', '.join(listing.links)} does not travel into the checkpoint: a "
-            "link to a folder or out of this one; put the file itself there to take it "
-            "along"
+            "link to a folder, out of this one or nowhere; put the file itself there to "
+            "take it along"
         )
     own = {SINGLE, INDEX, f"{FOLDER}/"}
     if (source / INDEX).exists() and (index := index_of(source)) is not None:
@@ -202,7 +202,7 @@ def carry_files(source: Path, folder: Path, target: Path | None = None) -> None:
         if there or folder.is_relative_to(source / name.parts[0]):
             continue
         to.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(source / name, to)
+        copy_file(source / name, to)
 
 
 def _below(folder: Path, source: Path, links: list[str]) -> Iterator[Path]:
@@ -228,12 +228,14 @@ def _is_bookkeeping(name: str) -> bool:
 
 def _leads_out(path: Path, source: Path) -> bool:
     """
-    Tells whether a link leads out of a folder, or is one to a folder.
+    Tells whether a link leads out of a folder, to a folder, or nowhere.
 
     The hub's cache keeps each file under its checksum, and a snapshot links to it.
     """
     if not path.is_symlink():
         return False
+    if not path.exists():
+        return True
     target = path.resolve()
     store = target.parent
     cached = store.name == "blobs" and store.parent.name.startswith("models--")

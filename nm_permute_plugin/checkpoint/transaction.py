@@ -16,6 +16,7 @@ from pathlib import Path
 _UNFINISHED = ".unfinished"
 _OLD = ".old"
 _STATE = ".nm_permute_state"
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
 
 
 @contextmanager
@@ -47,6 +48,8 @@ def directory(
         meanwhile, naming where the new directory is now
     """
     before = {} if was_empty else _state(target)
+    made = [parent for parent in target.parents if not parent.exists()]
+    made += [parent.parent for parent in made[-1:]]
     fresh = unfinished(target, mark or uuid.uuid4().hex[:8])
     lock = _make(fresh, target)
     try:
@@ -57,7 +60,8 @@ def directory(
                 _sync(Path(folder, name))
         with _one_at_a_time(fresh.parent):
             _put(fresh, target, keep or (lambda name: False), before)
-        _sync(target.parent)
+        for place in (target, *made, target.parent):
+            _sync(place)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
         if lock is not None:
@@ -161,6 +165,39 @@ def refuse_occupied(target: Path, overwrite: bool = False) -> None:
         raise OSError(f"{target} is a mount point; name a folder inside of it")
 
 
+def copy_file(
+    source: str | Path, to: str | Path, *, follow_symlinks: bool = True
+) -> None:
+    """Copies a file, with its time and mode where the file system has them."""
+    shutil.copyfile(source, to, follow_symlinks=follow_symlinks)
+    with suppress(OSError):
+        shutil.copystat(source, to, follow_symlinks=follow_symlinks)
+
+
+def refuse_full(target: Path, needed: int) -> None:
+    """
+    Checks that the disk can hold what is going to be written beside a target.
+
+    :param needed: bytes
+    :raises OSError: if it cannot
+    """
+    parent = nearest(target)
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"the disk of {parent} has {free / 1e6:,.1f} MB free, and {target} takes "
+            f"{needed / 1e6:,.1f} MB: make room, or name a folder on another disk",
+        )
+
+
+def nearest(path: Path) -> Path:
+    """Returns a path, or the nearest of its parents that exists."""
+    while not os.path.lexists(path):
+        path = path.parent
+    return path
+
+
 def take(
     source: Path, fresh: Path, keep: Callable[[str], bool], link: bool = False
 ) -> None:
@@ -171,15 +208,21 @@ def take(
     :param link: link files instead of copying them, where the file system can; for a
         source that will be replaced
     """
-    copy = _link if link else shutil.copy2
     for entry in source.iterdir():
         to = fresh / entry.name
-        if os.path.lexists(to) or not keep(entry.name):
-            continue
-        if entry.is_dir() and not (link and entry.is_symlink()):
-            shutil.copytree(entry, to, symlinks=link, copy_function=copy)
-        else:
-            copy(entry, to)
+        if not os.path.lexists(to) and keep(entry.name):
+            _take(entry, to, link)
+
+
+def _take(entry: Path, to: Path, link: bool) -> None:
+    if entry.is_dir() and not (link and entry.is_symlink()):
+        to.mkdir()
+        for inside in entry.iterdir():
+            _take(inside, to / inside.name, link)
+    elif link:
+        _link(entry, to)
+    else:
+        copy_file(entry, to)
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
@@ -192,7 +235,13 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
 def _share(path: Path, folder: Path) -> None:
     """Lets everyone read weights who may read the directory: safetensors lets nobody."""
     if path.suffix == ".safetensors" and not path.is_symlink():
-        path.chmod(path.stat().st_mode | folder.stat().st_mode & 0o666)
+        with suppress(OSError):  # not every file system has modes
+            path.chmod(path.stat().st_mode | folder.stat().st_mode & 0o666)
+
+
+def _copy_mode(old: Path, new: Path) -> None:
+    with suppress(OSError):  # not every file system has modes
+        shutil.copymode(old, new)
 
 
 def _lock(folder: Path) -> int | None:
@@ -224,7 +273,7 @@ def _link(source: str | Path, to: str | Path) -> None:
             return
     except OSError:
         pass  # not every file system has hard links
-    shutil.copy2(source, to, follow_symlinks=False)
+    copy_file(source, to, follow_symlinks=False)
     _sync(Path(to))
 
 
@@ -281,7 +330,7 @@ def _put(
     if inside:
         _refill(fresh, target, lambda name: name in appeared or keep(name))
         return
-    shutil.copymode(target, fresh)
+    _copy_mode(target, fresh)
     ours = {entry.name for entry in fresh.iterdir()}
     take(target, fresh, lambda name: name in appeared or keep(name), link=True)
     old = fresh.with_suffix(_OLD)
@@ -309,7 +358,7 @@ def _replaces_nothing(fresh: Path, target: Path) -> bool:
     if target.exists():
         if any(target.iterdir()):
             return False
-        shutil.copymode(target, fresh)
+        _copy_mode(target, fresh)
     try:
         fresh.rename(target)
     except OSError as error:
@@ -355,5 +404,9 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Not every file system writes folders to disk when it is asked to.
+        if path.is_file() or error.errno not in _NO_SYNC:
+            raise
     finally:
         os.close(descriptor)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from nm_permute_plugin.checkpoint.config import QUANT_METHOD, Format, SparsityConfig
-from nm_permute_plugin.checkpoint.directory import PARTS, stored_formats
+from nm_permute_plugin.checkpoint.directory import PARTS, refuse_missing, stored_formats
 from nm_permute_plugin.checkpoint.shards import Shard, open_shard, refuse_mixture
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def register_reader() -> None:
 
 def check_files(files: Sequence[str]) -> dict[str, Shard]:
     """Compares headers and checksums, and returns every tensor's file."""
+    refuse_missing(map(Path, files))
     shards = [open_shard(Path(file)) for file in files]
     refuse_mixture(shards)
     with ThreadPoolExecutor(_THREADS) as pool:

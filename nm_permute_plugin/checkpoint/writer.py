@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convert a finished checkpoint from one format to another, shard by shard."""
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from nm_permute_plugin.checkpoint.config import (
     Format,
     Json,
     quantization_format,
+    read_sparsity_config,
     with_sparsity_config,
 )
 from nm_permute_plugin.checkpoint.directory import (
@@ -28,6 +30,7 @@ from nm_permute_plugin.checkpoint.directory import (
     read_json,
 )
 from nm_permute_plugin.checkpoint.legacy import legacy_config, legacy_tokenizer_config
+from nm_permute_plugin.checkpoint.model_card import CARD, is_ours, write_storage
 from nm_permute_plugin.checkpoint.plan import (
     SPARSE_ALL_THE_SAME,
     TWO_FOUR,
@@ -37,11 +40,11 @@ from nm_permute_plugin.checkpoint.plan import (
     sparsity_config,
 )
 from nm_permute_plugin.checkpoint.prunable import is_prunable
-from nm_permute_plugin.checkpoint.record import FOLDER
+from nm_permute_plugin.checkpoint.record import FOLDER, read_promise
 from nm_permute_plugin.checkpoint.report import PAGE, make_page_if_possible
 from nm_permute_plugin.checkpoint.shard_writer import ShardWriter, tie
 from nm_permute_plugin.checkpoint.shards import DamagedError, Shard, open_shard
-from nm_permute_plugin.checkpoint.source import carry_files, check_files
+from nm_permute_plugin.checkpoint.source import carry_files, check_files, list_files
 from nm_permute_plugin.maths.pattern import NMPattern
 
 Announced = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -113,6 +116,9 @@ def convert(
     if target != source:
         transaction.refuse_occupied(target, overwrite)
     refuse_changed(source)
+    read_sparsity_config(
+        checkpoint.config
+    )  # a block that nobody understands is refused
     _refuse_unsaid(checkpoint)
     plan = make_plan(checkpoint, format, modules, pattern, clear_zeros, dense_experts)
     if modules is None:
@@ -147,8 +153,12 @@ def rewrite(
         return name not in (*names, INDEX)
 
     in_place = target == source
+    needed = sum(_bytes(checkpoint, plan, shard) for shard in checkpoint.shards)
     if not in_place:
         check_files(source)
+        travels = list_files(source).travels
+        needed += sum((source / name).stat().st_size for name in travels)
+    transaction.refuse_full(target, needed)
     with transaction.directory(
         target,
         keep if in_place else None,
@@ -172,6 +182,7 @@ def rewrite(
         elif checksums:
             transaction.take(source, fresh, FOLDER.__eq__, link=True)
         if checksums:
+            _tell_card(source, fresh, plan)
             write_checksums(fresh, names)
             if (fresh / PAGE).exists():
                 make_page_if_possible(fresh)  # it tells the size on disk
@@ -186,6 +197,20 @@ def rewrite(
     )
     compressed = tuple(plan.nonzeros)
     return Conversion(plan.format, compressed, plan.dense, before, after, zeros)
+
+
+def _tell_card(source: Path, fresh: Path, plan: Plan) -> None:
+    """Says anew in a card of ours how the weights are stored."""
+    promise = read_promise(fresh)
+    if promise is None or not is_ours(source):
+        return
+    if not (fresh / CARD).exists():
+        transaction.copy_file(source / CARD, fresh / CARD)
+    stored = plan.format if plan.nonzeros else "dense"
+    try:
+        write_storage(fresh, promise, stored, "converted")
+    except ValueError as error:  # a card is no reason to refuse the weights
+        logger.warning(f"the card does not say how the weights are stored now: {error}")
 
 
 def _refuse_unsaid(checkpoint: Checkpoint) -> None:
@@ -224,16 +249,7 @@ def _refuse_pointless(checkpoint: Checkpoint, plan: Plan) -> None:
 
 def _write_shard(checkpoint: Checkpoint, plan: Plan, shard: Shard, path: Path) -> None:
     """Writes a shard of the target; a sparse module goes where its values were."""
-    copied: Announced = {}
-    modules = []
-    for name, layout in shard.tensors.items():
-        module, _, part = name.rpartition(".")
-        stored = checkpoint.formats.get(module, "dense")
-        parts = PARTS[stored]
-        if part not in parts or (stored == "dense" and module not in plan.nonzeros):
-            copied[name] = (layout.dtype, layout.shape)
-        elif part == parts[0]:
-            modules.append(module)
+    copied, modules = _parts_of(checkpoint, plan, shard)
     announced = dict(copied)
     for module in modules:
         announced |= _announce(checkpoint, plan, module)
@@ -244,6 +260,31 @@ def _write_shard(checkpoint: Checkpoint, plan: Plan, shard: Shard, path: Path) -
             made = _encode(plan, module, checkpoint.weight(module))
             for name, tensor in made.items():
                 out.write(name, tensor)
+
+
+def _bytes(checkpoint: Checkpoint, plan: Plan, shard: Shard) -> int:
+    """Counts the bytes of the tensors that a shard of the target will hold."""
+    announced, modules = _parts_of(checkpoint, plan, shard)
+    for module in modules:
+        announced |= _announce(checkpoint, plan, module)
+    return sum(math.prod(s) * dtype.itemsize for dtype, s in announced.values())
+
+
+def _parts_of(
+    checkpoint: Checkpoint, plan: Plan, shard: Shard
+) -> tuple[Announced, list[str]]:
+    """Lists the tensors that a shard of the target takes over, and the modules it holds."""
+    copied: Announced = {}
+    modules = []
+    for name, layout in shard.tensors.items():
+        module, _, part = name.rpartition(".")
+        stored = checkpoint.formats.get(module, "dense")
+        parts = PARTS[stored]
+        if part not in parts or (stored == "dense" and module not in plan.nonzeros):
+            copied[name] = (layout.dtype, layout.shape)
+        elif part == parts[0]:
+            modules.append(module)
+    return copied, modules
 
 
 def _announce(checkpoint: Checkpoint, plan: Plan, module: str) -> Announced:

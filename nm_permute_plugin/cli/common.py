@@ -49,6 +49,9 @@ EXTRAS = {
 TAKES_TEXT = ("prune", "evaluate")
 """The commands that read text, which a person may give without its option."""
 
+_LONGEST = 2000
+"""Characters of a line of an error."""
+
 OUT_OF_MEMORY = "use a smaller --batch-size, or --device cpu"
 PRUNE_OUT_OF_MEMORY = (
     "write memory: {micro_batch_size: 1, gradient_checkpointing: true} or objective: "
@@ -81,7 +84,7 @@ class Commands(TyperGroup):
             line = _one_line(error, ctx.invoked_subcommand)
             if line is None or ctx.params["debug"]:
                 raise
-            typer.echo(f"error: {hold_back()}{line}", err=True)
+            typer.echo(f"error: {hold_back()}{_shortened(line)}", err=True)
             raise typer.Exit(1) from error
 
 
@@ -178,6 +181,12 @@ def _one_line(error: Exception, command: str | None) -> str | None:
             extra = {"prune": "compress", "demo": "demo"}.get(command or "", extra)
             return f"{text}: {install(extra)}"
     return text if isinstance(error, MENDABLE) or _is_refusal(error) else None
+
+
+def _shortened(text: str) -> str:
+    """Cut lines that repeat what a file holds, however much that is."""
+    lines = text.split("\n")
+    return "\n".join(x if len(x) <= _LONGEST else f"{x[:_LONGEST]}..." for x in lines)
 
 
 def _is_refusal(error: Exception) -> bool:

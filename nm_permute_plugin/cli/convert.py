@@ -35,8 +35,7 @@ def convert(
     ] = False,
 ) -> None:
     """Write a checkpoint in another format, without changing a value."""
-    from nm_permute_plugin.checkpoint import config, model_card, writer
-    from nm_permute_plugin.checkpoint.record import read_promise
+    from nm_permute_plugin.checkpoint import config, writer
     from nm_permute_plugin.maths.pattern import NMPattern
 
     formats = get_args(config.Format)
@@ -53,10 +52,6 @@ def convert(
         dense_experts=dense_experts,
         legacy=legacy,
     )
-    promise = read_promise(target)
-    if promise is not None and model_card.is_ours(target):
-        stored = done.format if done.compressed else "dense"
-        model_card.write_storage(target, promise, stored, "converted")
     before, after = file_size(done.bytes_before), file_size(done.bytes_after)
     typer.echo(f"{target}: {before} -> {after}")
     in_place = source.resolve() == target.resolve()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``nm-permute recipe``: write a recipe, show all its settings, check it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stdout
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -50,6 +50,21 @@ COMMENTS = {
     "scheme": "FP8_DYNAMIC, FP8, W8A8 and W4A16 keep the zeros",
 }
 """What stands behind a field in a recipe that ``new`` writes."""
+
+
+def _naming_the_file(command: Callable[..., None]) -> Callable[..., None]:
+    """Let the error of a command about a recipe name the recipe's file."""
+
+    @wraps(command)
+    def named(*, file: Path, **options: Any) -> None:
+        try:
+            command(file=file, **options)
+        except ValueError as error:
+            if str(file) in str(error):
+                raise
+            raise ValueError(f"recipe {file}: {error}") from error
+
+    return named
 
 
 @recipe.command()
@@ -103,8 +118,7 @@ def new(
 @recipe.command()
 def show(file: File) -> None:
     """Print a recipe with all settings, the defaults too, and mark what differs."""
-    import yaml
-
+    from nm_permute_plugin._files import read_yaml
     from nm_permute_plugin.pruning.describe import changed_settings
     from nm_permute_plugin.pruning.settings import Settings
 
@@ -118,11 +132,12 @@ def show(file: File) -> None:
         for name in path.split("."):
             value = value[name]
         marks[path] = f"the default is {_flow(value)}"
-    document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    _, document = read_yaml(file, "recipe")
     typer.echo("\n".join(_lines(document, every, marks)))
 
 
 @recipe.command()
+@_naming_the_file
 def check(
     file: File,
     model: Annotated[

@@ -162,13 +162,14 @@ def check_spec(
     loaded = _load(model, layers, seed)
     varied = vary_constants(loaded, seed)
     linears = match_linears(loaded, ["Linear"], ignore)
-    resolved = resolve(
-        loaded,
-        spec_of(loaded) if spec is None else read_spec(spec),
-        NMPattern.parse(pattern),
-        linears,
-        head_dim_of(loaded.config),
-    )
+    lines = spec_of(loaded) if spec is None else read_spec(spec)
+    known = (NMPattern.parse(pattern), linears, head_dim_of(loaded.config))
+    try:
+        resolved = resolve(loaded, lines, *known)
+    except ValueError as error:
+        if spec is None:
+            raise
+        raise ValueError(f"{spec}: {error}") from error
     perms, batch = random_perms(resolved, seed), random_batch(loaded, seed)
     change = fold_checked(
         loaded, resolved, perms, lambda: outputs_of(loaded, batch), math.inf

@@ -83,4 +83,8 @@ def evaluate_checkpoint(
 
     :raises ValueError: as ``perplexity``
     """
-    return perplexity(load_checkpoint(checkpoint, device), windows, batch_size)
+    model = load_checkpoint(checkpoint, device)
+    try:
+        return perplexity(model, windows, batch_size)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint}: {error}") from error

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Open a model's folder: its class, what that takes, its weights, its image processor."""
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -12,9 +13,14 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from nm_permute_plugin._files import LARGEST_JSON, read_json
 from nm_permute_plugin.checkpoint.checksums import refuse_changed
+from nm_permute_plugin.checkpoint.shards import DamagedError, open_shard
 from nm_permute_plugin.pruning.positions import fit_length
 from nm_permute_plugin.pruning.running.fast_dtype import to_fast_dtype
+
+_MOST_TOKENS = 1 << 24  # of a vocabulary: the largest have a million
+_LONGEST = 400  # characters of what transformers says
 
 CODE = "wants code of its own to be run"
 """In the message of an error about a folder that transformers would run code of."""
@@ -26,7 +32,8 @@ def config_of(folder: str | Path) -> Any:
 
     :raises ValueError: if it needs such code, or cannot be read
     """
-    return _without_code(AutoConfig, folder)
+    with _blaming(folder, "config.json"):
+        return _without_code(AutoConfig, folder)
 
 
 def model_class(folder: str | Path) -> Any:
@@ -51,7 +58,25 @@ def tokenizer_of(folder: str | Path) -> Any:
 
     :raises ValueError: if it needs such code, or cannot be read
     """
-    return _without_code(AutoTokenizer, folder)
+    with _blaming(folder, "tokenizer.json", "tokenizer_config.json"):
+        _refuse_huge_numbers(Path(folder, "tokenizer.json"))
+        tokenizer = _without_code(AutoTokenizer, folder)
+        tokenizer("a")  # some of its fields are only looked at now
+        return tokenizer
+
+
+def _refuse_huge_numbers(file: Path) -> None:
+    """Refuse numbers of tokens for which the tokenizers package ends the process."""
+    if not file.is_file():
+        return
+    content = read_json(file)
+    model = content.get("model") if isinstance(content, dict) else None
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    for token, number in vocabulary.items() if isinstance(vocabulary, dict) else ():
+        if type(number) is not int or not 0 <= number < _MOST_TOKENS:
+            raise ValueError(
+                f"{file}: the token {token!r} has the number {str(number)[:40]}"
+            )
 
 
 def load_model(folder: str | Path, **options: Any) -> Any:
@@ -63,26 +88,27 @@ def load_model(folder: str | Path, **options: Any) -> Any:
     """
     kind = model_class(folder)
     pickled = [] if any(Path(folder).glob("*.safetensors")) else _pickled(folder)
-    try:
-        return _without_code(kind, folder, **{"dtype": "auto", **options})
-    except (UnpicklingError, EOFError, KeyError, RuntimeError) as error:
-        if "automatic conversion" in str(error):
-            raise ValueError(_damage(Path(folder))) from error
-        if not pickled:
-            raise
-        names = ", ".join(str(file) for file in pickled)
-        raise ValueError(
-            f"{names}: these pickled weights are damaged, or would run code when they "
-            "are read; take the model as safetensors"
-        ) from error
+    with _blaming(folder, "config.json"):
+        try:
+            return _without_code(kind, folder, **{"dtype": "auto", **options})
+        except (UnpicklingError, EOFError, KeyError, RuntimeError) as error:
+            if "automatic conversion" in str(error):
+                raise ValueError(_damage(Path(folder))) from error
+            if not pickled:
+                raise
+            names = ", ".join(str(file) for file in pickled)
+            raise ValueError(
+                f"{names}: these pickled weights are damaged, or would run code when "
+                "they are read; take the model as safetensors"
+            ) from error
 
 
 def empty_model(folder: str | Path) -> nn.Module:
     """Make a checkpoint's model on the device meta, which takes no memory."""
     kind = model_class(folder)
-    with torch.device("meta"):
+    with _blaming(folder, "config.json"), torch.device("meta"):
         made: nn.Module = kind._from_config(config_of(folder))
-    return made
+        return made
 
 
 def load_checkpoint(checkpoint: str | Path, device: str) -> nn.Module:
@@ -121,7 +147,8 @@ def image_processor(folder: str | Path) -> Any:
     :raises ValueError: if the checkpoint has none
     """
     try:
-        return _without_code(AutoImageProcessor, folder, backend="pil")
+        with _blaming(folder, "preprocessor_config.json"):
+            return _without_code(AutoImageProcessor, folder, backend="pil")
     except (OSError, ValueError) as error:
         if CODE in str(error):
             raise
@@ -135,14 +162,10 @@ def _without_code(kind: Any, folder: str | Path, **options: Any) -> Any:
     """
     Load something of a checkpoint; never asks, and never runs code of the folder.
 
-    :raises ValueError: if it cannot be had without, or a JSON file is nested too deep
+    :raises ValueError: if it cannot be had without
     """
     try:
         return kind.from_pretrained(folder, trust_remote_code=False, **options)
-    except RecursionError as error:
-        deep = [file for file in sorted(Path(folder).glob("*.json")) if _is_deep(file)]
-        named = deep[0] if deep else folder
-        raise ValueError(f"{named} is nested too deep to be JSON of a model") from error
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
@@ -150,6 +173,50 @@ def _without_code(kind: Any, folder: str | Path, **options: Any) -> Any:
             f"{folder} {CODE}, which is never run: take a model whose class is part of "
             "transformers, or remove `auto_map` from its JSON files"
         ) from error
+
+
+@contextmanager
+def _blaming(folder: str | Path, *names: str) -> Iterator[None]:
+    """
+    Let an error of transformers about a folder's files name the file.
+
+    :param names: of the files that are read, where none is found to be damaged
+    :raises ValueError: in place of whatever a file causes that is not as it should be
+    """
+    for file in Path(folder).glob("*.json"):
+        if file.is_file() and file.stat().st_size > LARGEST_JSON:
+            size = f"{file.stat().st_size:,} bytes"
+            raise ValueError(
+                f"{file} has {size}, which is too large for JSON of a model"
+            )
+    try:
+        yield
+    except (ImportError, MemoryError, OSError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        told = str(error)
+        if str(folder) in told or "DefaultCPUAllocator" in told:
+            raise
+        blamed = _damaged_file(Path(folder)) or ", ".join(
+            str(Path(folder, name)) for name in names
+        )
+        said = f"{type(error).__name__}: {' '.join(told.split())[:_LONGEST]}"
+        raise ValueError(f"{blamed}: transformers cannot read it: {said}") from error
+
+
+def _damaged_file(folder: Path) -> str:
+    """Say what is wrong with the first damaged file of a folder; nothing if none is."""
+    for file in sorted(folder.glob("*.json")):
+        try:
+            read_json(file)
+        except (OSError, ValueError) as error:
+            return str(error)
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            open_shard(file)
+        except DamagedError as error:
+            return str(error)
+    return ""
 
 
 def _damage(folder: Path) -> str:
@@ -163,16 +230,6 @@ def _damage(folder: Path) -> str:
 
 def _pickled(folder: str | Path) -> list[Path]:
     return sorted(Path(folder).glob("pytorch_model*.bin"))
-
-
-def _is_deep(file: Path) -> bool:
-    try:
-        json.loads(file.read_text(encoding="utf-8"))
-    except RecursionError:
-        return True
-    except (OSError, ValueError):
-        return False
-    return False
 
 
 def refuse_images_for(folder: str | Path) -> None:

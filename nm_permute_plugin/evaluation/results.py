@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from nm_permute_plugin._files import read_json, write_text
 from nm_permute_plugin.checkpoint.record import FOLDER
 
 FILE = f"{FOLDER}/evaluations.json"
@@ -128,11 +129,13 @@ def read_evaluations(checkpoint: Path) -> Evaluations:
     if not path.exists():
         return Evaluations()
     try:
-        return Evaluations.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
+        return Evaluations.model_validate(read_json(path))
+    except (OSError, ValueError) as error:
+        said = str(error)
+        if isinstance(error, ValidationError):
+            said = error.errors()[0]["msg"]
         raise ValueError(
-            f"{path} holds no results of an evaluation ({first['msg']}); remove it, or "
+            f"{path} holds no results of an evaluation ({said}); remove it, or "
             "measure again"
         ) from None
 
@@ -141,7 +144,4 @@ def write_evaluations(checkpoint: Path, results: Evaluations) -> None:
     """Write ``nm_permute/evaluations.json``, whole or not at all."""
     path = checkpoint / FILE
     path.parent.mkdir(exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    text = results.model_dump_json(indent=1, exclude_none=True) + "\n"
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    write_text(path, results.model_dump_json(indent=1, exclude_none=True) + "\n")

@@ -11,7 +11,7 @@ from torch import nn
 
 from nm_permute_plugin._words import file_size
 from nm_permute_plugin.checkpoint.plan import TWO_FOUR
-from nm_permute_plugin.checkpoint.transaction import refuse_occupied
+from nm_permute_plugin.checkpoint.transaction import nearest, refuse_occupied
 from nm_permute_plugin.modifiers.neighbours import is_pruned_later, weight_bits
 from nm_permute_plugin.pruning.settings import Settings
 from nm_permute_plugin.pruning.targets import linears_among
@@ -102,10 +102,3 @@ def bytes_of_a_save(
             # n of m values stay, and a bit for each
             gained += int(weight.numel() * (kept * (1 - pattern.density) - 1) / 8)
     return saved, saved - gained if sparse else 0
-
-
-def nearest(path: Path) -> Path:
-    """Return a path, or the nearest of its parents that exists."""
-    while not os.path.lexists(path):
-        path = path.parent
-    return path

@@ -5,7 +5,6 @@ One look over recipe, model, data, folder and disk, before the model is run even
 What is certain to fail is found here, all of it at once, and not after hours of work.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from nm_permute_plugin.modifiers.disk import (
     unfit_folder,
 )
 from nm_permute_plugin.modifiers.fields import PermutationFields
+from nm_permute_plugin.modifiers.host import running_oneshot
 from nm_permute_plugin.modifiers.neighbours import unfit_groups, unfit_neighbours
 from nm_permute_plugin.modifiers.recipe import read_recipe
 from nm_permute_plugin.pruning import ranks
@@ -138,7 +138,8 @@ def look_of(ours: Modifier, modifiers: Sequence[Modifier], state: Any) -> Look:
 
     :param state: llm-compressor's
     """
-    out = _output_of_oneshot()
+    named = getattr(running_oneshot(), "output_dir", None)
+    out = None if named is None else Path(named)
     if out is not None and is_unfinished(out):
         name = out.name.removeprefix(".").rsplit(".", 2)[0]
         out = out.with_name(name)
@@ -206,22 +207,6 @@ def too_few(samples: int, settings: Settings) -> Iterator[str]:
 def _settings(modifier: Any) -> Settings:
     settings: Settings = modifier.settings()
     return settings
-
-
-def _output_of_oneshot() -> Path | None:
-    """
-    Find where the ``oneshot`` that is running will save.
-
-    llm-compressor tells no modifier, so it is read off the call itself.
-    """
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        caller = frame.f_locals.get("self")
-        if type(caller).__name__ == "Oneshot":
-            out = getattr(caller, "output_dir", None)
-            return None if out is None else Path(out)
-    return None
 
 
 def _rows(calibration: Any) -> int | None:

@@ -9,13 +9,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import yaml
 from llmcompressor.core import active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.factory import ModifierFactory
 from llmcompressor.recipe import Recipe
 from pydantic import ValidationError
 
+from nm_permute_plugin._files import read_yaml
 from nm_permute_plugin._near_names import did_you_mean
 from nm_permute_plugin.pruning.setting_errors import one_line, with_remedies
 
@@ -29,12 +29,7 @@ def read_recipe(path: Path) -> str:
     :raises ValueError: if it is no YAML mapping, if llm-compressor would leave out a
         modifier that stands in it, or if it has no ``LearnablePermutationModifier``
     """
-    text = path.read_text()
-    try:
-        document = yaml.load(text, _UniqueKeys)
-    except (yaml.YAMLError, RecursionError) as error:
-        said = " ".join(str(error).split())
-        raise ValueError(f"recipe {path} is no YAML: {said}") from error
+    text, document = read_yaml(path, "recipe")
     if not isinstance(document, dict):
         raise ValueError(f"recipe {path} holds no stages; see recipes/ for examples")
     _refuse_bad_bodies(document, path)
@@ -137,21 +132,3 @@ def _known_modifiers() -> dict[str, type[Modifier]]:
         **ModifierFactory._experimental_registry,
         **ModifierFactory._registered_registry,
     }
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error: the first would be ignored."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
-        keys = [
-            key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"
-        ]
-        for number, key in enumerate(keys):
-            if key in keys[:number]:
-                raise yaml.constructor.ConstructorError(
-                    None,
-                    None,
-                    f"{key!r} stands twice",
-                    node.value[number][0].start_mark,
-                )
-        return super().construct_mapping(node, deep)

@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
+from typing import Any
 
 from loguru import logger
 from transformers import PreTrainedModel
@@ -13,6 +14,7 @@ from nm_permute_plugin._words import file_size
 from nm_permute_plugin.checkpoint.saving import save_checkpoint
 from nm_permute_plugin.checkpoint.source import Source
 from nm_permute_plugin.checkpoint.transaction import is_unfinished
+from nm_permute_plugin.modifiers.host import running_oneshot
 from nm_permute_plugin.pruning import ranks
 
 
@@ -25,8 +27,9 @@ def after_save(
     """
     Makes every ``model.save_pretrained(folder)`` from now on end with ``finish``.
 
-    It works for ``oneshot(output_dir=...)`` and for a save by hand. Where ``finish``
-    refuses the checkpoint, ``folder`` holds what it held before.
+    It works for ``oneshot(output_dir=...)``, whose tokenizer is then part of the whole,
+    and for a save by hand. Where ``finish`` refuses the checkpoint, ``folder`` holds what
+    it held before.
 
     :param source: the model's own folder, whose other files are taken along
     :param said: what the log says of a checkpoint when it is complete, beside its size
@@ -37,7 +40,11 @@ def after_save(
 
     @wraps(save)
     def save_and_finish(save_directory: str | Path, **kwargs: object) -> None:
-        save_checkpoint(model, save_directory, finish, save, source, **kwargs)
+        host = _saving_oneshot(save_directory)
+        also = None if host is None else host.model_args.processor.save_pretrained
+        save_checkpoint(model, save_directory, finish, save, source, also, **kwargs)
+        if host is not None:
+            host.model_args.processor = None  # it is saved, and not written again
         ranks.wait()  # for the first to have put it in its place
         folder = Path(save_directory)
         # Of an unfinished folder, whoever puts it in its place says so.
@@ -62,3 +69,17 @@ def after_save(
     # llm-compressor wraps every save_pretrained that does not say it has been wrapped.
     save_and_finish.__dict__["_overridden"] = True
     model.save_pretrained = save_and_finish
+
+
+def _saving_oneshot(folder: str | Path) -> Any:
+    """
+    Find the ``Oneshot`` that saves into a folder now, and its processor afterwards.
+
+    :return: None where the save is another's, or there is no processor
+    """
+    host = running_oneshot()
+    out = getattr(host, "output_dir", None)
+    if out is None or host.model_args.processor is None:
+        return None
+    is_its_own = Path(folder).resolve().is_relative_to(Path(out).resolve())
+    return host if is_its_own else None

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Carry a LoRA adapter of a base model over to a checkpoint whose channels have moved."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,12 +9,15 @@ from typing import Any, cast
 
 import torch
 from loguru import logger
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nm_permute_plugin._files import read_json
 from nm_permute_plugin.checkpoint import transaction
+from nm_permute_plugin.checkpoint.checksums import refuse_changed
 from nm_permute_plugin.checkpoint.record import FOLDER, earlier_record
+from nm_permute_plugin.checkpoint.saving import writing
+from nm_permute_plugin.checkpoint.shards import open_shard
 from nm_permute_plugin.checkpoint.source import carry_files
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import (
@@ -74,18 +76,25 @@ def adapt(
             f"{checkpoint} has no record of a fold ({FOLDER}/permutations.safetensors); "
             "name a checkpoint that `nm-permute prune` or oneshot made with this plugin"
         )
+    refuse_changed(checkpoint, FOLDER)
     perms, report = record
     perms = _from_base_of(adapter, config, checkpoint, perms, report)
     stated = cast(Mapping[str, Any], report.get("modifier") or {}).get("spec")
     spec = spec_of(model) if stated is None else stated
     head_dim = head_dim_of(cast(Any, model).config)
     resolved = resolve(model, spec, NMPattern(2, 4), [], head_dim, with_values=False)
-    check_perms(resolved, perms)
+    try:
+        check_perms(resolved, perms)
+    except ValueError as error:
+        record_file = checkpoint / FOLDER / "permutations.safetensors"
+        raise ValueError(f"{record_file}: {error}") from error
     fold = _Fold(model, resolved, perms, tensors)
     new = {name: fold.moved(name, tensor) for name, tensor in tensors.items()}
     moved = sum(not torch.equal(new[name], tensors[name]) for name in tensors)
+    transaction.refuse_full(out.resolve(), sum(x.nbytes for x in new.values()))
     with transaction.directory(out.resolve()) as fresh:
-        save_file(new, fresh / WEIGHTS, metadata)
+        with writing(out):
+            save_file(new, fresh / WEIGHTS, metadata)
         content = {**config, "base_model_name_or_path": str(checkpoint)}
         transaction.write_json(fresh / CONFIG, content)
         carry_files(adapter.resolve(), fresh)
@@ -222,18 +231,11 @@ def _read_adapter(
                 f"{adapter} holds no LoRA adapter of PEFT (no {name})"
                 + ("; save it by PEFT's save_pretrained, as safetensors" * pickled)
             )
-    try:
-        config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{adapter / CONFIG} is no JSON: {error}") from error
+    config, stored = read_json(adapter / CONFIG), open_shard(adapter / WEIGHTS)
     if not isinstance(config, dict):
         raise ValueError(f"{adapter / CONFIG} must hold an object")
-    try:
-        with safe_open(adapter / WEIGHTS, "pt") as stored:
-            metadata = stored.metadata() or {}
-            return config, {n: stored.get_tensor(n) for n in stored.keys()}, metadata  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{adapter / WEIGHTS} is damaged: {error}") from error
+    tensors = {name: stored.read(name) for name in stored.tensors}
+    return config, tensors, dict(stored.metadata)
 
 
 def _refuse_kinds(adapter: Path, config: Mapping[str, Any]) -> None:
@@ -272,6 +274,7 @@ def _from_base_of(
     first = str(report.get("base_model") or "")
     if base and Path(base).is_dir():
         earlier = earlier_record(Path(base))
+        refuse_changed(Path(base), FOLDER)
         if earlier is not None:
             old, told = earlier
             first = str(told.get("base_model") or "")

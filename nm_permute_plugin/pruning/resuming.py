@@ -394,10 +394,16 @@ def _generators() -> list[torch.Tensor]:
 
 
 def _set_generators(states: list[torch.Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if torch.cuda.is_initialized():
-        for state in states[1:]:
-            torch.cuda.set_rng_state(state)
+    try:
+        torch.set_rng_state(states[0])
+        if torch.cuda.is_initialized():
+            for state in states[1:]:
+                torch.cuda.set_rng_state(state)
+    except (LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"value.json holds no state of random generators ({error}): start anew with "
+            "--fresh (fresh=True)"
+        ) from error
 
 
 def _flat(given: Mapping[str, object], prefix: str = "") -> dict[str, str]:
@@ -411,7 +417,8 @@ def _flat(given: Mapping[str, object], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _differences(then: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
+def _differences(then: Any, now: Mapping[str, str]) -> Iterator[str]:
+    then = then if isinstance(then, dict) else {}
     for name in dict.fromkeys([*then, *now]):
         before, after = then.get(name, "none"), now.get(name, "none")
         if before != after:

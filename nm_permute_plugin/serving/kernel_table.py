@@ -6,7 +6,9 @@ import logging
 import os
 import re
 import tempfile
+import time
 from bisect import bisect_left
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -18,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nm_permute_plugin._files import parse_json, read_text
 from nm_permute_plugin.serving import kernels as implementations
 from nm_permute_plugin.serving.kernels.kernel import Settings
 
@@ -25,6 +28,11 @@ logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is under its n
 
 BUCKETS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """The most tokens that each bucket serves; the last bucket also serves larger numbers."""
+
+_PART = ".tmp"
+_ABANDONED = 3600.0  # seconds: to write a table takes a moment
+_LARGEST_SETTING = 1 << 16  # sizes of tiles, counts, numbers of algorithms; -1: none
+_LARGEST = 1 << 20  # bytes of a file: a table takes some kilobytes
 
 CACHE = "NM_PERMUTE_CACHE"
 """This environment variable names the folder where kernel tables are kept."""
@@ -104,7 +112,7 @@ class KernelTable:
         :raises ValueError: if the text is no kernel table
         """
         try:
-            stored = json.loads(text)
+            stored = parse_json(text)
             buckets = [
                 Bucket(
                     int(tokens), _choice(chosen), [_choice(each) for each in fastest]
@@ -112,7 +120,7 @@ class KernelTable:
                 for tokens, chosen, fastest in stored["buckets"]
             ]
             table = cls(int(stored["out_features"]), buckets)
-        except (KeyError, TypeError, OverflowError, RecursionError) as error:
+        except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"it is no kernel table: {error!r}") from None
         sizes = table._sizes
         if not sizes or sizes != sorted(set(sizes)):
@@ -122,7 +130,10 @@ class KernelTable:
 
 def _choice(stored: list[Any]) -> Choice:
     kernel, settings, microseconds = stored
-    return Choice(str(kernel), tuple(map(int, settings)), float(microseconds))
+    numbers = all(type(n) is int and -1 <= n <= _LARGEST_SETTING for n in settings)
+    if not numbers or not 0 <= float(microseconds) < float("inf"):
+        raise ValueError(f"it is no kernel table: it holds {str(stored)[:80]}")
+    return Choice(str(kernel), tuple(settings), float(microseconds))
 
 
 def path_of(weight: Tensor, kernels: list[str]) -> Path:
@@ -169,7 +180,7 @@ def load(path: Path, rows: int, allowed: list[str]) -> KernelTable | None:
     A damaged table, or one of other rows or kernels, is ignored with a warning.
     """
     try:
-        table = KernelTable.from_json(path.read_text())
+        table = KernelTable.from_json(read_text(path, _LARGEST))
         if table.out_features != rows or not set(table.kernels) <= set(allowed):
             raise ValueError(f"it is for {table.out_features} rows, {table.kernels}")
         return table
@@ -184,10 +195,24 @@ def save(table: KernelTable, path: Path) -> None:
     """Write a kernel table as a whole or not at all; a failure is only warned of."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _clear_abandoned(path.parent)
         with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, suffix=".tmp", delete=False
+            "w", dir=path.parent, suffix=_PART, delete=False
         ) as file:
-            file.write(table.to_json())
-        os.replace(file.name, path)
+            try:
+                file.write(table.to_json())
+                file.flush()
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
     except OSError as error:
         logger.warning("could not keep the kernel table in %s: %s", path, error)
+
+
+def _clear_abandoned(folder: Path) -> None:
+    """Remove what servers that were killed while they wrote have left."""
+    for part in folder.glob(f"*{_PART}"):
+        with suppress(OSError):
+            if time.time() - part.stat().st_mtime > _ABANDONED:
+                part.unlink()

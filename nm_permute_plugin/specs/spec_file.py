@@ -4,6 +4,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from nm_permute_plugin._files import read_yaml
+
 
 def read_spec(file: Path) -> Mapping[str, str]:
     """
@@ -12,16 +14,11 @@ def read_spec(file: Path) -> Mapping[str, str]:
     :raises ValueError: if it is no mapping of lines to words
     :raises FileNotFoundError: if it does not exist
     """
-    import yaml
-
     if not file.is_file():
         raise FileNotFoundError(
             f"spec file {file} does not exist (looked for from {Path.cwd()})"
         )
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{file} is no YAML: {error}".replace("\n", " ")) from error
+    _, content = read_yaml(file, "spec")
     if not isinstance(content, dict) or not content:
         raise ValueError(
             f"{file} holds no spec; write a line a parameter, for example "

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmarks' scripts import their siblings, as they do when they are run."""
 
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,3 +37,20 @@ def arguments(
     sizes = ["--sequence-length", "32", "--rows", "24", "--batch-size", "4"]
     train = ["--train", text_file("train", 999)]
     return [str(trained_checkpoint), *train, *sizes, "--device", "cpu"]
+
+
+@pytest.fixture
+def run_script() -> Callable[..., str]:
+    """A runner: what a script prints in a process of its own."""
+
+    def run(script: Path, *words: object) -> str:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", str(script), *map(str, words)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    return run

@@ -3,6 +3,7 @@
 
 import errno
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -194,3 +195,63 @@ def test_weights_may_be_read_by_whom_the_directory_may(target: Path) -> None:
         (fresh / "plain").write_text("")
     modes = {oct(p.stat().st_mode) for p in target.rglob("*") if p.is_file()}
     assert modes == {oct((target / "plain").stat().st_mode)}
+
+
+def test_a_file_system_without_modes_and_links_takes_a_directory(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stands for exFAT, and for file systems of users, which cannot be had in a test."""
+    real = os.fsync
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    def sync_files_alone(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(descriptor)
+
+    for name in ("link", "chmod", "utime", "setxattr"):
+        monkeypatch.setattr(os, name, refuse)
+    monkeypatch.setattr(os, "fsync", sync_files_alone)
+    with transaction.directory(target, everything) as fresh:
+        fill(fresh)
+        save_file({"x": torch.zeros(4)}, fresh / "model.safetensors")
+        transaction.take(target, fresh, everything)
+    assert content_of(target).keys() == {*KEPT, "model.safetensors"}
+
+
+def test_a_file_that_cannot_be_written_to_disk_is_an_error(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    before = content_of(target)
+    monkeypatch.setattr(os, "fsync", fail)
+    with (
+        pytest.raises(OSError, match="Input/output error"),
+        transaction.directory(target) as fresh,
+    ):
+        fill(fresh)
+    assert content_of(target) == before
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_everything_that_is_new_is_written_to_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[int] = set()
+    real = os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    with transaction.directory(tmp_path / "a" / "b" / "target") as fresh:
+        fill(fresh)
+        (fresh / "more").mkdir()
+        (fresh / "more" / "file").write_text("new")
+    found = [tmp_path, *tmp_path.rglob("*")]
+    assert [path for path in found if path.stat().st_ino not in synced] == []

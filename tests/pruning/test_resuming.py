@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs of Python that are interrupted go on, and folders that hold something else stay."""
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -162,3 +164,52 @@ def test_the_bar_of_a_run_that_goes_on_begins_where_it_stands(
     counts = re.findall(r"Learning (\w+): +\d+%\|[^|]*\| (\d+)/(\d+) ", shown)
     assert counts[0] == ("multipliers", "2", "3")
     assert counts[-1] == ("multipliers", "3", "3")
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """The folder of a value with tensors and words."""
+    value = {"a": torch.arange(64.0), "b": [torch.ones(3), ("word", 1)]}
+    state_files.write_value(tmp_path / "value", value, {"what": "it", "key": "k"})
+    return tmp_path / "value"
+
+
+def test_a_changed_bit_anywhere_is_seen(written: Path) -> None:
+    for file in sorted(written.iterdir()):
+        content = file.read_bytes()
+        for at in range(0, len(content), 97):
+            changed = bytearray(content)
+            changed[at] ^= 4
+            file.write_bytes(changed)
+            with pytest.raises(ValueError, match="value cannot be read"):
+                state_files.read_value(written)
+        file.write_bytes(content)
+    assert state_files.read_value(written)["b"][1] == ("word", 1)
+
+
+def test_a_hostile_value_imports_nothing(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's own way to write trees would import the module."""
+    code = f"import os; os.mkdir({str(tmp_path / 'mark')!r})"
+    (tmp_path / "hostile_module.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    enum = {"__enum__": True, "fqn": "hostile_module:X", "name": "x"}
+    context = json.dumps([enum])
+    leaf = {"type": None, "context": None, "children_spec": []}
+    tree = {"type": "builtins.dict", "context": context, "children_spec": [leaf]}
+    for value in (enum, {"dict": [["a", enum]]}, {"tree": json.dumps([1, tree])}):
+        said = {
+            "about": {},
+            "value": value,
+            "tree": json.dumps([1, tree]),
+            "leaves": [],
+        }
+        (written / "value.json").write_text(json.dumps(said))
+        digest = hashlib.sha256((written / "value.json").read_bytes()).hexdigest()
+        (written / "sums.json").write_text(
+            json.dumps({"files": {"value.json": digest}})
+        )
+        with pytest.raises(ValueError, match="value cannot be read"):
+            state_files.read_value(written)
+    assert not (tmp_path / "mark").exists()

@@ -7,6 +7,7 @@ import grimp
 import pytest
 
 ALLOWED = [
+    r"nm_permute_plugin\.(_files|_unique_keys)",
     r"nm_permute_plugin\.maths(\..+)?",
     r"nm_permute_plugin\.checkpoint",
     r"nm_permute_plugin\.checkpoint\.(config|codec|codec_triton|layout24)",

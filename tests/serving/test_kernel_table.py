@@ -2,6 +2,7 @@
 """Kernel tables choose by tokens, and survive on disk or are measured anew."""
 
 import logging
+import os
 from pathlib import Path
 from shutil import copytree, ignore_patterns
 
@@ -13,7 +14,9 @@ from nm_permute_plugin.serving.tune import choose
 
 OURS = Choice("mma_sp", (1, 16, 1, 1, 1), 50.0)
 DENSE = Choice("dense", (), 88.0)
-TABLE = KernelTable(16, [Bucket(4, OURS, [OURS, DENSE]), Bucket(16, DENSE, [DENSE])])
+OTHER = Choice("cusparselt", (0, 1, -1), 90.0)
+BUCKETS = [Bucket(4, OURS, [OURS, DENSE, OTHER]), Bucket(16, DENSE, [DENSE])]
+TABLE = KernelTable(16, BUCKETS)
 
 
 @pytest.mark.parametrize(
@@ -31,9 +34,9 @@ def test_weights_are_packed_for_the_chosen_kernels_alone() -> None:
 
 def test_the_text_shows_every_time_and_the_choice() -> None:
     head, first, second = TABLE.as_text().splitlines()
-    assert head.split() == ["tokens", "dense", "mma_sp"]
-    assert first.split() == ["4", "88.0", "50.0", "mma_sp"]
-    assert second.split() == ["16", "88.0", "-", "dense"]
+    assert head.split() == ["tokens", "cusparselt", "dense", "mma_sp"]
+    assert first.split() == ["4", "90.0", "88.0", "50.0", "mma_sp"]
+    assert second.split() == ["16", "-", "88.0", "-", "dense"]
 
 
 def test_a_table_comes_back_from_disk(tmp_path: Path) -> None:
@@ -56,10 +59,31 @@ DAMAGED = {
     "unordered": f'{{"out_features": 1, "buckets": [[8, {ROW}, []], [4, {ROW}, []]]}}',
     "infinite": f'{{"out_features": Infinity, "buckets": [[8, {ROW}, []]]}}',
     "settings of another kind": '{"out_features": 1, "buckets": [[8, ["a", 1, 2], []]]}',
+    "a setting beyond all": '{"out_features": 1, "buckets": [[8, ["a", [9e9], 2], []]]}',
+    "a size beyond all": '{"out_features": 1, "buckets": [[8, ["a", [99999], 2], []]]}',
+    "no time": '{"out_features": 1, "buckets": [[8, ["a", [1], NaN], []]]}',
     "a plan of old": '{"out_features": 1, "plan": {"4": ["mma_sp", [1, 16], 2.5]}}',
     "nested deeply": "[" * 100_000,
     "nested deeply and whole": "[" * 100_000 + "]" * 100_000,
 }
+
+
+def test_a_pipe_or_a_device_is_no_table(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        assert kernel_table.load(path, 16, KERNELS) is None
+        assert str(path) in caplog.text
+
+
+def test_what_a_server_that_died_left_is_removed(tmp_path: Path) -> None:
+    old, new = tmp_path / "abc.tmp", tmp_path / "def.tmp"
+    for part in (old, new):
+        part.touch()
+    os.utime(old, (0, 0))
+    kernel_table.save(TABLE, tmp_path / "table.json")
+    assert sorted(os.listdir(tmp_path)) == ["def.tmp", "table.json"]
 
 
 @pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED.keys())
