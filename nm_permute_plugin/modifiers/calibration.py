@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from nm_permute_plugin.pruning import ranks
 
 
-def all_samples(calibration: Any) -> Iterable[Any]:
+def all_samples(calibration: Any) -> Iterable[Any] | None:
     """
     The batches of llm-compressor's data loader, or those of the whole data set.
 
@@ -23,7 +23,7 @@ def all_samples(calibration: Any) -> Iterable[Any]:
     sampler: Any = getattr(calibration, "sampler", None)
     share, whole = getattr(sampler, "data_source", None), _dataset(calibration)
     if ranks.count() == 1 or share is None or whole is None or len(share) == len(whole):
-        batches: Iterable[Any] = calibration
+        batches: Iterable[Any] | None = calibration
         return batches
     count = min(round(ranks.total(len(sampler))), len(whole))
     size = calibration.batch_size

@@ -105,8 +105,8 @@ def search(
     together = [list(spaces), *_families(spaces)]
     # Counted are rounds and validations; the start is a round as well.
     counted = 2 + len(numbers) * (step + len(together))
-    is_shown = bool(numbers)
-    with ranks.bar(desc="Searching", total=counted, shown=is_shown) as bar:
+    what, is_shown = "Searching the permutation", bool(numbers)
+    with ranks.bar(desc=what, total=counted, shown=is_shown) as bar:
         least = validate(best)
         bar.update()
         history: History = [{"round": 0, "validation": least}]

@@ -138,7 +138,8 @@ def output_sensitivity(
         return watched
 
     device = next(model.parameters()).device
-    samples = ranks.dealt(list(first_samples(batches)))
+    generator = torch.Generator(device).manual_seed(seed)
+    samples = list(first_samples(batches))
     with (
         frozen(model),
         torch.enable_grad(),
@@ -147,19 +148,19 @@ def output_sensitivity(
             for name in linears
         ),
     ):
-        for turn, sample, counts in ranks.bar(samples, "Measuring outputs"):
-            # Its own, because ranks take samples in turns.
-            generator = torch.Generator(device).manual_seed(seed + turn)
+        # On all ranks: they are few, and what is drawn for one hangs on those before it.
+        for sample in ranks.bar(samples, "Measuring outputs"):
             out = run(model, on_device(sample, model), LossSettings())
             refuse_not_finite(out.logits.detach())
             mask = token_mask(sample).to(device)
             # A classifier gives one row of logits for a whole row of tokens.
             places = mask.any(-1) if mask.dim() == out.logits.dim() else mask
             logits = counted_rows(out.logits, places).float()
-            (counts * _likelihood(logits, out.are_values, generator)).backward()
-    rows = {name: len(weight_of(linear(model, name))) for name in linears}
-    own = [squares.get(name, torch.zeros(rows[name])).cpu() for name in linears]
-    squares = dict(zip(linears, ranks.totals(own), strict=True))
+            _likelihood(logits, out.are_values, generator).backward()
+    for name in linears:
+        rows = len(weight_of(linear(model, name)))
+        squares[name] = squares.get(name, torch.zeros(rows)).cpu()
+    squares = ranks.of_first(lambda: squares)
     mean = torch.cat(list(squares.values())).mean()
     return {name: (s / mean).clamp_min(FLOOR).sqrt() for name, s in squares.items()}
 

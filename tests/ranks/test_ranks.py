@@ -22,6 +22,8 @@ import nm_permute_plugin as nmp
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).parents[2]
+
 BASE: dict[str, Any] = {
     "batch_size": 4,
     "search": {"rounds": 3},
@@ -46,7 +48,7 @@ RECIPES = {
         **{**BASE, "learn": {"steps": 100_000}, "validation": {"every": 50}}
     ),
     "plain": ours(**BASE),
-    "sharded": ours(**SETTINGS["sharded"]),
+    "sharded": (ROOT / "recipes" / "2of4_learned_sharded.yaml").read_text(),
 }
 
 API_RUNS = Path(__file__).with_name("api_runs.py")

@@ -391,6 +391,10 @@ class Signs:
             for name, mask in hard.items()
         }
 
+    @property
+    def parameters(self) -> list[Tensor]:
+        return list(self.logs.values())
+
     def update(self) -> None:
         with torch.no_grad():
             for log in self.logs.values():
