@@ -126,7 +126,7 @@ def compared(expected: Estimate, taken: Measured) -> str:
     """A table of both, by stage."""
     lines = [
         "| stage | expected s | taken s | error | CPU s expected | taken | error "
-        "| GB expected | taken |",
+        "| GiB expected | taken |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     stages = {stage.name: (stage.took, stage.peak) for stage in expected.stages}
@@ -148,7 +148,7 @@ def compared(expected: Estimate, taken: Measured) -> str:
             f"| {name} | {took.seconds:.1f} | {true.seconds:.1f} | "
             f"{error(took.seconds, true.seconds)} | {took.cpu_seconds:.1f} | "
             f"{true.cpu_seconds:.1f} | {error(took.cpu_seconds, true.cpu_seconds)} | "
-            f"{peak / 1e9:.2f} | {true_peak / 1e9:.2f} |"
+            f"{peak / 2**30:.2f} | {true_peak / 2**30:.2f} |"
         )
     alone = set(taken) - set(stages)
     lines += [f"only taken: {name} {taken[name][0].seconds:.1f} s" for name in alone]

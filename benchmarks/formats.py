@@ -19,11 +19,13 @@ import yaml
 from datasets import Dataset
 from llmcompressor import oneshot, reset_session
 from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import nm_permute_plugin.modifiers  # noqa: F401  # GPTQ keeps zeros
 from nm_permute_plugin.checkpoint.config import Format
 from nm_permute_plugin.checkpoint.directory import open_checkpoint
 from nm_permute_plugin.checkpoint.pattern import check_pattern
@@ -39,8 +41,9 @@ from texts import text_rows, text_windows
 
 DENSE: Format = "dense"
 SPARSE: Format = "sparse-24-bitmask"
-SMOOTH = "W8A8_SMOOTHQUANT"
-SCHEMES = ["FP8_DYNAMIC", "FP8", "W8A8", SMOOTH, "W4A16"]
+SMOOTH, GPTQ = "_SMOOTHQUANT", "_GPTQ"
+SCHEMES = ["FP8_DYNAMIC", "FP8", "W8A8", "W4A16"]
+SCHEMES = [x + how for x in SCHEMES for how in ("", GPTQ)] + [f"W8A8{SMOOTH}"]
 
 
 def main() -> None:
@@ -113,14 +116,16 @@ def _quantize(
 ) -> None:
     """Quantize pruned weights, check that they still are, store 8 bits sparse."""
     fields: dict[str, object] = {"targets": ["Linear"], "ignore": ["lm_head"]}
-    if scheme == "W4A16":
+    name = scheme.removesuffix(SMOOTH).removesuffix(GPTQ)
+    if name == "W4A16":
         weights = {"num_bits": 4, "strategy": "group", "group_size": args.group_size}
         group = {"targets": ["Linear"], "weights": weights}
         fields = {"config_groups": {"group_0": group}, "ignore": ["lm_head"]}
     else:
-        fields["scheme"] = scheme.removesuffix("_SMOOTHQUANT")
-    recipe: list[Modifier] = [QuantizationModifier(**fields)]
-    if scheme == SMOOTH:
+        fields["scheme"] = name
+    kind = GPTQModifier if scheme.endswith(GPTQ) else QuantizationModifier
+    recipe: list[Modifier] = [kind(**fields)]
+    if scheme.endswith(SMOOTH):
         recipe.insert(0, SmoothQuantModifier(ignore=["lm_head"]))
     reset_session()
     oneshot(

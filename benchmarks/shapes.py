@@ -219,8 +219,8 @@ def measured(run: Callable[[], T]) -> tuple[T, float, str]:
     seconds = now() - begin
     if not torch.cuda.is_available():
         return found, seconds, ""
-    peak = torch.cuda.max_memory_allocated() / 1e9
-    return found, seconds, f", peak memory {peak:.1f} GB"
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    return found, seconds, f", peak memory {peak:.1f} GiB"
 
 
 def now() -> float:

@@ -12,6 +12,7 @@ from typing import Any
 from loguru import logger
 
 from nm_permute_plugin._files import open_file, write_text
+from nm_permute_plugin._words import file_size
 from nm_permute_plugin.checkpoint.config import Format, quantization_format
 from nm_permute_plugin.checkpoint.directory import Checkpoint, open_checkpoint
 from nm_permute_plugin.checkpoint.plan import experts_of
@@ -37,6 +38,10 @@ _ADAPTERS = (
     "`{base}` fits: LoRA adapters, draft models that read hidden states, probes and "
     "steering vectors give wrong results, without an error. "
     "`nm-permute adapt ADAPTER FOLDER OUT` carries a LoRA adapter over."
+)
+_INSTALL = (
+    "No index of packages has the plugin yet: `pip install '.[...]'` is run in the folder "
+    "of nm-permute-plugin's repository.\n\n"
 )
 
 
@@ -237,7 +242,7 @@ def _sparse(
     checkpoint: Checkpoint, promise: Promise, format: Format, reason: str
 ) -> str:
     pruned = promise.modules
-    size = sum(shard.path.stat().st_size for shard in checkpoint.shards) / 1e6
+    size = sum(shard.path.stat().st_size for shard in checkpoint.shards)
     quantized = quantization_format(checkpoint.config)
     sparse = f"`{format}` (values and a bitmask)"
     stored = "dense, zeros included" if format == "dense" else sparse
@@ -247,7 +252,7 @@ def _sparse(
         f"- stored {stored}: {reason}",
         f"- not sparse: {_families(others) or 'no other matrix'}; biases and norms",
         f"- quantization: {f'`{quantized}`' if quantized else 'none'}",
-        f"- weight files: {size:.1f} MB",
+        f"- weight files: {file_size(size)}",
     ]
     if promise.transposed:
         lines[0] += (
@@ -323,7 +328,7 @@ def _loading(checkpoint: Checkpoint, format: Format) -> str:
             "plugin, and run it as a dense model.\n\n" + python.format(first="")
         )
     text = (
-        "- transformers 5: `pip install nm-permute-plugin[transformers]`, then\n\n"
+        f"{_INSTALL}- transformers 5: `pip install '.[transformers]'`, then\n\n"
         + python.format(first="import nm_permute_plugin\n")
         + "\n\n- "
     )
@@ -340,7 +345,7 @@ def _loading(checkpoint: Checkpoint, format: Format) -> str:
         text += "`nm-permute convert FOLDER OUT --dense-experts` first; it serves no "
         text += "sparse experts"
     else:
-        text += "`pip install nm-permute-plugin[vllm]`, then `vllm serve FOLDER`"
+        text += "`pip install '.[vllm]'`, then `vllm serve FOLDER`"
         if format == "sparse-24-bitmask":
             text += "\n- vLLM up to 0.18.1, on Hopper GPUs, without the plugin: "
             text += "`nm-permute convert FOLDER OUT --legacy` first"

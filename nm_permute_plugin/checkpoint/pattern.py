@@ -92,9 +92,9 @@ def check_pattern(
         if isinstance(found, Violation):
             raise BrokenPatternError(
                 f"{module} is not {pattern} any more: {found}. A modifier after the "
-                "pruning does not keep its zeros (GPTQModifier does not, "
-                "QuantizationModifier does), or leaves this module out; training keeps "
-                "them under nm_permute_plugin.keep_masks only."
+                "pruning does not keep its zeros (QuantizationModifier and GPTQModifier "
+                "do), or leaves this module out; training keeps them under "
+                "nm_permute_plugin.keep_masks only."
             )
         nonzeros[module] = found
     return nonzeros

@@ -43,6 +43,13 @@ class CompressedTensorsConfig(_STOCK_CONFIG):  # type: ignore[valid-type, misc]
     reads_sparse = True
     sparsity: SparsityConfig | None = None
 
+    def post_init(self) -> None:
+        # Weights that are sparse alone are dense once they are read. The host says so in
+        # a warning about compressed execution, unless it was asked for.
+        if not self.is_quantized:
+            self.dequantize = True
+        super().post_init()
+
     @classmethod
     def from_dict(
         cls,

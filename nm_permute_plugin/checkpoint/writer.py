@@ -10,6 +10,7 @@ import torch
 from loguru import logger
 from torch import Tensor
 
+from nm_permute_plugin._words import file_size
 from nm_permute_plugin.checkpoint import transaction
 from nm_permute_plugin.checkpoint.bitmask import compress_any
 from nm_permute_plugin.checkpoint.checksums import refuse_changed, write_checksums
@@ -192,7 +193,7 @@ def rewrite(
     if plan.format == "dense" or not sparse:
         stored = f"all {every} matrices are stored dense"
     logger.info(
-        f"{stored}; the weights take {after / 1e6:.1f} MB after {before / 1e6:.1f} MB"
+        f"{stored}; the weights take {file_size(after)} after {file_size(before)}"
     )
     compressed = tuple(plan.nonzeros)
     return Conversion(plan.format, compressed, plan.dense, before, after, zeros)

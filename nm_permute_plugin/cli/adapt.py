@@ -24,7 +24,10 @@ def adapt(
 
     must_be_model(checkpoint)
     moved, count = adapt_folder(adapter, checkpoint, out, empty_model(checkpoint))
+    said = f"{moved} of {count} tensors have moved to the places of {checkpoint}'s channels"
+    if not moved:
+        said = f"a copy of {adapter}, which fits {checkpoint} as it is"
     typer.echo(
-        f"{out}: {moved} of {count} tensors have moved to the places of {checkpoint}'s "
-        f"channels; next: PeftModel.from_pretrained(model of {checkpoint}, {str(out)!r})"
+        f"{out}: {said}; next: PeftModel.from_pretrained(model of {checkpoint}, "
+        f"{str(out)!r})"
     )

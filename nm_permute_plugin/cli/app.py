@@ -14,7 +14,7 @@ from nm_permute_plugin.cli.demo import demo
 from nm_permute_plugin.cli.evaluate import evaluate
 from nm_permute_plugin.cli.fields import fields
 from nm_permute_plugin.cli.lm_eval import PASSED_ON, lm_eval
-from nm_permute_plugin.cli.logs import be_quiet
+from nm_permute_plugin.cli.logs import be_plain, be_quiet
 from nm_permute_plugin.cli.prune import prune
 from nm_permute_plugin.cli.recipe import recipe
 from nm_permute_plugin.cli.report import report
@@ -81,5 +81,6 @@ def main(
 
     Results are written to stdout, logs to stderr.
     """
+    be_plain()
     if quiet or rank() > 0:
         be_quiet()

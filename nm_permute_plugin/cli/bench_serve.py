@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from nm_permute_plugin._words import install
 from nm_permute_plugin.cli.common import find_device, print_table
 from nm_permute_plugin.evaluation.throughput import (
     Measurement,
@@ -94,8 +95,8 @@ def time_both_sides(checkpoint: Path, workload: Workload, out: Path | None) -> s
         raise ValueError(f"{MODE_VARIABLE} is dense: both sides would be the same")
     if find_spec("vllm") is None:
         raise ModuleNotFoundError(
-            "vLLM is not installed: pip install 'nm-permute-plugin[vllm]', in an "
-            "environment without llm-compressor"
+            f"vLLM is not installed: {install('vllm')}, in an environment without "
+            "llm-compressor"
         )
     if out is not None:
         require_matplotlib()

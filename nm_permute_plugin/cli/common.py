@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +16,7 @@ import typer
 from typer import Argument, Option
 from typer.core import TyperGroup
 
+from nm_permute_plugin._words import install
 from nm_permute_plugin.cli.torchrun import hold_back, refuse_many
 from nm_permute_plugin.pruning.processes import rank
 
@@ -66,14 +67,17 @@ _REMEDIES = {"prune": PRUNE_OUT_OF_MEMORY, "lm-eval": LM_EVAL_OUT_OF_MEMORY}
 class Commands(TyperGroup):
     """Commands whose mendable errors are one line, unless ``--debug`` is given."""
 
-    def resolve_command(self, ctx: Any, args: Any) -> Any:
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command of the first word, if it is one for all the processes."""
         found = super().resolve_command(ctx, args)
         refuse_many(found[0])
         return found
 
     def invoke(self, ctx: Any) -> Any:  # a class that typer keeps to itself
         try:
-            with stopped_cleanly():
+            quiet = ctx.params.get("quiet") or rank() > 0
+            telling = nullcontext() if quiet else telling_of_imports()
+            with stopped_cleanly(), telling:
                 return super().invoke(ctx)
         except Exception as error:
             _hint_at_text(error, ctx.invoked_subcommand)
@@ -104,7 +108,7 @@ def stopped_cleanly() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may handle signals
         return
-    owner = os.getpid()
+    owner, stderr = os.getpid(), sys.stderr  # which the block may replace for a while
 
     def stop(number: int, frame: object) -> None:
         for each in before:  # a second one must not interrupt the cleaning up
@@ -113,8 +117,9 @@ def stopped_cleanly() -> Iterator[None]:
             os._exit(128 + number)  # a process that we started, and must not clean up
         name = signal.Signals(number).name
         if rank() == 0:
-            line = f"error: stopped by {name}; no unfinished folder is left"
-            typer.echo(line, err=True)
+            begin = "\n" * stderr.isatty()  # below a bar
+            said = f"{begin}error: stopped by {name}; no unfinished folder is left"
+            typer.echo(said, file=stderr)
         raise SystemExit(128 + number)
 
     before = {
@@ -127,6 +132,35 @@ def stopped_cleanly() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def telling_of_imports(after: float = 5.0) -> Iterator[None]:
+    """
+    Say once what is being imported where that takes long, as on a busy machine.
+
+    :param after: seconds of the block
+    """
+    stderr, ended = sys.stderr, threading.Event()
+
+    def watch() -> None:
+        wait = after
+        while not ended.wait(wait):
+            wait = 1.0
+            for name, module in list(sys.modules.items()):
+                root = name.partition(".")[0]
+                spec = getattr(module, "__spec__", None)
+                # A module is in this state while its own lines run.
+                initializing = getattr(spec, "_initializing", False)
+                if initializing and root != "nm_permute_plugin":
+                    typer.echo(f"Still importing {root} ...", file=stderr)
+                    return
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def _one_line(error: Exception, command: str | None) -> str | None:
@@ -145,7 +179,7 @@ def _one_line(error: Exception, command: str | None) -> str | None:
         extra = EXTRAS.get((error.name or "").partition(".")[0])
         if extra is not None:
             extra = {"prune": "compress", "demo": "demo"}.get(command or "", extra)
-            return f"{text}: pip install 'nm-permute-plugin[{extra}]'"
+            return f"{text}: {install(extra)}"
     return text if isinstance(error, MENDABLE) or _is_refusal(error) else None
 
 

@@ -8,6 +8,8 @@ from typing import Annotated, cast, get_args
 import typer
 from typer import Argument, Option
 
+from nm_permute_plugin._words import file_size
+
 
 def convert(
     source: Annotated[Path, Argument(help="Folder of the checkpoint.")],
@@ -50,8 +52,8 @@ def convert(
         dense_experts=dense_experts,
         legacy=legacy,
     )
-    before, after = done.bytes_before / 1e6, done.bytes_after / 1e6
-    typer.echo(f"{target}: {before:.1f} -> {after:.1f} MB")
+    before, after = file_size(done.bytes_before), file_size(done.bytes_after)
+    typer.echo(f"{target}: {before} -> {after}")
     in_place = source.resolve() == target.resolve()
     if not (legacy or clear_zeros or in_place) and _stored(source) == _stored(target):
         typer.echo(

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 from typer import Option
 
+from nm_permute_plugin._words import memory_size
 from nm_permute_plugin.cli.common import Device, find_device, print_table
 from nm_permute_plugin.cli.embedded import (
     Parts,
@@ -144,8 +145,8 @@ def run_demo(out: Path, text: Parts, budget: Budget, device: str) -> list[Result
     _write_pages(out, results, cut.form, sum(map(len, test)))
     minutes = (time.perf_counter() - started) / 60
     # Kilobytes on Linux: the only unit that the system gives.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    logger.info(f"demo: {minutes:.1f} minutes, peak memory {peak:.1f} GiB")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    logger.info(f"demo: {minutes:.1f} minutes, peak memory {memory_size(peak)}")
     record = {"budget": asdict(budget), "rows": [asdict(row) for row in results]}
     (out / "results.json").write_text(json.dumps(record, indent=2) + "\n")
     return results

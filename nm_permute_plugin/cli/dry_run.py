@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
+from nm_permute_plugin._words import file_size, memory_size
 from nm_permute_plugin.cli.common import print_table
 from nm_permute_plugin.cli.logs import HostLog, nothing_misleading
 
@@ -83,17 +84,18 @@ def dry_run(
         f"{len(data.train)}, for validation: {len(data.validation)}"
     )
     plan.try_spec(loaded, settings, data, write_in_place)
-    typer.echo(f"Measuring a few steps of every stage on {there} ...", err=True)
     folder = nearest(out)
     beside = free(there)
-    found = estimate(loaded, plan, data, settings, folder, free)
+    found = estimate(
+        loaded, plan, data, settings, folder, free, partial(typer.echo, err=True)
+    )
     found.stages.insert(0, StageEstimate("load", load, found.held))
     print_table(table(found))
     saved, stored = bytes_of_a_save(loaded, settings, ours, modifiers)
     typer.echo(
-        f"disk: the weights take {(stored or saved) / 1e6:,.1f} MB, "
-        f"{(saved + stored) / 1e6:,.1f} MB until they are stored; {folder} has "
-        f"{shutil.disk_usage(folder).free / 1e9:,.1f} GB free"
+        f"disk: the weights take {file_size(stored or saved)}, "
+        f"{file_size(saved + stored)} until they are stored; {folder} has "
+        f"{file_size(shutil.disk_usage(folder).free)} free"
     )
     others = [type(each).__name__ for each in modifiers if each is not ours]
     if others:
@@ -101,8 +103,8 @@ def dry_run(
     refuse(found.unfit)
     total, spent = found.took.seconds, found.spent.seconds + load.seconds
     typer.echo(
-        f"about {duration(total)}, and at most {found.peak / 1e9:.1f} GB on {there} "
-        f"({beside / 1e9:.1f} GB were free beside the model); measuring took "
+        f"about {duration(total)}, and at most {memory_size(found.peak)} on {there} "
+        f"({memory_size(beside)} were free beside the model); measuring took "
         f"{duration(spent)}, {spent / max(total, 1e-9):.0%} of the run, and wrote nothing"
     )
 
@@ -122,9 +124,9 @@ def too_large(folder: Path, device: "torch.device", free: int) -> Iterable[str]:
             else ""
         )
         yield (
-            f"the weights take {weights / 1e9:.2f} GB, and {device} has "
-            f"{free / 1e9:.2f} GB free: {offload}use a device with "
-            f"{(weights - free) / 1e9:.2f} GB more"
+            f"the weights take {memory_size(weights)}, and {device} has "
+            f"{memory_size(free)} free: {offload}use a device with "
+            f"{memory_size(weights - free)} more"
         )
 
 
@@ -136,6 +138,6 @@ def table(found: "Estimate") -> str:
     lines = [f"| stage | time | {where} at most |", "|---|---|---|"]
     for stage in found.stages:
         lines.append(
-            f"| {stage.name} | {duration(stage.took.seconds)} | {stage.peak / 1e9:.2f} GB |"
+            f"| {stage.name} | {duration(stage.took.seconds)} | {memory_size(stage.peak)} |"
         )
     return "\n".join(lines)

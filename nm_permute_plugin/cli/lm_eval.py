@@ -40,9 +40,10 @@ def lm_eval(
     --apply_chat_template, --output_path, --log_samples (`lm-eval run --help`). As there,
     likelihoods are in the model's dtype: --model_args softmax_dtype=float32 is exacter.
 
-    With --dense, the dense model answers as well: printed are its figures, the recovery,
-    which is the share of them that is kept, and the flips, which is the share of items that
-    exactly one of the two answers rightly.
+    Printed is lm-eval's own table. With --dense, the dense model answers as well, and one
+    table has the figures of both, the recovery, which is the share of the dense ones that
+    is kept, and the flips, which is the share of items that exactly one of the two answers
+    rightly.
 
     The results are kept in nm_permute/evaluations.json of a checkpoint that nm-permute
     made.
@@ -68,13 +69,14 @@ def lm_eval(
     options = harness.read_options(words or [])
     device = find_device(options.device)
     ours = harness.run_tasks(checkpoint, options, device)
-    typer.echo(f"{checkpoint}\n{harness.lm_eval_tables(ours)}")
     theirs = None
     if dense is not None:
         theirs = harness.run_tasks(dense, options, device, role="-dense")
-        typer.echo(f"{dense}\n{harness.lm_eval_tables(theirs)}")
     results = harness.task_results(ours, theirs)
-    print_table(tables(Evaluations(tasks=tuple(results))))
+    if theirs is None:
+        typer.echo(f"{checkpoint}\n{harness.lm_eval_tables(ours)}")
+    else:
+        print_table(tables(Evaluations(tasks=tuple(results))))
     keep(checkpoint, tasks=results, card=card)
     if card:
         typer.echo(f"added to {Path(checkpoint) / CARD}")

@@ -34,6 +34,17 @@ QUIET = {
 """What the hosts read when they are imported, which no command has done at its start."""
 
 
+LINES = "<level>{level}</level>: {message}"
+"""
+The form of our own log where llm-compressor, which gives it another one, takes no part.
+"""
+
+
+def be_plain() -> None:
+    """Have our own log say what is the matter, not in which line of which file."""
+    os.environ.setdefault("LOGURU_FORMAT", LINES)
+
+
 def be_quiet() -> None:
     """Have the hosts and our own log say errors only, from their import on."""
     os.environ.update(QUIET)

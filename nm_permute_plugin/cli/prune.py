@@ -13,6 +13,7 @@ from typing import Annotated, Any, cast
 import typer
 from typer import Argument, Option
 
+from nm_permute_plugin._words import file_size
 from nm_permute_plugin.cli.common import Model, find_device, must_be_device
 from nm_permute_plugin.cli.data import DATASET, TextColumn, data_sources
 from nm_permute_plugin.cli.logs import HostLog, nothing_misleading
@@ -78,7 +79,7 @@ def prune(
         Option(
             "--dry-run",
             help="Say what the run would do, how long it would take and how much memory, "
-            "measured with a few of its steps; write nothing.",
+            "measured with a few of its steps, minutes on a CPU; write nothing.",
         ),
     ] = False,
     fresh: Annotated[
@@ -144,12 +145,12 @@ def prune(
         amount, test = str(rows), ["--text", "TEST.txt"]
     if rank() > 0:
         return
-    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     following = ["nm-permute", "evaluate", str(out), *test, "--dense", model]
     page = out / PAGE
     told = f"; report: {page}" if page.exists() else ""
     typer.echo(
-        f"{out}: calibrated on {amount}, {minutes:.1f} minutes, {size:,.1f} MB, "
+        f"{out}: calibrated on {amount}, {minutes:.1f} minutes, {file_size(size)}, "
         f"{_outcome(out)}{told}; next: {shlex.join(following)}"
     )
 

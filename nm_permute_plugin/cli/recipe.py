@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``nm-permute recipe``: write a recipe, show all its settings, look over it."""
+"""``nm-permute recipe``: write a recipe, show all its settings, check it."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stdout
@@ -13,7 +13,7 @@ from typer import Argument, Option
 from nm_permute_plugin.cli.logs import HostLog
 
 recipe = typer.Typer(
-    no_args_is_help=True, help="Write a recipe, show all its settings, look over it."
+    no_args_is_help=True, help="Write a recipe, show all its settings, check it."
 )
 
 File = Annotated[Path, Argument(metavar="FILE", help="YAML recipe.")]
@@ -26,6 +26,10 @@ QUANTIZED: dict[str, str] = {
     "w4a16": "W4A16",
 }
 """What ``--then`` calls the schemes of llm-compressor's quantization."""
+
+COMPENSATED = ("fp8", "fp8-static", "w4a16")
+"""Those whose weights GPTQ rounds, which loses less; INT8 loses by its activations. A
+recovery learns under rounding to the nearest instead."""
 
 PRUNERS = {"sparsegpt": "SparseGPTModifier", "wanda": "WandaPruningModifier"}
 """What it calls llm-compressor's own pruning, for which the permutation is folded only."""
@@ -80,8 +84,14 @@ def new(
         list[str] | None,
         Option(help="A linear that stays dense; repeatable (lm_head)."),
     ] = None,
-    batch_size: Annotated[
-        int | None, Option(help="Rows, or images, of a step (8).")
+    set_: Annotated[
+        list[str] | None,
+        Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Any other field, such as learn.steps=20, search.rounds=4 or "
+            "batch_size=1 (`nm-permute fields` lists them); repeatable.",
+        ),
     ] = None,
     out: Annotated[
         Path | None, Option(help="The file to write; stdout if left out.")
@@ -92,11 +102,10 @@ def new(
         "mask_structure": pattern,
         "score": score,
         "method": method,
-        **({} if batch_size is None else {"batch_size": batch_size}),
         **({"recover": list(recover)} if recover else {}),
         "ignore": list(ignore or ["lm_head"]),
     }
-    text = written(fields, then or [])
+    text = written(_with_fields(fields, set_ or []), then or [])
     if out is None:
         typer.echo(text, nl=False)
         return
@@ -136,7 +145,7 @@ def check(
         Option(help="Folder of the dense model, or its name on the hub; not loaded."),
     ] = None,
 ) -> None:
-    """Look for all that is certain to fail, without running anything."""
+    """Check for all that is certain to fail, without running anything."""
     ours, modifiers = _ours_of(file)
     from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
 
@@ -201,7 +210,7 @@ def written(fields: Mapping[str, Any], then: list[str]) -> str:
         last = body.pop("ignore")
         body["prune"] = False
         if body["method"] == "learned":
-            body["learn"] = {"stages": ["swaps"]}
+            body["learn"] = {"stages": ["swaps"], **body.get("learn", {})}
         body["ignore"] = last
     try:
         settings = Settings.model_validate(body)
@@ -210,13 +219,14 @@ def written(fields: Mapping[str, Any], then: list[str]) -> str:
     groups: dict[str, dict[str, Any]] = {"permutation_modifiers": {OURS: body}}
     for name in then:
         group, kind, values = _following(name, settings.pattern.density, body)
-        if kind in groups.setdefault(group, {}):
-            raise ValueError(f"--then {name}: there is a {kind} already; take one")
-        groups[group][kind] = values
+        if group in groups:
+            (there,) = groups[group]
+            raise ValueError(f"--then {name}: there is a {there} already; take one")
+        groups[group] = {kind: values}
     what = f"{body['mask_structure']} by {body['score']}, method {body['method']}"
     lines = [
         f"# {what}{''.join(f', then {name}' for name in then)}.",
-        "#   nm-permute recipe check FILE --model MODEL     looks for what must fail",
+        "#   nm-permute recipe check FILE --model MODEL     finds what must fail",
         "#   nm-permute prune MODEL FILE OUT --text TEXT.txt --dry-run",
         "# All other fields, with their defaults: nm-permute fields",
         "prune_stage:",
@@ -226,12 +236,45 @@ def written(fields: Mapping[str, Any], then: list[str]) -> str:
         for kind, values in kinds.items():
             lines.append(f"    {kind}:")
             for name, value in values.items():
-                comment = (
-                    COMMENTS.get(name) if kind == OURS or name == "scheme" else None
-                )
+                known = kind == OURS or name == "scheme"
+                known &= name != "learn" or bool(pruners)
+                comment = COMMENTS.get(name) if known else None
                 end = f"  # {comment}" if comment else ""
                 lines.append(f"      {name}: {_flow(value)}{end}")
     return "\n".join(lines) + "\n"
+
+
+def _with_fields(fields: Mapping[str, Any], given: list[str]) -> dict[str, Any]:
+    """
+    Put fields of ``--set`` into those of our modifier, ``ignore`` at the end as ever.
+
+    :raises ValueError: for words that name no field and value
+    """
+    import yaml
+
+    body = dict(fields)
+    ignore = body.pop("ignore")
+    for word in given:
+        path, equals, text = word.partition("=")
+        if not path or not equals:
+            raise ValueError(f"--set {word}: give FIELD=VALUE, such as learn.steps=20")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {word}: {text!r} is no YAML") from error
+        *groups, name = path.split(".")
+        node = body
+        for group in groups:
+            inner = node.get(group, {})
+            # A list of stages stands for their group.
+            inner = {"stages": inner} if isinstance(inner, list) else inner
+            if not isinstance(inner, dict):
+                raise ValueError(f"--set {word}: {group} is {inner!r}, and no group")
+            node[group] = inner
+            node = inner
+        node[name] = value
+    body["ignore"] = body.pop("ignore", ignore)
+    return body
 
 
 def _following(
@@ -249,7 +292,9 @@ def _following(
         return "sparsity_modifiers", PRUNERS[name], values
     values = {"scheme": QUANTIZED[name], "targets": ["Linear"]}
     values |= {"ignore": body["ignore"]}
-    return "quantization_modifiers", "QuantizationModifier", values
+    compensated = name in COMPENSATED and not body.get("recover")
+    kind = "GPTQModifier" if compensated else "QuantizationModifier"
+    return "quantization_modifiers", kind, values
 
 
 def _ours_of(file: Path) -> tuple[Any, list[Any]]:

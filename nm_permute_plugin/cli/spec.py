@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``nm-permute spec``: fold random orders in float64, and compare the outputs."""
+"""``nm-permute spec``: fold random permutations in float64, and compare the outputs."""
 
 import math
 from collections import Counter
@@ -59,10 +59,10 @@ def spec(
     report = check_spec(model, file, pattern, ignored, layers, seed)
     print_table(report.table())
     for line in report.unordered():
-        typer.echo(f"no space orders the inputs of {line}")
+        typer.echo(f"no space permutes the inputs of {line}")
     if report.varied:
         typer.echo(f"{len(report.varied)} constant parameters had random values")
-    found = f"random orders change the outputs by {report.change:.1e} (float64)"
+    found = f"random permutations change the outputs by {report.change:.1e} (float64)"
     if not report.exact:
         raise ValueError(f"{found}: more than rounding explains, the spec is wrong")
     tensors = len(report.resolved.parameters)
@@ -137,7 +137,7 @@ def check_spec(
     seed: int = 0,
 ) -> SpecReport:
     """
-    Fold a model by random orders of all spaces, on random tokens or pixels.
+    Fold a model by random permutations of all spaces, on random tokens or pixels.
 
     :param model: a folder with a config; without weights beside it they are random
     :param spec: a YAML file of lines and words; by default the known spec of the class

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
+from nm_permute_plugin._words import install
 from nm_permute_plugin.evaluation.pretrained import load_checkpoint, tokenizer_of
 from nm_permute_plugin.evaluation.results import TaskResult
 
@@ -70,9 +71,7 @@ def require_lm_eval() -> None:
     :raises ModuleNotFoundError: if it is not, with the remedy
     """
     if find_spec("lm_eval") is None:
-        raise ModuleNotFoundError(
-            'tasks are run by lm-eval: pip install "nm-permute-plugin[eval]"'
-        )
+        raise ModuleNotFoundError(f"tasks are run by lm-eval: {install('eval')}")
 
 
 def read_options(words: Sequence[str]) -> Options:

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What was measured of a checkpoint, kept beside it in ``nm_permute/evaluations.json``."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -9,6 +12,11 @@ from nm_permute_plugin._files import read_json, write_text
 from nm_permute_plugin.checkpoint.record import FOLDER
 
 FILE = f"{FOLDER}/evaluations.json"
+
+R = TypeVar("R", bound=BaseModel)
+
+ROUNDING = 1e-3
+"""Values that differ by this share at most are one: sums are added in another order."""
 
 
 class _Measured(BaseModel):
@@ -76,13 +84,39 @@ class Evaluations(_Measured):
 
     def with_text(self, new: TextResult) -> "Evaluations":
         """These results and another, in place of one of the same text and form."""
-        kept = [r for r in self.texts if (r.text, r.form) != (new.text, new.form)]
-        return self.model_copy(update={"texts": (*kept, new)})
+        texts = _replaced(self.texts, new, ("text", "form"), ("tokens", "perplexity"))
+        return self.model_copy(update={"texts": texts})
 
     def with_task(self, new: TaskResult) -> "Evaluations":
         """These results and another, in place of one of the same task and metric."""
-        kept = [r for r in self.tasks if (r.task, r.metric) != (new.task, new.metric)]
-        return self.model_copy(update={"tasks": (*kept, new)})
+        tasks = _replaced(self.tasks, new, ("task", "metric"), ("items", "value"))
+        return self.model_copy(update={"tasks": tasks})
+
+
+def _replaced(
+    results: tuple[R, ...], new: R, key: Sequence[str], value: Sequence[str]
+) -> tuple[R, ...]:
+    """
+    The results with a new one in place of that with its key.
+
+    What the new one was not compared with, as with a dense model, stays from the old one
+    where both measured the same.
+    """
+
+    def alike(old: R, names: Sequence[str]) -> bool:
+        return all(_same(getattr(old, name), getattr(new, name)) for name in names)
+
+    fields = {name: of for name, of in new if of is not None}
+    for old in results:
+        if alike(old, key) and alike(old, value):
+            new = old.model_copy(update=fields)
+    return (*(old for old in results if not alike(old, key)), new)
+
+
+def _same(one: object, other: object) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=ROUNDING)
+    return one == other
 
 
 def read_evaluations(checkpoint: Path) -> Evaluations:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nm_permute_plugin._words import install
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -72,7 +74,7 @@ def require_matplotlib() -> None:
     except ImportError as error:
         raise ModuleNotFoundError(
             "the plot needs matplotlib, which is not installed: "
-            "pip install 'nm-permute-plugin[eval]', or leave out --out"
+            f"{install('eval')}, or leave out --out"
         ) from error
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from llmcompressor.modifiers import Modifier
 from torch import nn
 
+from nm_permute_plugin._words import file_size
 from nm_permute_plugin.checkpoint.plan import TWO_FOUR
 from nm_permute_plugin.checkpoint.transaction import nearest, refuse_occupied
 from nm_permute_plugin.modifiers.neighbours import is_pruned_later, weight_bits
@@ -59,10 +60,14 @@ def no_room(out: Path, saved: int, stored: int) -> Iterator[str]:
         return
     free = shutil.disk_usage(parent).free
     if free < saved + stored:
-        both = f", and {_size(stored)} more until it is stored sparse" if stored else ""
+        both = (
+            f", and {file_size(stored)} more until it is stored sparse"
+            if stored
+            else ""
+        )
         yield (
-            f"the disk of {parent} has {_size(free)} free, and the checkpoint takes "
-            f"{_size(saved)} as it is saved{both}: make room, or name a folder on "
+            f"the disk of {parent} has {file_size(free)} free, and the checkpoint takes "
+            f"{file_size(saved)} as it is saved{both}: make room, or name a folder on "
             "another disk"
         )
 
@@ -97,15 +102,3 @@ def bytes_of_a_save(
             # n of m values stay, and a bit for each
             gained += int(weight.numel() * (kept * (1 - pattern.density) - 1) / 8)
     return saved, saved - gained if sparse else 0
-
-
-def _size(count: int) -> str:
-    """
-    Write a number of bytes for people.
-
-    >>> _size(45_568), _size(1_234_567), _size(25_000_000_000)
-    ('46 kB', '1.2 MB', '25.0 GB')
-    """
-    if count < 1e6:
-        return f"{count / 1e3:.0f} kB"
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -6,8 +6,7 @@ Which modifiers of llm-compressor may stand before and after ours in a recipe.
 |---|---|---|
 | SmoothQuant, LogarithmicEqualization, ConstantPruning | yes | yes |
 | AWQ | yes, if its quantization comes after ours | yes |
-| Quantization, AutoRound | no: quantized weights are not permuted | yes |
-| GPTQ | no | only where nothing is pruned: it does not keep zeros |
+| Quantization, GPTQ, AutoRound | no: quantized weights are not permuted | yes |
 | Wanda, SparseGPT | no: the model would be sparse already | of the same pattern |
 | MagnitudePruning | no | no: it zeroes weights as soon as it is initialised |
 | SpinQuant, QuIP | no: the fold is not exact, or the result loads wrong | no: no zeros |
@@ -19,17 +18,19 @@ Nothing is said of modifiers that are not named here; each save is checked in an
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from compressed_tensors.quantization import QuantizationStrategy
+from compressed_tensors.quantization import ActivationOrdering, QuantizationStrategy
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.modifiers import Modifier
 from torch import nn
 
 from nm_permute_plugin.pruning.settings import Settings
-from nm_permute_plugin.specs.conv1d import is_linear, weight_of
+from nm_permute_plugin.specs.conv1d import is_linear, is_transposed, weight_of
 
 _ROTATIONS = ("SpinQuantModifier", "QuIPModifier")
 _GROUPED = (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP)
 _QUANTIZES = "QuantizationMixin"
+_STATIC = ("static", "weight")
+"""The orders of channels in which GPTQ rounds, and leaves them where they are."""
 
 
 def is_kind(modifier: Modifier, *names: str) -> bool:
@@ -60,12 +61,11 @@ def unfit_neighbours(
             f"the recipe names {name} {len(same)} times, and the second would find a "
             "model that is permuted and sparse already: keep one of them"
         )
-    pruned = settings.prune or is_pruned_later(ours, modifiers)
     for other in modifiers:
         if type(other) is type(ours):
             continue
         is_later = any(other is each for each in later)
-        reason = _after(other, pruned, settings) if is_later else _before(other)
+        reason = _after(other, settings) if is_later else _before(other)
         if reason is None:
             reason = _anywhere(other)
         if reason is not None:
@@ -98,17 +98,19 @@ def _before(other: Modifier) -> str | None:
             "leaves a model that is sparse already, whose channels come too late: put it "
             "after, with prune: false, or leave it out"
         )
-    if is_kind(other, _QUANTIZES) and any(True for _ in _weight_groups(other)):
+    if is_kind(other, _QUANTIZES) and any(True for _ in weight_groups(other)):
         return "quantizes weights before they are permuted and pruned: put it after"
     return None
 
 
-def _after(other: Modifier, pruned: bool, settings: Settings) -> str | None:
-    if is_kind(other, "GPTQModifier") and pruned:
-        return (
-            f"does not keep the zeros of {settings.mask_structure}: take "
-            "QuantizationModifier with the same scheme, which does"
-        )
+def _after(other: Modifier, settings: Settings) -> str | None:
+    if is_kind(other, "GPTQModifier"):
+        orders = {weights.actorder for weights, _ in weight_groups(other)}
+        for order in (order for order in orders - {None} if order not in _STATIC):
+            return (
+                f"sorts channels by actorder: {ActivationOrdering(order).value}, which "
+                "llm-compressor does not support any more: write actorder: static"
+            )
     found = getattr(other, "mask_structure", None)
     if settings.prune or found in (None, settings.mask_structure):
         return None
@@ -127,7 +129,7 @@ def unfit_groups(
     for other in modifiers:
         if other is ours or not is_kind(other, _QUANTIZES):
             continue
-        for weights, modules in _weight_groups(other, model):
+        for weights, modules in weight_groups(other, model):
             if not modules:
                 yield _means_nothing(other, model)
             size = weights.group_size
@@ -150,6 +152,13 @@ def _means_nothing(other: Any, model: nn.Module) -> str:
     kinds = {type(module).__name__ for module in model.modules() if is_linear(module)}
     schemes = other.resolved_config.config_groups.values()
     targets = sorted({target for scheme in schemes for target in scheme.targets})
+    named = match_named_modules(model, targets, other.ignore)
+    if any(is_linear(module) for _, module in named):
+        return (
+            f"{type(other).__name__} with targets {', '.join(targets)} would quantize "
+            "nothing: those linears are of class Conv1D, which llm-compressor does not "
+            "quantize; leave it out"
+        )
     return (
         f"{type(other).__name__} with targets {', '.join(targets)} means no linear of "
         f"this model and would quantize nothing: its linears are of class "
@@ -165,15 +174,19 @@ def weight_bits(
         name: int(weights.num_bits)
         for other in after(ours, modifiers)
         if is_kind(other, _QUANTIZES)
-        for weights, modules in _weight_groups(other, model)
+        for weights, modules in weight_groups(other, model)
         for name in modules
     }
 
 
-def _weight_groups(
+def weight_groups(
     modifier: Any, model: nn.Module | None = None
 ) -> Iterator[tuple[Any, dict[str, nn.Module]]]:
-    """Yield how a modifier quantizes weights, each with the linears that it means."""
+    """
+    Yield how a modifier quantizes weights, each with the linears that it means.
+
+    compressed-tensors quantizes no Conv1D.
+    """
     for scheme in modifier.resolved_config.config_groups.values():
         if scheme.weights is not None:
             found = (
@@ -181,4 +194,8 @@ def _weight_groups(
                 if model is not None
                 else ()
             )
-            yield scheme.weights, {name: m for name, m in found if is_linear(m)}
+            linears = {name: m for name, m in found if is_linear(m)}
+            yield (
+                scheme.weights,
+                {n: m for n, m in linears.items() if not is_transposed(m)},
+            )

@@ -22,10 +22,12 @@ from nm_permute_plugin.modifiers.neighbours import is_pruned_later
 from nm_permute_plugin.modifiers.offloaded import write_once
 from nm_permute_plugin.modifiers.preflight import look_of, refuse_strangers
 from nm_permute_plugin.modifiers.recipe import refuse_shared_pass
+from nm_permute_plugin.modifiers.rounding import roundings_of
 from nm_permute_plugin.modifiers.save import after_save
 from nm_permute_plugin.pruning import ranks
 from nm_permute_plugin.pruning.pipeline import Record, permute_and_prune
 from nm_permute_plugin.pruning.reading import read_samples
+from nm_permute_plugin.pruning.recover.rounding import Rounding
 from nm_permute_plugin.pruning.run import Pruned, PrunePlan
 from nm_permute_plugin.pruning.targets import refuse_packed
 
@@ -51,7 +53,7 @@ class LearnablePermutationModifier(PermutationFields, Modifier):
 
     Lifecycle:
 
-    - on_initialize: look over everything, match targets, resolve the permutation spec,
+    - on_initialize: check everything, match targets, resolve the permutation spec,
       refuse what cannot be
     - on_calibration_start: measure the dense model, search and learn, fold, prune, and
       change the kept weights if `recover` says so
@@ -66,6 +68,7 @@ class LearnablePermutationModifier(PermutationFields, Modifier):
     _started: bool = PrivateAttr(default=False)
     _record: Record | None = PrivateAttr(default=None)
     _is_pruned: bool = PrivateAttr(default=True)
+    _roundings: dict[str, Rounding] = PrivateAttr(default_factory=dict)
 
     @property
     def record(self) -> Record | None:
@@ -86,6 +89,8 @@ class LearnablePermutationModifier(PermutationFields, Modifier):
         with disable_onloading():
             self._plan = PrunePlan.of(model, settings)
         self._is_pruned = self.prune or is_pruned_later(self, modifiers)
+        if self.recover.stages and not self.memory.shard:
+            self._roundings = roundings_of(self, modifiers, model)
         refuse_packed(self._plan.resolved)
         self._plan.log(settings)
         return True
@@ -110,6 +115,11 @@ class LearnablePermutationModifier(PermutationFields, Modifier):
             f"{self.score}, method {self.method}; {data} to learn from, on "
             f"{next(model.parameters()).device}"
         )
+        if self._roundings:
+            logger.info(
+                f"The recovery trains {len(self._roundings)} linears with weights rounded "
+                "as the quantization that follows rounds them; its losses are of those"
+            )
         if settings.memory.shard:
             remove_dispatch(model)  # GPUs get shards, and the CPU has the whole
         # Weights stay on the device that they are fetched to: each is read many times.
@@ -124,6 +134,7 @@ class LearnablePermutationModifier(PermutationFields, Modifier):
                 settings,
                 write=write_once,
                 hold=disable_offloading,
+                roundings=self._roundings,
             )
 
     def on_finalize(self, state: State, **kwargs: object) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 from loguru import logger
 from transformers import PreTrainedModel
 
+from nm_permute_plugin._words import file_size
 from nm_permute_plugin.checkpoint.saving import save_checkpoint
 from nm_permute_plugin.checkpoint.source import Source
 from nm_permute_plugin.checkpoint.transaction import is_unfinished
@@ -49,12 +50,14 @@ def after_save(
         # Of an unfinished folder, whoever puts it in its place says so.
         if said and ranks.is_first() and not is_unfinished(folder.resolve()):
             files = (file for file in folder.rglob("*") if file.is_file())
-            size = sum(file.stat().st_size for file in files) / 1e6
+            size = sum(file.stat().st_size for file in files)
             images = model.main_input_name == "pixel_values"
             test = ["--images", "CLASS_FOLDERS"] if images else ["--text", "TEST.txt"]
             dense = "DENSE" if source is None else str(source.path)
             words = ["nm-permute", "evaluate", str(folder), *test, "--dense", dense]
-            logger.info(f"{folder}: {size:,.1f} MB, {said}; next: {shlex.join(words)}")
+            logger.info(
+                f"{folder}: {file_size(size)}, {said}; next: {shlex.join(words)}"
+            )
 
     def refuse_push(*_: object, **__: object) -> None:
         raise ValueError(

@@ -9,12 +9,14 @@ Pruning with the face of Hugging Face optimum's quantizers.
     pruner.save(model, "OUT")
 """
 
+from nm_permute_plugin._words import install
+
 try:
     import optimum.quantization_base  # noqa: F401  # a folder of that name is no proof
 except ModuleNotFoundError:
     raise ModuleNotFoundError(
         "nm_permute_plugin.optimum needs optimum, which is not installed: "
-        "pip install 'nm-permute-plugin[optimum]'"
+        f"{install('optimum')}"
     ) from None
 
 from nm_permute_plugin.optimum.config import NMConfig

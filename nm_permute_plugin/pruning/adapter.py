@@ -24,7 +24,6 @@ from nm_permute_plugin.maths.permutation import (
     Permutation,
     compose,
     invert,
-    is_identity,
 )
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
 from nm_permute_plugin.specs.conv1d import is_transposed
@@ -53,6 +52,8 @@ def adapt(
     """
     Write an adapter of a base model anew, so that it fits a checkpoint made of the base.
 
+    Where no channel has another place than in the base, its tensors stay as they are.
+
     The columns of ``lora_A`` move as the columns of the weight that it adapts did, the rows
     of ``lora_B`` as its rows; weights that were trained as a whole move as a whole.
 
@@ -78,11 +79,6 @@ def adapt(
     refuse_changed(checkpoint, FOLDER)
     perms, report = record
     perms = _from_base_of(adapter, config, checkpoint, perms, report)
-    if all(map(is_identity, perms.values())):
-        raise ValueError(
-            f"the channels of {checkpoint} are where those of the adapter's base are: "
-            f"{adapter} fits as it is"
-        )
     stated = cast(Mapping[str, Any], report.get("modifier") or {}).get("spec")
     spec = spec_of(model) if stated is None else stated
     head_dim = head_dim_of(cast(Any, model).config)

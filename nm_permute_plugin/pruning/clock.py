@@ -12,6 +12,8 @@ import torch
 from loguru import logger
 from torch import nn
 
+from nm_permute_plugin._words import memory_size
+
 BETWEEN_LOOKS = 0.1
 """Seconds from one look at the memory to the next."""
 
@@ -54,7 +56,7 @@ class Clock:
         self.memory[stage] = peak
         logger.info(
             f"The stage {stage} took {self.seconds[stage]:.1f} s and at most "
-            f"{peak / 2**30:.1f} GiB"
+            f"{memory_size(peak)}"
         )
         self._begin()
 

@@ -32,7 +32,7 @@ class Data:
     The calibration data of a run.
 
     :param train: batches for statistics and for training
-    :param validation: batches that only judge; none of their samples is in ``train``
+    :param validation: batches that only validate; none of their samples is in ``train``
     """
 
     train: list[Batch]
@@ -86,7 +86,7 @@ def split_text(
     Split rows of text into training and validation batches.
 
     :param batch_size: rows of a batch; shorter rows are padded on the right
-    :param validation_share: the share of rows that only judge; one at least, never all
+    :param validation_share: the share of rows that only validate; one at least, never all
     :param loss_masks: of every row, the tokens that count; all of them if None
     :raises ValueError: if there are fewer than two rows
     """

@@ -25,6 +25,7 @@ from nm_permute_plugin.pruning.learn.sharded import (
     refuse_alone,
 )
 from nm_permute_plugin.pruning.problem import Problem, Solution
+from nm_permute_plugin.pruning.recover.rounding import Rounding
 from nm_permute_plugin.pruning.recover.sharded import distill_in_shards
 from nm_permute_plugin.pruning.recover.stages import StageRecord, recover
 from nm_permute_plugin.pruning.recover.student import Student
@@ -93,6 +94,7 @@ def permute_and_prune(
     settings: Settings,
     write: Write = write_in_place,
     hold: Hold = nullcontext,
+    roundings: Mapping[str, Rounding] | None = None,
 ) -> Record:
     """
     Permute the channels, fold the permutation exactly, zero what the N:M mask drops,
@@ -105,6 +107,9 @@ def permute_and_prune(
     :param write: how a parameter's new value is stored
     :param hold: a context in which offloaded weights stay where they were fetched to;
         entered for each layer of ``objective: layer_wise``, and for all recovery
+    :param roundings: by linear, how its weight will be served: recovery runs, and is
+        judged, with rounded weights; what is written is not rounded. A model in shards is
+        recovered without
     :raises ValueError: for a model that is sparse already, for bad statistics, for outputs
         that are not finite, and for a recovery that cannot run
     :raises RuntimeError: if the fold changes the function of the model
@@ -119,7 +124,10 @@ def permute_and_prune(
             return _run_sharded(model, resolved, prunable, data, settings, write, clock)
     device = next(model.parameters()).device
     with evaluating(model), computing_fast(model), Clock(device) as clock:
-        return _run(model, resolved, prunable, data, settings, write, hold, clock)
+        rounded = roundings or {}
+        return _run(
+            model, resolved, prunable, data, settings, write, hold, rounded, clock
+        )
 
 
 def _run(
@@ -130,6 +138,7 @@ def _run(
     settings: Settings,
     write: Write,
     hold: Hold,
+    roundings: Mapping[str, Rounding],
     clock: Clock,
 ) -> Record:
     """The stages, one after the other."""
@@ -149,7 +158,8 @@ def _run(
         masks = moved_along(model, resolved, masks, found.perms)
         if settings.recover.stages:
             with hold():
-                student = _student(model, masks, prunable)
+                student = _student(model, masks, prunable, roundings)
+                known = " ".join([known, *sorted(set(map(repr, roundings.values())))])
                 recovered = recover(student, teacher, data, settings, known)
                 clock.lap("recover")
                 student.write(write)
@@ -163,7 +173,7 @@ def _run(
         figures,
         clock.seconds,
         clock.memory,
-        environment(model),
+        environment(model) | ({"resumed": "yes"} if goes_on() else {}),
         searched,
         history,
         recovered,
@@ -302,7 +312,11 @@ def _see_again(problem: Problem, settings: Settings) -> None:
 
 
 def _student(
-    model: nn.Module, masks: Mapping[str, Tensor], linears: Sequence[str]
+    model: nn.Module,
+    masks: Mapping[str, Tensor],
+    linears: Sequence[str],
+    roundings: Mapping[str, Rounding] | None = None,
 ) -> Student:
     device = next(model.parameters()).device
-    return Student(model, {name: masks[name].to(device) for name in linears})
+    moved = {name: masks[name].to(device) for name in linears}
+    return Student(model, moved, roundings)

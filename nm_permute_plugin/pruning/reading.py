@@ -27,6 +27,11 @@ from nm_permute_plugin.pruning.data import (
 from nm_permute_plugin.pruning.positions import check_length
 from nm_permute_plugin.pruning.targets import refuse_adapters
 
+FEW_VALIDATION_TOKENS = 1000
+"""
+Fewer validation tokens than this are warned of: a mean loss over them is off by some %.
+"""
+
 FEWEST_TOKENS = 256
 """Fewer calibration tokens than this are refused: their input norms would say nothing."""
 
@@ -57,7 +62,8 @@ def read_samples(
         tokens] or [tokens], or lists of the same. What PyTorch's CPU generator draws while
         they are read, such as the order of a data loader that shuffles, depends on
         ``seed`` alone
-    :param validation_share: the share of samples that only judge; one at least, never all
+    :param validation_share: the share of samples that only validate; one at least, never
+        all
     :param seed: of the random split as well
     :raises ValueError: if there is no data, if it is of another kind than the model takes,
         if its rows are longer than the model's learned positions, if it is broken, or for
@@ -82,9 +88,12 @@ def read_samples(
         longest = max(map(len, text.rows))
         remedy = "give `oneshot` max_seq_length={count}, or shorter rows"
         check_length(model.config, longest, remedy)
-        return split_text(
+        data = split_text(
             text.rows, batch_size, validation_share, seed, text.loss_masks
         )
+        if text.loss_masks is not None:
+            _warn_of_few(data)
+        return data
     if "input_ids" in kept[with_images.index(True)]:
         _check_single(kept, _vocabulary(model))
         train, validation = split(len(kept), validation_share, seed)
@@ -96,6 +105,18 @@ def read_samples(
         )
     images = _images(batch["pixel_values"] for batch in kept)
     return split_images(images, batch_size, validation_share, seed)
+
+
+def _warn_of_few(data: Data) -> None:
+    """Warn where a loss mask leaves little to validate on, which nobody sees otherwise."""
+    count = sum(int(token_mask(batch).sum()) for batch in data.validation)
+    if count < FEW_VALIDATION_TOKENS:
+        rows = sum(len(batch["input_ids"]) for batch in data.validation)
+        logger.warning(
+            f"Of the {rows} rows for validation, {count} tokens count, fewer than "
+            f"{FEW_VALIDATION_TOKENS}: which step is the best is partly chance then. Give "
+            "more conversations, or write validation: {share: 0.3} into the recipe"
+        )
 
 
 def _of_all_ranks(own: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

@@ -22,6 +22,7 @@ from typing import Any, TypeVar, cast
 import torch
 from loguru import logger
 
+from nm_permute_plugin._words import file_size
 from nm_permute_plugin.pruning import ranks
 from nm_permute_plugin.pruning.state_files import (
     bytes_of,
@@ -152,6 +153,7 @@ class Progress:
             generators, value = found
             _set_generators(generators)
             self.done, self.rate, self.losses, self.value = value
+            logger.info(f"Going on from step {self.done} of {what}")
 
     def follow(self, state: Callable[[], object]) -> None:
         """Write from now on what a function gives; it is called between two updates."""
@@ -169,6 +171,15 @@ class Progress:
         self.done, self.rate = number, rate
         self.losses.append(loss)
         self._updating = False
+
+    def bar(self, numbers: range, what: str) -> ranks.Bar:
+        """
+        Make a bar of updates that begins where the run stands; ``update`` moves it.
+
+        :param numbers: of all updates
+        """
+        behind = len(range(numbers[0], self.done + 1))
+        return ranks.bar(desc=what, total=len(numbers), initial=behind)
 
     def keep(self) -> None:
         """Write the state if it is time to."""
@@ -330,8 +341,8 @@ class _Run:
         try:
             if free < size + self._reserve:
                 raise OSError(
-                    f"the disk has {free / 1e6:.1f} MB free, of which the checkpoint may "
-                    f"need {self._reserve / 1e6:.1f} and the state {size / 1e6:.1f}"
+                    f"the disk has {file_size(free)} free, of which the checkpoint may "
+                    f"need {file_size(self._reserve)} and the state {file_size(size)}"
                 )
             write_value(self.folder / name, value, about)
         except OSError as error:

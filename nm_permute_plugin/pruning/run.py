@@ -110,7 +110,7 @@ class PrunePlan:
     def lines(self, settings: Settings) -> list[str]:
         """
         Say what will be done: how much is pruned, what stays dense, which settings are
-        not the defaults, and which space orders the inputs of which linears.
+        not the defaults, and which space permutes the inputs of which linears.
         """
         moves = settings.method != "identity"
         listing = self.resolved.listing(settings.spaces) if moves else []

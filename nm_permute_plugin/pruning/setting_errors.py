@@ -2,7 +2,7 @@
 """Have pydantic's errors say what was got, what is taken, and what to write instead."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -86,6 +86,20 @@ def _group(of: type[BaseModel], name: object) -> type[BaseModel] | None:
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
+def _deeper(of: type[BaseModel], name: str) -> str:
+    """Ask for the fields of this name inside of groups, where there are some."""
+    paths = [path for path in _paths(of) if path.endswith(f".{name}")][:3]
+    return f"; did you mean {' or '.join(paths)}?" if paths else ""
+
+
+def _paths(of: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name in of.model_fields:
+        yield f"{prefix}{name}"
+        group = _group(of, name)
+        if group is not None:
+            yield from _paths(group, f"{prefix}{name}.")
+
+
 def _message(error: ErrorDetails, of: type[BaseModel], fields: list[str]) -> str:
     kind, got = error["type"], _shown(error["input"])
     first = error["loc"][0] if error["loc"] else None
@@ -100,7 +114,7 @@ def _message(error: ErrorDetails, of: type[BaseModel], fields: list[str]) -> str
             f"its fields are {', '.join(inner)}"
         )
     if kind == "extra_forbidden":
-        near = did_you_mean(str(first), fields)
+        near = did_you_mean(str(first), fields) or _deeper(of, str(first))
         return f"there is no such field{near or '; there are ' + ', '.join(fields)}"
     if kind == "literal_error":
         taken = str(context["expected"])

@@ -340,7 +340,7 @@ class RecoverSettings(Frozen):
 
 class ValidationSettings(Frozen):
     """
-    The data that only judges: it chooses permutations, multipliers and weights.
+    The data that only validates: it chooses permutations, multipliers and weights.
 
     :param share: share of the calibration rows that validate; at least one row, never all
     :param every: optimizer steps from one validation to the next
@@ -405,7 +405,7 @@ class Settings(Frozen):
         all; a list of stages may stand for the group: ``recover: [end_to_end]``
     :param loss: weights of the parts of the loss, which learning, the recovery and every
         validation measure; 0 leaves a part out
-    :param validation: the calibration data that only judges: it chooses permutations,
+    :param validation: the calibration data that only validates: it chooses permutations,
         multipliers and weights
     :param memory: how a step fits into memory, in learning and in the recovery
         ``end_to_end``

@@ -120,10 +120,11 @@ def _refuse_touched(
     others = f" and {len(touched) - 1} tensors more" if len(touched) > 1 else ""
     raise ValueError(
         f"the model's folder holds {name} {list(shape)}{others}, which transformers does "
-        f"not load into {kind}: it would stay in the old order while the channels of space "
-        f"{space.name} move. Write {_remedy({s.family for s in touched.values()})} in the "
-        "recipe; or, where nothing needs these tensors, load the model, save it anew "
-        "without them and prune that."
+        f"not load into {kind}: it would keep the old channel order while the channels of "
+        f"space {space.name} move. Write "
+        f"{_remedy({s.family for s in touched.values()})} in the recipe; or, where "
+        "nothing needs these tensors, load the model, save it anew without them and prune "
+        "that."
     )
 
 
@@ -132,8 +133,8 @@ def _refuse_modules(modules: dict[str, list[str]], moving: Sequence[Space]) -> N
     if weights and any(space.family == "residual" for space in moving):
         raise ValueError(
             f"modules.json of the model's folder names {weights[0]}, which reads the "
-            "model's outputs: its columns would stay in the old order while the channels "
-            f"of space residual move. Write {_remedy({'residual'})} in the recipe."
+            "model's outputs: its columns would keep the old channel order while the "
+            f"channels of space residual move. Write {_remedy({'residual'})} in the recipe."
         )
 
 

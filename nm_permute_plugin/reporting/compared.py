@@ -37,8 +37,9 @@ def table(subjects: Sequence[Subject]) -> Table:
     }
     for title in dict.fromkeys(r.title for s in subjects for r in s.measured.texts):
         results = [_titled(subject.measured.texts, title) for subject in subjects]
-        dense = next((r.dense for r in results if r and r.dense), None)
-        beside = "" if dense is None else f" (dense {dense:.2f})"
+        known = [r for r in results if r is not None]
+        beside = ", ".join(f"{name} {value:.2f}" for name, value in _beside(known))
+        beside = f" ({beside})" if beside else ""
         columns[f"perplexity on {title}{beside}"] = [
             words(r, lambda r: f"{r.perplexity:.2f}") for r in results
         ]
@@ -105,12 +106,27 @@ def _perplexities(subjects: Sequence[Subject], title: str) -> "Figure":
     axes.margins(x=0.25, y=0.1)
     axes.invert_yaxis()
     axes.grid(axis="y")
-    dense = next((result.dense for _, result in known if result.dense), None)
-    if dense is not None:
-        label = f"dense, {dense:.2f}"
-        axes.axvline(dense, color=SERIES[1], linestyle="--", label=label)
+    lines = _beside([result for _, result in known])
+    for (name, value), colour, style in zip(
+        lines, SERIES[1:], ("--", ":"), strict=False
+    ):
+        axes.axvline(value, color=colour, linestyle=style, label=f"{name}, {value:.2f}")
+    if lines:
         figure.legend(loc="outside lower center")
     return figure
+
+
+def _beside(results: Sequence[Text]) -> list[tuple[str, float]]:
+    """
+    The perplexities that others are compared with, with their names: of the dense model,
+    and of the one that was pruned without a permutation where there is only one.
+    """
+    dense = {result.dense for result in results if result.dense is not None}
+    plain = {result.base for result in results if result.base is not None}
+    found = [("dense", min(dense))] if dense else []
+    return found + [
+        ("without a permutation", value) for value in plain if len(plain) == 1
+    ]
 
 
 def _short(name: str) -> str:

@@ -146,7 +146,7 @@ def channels(run: Run) -> "Figure | None":
     grid[-1].set_xlabel(f"{width} inputs of {crop.name}, in groups")
     from matplotlib.patches import Patch
 
-    colours = [(kept, "kept"), (new, "kept now alone"), (dropped, "dropped")]
+    colours = [(kept, "kept"), (new, "newly kept"), (dropped, "dropped")]
     handles = [Patch(color=colour, label=label) for colour, label in colours]
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return figure

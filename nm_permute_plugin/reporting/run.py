@@ -78,6 +78,7 @@ class Recovered(Read):
     kept: bool
     seconds: float | None = None
     history: tuple[Entry, ...] = ()
+    rounded: bool = False
 
 
 class Run(Read):
@@ -154,7 +155,8 @@ class Run(Read):
         """
         seen = [*self.rounds, *self.learned]
         values = [entry.validation for entry in seen if entry.validation is not None]
-        for stage in self.recovered:
+        # Losses of rounded weights do not compare with those before.
+        for stage in (stage for stage in self.recovered if not stage.rounded):
             values += stage.validation if stage.kept else stage.validation[:1]
         if not values:
             return None

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nm_permute_plugin._words import file_size, memory_size
 from nm_permute_plugin.reporting.measured import Measured, Text
 from nm_permute_plugin.reporting.run import Run
 from nm_permute_plugin.reporting.table import Table, words
@@ -65,12 +66,14 @@ class Subject:
     def _serving(self) -> str:
         free = "serving it costs nothing at run time"
         if self.run.permuted:
-            free += ", because the order of the channels is folded into the weights"
+            free += ", because the permutation is folded into the weights"
         if self.stored is None:
             return free
         ours, dense = self.stored
-        size = f"{free}, and the weights take {_size(ours)} on disk"
-        return f"{size} where dense ones take {_size(dense)}" if ours < dense else size
+        size = f"{free}, and the weights take {file_size(ours)} on disk"
+        return (
+            f"{size} where dense ones take {file_size(dense)}" if ours < dense else size
+        )
 
     @property
     def results(self) -> list[Table]:
@@ -133,7 +136,7 @@ class Subject:
                 "name": name,
                 "seconds": of,
                 "share": of / total if total > 0 else 0,
-                "memory": _size(memory[name]) if name in memory else "",
+                "memory": memory_size(memory[name]) if name in memory else "",
             }
             for name, of in seconds.items()
         ]
@@ -142,7 +145,7 @@ class Subject:
     def surroundings(self) -> list[tuple[str, str]]:
         """The machine and the versions, in words."""
         said = {
-            key: _size(int(value)) if key.endswith("memory") else str(value)
+            key: memory_size(int(value)) if key.endswith("memory") else str(value)
             for key, value in self.run.environment.items()
         }
         told = [(key.replace("_", " "), value) for key, value in said.items()]
@@ -195,8 +198,3 @@ def _lines(above: str, settings: Mapping[str, Any]) -> Iterator[str]:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
-
-
-def _size(count: int) -> str:
-    """Bytes in words: decimal megabytes of files, as ``prune`` prints them."""
-    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

@@ -102,7 +102,7 @@ def accelerate(model: Model, *, undo: bool = False, mode: Mode | None = None) ->
         return model
     after, seconds = _bytes(model), time.perf_counter() - started
     line += (
-        f". Weights take {after / 1e9:.2f} GB, {before / 1e9:.2f} before "
+        f". Weights take {after / 2**30:.2f} GiB, {before / 2**30:.2f} before "
         f"({seconds:.0f} s). {UNDO} gives the dense ones back."
     )
     if after > before:

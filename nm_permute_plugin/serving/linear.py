@@ -256,6 +256,6 @@ def _memory(weight: Tensor, table: KernelTable) -> str:
     kept = 9 / 16 if weight.dtype in DTYPES_16 else 5 / 8
     copies = ", ".join(f"{n} {1 if n == 'dense' else kept:.2f}" for n in table.kernels)
     return (
-        f"copies kept of each weight, in shares of its {weight.nbytes / 1e6:.0f} MB: "
+        f"copies kept of each weight, in shares of its {weight.nbytes / 2**20:.0f} MiB: "
         f"{copies}; memory mode keeps no dense one"
     )

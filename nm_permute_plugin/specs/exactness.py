@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a spec is right is tried out: fold random orders, and compare the outputs."""
+"""Whether a spec is right is tried out: fold random permutations, compare the outputs."""
 
 import copy
 import math
@@ -85,7 +85,7 @@ def check_on_few_layers(
 ) -> float | None:
     """
     Try a spec, which fits the model, on a copy of its class with few layers and random
-    weights in float64, and return how far random orders moved the copy's outputs.
+    weights in float64, and return how far random permutations moved the copy's outputs.
 
     In 16 bits the model itself hides small mistakes: rounding may move its outputs by 5 %,
     a forgotten bias by less. In float64 nothing hides them. The model is not touched, and
@@ -129,10 +129,10 @@ def check_on_few_layers(
         if not change(some) <= TOLERANCE:
             wrong += some
     raise RuntimeError(
-        f"the permutation spec is wrong: in float64, random orders change the outputs of a "
-        f"{type(model).__name__} with {layers} layers by {found:.1e} (relative), where "
-        f"rounding explains {TOLERANCE:.0e}.{_suspects(resolved, wrong)} The weights are "
-        "as they were; correct `spec:` in the recipe."
+        "the permutation spec is wrong: in float64, random permutations change the outputs "
+        f"of a {type(model).__name__} with {layers} layers by {found:.1e} (relative), "
+        f"where rounding explains {TOLERANCE:.0e}.{_suspects(resolved, wrong)} The "
+        "weights are as they were; correct `spec:` in the recipe."
     )
 
 
@@ -145,7 +145,7 @@ def _suspects(resolved: ResolvedSpec, wrong: list[str]) -> str:
         if not parameter.spaces and sizes & set(parameter.shape)
         for name in parameter.names
     ]
-    text = f" The orders of {', '.join(merged(wrong))} do it." if wrong else ""
+    text = f" The permutations of {', '.join(merged(wrong))} do it." if wrong else ""
     if still:
         text += f" See whether these should move with them: {', '.join(merged(still))}."
     return text

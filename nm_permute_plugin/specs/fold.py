@@ -83,6 +83,6 @@ def _check(perm: Permutation, space: Space) -> None:
     old = torch.arange(space.size, device=perm.device)
     if not torch.equal(perm // space.segment, old // space.segment):
         raise ValueError(
-            f"the permutation of space {space.name} moves a channel out of its run of "
+            f"the permutation of space {space.name} moves a channel out of its segment of "
             f"{space.segment}: attention heads keep their own channels"
         )

@@ -29,7 +29,7 @@ The words, one for each axis of a parameter, in the order of its shape:
 
 ===================  =================================================================
 ``_``, ``_output``   the axis never moves; a name may say why
-``hidden.{i}``       the space that orders the axis; any number of ``.parts`` may follow
+``hidden.{i}``       the space that permutes the axis; any number of ``.parts`` may follow
                      the family
 ``value.{i}:heads``  the space of key/value heads, followed over their query heads
 ``a+b``              fused weights, one part after another, all of equal length, but for
@@ -60,13 +60,13 @@ _SPACE = re.compile(rf"({'|'.join(FAMILIES)})(\.[a-z0-9_]+)*")
 @dataclass(frozen=True)
 class Part:
     """
-    A run of neighbouring channels along an axis, and the space that orders it, if any.
+    A run of neighbouring channels along an axis, and the space that permutes it, if any.
 
     :param heads: the run follows the space's key/value heads over their query heads; a
-        run that no space orders is as long as such a run
+        run that no space permutes is as long as such a run
     :param interleaved: the parts of the axis take turns, one key/value head after another
     :param length: the number of channels; 0 until it is measured
-    :param reason: says why no space orders the run, in a word of the spec's author
+    :param reason: says why no space permutes the run, in a word of the spec's author
     """
 
     space: str | None

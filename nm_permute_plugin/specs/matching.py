@@ -58,7 +58,7 @@ def claim(
             if other.matrices != first.matrices:
                 raise ValueError(
                     f"tied parameters {', '.join(found)} move differently in the spec; "
-                    "one tensor can have one order only"
+                    "one tensor can have one permutation only"
                 )
         claims.append(replace(first, names=tuple(aliases)))
     lines.refuse_unused()
@@ -99,7 +99,7 @@ def _tensors(
         if not torch.is_floating_point(tensor) or tensor.dtype.itemsize == 1:
             raise ValueError(
                 f"parameter {name} is {tensor.dtype}: this model is quantized already. "
-                "Order and prune the floating-point model, then quantize."
+                "Permute and prune the floating-point model, then quantize."
             )
         # An offloaded module keeps its parameters in a cache, not in a dict.
         owner = model.get_submodule(name.rpartition(".")[0])

@@ -105,15 +105,16 @@ class ResolvedSpec:
 
         :param families: the kinds of spaces that are reordered
         """
+        left_out = "could permute, but is left out,"
         lines = [
             f"{space.name} ({space.size} channels) "
-            f"{'orders' if space.family in families else 'could order, but is left out,'}"
-            f" the inputs of {', '.join(merged(c.name for c in space.consumers))}"
+            f"{'permutes' if space.family in families else left_out} the inputs of "
+            f"{', '.join(merged(c.name for c in space.consumers))}"
             for space in self.spaces.values()
             if space.consumers
         ]
         lines += [
-            f"no space orders the inputs of {name}: the spec keeps them in their places"
+            f"no space permutes the inputs of {name}: the spec keeps them in their places"
             + (f" ({reason})" if reason else "")
             for name, reason in self.unordered.items()
         ]
@@ -172,13 +173,13 @@ def _consumers(
             if len(spaces) > 1:
                 raise ValueError(
                     f"{name} reads channels of several spaces in one axis, which cannot "
-                    f"be pruned in their orders; add {owner!r} to `ignore`"
+                    f"be pruned under their permutations; add {owner!r} to `ignore`"
                 )
             space = spaces.pop()
             width = length if space is None else sizes[space].segment
             if width % pattern.m:
                 raise ValueError(
-                    f"{name} has its input channels in runs of {width}, which "
+                    f"{name} has its input channels in segments of {width}, which "
                     f"M={pattern.m} of mask_structure {pattern} does not divide. Use "
                     f"another mask_structure, or add {owner!r} to `ignore`."
                 )

@@ -88,6 +88,14 @@ def test_dequantizing_at_loading_agrees(
     assert_same_bits(logits(tmp_path / "sparse", **option), logits(dense, **option))
 
 
+def test_nothing_is_said_of_compressed_execution(
+    tmp_path: Path, make_dense: MakeDense, reported: pytest.LogCaptureFixture
+) -> None:
+    convert(make_dense(), tmp_path / "sparse", "sparse-24-bitmask")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
+    assert "Compressed execution" not in reported.text
+
+
 def test_a_model_that_was_read_is_an_ordinary_one(
     tmp_path: Path, make_dense: MakeDense
 ) -> None:

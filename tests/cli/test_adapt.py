@@ -311,10 +311,6 @@ BAD = {
         lambda ready: (ready / "folded" / "nm_permute" / "report.json").unlink(),
         r"folded/nm_permute is no whole record of a run",
     ),
-    "nothing moved": (
-        lambda ready: write_record(ready / "folded", {}, {}),
-        r"adapter fits as it is",
-    ),
     "no checkpoint": (
         lambda ready: (ready / "folded" / "config.json").unlink(),
         r"folded holds no checkpoint \(no config\.json\)",
@@ -336,6 +332,26 @@ def test_bad_input_is_one_line_and_leaves_nothing(ready: Path, case: str) -> Non
     before = listing(ready)
     assert_one_error(adapt(ready), said)
     assert listing(ready) == before
+
+
+@pytest.mark.parametrize("identities", [False, True])
+def test_an_adapter_of_what_did_not_move_is_copied(
+    ready: Path, identities: bool
+) -> None:
+    perms = load_file(ready / "folded" / "nm_permute" / "permutations.safetensors")
+    still = {name: torch.arange(len(perm)) for name, perm in perms.items()}
+    write_record(ready / "folded", still if identities else {}, {})
+    result = adapt(ready)
+    assert result.exit_code == 0, result.output
+    assert "which fits" in result.stdout
+    assert "as it is; next: PeftModel" in result.stdout
+    old, new = (
+        load_file(ready / x / "adapter_model.safetensors") for x in ("adapter", "out")
+    )
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[name], new[name]) for name in old)
+    config = json.loads((ready / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(ready / "folded")
 
 
 def test_an_adapter_of_another_kind_is_refused_as_peft_wrote_it(

@@ -11,6 +11,7 @@ from commands import assert_one_error, listing, nm_permute, prune
 from helpers import modifier, ours, quantize
 from transformers import AutoModelForCausalLM
 
+from nm_permute_plugin._words import file_size
 from nm_permute_plugin.cli.demo import METHODS, Budget, run_demo
 from nm_permute_plugin.cli.embedded import Parts
 
@@ -31,7 +32,7 @@ def test_prune_writes_a_checkpoint_and_nothing_beside_it(
     )
     assert re.fullmatch(
         rf"{out}: calibrated on 2560 tokens, \d+\.\d minutes, "
-        rf"{bytes_written / 1e6:.1f} MB, "
+        rf"{file_size(bytes_written)}, "
         rf"\d\d\.\d% of the wanda score kept \(\d\d\.\d% without a permutation\), "
         rf"validation loss \d\.\d+ -> \d\.\d+ "
         rf"\(KL divergence from the dense model, nats a token\)"

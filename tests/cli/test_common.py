@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a person can mend is one line; an internal error keeps its traceback."""
 
+import importlib
+import io
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +21,13 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from nm_permute_plugin.cli import bench_serve
-from nm_permute_plugin.cli.common import PRUNE_OUT_OF_MEMORY, Commands, find_device
+from nm_permute_plugin.cli.common import (
+    PRUNE_OUT_OF_MEMORY,
+    Commands,
+    find_device,
+    stopped_cleanly,
+    telling_of_imports,
+)
 from nm_permute_plugin.cli.prune import spread
 from nm_permute_plugin.pruning.settings import Settings
 from nm_permute_plugin.serving.bench import Workload
@@ -155,6 +164,30 @@ def test_the_module_runs_the_command_and_a_variable_shows_tracebacks() -> None:
     debug = process("evaluate", "none", "--text", __file__, NM_PERMUTE_DEBUG="1")
     assert debug.returncode == 1
     assert debug.stderr.startswith("Traceback")
+
+
+def test_a_slow_import_is_told_and_a_fast_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, seconds in (("fast_host", 0.0), ("slow_host", 1.0)):
+        lines = f"import time\nwait = {seconds}\ntime.sleep(wait)\n"
+        (tmp_path / f"{name}.py").write_text(lines)
+        with telling_of_imports(after=0.2):
+            importlib.import_module(name)
+    assert capsys.readouterr().err == "Still importing slow_host ...\n"
+
+
+def test_a_signal_is_told_where_a_block_has_replaced_stderr(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def work() -> None:
+        with redirect_stderr(io.StringIO()):
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(SystemExit), stopped_cleanly():
+        work()
+    assert "error: stopped by SIGTERM" in capsys.readouterr().err
 
 
 def test_the_help_imports_nothing_heavy() -> None:

@@ -22,8 +22,13 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     assert (
         "settings that are not the defaults: method: search; search.rounds: 2" in said
     )
-    stages = re.findall(r"^\| (\w[\w ]*) \| [\d.]+ \w+ \| [\d.]+ GB \|$", said, re.M)
+    stages = re.findall(
+        r"^\| (\w[\w ]*) \| [\d.]+ \w+ \| [\d.]+ [MG]iB \|$", said, re.M
+    )
     assert stages == ["load", "statistics", "search", "fold and prune", "save"]
+    told = re.findall(r"^Measured in [\d.]+ \w+: (\w[\w ]*)$", result.stderr, re.M)
+    assert told == stages[1:]
+    assert "Measuring a few steps of every stage on cpu: about " in result.stderr
     assert "disk: the weights take" in said
     assert "wrote nothing" in said
     assert listing(tmp_path) == ready

@@ -99,7 +99,7 @@ def test_tasks_run_on_sparse_checkpoints(
     assert acc.dense == pytest.approx(11 / 12, abs=0.1)
     assert 0 < acc.value <= 1
     assert acc.error is not None
-    assert result.stdout.count("|chain|") == 2  # lm-eval's own tables
+    assert "|chain|" not in result.stdout  # lm-eval's own tables would say it again
     row = (
         f"| chain | acc | 12 | {acc.value:.4f} ± {acc.error:.4f} | {acc.dense:.4f} ± "
         f"{acc.dense_error:.4f} | {acc.recovery:.1%} | {acc.flips:.2%} |"
@@ -160,7 +160,7 @@ def test_what_must_fail_fails_before_a_model_is_loaded(
         "nm_permute_plugin.evaluation.harness.find_spec",
         lambda name: None if name == "lm_eval" else find(name),
     )
-    remedy = re.escape('pip install "nm-permute-plugin[eval]"')
+    remedy = re.escape("pip install '.[eval]' in the folder of")
     refused(*chain, message=remedy)
     assert listing(folder) == before
 

@@ -30,7 +30,7 @@ PRUNE = ["prune", "dense", "recipe.yaml", "out", "--text", "text.txt"]
 PRUNE += ["--sequence-length", "32"]
 EVALUATE = ["evaluate", "out", "--text", "text.txt", "--sequence-length", "32"]
 OUTCOME = (
-    r"out: calibrated on 1280 tokens, \d+\.\d minutes, 0\.\d MB, (\d+\.\d)% of the wanda "
+    r"out: calibrated on 1280 tokens, \d+\.\d minutes, \d+ kB, (\d+\.\d)% of the wanda "
     r"score kept \((\d+\.\d)% without a permutation\), validation loss (\d\.\d+) -> "
     r"(\d\.\d+) \(KL divergence from the dense model, nats a token\)"
     r"(?:; report: out/nm_permute/report\.html)?; next: nm-permute evaluate out "

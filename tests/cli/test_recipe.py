@@ -14,12 +14,13 @@ WORDS = {
     "2of4_learned_then_fp8": "--then fp8",
     "2of4_learned_then_fp8static": "--then fp8-static",
     "2of4_learned_then_recover": "--recover blocks --recover end_to_end",
+    "2of4_learned_then_recover_then_w4a16": "--recover end_to_end --then w4a16",
     "2of4_learned_then_smoothquant": "--then smoothquant --then w8a8",
     "2of4_learned_then_sparsegpt": "--then sparsegpt",
     "2of4_learned_then_w4a16": "--then w4a16",
     "2of4_learned_then_w8a8": "--then w8a8",
     "2of4_learned_then_wanda": "--then wanda",
-    "2of4_learned_vit": "--batch-size 32 --ignore classifier",
+    "2of4_learned_vit": "--set batch_size=32 --ignore classifier",
     "2of4_magnitude": "--score magnitude --method identity",
     "2of4_ria": "--score ria --method identity",
     "2of4_search": "--method search",
@@ -44,6 +45,14 @@ def test_new_writes_what_is_shipped(name: str) -> None:
     assert yaml.safe_load(written(WORDS[name])) == shipped
 
 
+def test_what_a_recovery_learns_under_is_rounded_to_the_nearest() -> None:
+    for scheme in ("fp8", "w4a16"):
+        assert "GPTQModifier" in written(f"--then {scheme}")
+        both = written(f"--recover end_to_end --then {scheme}")
+        assert "QuantizationModifier" in both
+        assert "GPTQ" not in both
+
+
 def test_new_writes_a_file_and_replaces_none(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     assert nm_permute("recipe", "new", "--out", file).exit_code == 0
@@ -54,16 +63,35 @@ def test_new_writes_a_file_and_replaces_none(tmp_path: Path) -> None:
     assert file.read_text() == before
 
 
+def test_any_field_can_be_set() -> None:
+    words = "--set learn.steps=20 --set batch_size=1 --recover end_to_end "
+    words += "--set recover.end_to_end.steps=600 --set ignore=[lm_head,re:.*gate]"
+    stage = yaml.safe_load(written(words))["prune_stage"]
+    body = stage["permutation_modifiers"]["LearnablePermutationModifier"]
+    assert body["learn"] == {"steps": 20}
+    assert body["batch_size"] == 1
+    assert body["recover"] == {"stages": ["end_to_end"], "end_to_end": {"steps": 600}}
+    assert body["ignore"] == ["lm_head", "re:.*gate"]
+    stage = yaml.safe_load(written("--then wanda --set learn.steps=30"))["prune_stage"]
+    body = stage["permutation_modifiers"]["LearnablePermutationModifier"]
+    assert body["learn"] == {"stages": ["swaps"], "steps": 30}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ("--then fp88", "--then fp88: there is no such step; did you mean fp8"),
         ("--then sparsegpt --then wanda", "one of them prunes"),
-        ("--then fp8 --then w8a8", "QuantizationModifier already"),
+        ("--then fp8 --then w8a8", "--then w8a8: there is a GPTQModifier already"),
         ("--method learnd", "method: .*learned"),
         ("--pattern 2:3:4", "mask_structure"),
         ("--method identity --then wanda", "would change nothing"),
         ("--then wanda --recover blocks", "recover"),
+        ("--set learn.steps", "give FIELD=VALUE, such as learn.steps=20"),
+        ("--set method.steps=2", "method is 'learned', and no group"),
+        ("--set learn.step=2", "learn.step: .*did you mean steps"),
+        ("--set steps=2", "did you mean learn.steps or recover.end_to_end.steps"),
+        ("--set learn.steps=[", "no YAML"),
     ],
 )
 def test_what_does_not_fit_is_one_line(words: str, message: str) -> None:
@@ -102,11 +130,11 @@ def test_check_says_what_would_be_done(tmp_path: Path, tiny_checkpoint) -> None:
     file = SHIPPED / "2of4_learned_then_fp8.yaml"
     alone = nm_permute("recipe", "check", file)
     assert alone.exit_code == 0, alone.output
-    assert "good (LearnablePermutationModifier, QuantizationModifier)" in alone.stdout
+    assert "good (LearnablePermutationModifier, GPTQModifier)" in alone.stdout
     result = nm_permute("recipe", "check", file, "--model", tiny_checkpoint())
     assert result.exit_code == 0, result.output
     assert "2:4 in 14 linears" in result.stdout
-    assert "residual (32 channels) orders" in result.stdout
+    assert "residual (32 channels) permutes" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_spaces_and_their_readers_are_listed(folder) -> None:
         "| value.{i} | 2 | 32 | heads of 8 | layers.{i}.attention.o_proj |",
         "| hidden.{i} | 2 | 48 | all | layers.{i}.mlp.fc2 |",
     ]
-    assert "no space orders the inputs of layers.{i}.mlp.fc1 (output)" in lines
+    assert "no space permutes the inputs of layers.{i}.mlp.fc1 (output)" in lines
 
 
 def test_a_few_layers_stand_for_all(folder) -> None:
@@ -95,7 +95,7 @@ def test_a_spec_that_changes_the_outputs_is_wrong(folder, tmp_path: Path) -> Non
     down = "model.layers.{i}.mlp.down_proj.weight"
     file.write_text(yaml.safe_dump({**LLAMA, down: "residual _"}))
     error = refused(spec(folder("llama-gqa"), "--spec", file))
-    assert "random orders change the outputs by" in error
+    assert "random permutations change the outputs by" in error
     assert "the spec is wrong" in error
 
 

@@ -33,6 +33,20 @@ def test_a_newer_result_takes_the_place_of_one_like_it() -> None:
     assert Evaluations().with_task(TASK).with_task(again).tasks == (again,)
 
 
+def test_the_same_value_again_keeps_what_it_was_compared_with() -> None:
+    compared = OLD.model_copy(update={"dense": 9.0, "base": 30.0, "flips": 0.1})
+    assert Evaluations().with_text(compared).with_text(OLD).texts == (compared,)
+    rounded = OLD.model_copy(update={"perplexity": 20.001})
+    (kept,) = Evaluations().with_text(compared).with_text(rounded).texts
+    assert (kept.perplexity, kept.dense, kept.base) == (20.001, 9.0, 30.0)
+    other = OLD.model_copy(update={"dense": 8.0})
+    both = compared.model_copy(update={"dense": 8.0})
+    assert Evaluations().with_text(compared).with_text(other).texts == (both,)
+    assert Evaluations().with_text(compared).with_text(NEW).texts == (NEW,)
+    alone = TASK.model_copy(update={"dense": None})
+    assert Evaluations().with_task(TASK).with_task(alone).tasks == (TASK,)
+
+
 def test_recovery_is_a_share_of_the_dense_model() -> None:
     assert TASK.recovery == pytest.approx(0.75)
     assert TASK.model_copy(update={"dense": None}).recovery is None

@@ -166,5 +166,5 @@ def test_without_optimum_one_line_says_how_to_get_it() -> None:
     )
     assert run.stdout == (
         "nm_permute_plugin.optimum needs optimum, which is not installed: "
-        "pip install 'nm-permute-plugin[optimum]'\n"
+        "pip install '.[optimum]' in the folder of nm-permute-plugin's repository\n"
     )

@@ -30,7 +30,7 @@ SHAPES = [
     ),
     pytest.param(
         {"head_dim": 6},
-        r"model\.layers\.0\.self_attn\.o_proj\.weight has .* in runs of 6, which M=4",
+        r"model\.layers\.0\.self_attn\.o_proj\.weight has .* in segments of 6, which M=4",
         id="head_dim",
     ),
 ]

@@ -319,9 +319,9 @@ def test_the_log_lists_what_orders_every_linear(run: Run) -> None:
         logger.remove(sink)
     said = "".join(lines).splitlines()
     assert [line for line in said if "the inputs of" in line] == [
-        "residual (32 channels) could order, but is left out, the inputs of "
+        "residual (32 channels) could permute, but is left out, the inputs of "
         "model.decoder.project_out",
-        "hidden.{0-1} (48 channels) orders the inputs of model.decoder.layers.{0-1}.fc2",
-        "no space orders the inputs of model.decoder.project_in: the spec keeps them in "
+        "hidden.{0-1} (48 channels) permutes the inputs of model.decoder.layers.{0-1}.fc2",
+        "no space permutes the inputs of model.decoder.project_in: the spec keeps them in "
         "their places (embedding)",
     ]

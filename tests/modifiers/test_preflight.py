@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import modifier, ours, quantize, wanda
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+)
 
 from nm_permute_plugin.checkpoint.verify import verify
 
@@ -31,7 +37,6 @@ SMOOTH = modifier("smoothing", "SmoothQuantModifier", smoothing_strength=0.5)
 CONSTANT = modifier(
     "constant", "ConstantPruningModifier", targets=["re:.*proj.weight"], start=0.0
 )
-TWO_BY_FOUR = "does not keep the zeros of 2:4: take QuantizationModifier"
 ROTATES = "mixes the channels that are permuted and pruned.*leave it out"
 
 
@@ -62,12 +67,11 @@ REFUSED = {
         "targets FalconLinear means no linear .* are of class Linear; name that class",
     ),
     "groups that leave a rest": (OURS + grouped(24), "groups of 24 weights"),
-    "GPTQ after": (OURS + GPTQ, f"GPTQModifier after Lear.* {TWO_BY_FOUR}"),
-    "GPTQ after Wanda": (
-        ours(prune=False, **FAST) + wanda() + GPTQ,
-        f"GPTQModifier after Lear.* {TWO_BY_FOUR}",
-    ),
     "GPTQ before": (before(GPTQ), "GPTQModifier before .*: put it after"),
+    "GPTQ in an order that is gone": (
+        OURS + quantize("W8A8", "GPTQModifier", actorder="group"),
+        "GPTQModifier after .* by actorder: group, .* any more: write actorder: static",
+    ),
     "quantization before": (before(quantize("W8A8")), "before .*: put it after"),
     "SpinQuant before": (before(SPIN), f"SpinQuantModifier before .*{ROTATES}"),
     "SpinQuant after": (OURS + SPIN, f"SpinQuantModifier after .*{ROTATES}"),
@@ -123,9 +127,17 @@ def test_a_recipe_that_must_fail_is_refused_before_the_model_is_run(
         OURS + CONSTANT,
         OURS + grouped(16),
         ours(prune=False, **FAST) + GPTQ,
+        ours(prune=False, **FAST) + wanda() + GPTQ,
         ours(batch_size=12, **FAST),
     ],
-    ids=["smoothing", "constant", "groups that fit", "GPTQ alone", "batch of search"],
+    ids=[
+        "smoothing",
+        "constant",
+        "groups that fit",
+        "GPTQ alone",
+        "GPTQ after Wanda",
+        "batch of search",
+    ],
 )
 def test_what_works_is_not_refused(
     tiny_checkpoint, run_oneshot, tmp_path: Path, recipe: str
@@ -146,6 +158,27 @@ def test_all_findings_are_told_in_one_refusal(
     assert len(lines) == 4
     assert all(word in line for word, line in zip(words, lines, strict=True))
     assert not (folder / "sparse").exists()
+
+
+@pytest.mark.parametrize("kind", ["QuantizationModifier", "GPTQModifier"])
+def test_quantization_of_what_the_host_does_not_quantize_is_refused(
+    tiny_checkpoint, run_oneshot, tmp_path: Path, kind: str
+) -> None:
+    folder, tokenizer = (
+        tmp_path / "gpt2",
+        AutoTokenizer.from_pretrained(tiny_checkpoint()),
+    )
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    GPT2LMHeadModel(GPT2Config(vocab_size=64, **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    recipe = ours(targets=["Conv1D"], **FAST) + quantize(
+        "W8A8", kind, targets=["Conv1D"]
+    )
+    with pytest.raises(
+        ValueError, match=f"^{kind} .* would quantize nothing: .* Conv1D"
+    ):
+        run_oneshot(folder, recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_folder_of_the_model_is_no_place_for_the_result(

@@ -11,6 +11,7 @@ from loguru import logger
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from nm_permute_plugin._words import file_size
 from nm_permute_plugin.checkpoint.verify import verify
 from nm_permute_plugin.modifiers.save import after_save
 
@@ -195,8 +196,8 @@ def test_a_save_ends_with_its_size_and_what_to_do_next(
     run_oneshot(folder, recipe(), out)
     logger.remove(sink)
     (line,) = [line for line in said if "; next: " in line]
-    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6
-    assert line.startswith(f"{out}: {size:,.1f} MB, ")
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    assert line.startswith(f"{out}: {file_size(size)}, ")
     assert (
         "of the wanda score kept by the best masks; next: nm-permute evaluate" in line
     )

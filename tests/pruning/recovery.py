@@ -6,19 +6,20 @@ from torch import Tensor, nn
 
 from nm_permute_plugin.maths.masks import nm_mask
 from nm_permute_plugin.maths.pattern import NMPattern
+from nm_permute_plugin.pruning.recover.rounding import Rounding
 from nm_permute_plugin.pruning.recover.student import Student
 
 
-def student_of(model: nn.Module, only: str = "") -> Student:
+def student_of(
+    model: nn.Module, only: str = "", rounding: Rounding | None = None
+) -> Student:
     """The student of magnitude masks of every linear but the head."""
-    return Student(
-        model,
-        {
-            name: nm_mask(module.weight.detach().abs().float(), NMPattern(2, 4))
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and name != "lm_head" and only in name
-        },
-    )
+    masks = {
+        name: nm_mask(module.weight.detach().abs().float(), NMPattern(2, 4))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head" and only in name
+    }
+    return Student(model, masks, rounding and dict.fromkeys(masks, rounding))
 
 
 def planted(model: nn.Module, noise: float = 0.3) -> Student:

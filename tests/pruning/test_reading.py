@@ -60,6 +60,24 @@ def test_a_loss_mask_says_which_tokens_count(tiny_model) -> None:
     assert sorted(rows_in(data)) == sorted(ids.tolist())
 
 
+def test_few_tokens_that_count_for_validation_are_warned_of(tiny_model) -> None:
+    said: list[str] = []
+    sink = logger.add(said.append, level="WARNING", format="{message}")
+    ids = ids_of(12, 32)
+    read_samples(tiny_model("llama"), [{"input_ids": ids}], 4, 0.25)
+    assert said == []  # how many there are is plain to see
+    marks = answers(ids)
+    data = read_samples(
+        tiny_model("llama"), [{"input_ids": ids, "loss_mask": marks}], 4, 0.25
+    )
+    logger.remove(sink)
+    counted = sum(int(token_mask(batch).sum()) for batch in data.validation)
+    (line,) = said
+    assert line.startswith(
+        f"Of the 3 rows for validation, {counted} tokens count, fewer"
+    )
+
+
 def test_norms_are_those_of_the_tokens_that_count(tiny_model) -> None:
     model, ids = tiny_model("llama"), ids_of(12, 32)
     inputs: list[Tensor] = []

@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -81,7 +82,7 @@ def test_what_was_found_is_kept_where_the_disk_has_room(
         learned(go, model)
     warnings = [line for line in said if "is not kept any more" in line]
     assert len(warnings) == 1
-    assert "the disk has 0.0 MB free" in warnings[0]
+    assert "the disk has 0 kB free" in warnings[0]
     assert not folder.exists()
 
 
@@ -197,3 +198,18 @@ def test_a_hostile_value_imports_nothing(
         with pytest.raises(ValueError, match="value cannot be read"):
             state_files.read_value(written)
     assert not (tmp_path / "mark").exists()
+
+
+def test_the_bar_of_a_run_that_goes_on_begins_where_it_stands(
+    tiny_model, go, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, folder = tiny_model("llama"), tmp_path / "state"
+    with stopping_in(6), nmp.resuming(folder):  # the third of the second stage
+        learned(go, model)
+    capsys.readouterr()
+    with nmp.resuming(folder):
+        learned(go, model)
+    shown = capsys.readouterr().err
+    counts = re.findall(r"Learning (\w+): +\d+%\|[^|]*\| (\d+)/(\d+) ", shown)
+    assert counts[0] == ("multipliers", "2", "3")
+    assert counts[-1] == ("multipliers", "3", "3")

@@ -20,13 +20,16 @@ FOLLOWS = {
     "recover": [],  # it is the same modifier that recovers
     "sparsegpt": ["SparseGPTModifier"],
     "wanda": ["WandaPruningModifier"],
-    "fp8": ["QuantizationModifier"],
-    "fp8static": ["QuantizationModifier"],
+    "fp8": ["GPTQModifier"],
+    "fp8static": ["GPTQModifier"],
     "w8a8": ["QuantizationModifier"],
-    "w4a16": ["QuantizationModifier"],
+    "w4a16": ["GPTQModifier"],
+    "recover_then_w4a16": ["QuantizationModifier"],
     "smoothquant": ["SmoothQuantModifier", "QuantizationModifier"],
 }
-NAME = re.compile(r"(\d+)of(\d+)_([a-z]+)(?:_(vit|qwen25vl))?(?:_then_([a-z0-9]+))?")
+NAME = re.compile(
+    r"(\d+)of(\d+)_([a-z]+)(?:_(vit|qwen25vl))?(?:_then_((?:recover_then_)?[a-z0-9]+))?"
+)
 IGNORED = {
     None: ["lm_head"],
     "vit": ["classifier"],
@@ -51,7 +54,7 @@ def test_a_recipe_yields_what_its_name_says(file: Path) -> None:
     else:
         assert (first.method, first.score) == ("identity", word)
     assert list(first.ignore) == IGNORED[model]
-    assert bool(first.recover.stages) == (follows == "recover")
+    assert bool(first.recover.stages) == ("recover" in (follows or ""))
     names = [type(modifier).__name__ for modifier in others]
     assert names == FOLLOWS[follows]
     prunes = [m for m in others if hasattr(m, "mask_structure")]

@@ -40,8 +40,10 @@ def test_a_shipped_recipe_leaves_what_verify_passes_and_transformers_reads(
     promised = [row for row in report.rows if row.promised]
     assert len(promised) == LINEARS
     assert all(row.sparse and row.zeros >= 0.5 for row in promised)
+    packed = ("packed", "formats cannot hold pack-quantized")
     stored, reason = {
-        "2of4_learned_then_w4a16": ("packed", "formats cannot hold pack-quantized"),
+        "2of4_learned_then_w4a16": packed,
+        "2of4_learned_then_recover_then_w4a16": packed,
         "4of8_learned": ("dense", "zeros included: the default for 4:8"),
     }.get(name, ("sparse-24-bitmask", "the default for 2:4"))
     assert {row.format for row in promised} == {stored}

@@ -80,8 +80,16 @@ def test_the_page_tells_the_whole_run(learned: Path) -> None:
     assert "Permuting the channels moved the dense model's outputs by" in said
     assert "learn.steps: 4" in said
     assert "threads" in said
-    assert "Nothing was measured on held-back text yet" in said
+    assert "Nothing was measured on a test text yet" in said
     assert re.search(r"has a validation loss of .* regains .* % of what was lost", said)
+
+
+def test_a_run_that_went_on_says_that_its_times_are_not_all(learned: Path) -> None:
+    told = "what it had done before is not counted here"
+    assert told not in words(learned)
+    change(learned, environment={"device": "cpu", "resumed": "yes"})
+    make_page(learned)
+    assert told in words(learned)
 
 
 def test_what_was_measured_later_comes_onto_the_page(learned: Path) -> None:

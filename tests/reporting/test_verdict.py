@@ -3,6 +3,7 @@
 
 import pytest
 
+from nm_permute_plugin.reporting.compared import table
 from nm_permute_plugin.reporting.measured import Measured
 from nm_permute_plugin.reporting.run import Run
 from nm_permute_plugin.reporting.subject import Subject
@@ -33,13 +34,15 @@ def verdict(of: Run, *texts: dict[str, object]) -> str:
                 "this run brought it to 0.500, which regains 75.0 %"),
         (run(recovered=[RECOVERED]), "brought it to 0.400, which regains 80.0 %"),
         (run(recovered=[RECOVERED | {"kept": False}]), "brought it to 0.500"),
+        (run(recovered=[RECOVERED | {"rounded": True}]), "brought it to 0.500"),
         (run(searched=[]), "this run has a validation loss of 0.500"),
         (run({"prune": False}), "pruned nothing (a 2:4 mask would lose 20.0 %"),
         (run({"method": "identity"}, searched=[], history=[]),
          "nothing was searched or learned to regain it"),
         (Run(), "The weights are N:M by the plain mask"),
     ],
-    ids=["learned", "recovered", "dropped", "older", "unpruned", "identity", "empty"],
+    ids=["learned", "recovered", "dropped", "rounded", "older", "unpruned", "identity",
+         "empty"],
 )  # fmt: skip
 def test_what_was_lost_and_regained(of: Run, said: str) -> None:
     assert said in verdict(of)
@@ -69,9 +72,26 @@ def test_a_text_tells_more_than_the_validation(texts: list[dict], said: str) -> 
 
 
 def test_what_serving_costs() -> None:
-    assert "because the order of the channels is folded" in verdict(
-        run(moved=["hidden.0"])
-    )
+    assert "because the permutation is folded" in verdict(run(moved=["hidden.0"]))
     assert "folded" not in verdict(run(moved=[]))
-    assert "0.0 MB on disk where dense ones take 0.0 MB" in verdict(run())
+    assert "0 kB on disk where dense ones take 0 kB" in verdict(run())
     assert "nothing to fold" in Subject("out", run(moved=[], fold_error=0.0)).fold
+
+
+@pytest.mark.parametrize(
+    ("bases", "said"),
+    [
+        ((40.0, None), "(dense 10.00, without a permutation 40.00)"),
+        ((40.0, 50.0), "(dense 10.00)"),
+    ],
+)
+def test_runs_stand_beside_the_plain_mask_where_one_is_known(
+    bases: tuple[float | None, ...], said: str
+) -> None:
+    subjects = []
+    for name, base in zip("ab", bases, strict=True):
+        text = {"text": "t.txt", "form": "windows", "perplexity": 20.0, "dense": 10.0}
+        measured = Measured.model_validate({"texts": [text | {"base": base}]})
+        subjects.append(Subject(name, run(), measured))
+    told = [line[0] for line in table(subjects).lines]
+    assert f"perplexity on t.txt, windows {said}" in told

@@ -44,7 +44,7 @@ def test_what_else_has_a_weight_is_no_linear() -> None:
 def test_the_inputs_of_a_conv1d_are_held_against_the_pattern() -> None:
     model = nn.Sequential(Conv1D(12, 6))
     spec = {"0.weight": "_ _", "0.bias": "_"}
-    message = r"0\.weight has its input channels in runs of 6, which M=4"
+    message = r"0\.weight has its input channels in segments of 6, which M=4"
     with pytest.raises(ValueError, match=message):
         resolve(model, spec, NMPattern(2, 4), ["0"])
     resolved = resolve(nn.Sequential(Conv1D(6, 12)), spec, NMPattern(2, 4), ["0"])

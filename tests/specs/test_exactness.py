@@ -148,7 +148,7 @@ def test_16_bits_hide_a_forgotten_bias_that_a_few_layers_show(tiny_model) -> Non
     with pytest.raises(RuntimeError) as refused:
         check_on_few_layers(model, spec, PATTERN)
     assert "LlamaForCausalLM with 2 layers" in str(refused.value)
-    assert "The orders of value.{0-1} do it." in str(refused.value)
+    assert "The permutations of value.{0-1} do it." in str(refused.value)
     assert "model.layers.{0-1}.self_attn.v_proj.bias." in str(refused.value)
     assert same(model, weights)
 
@@ -244,6 +244,8 @@ def test_every_wrong_space_is_told(tiny_model) -> None:
     """Of a spec that forgets a norm's weight, the residual stream."""
     model = tiny_model("llama", hidden_size=40, head_dim=8)
     spec = with_words({"model.norm.weight": "_"})
-    message = r"orders of residual do it.* move with them: model\.norm\.weight\. The"
+    message = (
+        r"permutations of residual do it.* move with them: model\.norm\.weight\. The"
+    )
     with pytest.raises(RuntimeError, match=message):
         check_on_few_layers(model, spec, PATTERN)

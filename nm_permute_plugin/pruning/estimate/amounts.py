@@ -82,6 +82,27 @@ class Amounts:
         return -(-steps // self.settings.validation.every)
 
     @property
+    def measured_passes(self) -> float:
+        """
+        Forward passes of ``row`` that measuring all stages takes, roughly.
+
+        A backward pass counts as two; the assignments of the search are left out.
+        """
+        learned = self.settings.method == "learned"
+        stages = len(self.settings.learn.stages) if learned else 0
+        recover = self.settings.recover.stages
+        trained = stages + ("end_to_end" in recover)
+        judged = (self.settings.method != "identity") + bool(recover)
+        of_validation = size(self.validation) / size(self.row)
+        return 7 + (1 + 10 * trained) * self.rows + 3 * judged * of_validation
+
+    @property
+    def measured_masks(self) -> int:
+        """How often measuring makes the masks of all linears, or sorts as much, roughly."""
+        learned = self.settings.method == "learned"
+        return 6 + (12 * len(self.settings.learn.stages) if learned else 0)
+
+    @property
     def search_rounds(self) -> int:
         """Rounds of assignment, up to the last validation."""
         every = ROUNDS_BETWEEN_VALIDATIONS

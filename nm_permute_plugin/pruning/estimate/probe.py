@@ -7,6 +7,7 @@ with rows of the same length, and counted as often as the run will do it. The mo
 it was afterwards.
 """
 
+import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
@@ -19,7 +20,8 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 
-from nm_permute_plugin.pruning.data import Data
+from nm_permute_plugin.maths.masks import nm_mask
+from nm_permute_plugin.pruning.data import Data, forward, on_device
 from nm_permute_plugin.pruning.estimate.amounts import Amounts
 from nm_permute_plugin.pruning.estimate.layers import learning_by_layers
 from nm_permute_plugin.pruning.estimate.learning import learning
@@ -34,11 +36,13 @@ from nm_permute_plugin.pruning.problem import Problem, Solution
 from nm_permute_plugin.pruning.recover.student import Student
 from nm_permute_plugin.pruning.run import PrunePlan
 from nm_permute_plugin.pruning.running.fast_dtype import computing_fast
+from nm_permute_plugin.pruning.running.forecast import duration
 from nm_permute_plugin.pruning.running.masked import evaluating
 from nm_permute_plugin.pruning.running.teacher import Teacher
 from nm_permute_plugin.pruning.search import alike, rounds_of_all, segments_of
 from nm_permute_plugin.pruning.settings import Settings
 from nm_permute_plugin.pruning.statistics import input_norms, output_sensitivity
+from nm_permute_plugin.specs.conv1d import weight_of
 from nm_permute_plugin.specs.exactness import random_perms
 from nm_permute_plugin.specs.fold import fold, invert_all, write_in_place
 
@@ -94,6 +98,7 @@ def estimate(
     settings: Settings,
     folder: Path | None = None,
     free: Callable[[torch.device], int] = free_memory,
+    told: Callable[[str], object] = lambda line: None,
 ) -> Estimate:
     """
     Measure a few steps of every stage of a run, and say what the whole will take.
@@ -101,17 +106,24 @@ def estimate(
     :param folder: in which the checkpoint's folder will lie; some bytes are written there
         for a moment, in a file without a name
     :param free: tells the free bytes of a device
+    :param told: is given a line at the start, about how long measuring takes, and one after
+        every stage
     :raises ValueError: as ``permute_and_prune``, for what its first steps refuse
     :raises RuntimeError: if a fold changes the function of the model
     """
     meter = Meter(next(model.parameters()).device)
     found = Estimate(meter.device, meter.held())
+    stderr = sys.stderr
+
+    def tell(line: str) -> None:
+        with redirect_stderr(stderr):
+            told(line)
 
     def probe() -> None:
         with evaluating(model), computing_fast(model):
             room = Room.of(model, plan.prunable, data, settings, meter, free)
             amounts = Amounts(data, settings)
-            _Probe(model, plan, amounts, meter, room, found, folder).run()
+            _Probe(model, plan, amounts, meter, room, found, folder, tell).run()
 
     # Bars and lines of a log that say what was learned would speak of a few steps.
     logger.disable(__name__.partition(".")[0])
@@ -134,6 +146,7 @@ class _Probe:
     room: Room
     found: Estimate
     folder: Path | None
+    tell: Callable[[str], None]
 
     @property
     def settings(self) -> Settings:
@@ -142,6 +155,7 @@ class _Probe:
     def run(self) -> None:
         """Measure every stage until one does not fit."""
         try:
+            self._announce()
             masks, teacher, choosing = self._find()
             if self.settings.recover.stages:
                 student = Student(self.model, masks)
@@ -154,6 +168,26 @@ class _Probe:
             self._stage("save", lambda: self._save(masks))
         except DoesNotFit as error:
             self.found.unfit.append(str(error))
+
+    def _announce(self) -> None:
+        """Say how long measuring takes, by a forward pass and the mask of one linear."""
+        self.room.check("statistics")
+        row = on_device(self.amounts.row, self.model)
+        with self.room.caught("statistics"), torch.no_grad():
+            forward(self.model, row)  # warms up
+            _, one = self.meter.took(lambda: forward(self.model, row))
+        weights = [weight_of(self.model.get_submodule(x)) for x in self.plan.prunable]
+        part = max(weights, key=Tensor.numel)
+        score = part.detach().float().abs().nan_to_num()  # bad ones are told later
+        _, mask = self.meter.took(lambda: nm_mask(score, self.settings.pattern))
+        masks = sum(map(Tensor.numel, weights)) / part.numel()
+        about = one.seconds * self.amounts.measured_passes
+        about += mask.seconds * masks * self.amounts.measured_masks
+        rounds = " and the time of three rounds of the search"
+        self.tell(
+            f"Measuring a few steps of every stage on {self.found.device}: about "
+            f"{duration(about)}{rounds * (self.settings.method != 'identity')} ..."
+        )
 
     def _find(self) -> tuple[dict[str, Tensor], Teacher, Took]:
         """
@@ -196,10 +230,11 @@ class _Probe:
         """
         self.room.check(name)
         with self.room.caught(name), self.meter.peak() as peak:
-            made, took, more = measure()
+            (made, took, more), spent = self.meter.took(measure)
         most = peak.value + more
         self.found.stages.append(StageEstimate(name, took, most))
         self.room.check(name, most)
+        self.tell(f"Measured in {duration(spent.seconds)}: {name}")
         return made
 
     def _statistics(self) -> tuple[Problem, Took, int]:

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from nm_permute_plugin._words import memory_size
 from nm_permute_plugin.pruning.data import Data
 from nm_permute_plugin.pruning.estimate.amounts import Amounts
 from nm_permute_plugin.pruning.estimate.meter import Meter
@@ -114,10 +115,10 @@ class Room:
     def _refusal(self, stage: str, need: int, how: str = "") -> str:
         free, where = self.free, self.device
         ways = [text for text, bytes_ in self._ways(stage, need) if bytes_ <= free]
-        ways.append(f"use a device with {amount_of(need - free)} more")
+        ways.append(f"use a device with {memory_size(need - free)} more")
         return (
-            f"{stage} needs {how}{amount_of(need)} of memory beside the model, and {where} "
-            f"has {amount_of(free)} free: {', or '.join(ways)}"
+            f"{stage} needs {how}{memory_size(need)} of memory beside the model, and "
+            f"{where} has {memory_size(free)} free: {', or '.join(ways)}"
         )
 
     def _ways(self, stage: str, need: int) -> Iterator[tuple[str, int]]:
@@ -202,13 +203,3 @@ def _asked(text: str) -> int:
     units = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
     found = re.search(r"tried to allocate ([\d.]+) (bytes|[KMG]iB)", text, re.I)
     return max(1, int(float(found[1]) * units[found[2]])) if found else 1
-
-
-def amount_of(count: int) -> str:
-    """
-    Write bytes as people do.
-
-    >>> amount_of(5_300_000_000), amount_of(12_300_000)
-    ('5.3 GB', '12.3 MB')
-    """
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -22,7 +22,6 @@ import torch
 from loguru import logger
 from torch import Tensor
 
-from nm_permute_plugin.pruning import ranks
 from nm_permute_plugin.pruning.learn.best import Best, begin_of
 from nm_permute_plugin.pruning.learn.multipliers import ScoreMultipliers
 from nm_permute_plugin.pruning.learn.published import SoftPlaces, StraightThrough
@@ -193,16 +192,18 @@ def train(
             "learner": learner.state_dict(),
         }
     )
-    bar = ranks.bar(numbers, f"Learning {what}")
-    for number in bar:
+    bar = progress.bar(numbers, f"Learning {what}")
+    for number in numbers:
         if number > progress.done:
             training, rate = step(partial(learner.prepare, number)), learner.rate
             with progress.update(number, training, rate):
                 learner.update()
             after_step()
+            bar.update()
             bar.set_postfix(loss=f"{training:.4f}", best=f"{best.loss:.4f}")
         ends = number % validate_every == 0 or number == numbers[-1]
         if ends and number > best.history[-1]["step"]:
             best.consider(number, fmean(progress.losses), progress.rate, learner)
             progress.losses.clear()
         progress.keep()
+    bar.close()

@@ -8,7 +8,6 @@ from statistics import fmean
 
 import torch
 
-from nm_permute_plugin.pruning import ranks
 from nm_permute_plugin.pruning.data import Data
 from nm_permute_plugin.pruning.recover.optimizer import RelativeAdamW
 from nm_permute_plugin.pruning.recover.student import Student, Values
@@ -42,15 +41,12 @@ def distill(
     optimizer = RelativeAdamW(masters, settings.recover.end_to_end.rate, steps)
     before = time.perf_counter()
     best = teacher.validate(student.masks(), data.validation)
-    forecast = Forecast(
-        "the recovery end_to_end",
-        steps,
-        -(-steps // every),
-        time.perf_counter() - before,
-    )
+    took = time.perf_counter() - before
     better: Values = {}
     history: History = [{"step": 0, "validation": best}]
     progress = Progress("the distilling", known)
+    left = steps - progress.done
+    forecast = Forecast("the recovery end_to_end", left, -(-left // every), took)
     if progress.value is not None:
         with torch.no_grad():
             for name, master in masters.items():
@@ -64,23 +60,26 @@ def distill(
             "best": (best, better, history),
         }
     )
+    served = student.served(masters)
     with frozen(student.model), torch.enable_grad(), progress:
         backward = Backward(
             teacher,
-            partial(student.masks, masters),
+            partial(student.masks, masters, served),
             masters.values(),
             data.train,
             settings.memory,
             use_graph=True,
         )
         batches = islice(data.batches(settings.seed), progress.done, None)
-        bar = ranks.bar(range(1, steps + 1), "Distilling the kept weights")
-        for step in bar:
+        bar = progress.bar(range(1, steps + 1), "Distilling the kept weights")
+        for step in range(1, steps + 1):
             if step > progress.done:
                 training, rate = backward(next(batches)), optimizer.rate
                 with progress.update(step, training, rate):
                     optimizer.step()
+                    student.served(masters, into=served)
                 forecast.step()
+                bar.update()
                 bar.set_postfix(loss=f"{training:.4f}", best=f"{best:.4f}")
             ends = step % every == 0 or step == steps
             if ends and step > history[-1]["step"]:
@@ -98,4 +97,5 @@ def distill(
                 )
                 progress.losses.clear()
             progress.keep()
+        bar.close()
     return better, history

@@ -26,6 +26,7 @@ class StageRecord:
     :param validation: the whole model's validation loss, before and after
     :param kept: whether the new weights were kept, because the loss fell
     :param history: the stage's own validations
+    :param rounded: whether all losses are of weights rounded as they will be served
     """
 
     stage: RecoverStage
@@ -33,6 +34,7 @@ class StageRecord:
     kept: bool
     seconds: float
     history: History
+    rounded: bool = False
 
 
 def recover(
@@ -60,7 +62,8 @@ def recover(
             _tried, stage, student, teacher, data, settings, loss, f"{known} {stage}"
         )
         values, history, after, better, seconds = kept(work, f"recovery {stage}", known)
-        records.append(StageRecord(stage, (loss, after), better, seconds, history))
+        said = (loss, after), better, seconds, history, student.is_rounded
+        records.append(StageRecord(stage, *said))
         logger.info(
             f"Recovery, {stage}: validation loss {loss:.4f} -> {after:.4f}"
             f"{'' if better else ', not kept'}; {seconds:.1f} s"

@@ -48,8 +48,12 @@ class Forecast:
             spans.append(recover.end_to_end.steps)
             what += " and the recovery end_to_end"
         every = settings.validation.every
-        validations = sum(-(-steps // every) for steps in spans)
-        return cls(what, sum(spans) - done, validations, of_validation)
+        left = []
+        for steps in spans:
+            left.append(max(0, steps - done))
+            done = max(0, done - steps)
+        validations = sum(-(-steps // every) for steps in left)
+        return cls(what, sum(left), validations, of_validation)
 
     def step(self) -> None:
         """Count a step, and log once enough of them have been timed."""

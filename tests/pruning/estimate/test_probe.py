@@ -7,11 +7,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from nm_permute_plugin._words import memory_size
 from nm_permute_plugin.pruning.data import Data, split_text
 from nm_permute_plugin.pruning.estimate.amounts import Amounts
 from nm_permute_plugin.pruning.estimate.meter import Meter
 from nm_permute_plugin.pruning.estimate.probe import Estimate, estimate
-from nm_permute_plugin.pruning.estimate.room import DoesNotFit, Room, amount_of
+from nm_permute_plugin.pruning.estimate.room import DoesNotFit, Room
 from nm_permute_plugin.pruning.pipeline import permute_and_prune
 from nm_permute_plugin.pruning.problem import Problem
 from nm_permute_plugin.pruning.run import PrunePlan
@@ -213,7 +214,7 @@ def test_a_failure_to_allocate_is_a_refusal(
     at = room(tiny_model("llama"), rows, SHORT, 1 << 40)
     with pytest.raises(DoesNotFit) as refused, at.caught("learn"):
         raise RuntimeError(message)
-    said = f"learn needs at least {amount_of((1 << 40) + asked)}"
+    said = f"learn needs at least {memory_size((1 << 40) + asked)}"
     assert str(refused.value).startswith(said)
     with pytest.raises(RuntimeError, match="another"), at.caught("learn"):
         raise RuntimeError("another error")

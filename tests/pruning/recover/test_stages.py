@@ -7,7 +7,7 @@ import pytest
 import torch
 from golden import count_dense_passes
 from recovery import differing, planted, student_of, values_of
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from nm_permute_plugin.pruning.data import Data, split_text
@@ -209,3 +209,28 @@ def test_the_dense_model_runs_once_a_batch(tiny_model, data: Data) -> None:
     assert count["dense"] == len(data.train) + len(data.validation)
     recover(student, teacher, data, settings)
     assert count["dense"] == len(data.train) + len(data.validation)
+
+
+def coarse(weight: Tensor) -> Tensor:
+    """Round to seven levels a row."""
+    scale = weight.abs().amax(1, keepdim=True).clamp_min(1e-6) / 3
+    return (weight / scale).round() * scale
+
+
+@pytest.mark.parametrize("stage", ["blocks", "end_to_end"])
+def test_what_is_learned_under_rounding_loses_less_once_it_is_rounded(
+    trained_checkpoint, data: Data, stage: RecoverStage
+) -> None:
+    losses = []
+    for during in (coarse, None):
+        model = AutoModelForCausalLM.from_pretrained(trained_checkpoint)
+        student = student_of(model, rounding=during)
+        (record,) = run(student, data, only(stage))
+        assert record.rounded == (during is not None)
+        rounded = student_of(model, rounding=coarse)
+        rounded.values.update(student.values)
+        losses.append(loss_of(rounded, data))
+        if during is not None:
+            assert losses[-1] == record.validation[1] < record.validation[0]
+            assert any(not torch.equal(coarse(v), v) for v in student.values.values())
+    assert losses[0] < 0.9 * losses[1]

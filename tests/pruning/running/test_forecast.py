@@ -34,6 +34,19 @@ def test_it_is_said_once_with_what_is_left(lines: list[str]) -> None:
     assert f"{left} steps of 0.0 s, 3 validations of 60 s" in line
 
 
+def test_what_is_behind_a_run_that_goes_on_is_not_said(lines: list[str]) -> None:
+    recover = {"stages": ["end_to_end"], "end_to_end": {"steps": 40}}
+    settings = Settings(learn={"steps": 100}, recover=recover)
+    for done, left in ((0, "140 steps, 7"), (70, "70 steps, 4"), (110, "30 steps, 2")):
+        lines.clear()
+        forecast = Forecast.of_training(settings, done, of_validation=60.0)
+        for _ in range(WARM_UPS + TIMED):
+            forecast.step()
+        steps, validations = left.split(", ")
+        assert f"{int(steps.split()[0]) - WARM_UPS - TIMED} steps of" in lines[0]
+        assert f"{validations} validations of 60 s" in lines[0]
+
+
 def test_a_run_says_what_it_does_then_how_long_it_will_take(
     tiny_model, chain_rows, lines: list[str]
 ) -> None:

@@ -48,7 +48,7 @@ def test_arguments_of_the_engine_are_a_json_object(
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
 def test_without_vllm_the_way_to_it_is_named(sparse_config: Path) -> None:
-    assert "nm-permute-plugin[vllm]" in error_of(sparse_config)
+    assert "pip install '.[vllm]'" in error_of(sparse_config)
 
 
 def test_a_mode_that_leaves_nothing_to_compare_is_refused(
