@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
+from nm_permute_plugin._words import file_size
+
 _UNFINISHED = ".unfinished"
 _OLD = ".old"
 _STATE = ".nm_permute_state"
@@ -186,8 +188,8 @@ def refuse_full(target: Path, needed: int) -> None:
     if free < needed:
         raise OSError(
             errno.ENOSPC,
-            f"the disk of {parent} has {free / 1e6:,.1f} MB free, and {target} takes "
-            f"{needed / 1e6:,.1f} MB: make room, or name a folder on another disk",
+            f"the disk of {parent} has {file_size(free)} free, and {target} takes "
+            f"{file_size(needed)}: make room, or name a folder on another disk",
         )
 
 

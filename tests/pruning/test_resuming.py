@@ -151,21 +151,6 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_the_bar_of_a_run_that_goes_on_begins_where_it_stands(
-    tiny_model, go, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model, folder = tiny_model("llama"), tmp_path / "state"
-    with stopping_in(6), nmp.resuming(folder):  # the third of the second stage
-        learned(go, model)
-    capsys.readouterr()
-    with nmp.resuming(folder):
-        learned(go, model)
-    shown = capsys.readouterr().err
-    counts = re.findall(r"Learning (\w+): +\d+%\|[^|]*\| (\d+)/(\d+) ", shown)
-    assert counts[0] == ("multipliers", "2", "3")
-    assert counts[-1] == ("multipliers", "3", "3")
-
-
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
     """The folder of a value with tensors and words."""
@@ -213,3 +198,18 @@ def test_a_hostile_value_imports_nothing(
         with pytest.raises(ValueError, match="value cannot be read"):
             state_files.read_value(written)
     assert not (tmp_path / "mark").exists()
+
+
+def test_the_bar_of_a_run_that_goes_on_begins_where_it_stands(
+    tiny_model, go, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, folder = tiny_model("llama"), tmp_path / "state"
+    with stopping_in(6), nmp.resuming(folder):  # the third of the second stage
+        learned(go, model)
+    capsys.readouterr()
+    with nmp.resuming(folder):
+        learned(go, model)
+    shown = capsys.readouterr().err
+    counts = re.findall(r"Learning (\w+): +\d+%\|[^|]*\| (\d+)/(\d+) ", shown)
+    assert counts[0] == ("multipliers", "2", "3")
+    assert counts[-1] == ("multipliers", "3", "3")
