@@ -74,7 +74,12 @@ def test_the_command_prints_the_table() -> None:
     [
         (
             "memory",
-            ["memory", "memory.micro_batch_size", "memory.gradient_checkpointing"],
+            [
+                "memory",
+                "memory.micro_batch_size",
+                "memory.gradient_checkpointing",
+                "memory.shard",
+            ],
         ),
         ("score", ["score"]),
         ("steps", ["learn.steps", "recover.end_to_end.steps"]),

@@ -25,6 +25,7 @@ PUBLISHED = {
 }
 BODIES: dict[str, dict[str, Any]] = {
     "default": {},
+    "sharded": {"memory": {"shard": True}},
     "search": {
         "mask_structure": "4:8",
         "score": "ria",

@@ -175,7 +175,7 @@ def test_a_dot_in_a_line_is_no_wildcard() -> None:
 def test_a_width_that_m_does_not_divide_is_refused(tiny_model, resolve_model) -> None:
     model = tiny_model("llama", intermediate_size=30)
     message = (
-        r"layers\.0\.mlp\.down_proj\.weight.* runs of 30, which M=4.*2:4.*`ignore`"
+        r"layers\.0\.mlp\.down_proj\.weight.* segments of 30, which M=4.*2:4.*`ignore`"
     )
     with pytest.raises(ValueError, match=message):
         resolve_model(model)
@@ -193,7 +193,7 @@ def test_a_width_that_m_does_not_divide_is_accepted_where_nothing_is_pruned(
 
 def test_a_head_that_m_does_not_divide_is_refused(tiny_model, resolve_model) -> None:
     model = tiny_model("llama", head_dim=6, num_key_value_heads=4)
-    with pytest.raises(ValueError, match=r"self_attn\.o_proj\.weight.* runs of 6,"):
+    with pytest.raises(ValueError, match=r"self_attn\.o_proj\.weight.* segments of 6,"):
         resolve_model(model)
 
 
