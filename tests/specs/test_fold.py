@@ -217,7 +217,10 @@ REFUSED = [
         id="no permutation",
     ),
     pytest.param(
-        "value.1", swapped(16, 0, 8), "space value.1 .* segment of 8", id="leaves its head"
+        "value.1",
+        swapped(16, 0, 8),
+        "space value.1 .* segment of 8",
+        id="leaves its head",
     ),
 ]
 
