@@ -303,7 +303,6 @@ def _prune(
 ) -> float:
     """``oneshot`` into a folder that appears only when all went well; minutes."""
     import torch
-    from safetensors import SafetensorError
 
     # From its import on, llm-compressor logs to what is stdout then.
     with redirect_stdout(cast("Any", HostLog())):
@@ -322,29 +321,25 @@ def _prune(
         partial(empty_model, model), model, recipe, out, samples
     )
     started = time.perf_counter()
-    try:
-        state = state_beside(out)
-        going_on = nullcontext() if state is None else resuming(state, fresh)
-        with (
-            nothing_misleading(),
-            # Where ranks are many, llm-compressor begins its log anew.
-            redirect_stdout(cast("Any", HostLog())),
-            going_on,
-            _unfinished(out) as unfinished,
-        ):
-            calibration = data()
-            loaded = load_model(model)
-            reset_session()
-            oneshot(
-                model=loaded if in_shards else loaded.to(where),
-                recipe=str(recipe),
-                output_dir=str(unfinished),
-                **calibration,
-            )
-            ranks.wait()  # for all to have written what they write
-    except SafetensorError as error:
-        # Weights that cannot be written, to a full disk say, are no OSError there.
-        raise OSError(f"cannot write the checkpoint {out}: {error}") from error
+    state = state_beside(out)
+    going_on = nullcontext() if state is None else resuming(state, fresh)
+    with (
+        nothing_misleading(),
+        # Where ranks are many, llm-compressor begins its log anew.
+        redirect_stdout(cast("Any", HostLog())),
+        going_on,
+        _unfinished(out) as unfinished,
+    ):
+        calibration = data()
+        loaded = load_model(model)
+        reset_session()
+        oneshot(
+            model=loaded if in_shards else loaded.to(where),
+            recipe=str(recipe),
+            output_dir=str(unfinished),
+            **calibration,
+        )
+        ranks.wait()  # for all to have written what they write
     return (time.perf_counter() - started) / 60
 
 
