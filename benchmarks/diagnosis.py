@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 
 import torch
@@ -68,6 +68,7 @@ def noise(subject: Started, args: argparse.Namespace) -> Rows:
             backward = Backward(
                 problem.teacher,
                 partial(dict, masks),
+                chain.from_iterable(leaves.values()),
                 problem.data.train,
                 subject.settings.memory,
                 use_graph=False,

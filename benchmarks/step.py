@@ -86,6 +86,7 @@ class _Learning:
         self._backward = Backward(
             problem.teacher,
             self._learner.masks,
+            self._learner.parameters,
             problem.data.train,
             settings.memory,
             self._learner.use_graph,

@@ -120,9 +120,8 @@ def _mask_gradients(
     }
     memory = MemorySettings()
     with frozen(problem.model), torch.enable_grad():
-        Backward(problem.teacher, lambda: leaves, [batch], memory, use_graph=False)(
-            batch
-        )
+        given = leaves.values(), [batch], memory
+        Backward(problem.teacher, lambda: leaves, *given, use_graph=False)(batch)
     return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
 
