@@ -241,7 +241,7 @@ def _unfinished(folder: Path, name: str) -> list[str]:
 
 
 def _contents(out: Path) -> dict[str, bytes]:
-    """Every file of a checkpoint, less what tells of time and memory."""
+    """Every file of a checkpoint, less what tells of time, memory and the kill."""
     files = {str(path.relative_to(out)): path for path in out.rglob("*")}
     found = {n: path.read_bytes() for n, path in files.items() if path.is_file()}
     for name in [name for name in found if "report" in name and "json" not in name]:
@@ -257,7 +257,7 @@ def _contents(out: Path) -> dict[str, bytes]:
 
 def _timeless(value: Any) -> Any:
     if isinstance(value, dict):
-        spent = ("seconds", "memory")
+        spent = ("seconds", "memory", "resumed")
         return {key: _timeless(of) for key, of in value.items() if key not in spent}
     return [_timeless(of) for of in value] if isinstance(value, list) else value
 
