@@ -24,28 +24,17 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import nm_permute_plugin as nmp
+from shapes import SHAPES
 
-SHAPES = {
-    "llama-3.2-1b": {
-        "vocab_size": 128256,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "tie_word_embeddings": True,
-    },
-    "tiny": {
-        "vocab_size": 256,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "tie_word_embeddings": True,
-    },
+TINY: dict[str, int | bool] = {
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "tie_word_embeddings": True,
 }
 
 
@@ -80,7 +69,7 @@ def main() -> None:
 
 def make_model(shape: str, layers: int | None, device: str) -> LlamaForCausalLM:
     """A random Llama model in bfloat16 whose linears are 2:4, all but the head."""
-    size = dict(SHAPES[shape])
+    size = dict(SHAPES.get(shape, TINY))
     if layers is not None:
         size["num_hidden_layers"] = layers
     torch.manual_seed(0)
@@ -285,7 +274,7 @@ def now() -> float:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="the JSON file to write")
-    parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-1b")
+    parser.add_argument("--shape", choices=[*SHAPES, "tiny"], default="llama-3.2-1b")
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
     ways = ["compiled", "eager"]

@@ -195,6 +195,15 @@ def rank_of(run: "subprocess.Popen[bytes]", number: int) -> int:
     raise AssertionError(f"rank {number} has ended: {children}")
 
 
+def learning(run: "subprocess.Popen[bytes]", log: Path) -> None:
+    """Wait until a run learns."""
+    until = time.monotonic() + 200
+    while "The stage search took" not in log.read_text():
+        assert run.poll() is None, log.read_text()
+        assert time.monotonic() < until, log.read_text()
+        time.sleep(0.1)
+
+
 def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on(
     on_two_hosts, folder: Path
 ) -> None:
@@ -203,11 +212,7 @@ def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on(
     (words,) = torchrun(["-m", "nm_permute_plugin", *given])
     log = folder / "died.log"
     run = begin(words, log)
-    until = time.monotonic() + 200
-    while "The stage search took" not in log.read_text():
-        assert run.poll() is None, log.read_text()
-        assert time.monotonic() < until, log.read_text()
-        time.sleep(0.1)
+    learning(run, log)
     os.kill(rank_of(run, 1), signal.SIGKILL)
     assert run.wait(timeout=60) != 0
     assert "exitcode  : -9" in log.read_text()
@@ -230,11 +235,7 @@ def test_a_rank_that_stands_still_ends_the_run(folder: Path) -> None:
     )
     log = folder / "silent.log"
     run = begin(words, log)
-    until = time.monotonic() + 200
-    while "The stage search took" not in log.read_text():
-        assert run.poll() is None, log.read_text()
-        assert time.monotonic() < until, log.read_text()
-        time.sleep(0.1)
+    learning(run, log)
     still = rank_of(run, 1)
     os.kill(still, signal.SIGSTOP)
     try:

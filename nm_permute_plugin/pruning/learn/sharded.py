@@ -103,7 +103,7 @@ class ShardedProblem(Problem):
     """
     A problem whose model lies in shards; its scores have shapes alone.
 
-    The multipliers of its solutions are shards as well, until ``whole`` gathers them.
+    The multipliers of its solutions are shards as well, until ``agreed`` gathers them.
 
     :param scores: how the score of every pruned linear is made
     """
