@@ -29,7 +29,7 @@ def gap_closed(ours: float, base: float, dense: float) -> float:
 
     The cost is counted in log-perplexity.
 
-    :param ours: the perplexity of the method to judge
+    :param ours: the perplexity of the method that is measured
     :param base: the perplexity of the same score and pattern, in the order as it is
     :param dense: the perplexity of the model before pruning
     :raises ValueError: if ``base`` lost nothing, so that there is no gap

@@ -194,12 +194,12 @@ def too_few(samples: int, settings: Settings) -> Iterator[str]:
             "on and one for validation: give more, or shorter rows"
         )
         return
-    judges = min(max(1, round(settings.validation.share * samples)), samples - 1)
-    left = samples - judges
+    validating = min(max(1, round(settings.validation.share * samples)), samples - 1)
+    left = samples - validating
     if trains(settings) and settings.batch_size > left:
         yield (
             f"batch_size: {settings.batch_size} is more than the {left} rows to train on "
-            f"({samples} rows, of which validation takes {judges}): give more text or "
+            f"({samples} rows, of which validation takes {validating}): give more text or "
             f"shorter rows, or set batch_size: {left}"
         )
 

@@ -135,8 +135,8 @@ def split(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
         )
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(count, generator=generator).tolist()
-    judges = min(max(1, round(share * count)), count - 1)
-    return order[judges:], order[:judges]
+    validating = min(max(1, round(share * count)), count - 1)
+    return order[validating:], order[:validating]
 
 
 def endless(count: int, seed: int) -> Iterator[int]:

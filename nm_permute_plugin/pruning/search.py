@@ -30,7 +30,7 @@ History = list[dict[str, int | float]]
 """One entry a validation: its round or step, and the losses."""
 
 ROUNDS_BETWEEN_VALIDATIONS = 3
-"""Rounds from one validation to the next: retained score is a poor judge of a model."""
+"""Rounds from one validation to the next: retained score says little of a model."""
 
 MOST_SCORES = 1 << 28
 """Scores searched at a time: more of them do not make a GPU any faster."""

@@ -98,7 +98,7 @@ def rebuilding(student: Student, amounts: Amounts, meter: Meter) -> tuple[Took, 
 def learning_by_layers(
     problem: Problem,
     start: Solution,
-    judge: Validation,
+    whole_model: Validation,
     amounts: Amounts,
     meter: Meter,
 ) -> tuple[None, Took, int]:
@@ -140,5 +140,5 @@ def learning_by_layers(
             of_layer += one * (steps * amounts.per_step)
             validations = amounts.validations(steps) * amounts.validation_batches
             of_layer += validation * validations
-    took = judge.of(2) + at.begun + of_layer * at.count
+    took = whole_model.of(2) + at.begun + of_layer * at.count
     return None, took, at.bytes_to_come

@@ -34,13 +34,13 @@ def timed(step: Callable[[], object], meter: Meter) -> tuple[Took, Took]:
 def learning(
     problem: Problem,
     start: Solution,
-    judge: Validation,
+    whole_model: Validation,
     amounts: Amounts,
     meter: Meter,
 ) -> tuple[None, Took, int]:
     """Measure a few steps of every stage as ``learn`` takes them."""
     settings, data, batch = amounts.settings, amounts.data, amounts.batch
-    took = judge.of(1)  # of the start
+    took = whole_model.of(1)  # of the start
     with frozen(problem.model), torch.enable_grad():
         took += dense_passes(problem.teacher, amounts, amounts.steps, meter)
         for stage, steps in settings.learn.schedule():
@@ -71,7 +71,7 @@ def learning(
             solution = learner.solution()
             problem.masks(solution)
             _, masks = meter.took(partial(problem.masks, solution))
-            validation = masks + judge.passing
+            validation = masks + whole_model.passing
             took += made + begun + once + one * (steps * amounts.per_step)
             took += validation * amounts.validations(steps)
             del learner, backward, step, make

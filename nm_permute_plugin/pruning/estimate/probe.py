@@ -202,12 +202,12 @@ class _Probe:
         if settings.method == "identity":
             masks, choosing = self._masks(problem, start)
             return masks, problem.teacher, choosing
-        judge = Validation.measure(problem, start, amounts, self.meter)
-        self._stage("search", lambda: self._search(problem, start, judge))
+        whole_model = Validation.measure(problem, start, amounts, self.meter)
+        self._stage("search", lambda: self._search(problem, start, whole_model))
         if settings.method == "learned":
             learn = learning_by_layers if settings.layer_wise else learning
             self._stage(
-                "learn", lambda: learn(problem, start, judge, amounts, self.meter)
+                "learn", lambda: learn(problem, start, whole_model, amounts, self.meter)
             )
         masks, choosing = self._masks(problem, start)
         return masks, problem.teacher, choosing
@@ -258,10 +258,12 @@ class _Probe:
         return problem, took, 0
 
     def _search(
-        self, problem: Problem, start: Solution, judge: Validation
+        self, problem: Problem, start: Solution, whole_model: Validation
     ) -> tuple[None, Took, int]:
         """Two rounds over one batch of spaces of each shape, counted for all of them."""
-        took = judge.dense + judge.of(self.amounts.search_validations(problem.spaces))
+        took = whole_model.dense + whole_model.of(
+            self.amounts.search_validations(problem.spaces)
+        )
         rounds = self.amounts.search_rounds
         if not rounds:
             return None, took, 0

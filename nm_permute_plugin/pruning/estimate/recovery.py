@@ -24,7 +24,7 @@ def recovery(
     """Measure a few steps of every stage of the recovery."""
     data, stages = amounts.data, amounts.settings.recover.stages
     dense, validation = passes(teacher, student.masks(), amounts, meter)
-    # The whole judges the start, and what each stage leaves.
+    # The start is validated, and what each stage leaves.
     took = dense + validation * (1 + len(stages))
     more = teacher.bytes_to_come([*data.train, *data.validation])
     for stage in stages:

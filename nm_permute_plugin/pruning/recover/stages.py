@@ -47,7 +47,7 @@ def recover(
     """
     Change the weights that masks keep, so that the pruned model follows the dense one.
 
-    The validation loss of the whole pruned model judges every stage; what does not make it
+    The validation loss of the whole pruned model decides on every stage; what does not make it
     smaller is dropped. The same seed gives the same weights.
 
     :param student: its values are replaced, the model stays as it is
