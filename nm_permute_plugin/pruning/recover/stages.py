@@ -47,8 +47,8 @@ def recover(
     """
     Change the weights that masks keep, so that the pruned model follows the dense one.
 
-    The validation loss of the whole pruned model decides on every stage; what does not make it
-    smaller is dropped. The same seed gives the same weights.
+    The validation loss of the whole pruned model decides on every stage: what leaves it
+    as large is dropped. The same seed gives the same weights.
 
     :param student: its values are replaced, the model stays as it is
     :param teacher: the dense model as it is after the fold
