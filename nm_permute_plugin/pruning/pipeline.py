@@ -24,7 +24,7 @@ from nm_permute_plugin.pruning.learn.sharded import (
     ShardedProblem,
     refuse_alone,
 )
-from nm_permute_plugin.pruning.problem import Problem, Solution
+from nm_permute_plugin.pruning.problem import Problem, Solution, SpaceScores
 from nm_permute_plugin.pruning.recover.rounding import Rounding
 from nm_permute_plugin.pruning.recover.sharded import distill_in_shards
 from nm_permute_plugin.pruning.recover.stages import StageRecord, recover
@@ -173,7 +173,7 @@ def _run(
         figures,
         clock.seconds,
         clock.memory,
-        environment(model) | ({"resumed": "yes"} if goes_on() else {}),
+        _environment(model),
         searched,
         history,
         recovered,
@@ -193,19 +193,7 @@ def _run_sharded(
     problem = ShardedProblem.of_shards(model, resolved, prunable, data, settings)
     clock.lap("statistics")
     scored = problem.with_scores(model) if ranks.is_first() else problem
-    found, searched = search_problem(problem, settings, scored.spaces)
-    history = searched
-    clock.lap("search")
-    if settings.method == "learned":
-        begin = found
-
-        def learned() -> tuple[dict[str, dict[str, Tensor]], History]:
-            found, history = learn(problem, begin, settings)
-            return found.state_dict(), history
-
-        state, history = kept(learned, "learning", problem.known)
-        found = Solution(**state)
-        clock.lap("learn")
+    found, searched, history = _find(problem, settings, clock, spaces=scored.spaces)
     del problem
     masks: Mapping[str, Tensor] = {}
 
@@ -229,7 +217,7 @@ def _run_sharded(
     if settings.prune:
         recovered = _pruned_in_shards(model, prunable, masks, data, settings, write)
         clock.lap("recover" if recovered else "prune")
-    measured = clock.seconds, clock.memory, environment(model)
+    measured = clock.seconds, clock.memory, _environment(model)
     return Record(perms, error, figures, *measured, searched, history, recovered)
 
 
@@ -265,14 +253,20 @@ def _pruned_in_shards(
 
 
 def _find(
-    problem: Problem, settings: Settings, clock: Clock, hold: Hold
+    problem: Problem,
+    settings: Settings,
+    clock: Clock,
+    hold: Hold = nullcontext,
+    spaces: Mapping[str, SpaceScores] | None = None,
 ) -> tuple[Solution, History, History]:
     """
     The solution by the chosen method, the validations of the search and the last ones.
+
+    :param spaces: of the problem, with scores for the search, where it has none
     """
     if settings.method == "identity":
         return Solution(), [], []
-    found, searched = search_problem(problem, settings)
+    found, searched = search_problem(problem, settings, spaces)
     history = searched
     clock.lap("search")
     if settings.method == "learned":
@@ -309,6 +303,11 @@ def _see_again(problem: Problem, settings: Settings) -> None:
         for turn, index in enumerate(order):
             for part, _ in own_micro_batches(data.train[index], turn, size):
                 teacher(part)
+
+
+def _environment(model: nn.Module) -> dict[str, str | int]:
+    """The machine, and whether a run that died went on."""
+    return environment(model) | ({"resumed": "yes"} if goes_on() else {})
 
 
 def _student(
