@@ -2,7 +2,7 @@
 """
 ``generate`` of transformers with a 2:4 model: ``nmp.accelerate`` beside the dense linears.
 
-    python benchmarks/generate.py OUT.json
+    python benchmarks/generation.py OUT.json
 
 The model has LLaMA-3.2-1B's shape and random 2:4 weights, made here in bfloat16. Each
 batch is generated compiled (a static cache, which transformers compiles by itself) and
