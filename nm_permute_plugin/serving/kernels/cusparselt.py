@@ -19,6 +19,7 @@ from nm_permute_plugin.serving.kernels.kernel import (
     Settings,
     output_dtype,
     padded,
+    unsupported_card,
     unsupported_dtype,
 )
 
@@ -48,8 +49,8 @@ class CuSparseLt:
         rows, channels = weight.shape
         if reason := unsupported_dtype(weight.dtype, DTYPES_16 + DTYPES_8):
             return reason
-        if not weight.is_cuda:
-            return "no CUDA device"
+        if reason := unsupported_card(weight):
+            return reason
         if not torch.backends.cusparselt.is_available():
             return "this build of torch has no cuSPARSELt"
         multiple = 16 if weight.dtype in DTYPES_16 else 32
@@ -91,6 +92,9 @@ class CuSparseLt:
                 *(tokens, rows, channels, x.dtype, error),
             )
             return [_DEFAULT]
+
+    def takes(self, weight: Tensor, tokens: int, settings: Settings) -> bool:
+        return len(settings) == len(_DEFAULT)
 
     def run(self, packed: Tensor, x: Tensor, rows: int, settings: Settings) -> Tensor:
         algorithm, split_k, split_k_mode = settings

@@ -40,6 +40,9 @@ class Dense:
     def candidates(self, packed: Tensor, x: Tensor, rows: int) -> list[Settings]:
         return [()]
 
+    def takes(self, weight: Tensor, tokens: int, settings: Settings) -> bool:
+        return settings == ()
+
     def run(self, packed: Tensor, x: Tensor, rows: int, settings: Settings) -> Tensor:
         if packed.dtype in DTYPES_16:
             return torch.nn.functional.linear(x, packed)

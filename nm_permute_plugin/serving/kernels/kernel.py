@@ -66,14 +66,40 @@ class Kernel(Protocol):
         :param rows: the number of output channels
         """
 
+    def takes(self, weight: Tensor, tokens: int, settings: Settings) -> bool:
+        """
+        Whether settings that were kept on disk are of this kernel and size.
+
+        :param weight: [out, in], of which dtype and device count
+        """
+
     def run(self, packed: Tensor, x: Tensor, rows: int, settings: Settings) -> Tensor:
-        """Multiply: [tokens, rows]. ``candidates`` offered the settings for this size."""
+        """
+        Multiply: [tokens, rows]. ``candidates`` offered the settings for this size.
+
+        :raises RuntimeError: if the card, its driver or a library refuses the product
+        """
 
 
 def unsupported_dtype(dtype: torch.dtype, known: Collection[torch.dtype]) -> str | None:
     """Return why a kernel cannot multiply by a dtype; None if it is a known one."""
     names = ", ".join(str(other).removeprefix("torch.") for other in known)
     return None if dtype in known else f"{dtype} has no kernel; these have: {names}"
+
+
+def unsupported_card(weight: Tensor) -> str | None:
+    """Return why no sparse kernel runs on a weight's device; None if some do."""
+    if not weight.is_cuda:
+        return "no CUDA device"
+    if torch.version.hip is not None:
+        return "the sparse kernels are for NVIDIA's cards"
+    found = torch.cuda.get_device_capability(weight.device)
+    lowest = (8, 9) if weight.dtype == torch.float8_e4m3fn else (8, 0)
+    if found >= lowest:
+        return None
+    return "its card has compute capability {}.{}, {} needs {}.{}".format(
+        *found, str(weight.dtype).removeprefix("torch."), *lowest
+    )
 
 
 def padded(x: Tensor, multiple: int) -> Tensor:

@@ -14,6 +14,7 @@ from nm_permute_plugin.serving.kernels import nvidia
 from nm_permute_plugin.serving.kernels.kernel import (
     Settings,
     output_dtype,
+    unsupported_card,
     unsupported_dtype,
 )
 from nm_permute_plugin.serving.kernels.packing import CHANNELS, ROWS, pack, unpack
@@ -55,7 +56,7 @@ class BlockShape(NamedTuple):
         return "sm_{}{}".format(*capability) + own
 
     def shared_bytes(self, kind: int) -> int:
-        """Return a block's shared memory in bytes: chunks and tokens, later the sums."""
+        """Return the bytes that a launch asks for: chunks and tokens, later the sums."""
         width, tokens = 2 if kind < 2 else 1, 8 * self.tiles
         chunk = ROWS * CHANNELS * 9 // 8 if kind < 2 else ROWS * CHANNELS * 5 // 8
         ahead = self.depth if self.depth > 1 else 0
@@ -64,23 +65,25 @@ class BlockShape(NamedTuple):
         sums = self.warps_n * self.warps_k * tokens * _PITCH * 4
         return max(ring + staged, sums)
 
+    def fits(self, kind: int, card: nvidia.Card) -> bool:
+        """Whether a block has enough shared memory on a card, its barriers included."""
+        barriers = self.warps_n * self.warps_k * self.depth if self.depth > 1 else 0
+        return self.shared_bytes(kind) + 8 * barriers <= card.shared_bytes
 
-def block_shapes(
-    tiles: int, kind: int, capability: tuple[int, int]
-) -> list[BlockShape]:
+
+def block_shapes(tiles: int, kind: int, card: nvidia.Card) -> list[BlockShape]:
     """
     List the block shapes worth trying for up to ``8 * tiles`` tokens.
 
-    :param capability: the card's: 9.0 and later have clusters and the copy engine, 9.0
-        alone has wgmma
+    Capability 9.0 and later has clusters and the copy engine, 9.0 alone has wgmma.
     """
     enough = min(known for known in _BLOCK_SHAPES if known >= tiles)
     found = [BlockShape(enough, *shape) for shape in _BLOCK_SHAPES[enough]]
-    if capability < (9, 0):
-        return [shape for shape in found if shape.cluster == 1 and shape.depth < 2]
-    if capability == (9, 0) and kind < 2 and enough >= _STAGED_TILES:
+    if card.capability < (9, 0):
+        found = [shape for shape in found if shape.cluster == 1 and shape.depth < 2]
+    elif card.capability == (9, 0) and kind < 2 and enough >= _STAGED_TILES:
         found += [BlockShape(enough, *shape) for shape in _STAGED]
-    return found
+    return [shape for shape in found if shape.fits(kind, card)]
 
 
 @dataclass(frozen=True)
@@ -93,11 +96,8 @@ class MmaSp:
         rows, channels = weight.shape
         if reason := unsupported_dtype(weight.dtype, _KINDS):
             return reason
-        if not weight.is_cuda:
-            return "no CUDA device"
-        lowest = (8, 9) if weight.dtype == torch.float8_e4m3fn else (8, 0)
-        if torch.cuda.get_device_capability(weight.device) < lowest:
-            return f"the card is older than compute capability {lowest}"
+        if reason := unsupported_card(weight):
+            return reason
         if rows % ROWS or channels % CHANNELS:
             return f"{rows} x {channels} is no multiple of {ROWS} x {CHANNELS}"
         return None
@@ -114,11 +114,13 @@ class MmaSp:
         tokens = len(x)
         if tokens > MOST_TOKENS:
             return []
-        capability = torch.cuda.get_device_capability(packed.device)
-        found = block_shapes(-(-tokens // 8), _KINDS[x.dtype], capability)
+        found = _shapes(x, tokens)
         with ThreadPoolExecutor() as pool:  # the compiler releases the GIL
             list(pool.map(lambda shape: _machine_code(*_key(x, shape)), found))
         return [tuple(shape) for shape in found]
+
+    def takes(self, weight: Tensor, tokens: int, settings: Settings) -> bool:
+        return tokens <= MOST_TOKENS and settings in _shapes(weight, tokens)
 
     def run(self, packed: Tensor, x: Tensor, rows: int, settings: Settings) -> Tensor:
         shape = BlockShape(*settings)
@@ -131,6 +133,11 @@ class MmaSp:
             [packed, x, out, len(x), rows, packed.shape[1]],
         )
         return out
+
+
+def _shapes(x: Tensor, tokens: int) -> list[BlockShape]:
+    """List the block shapes for tokens of a dtype on their card."""
+    return block_shapes(-(-tokens // 8), _KINDS[x.dtype], nvidia.card_of(x.device))
 
 
 def _key(x: Tensor, shape: BlockShape) -> tuple[str, int, BlockShape]:

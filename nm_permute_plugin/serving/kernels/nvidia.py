@@ -9,12 +9,36 @@ import ctypes
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 PACKAGES = Path(torch.__file__).parents[1] / "nvidia"
 """The folder where torch's CUDA wheels install NVIDIA's libraries."""
+
+
+_RESERVED = 1024
+"""CUDA keeps so many bytes of a multiprocessor's shared memory for each block."""
+
+
+class Card(NamedTuple):
+    """
+    What a kernel must know of a card.
+
+    :param capability: the compute capability, such as (9, 0)
+    :param shared_bytes: the shared memory that one block may have, in bytes
+    """
+
+    capability: tuple[int, int]
+    shared_bytes: int
+
+
+def card_of(device: torch.device) -> Card:
+    """Return the card that is a CUDA device."""
+    found = torch.cuda.get_device_properties(device)
+    shared = found.shared_memory_per_multiprocessor - _RESERVED
+    return Card((found.major, found.minor), shared)
 
 
 @cache

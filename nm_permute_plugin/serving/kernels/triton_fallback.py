@@ -12,12 +12,16 @@ from nm_permute_plugin.checkpoint.layout24 import WORDS
 from nm_permute_plugin.serving.kernels.kernel import (
     DTYPES_16,
     Settings,
+    unsupported_card,
     unsupported_dtype,
 )
 from nm_permute_plugin.serving.kernels.packing import CODES, expand
 
 MOST_TOKENS = 64
 """The kernel multiplies at most this many tokens."""
+
+_TILES: list[Settings] = [(16, 128, 4, 3), (32, 64, 4, 3), (64, 32, 4, 4)]
+"""Rows and groups of a tile, warps, pipeline stages: 58 KiB of shared memory at most."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,8 @@ class TritonDecode:
     def unsupported(self, weight: Tensor) -> str | None:
         if reason := unsupported_dtype(weight.dtype, DTYPES_16):
             return reason
-        if not weight.is_cuda:
-            return "no CUDA device"
+        if reason := unsupported_card(weight):
+            return reason
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed"
         if weight.shape[1] % 32:
@@ -57,7 +61,10 @@ class TritonDecode:
     def candidates(self, packed: Tensor, x: Tensor, rows: int) -> list[Settings]:
         if len(x) > MOST_TOKENS:
             return []
-        return [(16, 128, 4, 3), (32, 64, 4, 3), (64, 32, 4, 4)]
+        return list(_TILES)
+
+    def takes(self, weight: Tensor, tokens: int, settings: Settings) -> bool:
+        return tokens <= MOST_TOKENS and settings in _TILES
 
     def run(self, packed: Tensor, x: Tensor, rows: int, settings: Settings) -> Tensor:
         from nm_permute_plugin.serving.kernels.triton_decode import decode
