@@ -22,6 +22,9 @@ CARDS = {
 }
 """Cards with the shared memory of a block, as CUDA's programming guide has it."""
 
+FEW_CARDS = ("sm_80", "sm_100", "sm_120")
+"""Where kernels that do not serve are compiled: sm_90 ran them, the others are alike."""
+
 
 @contextmanager
 def weight_on(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runs on which card: what is chosen compiles and fits, all else is refused in words."""
+"""Kernels that a card is offered compile and fit; others are refused in words."""
 
 from itertools import product
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cards import CARDS, weight_on
+from cards import CARDS, FEW_CARDS, weight_on
 from weights import DTYPES
 
 from nm_permute_plugin.serving import linear
@@ -39,8 +39,8 @@ def test_every_kernel_compiles_for_every_card_that_it_is_not_refused_on(
         else:
             assert not row["fault"], on_card
     kernels = {(row["card"], row["kernel"].split()[0]) for row in compiled}
-    names = ("mma_sp", "triton", "scaling", "codec", "kl", "masks")
-    assert kernels == set(product(CARDS, names))
+    serving = set(product(CARDS, ("mma_sp", "triton", "scaling")))
+    assert kernels == serving | set(product(FEW_CARDS, ("codec", "kl", "masks")))
 
 
 def test_every_kernel_fits_the_shared_memory_of_its_card(
