@@ -19,7 +19,7 @@ from nm_permute_plugin.serving.kernels.kernel import DTYPES_16
 from nm_permute_plugin.serving.kernels.scaling import scaled
 from nm_permute_plugin.serving.ops import KERNELS, TABLES, sparse24_linear, unpack
 from nm_permute_plugin.serving.probe import crash_reason
-from nm_permute_plugin.serving.tune import tune, warm_up
+from nm_permute_plugin.serving.tune import fault_of, tune, warm_up
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is under its name
 
@@ -209,6 +209,9 @@ def _table(weight: Tensor, allowed: list[str]) -> KernelTable:
     """Read the kernel table from disk, or measure it now and keep it there."""
     path = kernel_table.path_of(weight, allowed)
     table = kernel_table.load(path, len(weight), allowed)
+    if table is not None and (fault := fault_of(table, weight, KERNELS)):
+        logger.warning("ignored the kernel table in %s: %s", path, fault)
+        table = None
     if table is None:
         usable = []
         for name in allowed:

@@ -66,6 +66,35 @@ def warm_up(weight: Tensor, call: Callable[[Tensor], Tensor], most: int = 64) ->
             call(random_tokens(weight, tokens))
 
 
+def fault_of(
+    table: KernelTable, weight: Tensor, kernels: Mapping[str, Kernel]
+) -> str | None:
+    """
+    Run every choice of a table that was kept; return what is wrong with it, or None.
+
+    :param weight: [out, in], for which the table was made
+    :param kernels: the kernels by name, all that the table chooses
+    """
+    sizes = tuple(bucket.tokens for bucket in table.buckets)
+    if sizes != BUCKETS:
+        return f"it is for {sizes} tokens"
+    said = "packing"
+    try:
+        packed = {name: kernels[name].prepare(weight) for name in table.kernels}
+        for tokens, (name, settings, _), _ in table.buckets:
+            said = f"{name} with {settings} for {tokens} tokens"
+            if not kernels[name].takes(weight, tokens, settings):
+                return f"{said} does not exist"
+            x = random_tokens(weight, tokens)
+            out = kernels[name].run(packed[name], x, len(weight), settings)
+            wrong = error_of(out, reference(weight, x))
+            if not wrong <= TOLERANCE:
+                return f"{said} is off by {wrong:.3g} of the largest result"
+    except RuntimeError as error:
+        return f"{said}: {error}"
+    return None
+
+
 def choose(fastest: list[Choice]) -> Choice:
     """Choose the fastest kernel; a sparse one also if dense wins by no more than noise."""
     sparse = [choice for choice in fastest if choice.kernel != "dense"]

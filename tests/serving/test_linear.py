@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where nothing of ours can run a layer stays dense, and says why."""
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +113,21 @@ def test_a_weight_that_was_checked_is_not_compressed_for_a_check_again(
     layer = SparseLinear.prepare(weight, "auto", is_checked=True)
     assert isinstance(layer, SparseLinear)
     assert len(checked) == 1
+
+
+def test_a_kept_table_that_does_not_run_is_measured_anew(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, bad = tmp_path / "table.json", Choice("dense", (7,), 1.0)
+    kernel_table.save(KernelTable(16, [Bucket(8, bad, [bad])]), path)
+    monkeypatch.setattr(kernel_table, "path_of", lambda weight, allowed: path)
+    measured = KernelTable(16, [Bucket(8, DENSE, [DENSE])])
+    monkeypatch.setattr(linear, "tune", lambda weight, kernels: measured)
+    weight = sparse_weight(16, 64, torch.bfloat16)
+    with caplog.at_level(logging.WARNING):
+        assert linear._table(weight, ["dense"]) == measured
+    assert f"ignored the kernel table in {path}: it is for (8,) tokens" in caplog.text
+    assert kernel_table.load(path, 16, ["dense"]) == measured
 
 
 def test_a_kept_table_of_another_weight_is_measured_anew(

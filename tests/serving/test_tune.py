@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from weights import DTYPES, error, exact, sparse_weight
 
+from nm_permute_plugin.serving.kernel_table import BUCKETS, Bucket, Choice, KernelTable
 from nm_permute_plugin.serving.kernels.dense import Dense
 from nm_permute_plugin.serving.kernels.kernel import Settings
 from nm_permute_plugin.serving.tune import (
     cold_copies,
+    fault_of,
     measure_kernel,
     random_tokens,
     reference,
@@ -80,3 +82,27 @@ def test_copies_of_a_small_weight_do_not_fit_any_cache() -> None:
     copies = cold_copies(torch.zeros(1 << 20, dtype=torch.int8))
     assert sum(copy.nbytes for copy in copies) >= 100 << 20
     assert len({copy.data_ptr() for copy in copies}) == len(copies)
+
+
+def kept(settings: Settings = (), buckets: tuple[int, ...] = BUCKETS) -> KernelTable:
+    """A table that chooses one kernel for all tokens."""
+    choice = Choice("dense", settings, 1.0)
+    return KernelTable(32, [Bucket(tokens, choice, [choice]) for tokens in buckets])
+
+
+@pytest.mark.parametrize(
+    ("table", "kernel", "fault"),
+    [
+        (kept(), Dense(), None),
+        (kept(), Wrong(), "dense with () for 1 tokens is off by"),
+        (kept(), Failing(), "dense with () for 1 tokens: the CUDA driver answered 1"),
+        (kept((1, 2)), Dense(), "dense with (1, 2) for 1 tokens does not exist"),
+        (kept(buckets=(1, 4)), Dense(), "it is for (1, 4) tokens"),
+    ],
+    ids=["good", "wrong", "failing", "foreign settings", "foreign buckets"],
+)
+def test_a_kept_table_is_run_before_it_is_believed(
+    table: KernelTable, kernel: Dense, fault: str | None
+) -> None:
+    found = fault_of(table, sparse_weight(32, 128, torch.bfloat16), {"dense": kernel})
+    assert found is None if fault is None else str(found).startswith(fault)

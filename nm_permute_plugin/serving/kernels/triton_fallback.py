@@ -69,4 +69,10 @@ class TritonDecode:
     def run(self, packed: Tensor, x: Tensor, rows: int, settings: Settings) -> Tensor:
         from nm_permute_plugin.serving.kernels.triton_decode import decode
 
-        return decode(packed, x, rows, settings)
+        try:
+            return decode(packed, x, rows, settings)
+        except RuntimeError:
+            raise
+        except Exception as error:  # of its compiler, of a damaged cache: many classes
+            text = f"Triton: {type(error).__name__}: {error}"
+            raise RuntimeError(text) from error
