@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans are made once a size; a fake stands in for the library, which needs a GPU."""
 
+import ctypes
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -25,14 +27,28 @@ class FakeLibrary:
     Answers every call.
 
     :param refuses: the function that answers 10, not supported
+    :param lacks: the function that it does not have
+    :param version: its version, in torch's count
+    :param written: the bytes that it writes into a plan
     """
 
     refuses: str = ""
+    lacks: str = ""
+    version: int = 800
+    written: int = 512
     called: list[str] = field(default_factory=list)
 
     def __getattr__(self, name: str) -> Callable[..., int]:
-        def answer(*arguments: object) -> int:
+        if name == f"cusparseLt{self.lacks}":
+            raise AttributeError(f"there is no {name}")
+
+        def answer(*arguments: Any) -> int:
             self.called.append(name.removeprefix("cusparseLt"))
+            if self.called[-1] == "GetProperty":
+                which, at = arguments
+                at._obj.value = (0, self.version // 100, self.version % 100)[which]
+            if self.called[-1] == "MatmulPlanInit":
+                ctypes.memset(arguments[1], 0, self.written)
             return 10 if self.called[-1] == self.refuses else 0
 
         return answer
@@ -44,12 +60,15 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeLibrary]:
     fake = FakeLibrary()
     monkeypatch.setattr(cusparselt_plan, "_library", lambda: fake)
     monkeypatch.setattr(
-        cusparselt_plan, "_handle", lambda device: cusparselt_plan._Structure()
+        cusparselt_plan, "_handle", lambda device: cusparselt_plan._Structure(64)
     )
     monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: 800)
-    cusparselt_plan._is_tested.cache_clear()
+    cusparselt_plan._is_sound.cache_clear()
     plan_of.cache_clear()
+    assert cusparselt_plan._is_sound(0, 800)
+    fake.called.clear()
     yield fake
+    cusparselt_plan._is_sound.cache_clear()
     plan_of.cache_clear()
 
 
@@ -99,12 +118,16 @@ def test_a_size_that_the_library_refuses_is_left_to_torch(
     assert "cusparseLtMatmulPlanInit answered 10" in message
 
 
-@pytest.mark.parametrize("version", [None, 702, 799, 900, 1000])
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [(None, "0.0.0"), (702, "0.7.2"), (802, "0.8.2"), (900, "0.9.0"), (1000, "0.10.0")],
+)
 def test_a_version_that_is_not_tested_is_left_to_torch_and_logged_once(
     library: FakeLibrary,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     version: int | None,
+    words: str,
 ) -> None:
     monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: version)
     with caplog.at_level(logging.WARNING):
@@ -112,16 +135,45 @@ def test_a_version_that_is_not_tested_is_left_to_torch_and_logged_once(
         assert plan_of(SIZE._replace(tokens=32)) is None
     assert library.called == []
     (message,) = caplog.messages
-    assert message.startswith(f"cuSPARSELt {version or 0} is not one of the tested")
+    assert f"its version {words} is not a tested one, 0.8.0 and 0.8.1 are" in message
 
 
-@pytest.mark.parametrize("version", [800, 801, 899])
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"version": 801}, "libcusparseLt.so.0 is version 0.8.1, torch's is 0.8.0"),
+        ({"written": 513}, "its structures are larger than 512 bytes"),
+        ({"written": 11024}, "its structures are larger than 512 bytes"),
+        ({"refuses": "MatmulPlanInit"}, "cusparseLtMatmulPlanInit answered 10"),
+        ({"lacks": "MatmulGetWorkspace"}, "no cusparseLtMatmulGetWorkspace"),
+    ],
+    ids=["another file", "a byte more", "old handles", "refused", "gone"],
+)
+def test_a_library_that_is_not_as_its_version_says_is_left_to_torch(
+    library: FakeLibrary,
+    caplog: pytest.LogCaptureFixture,
+    wrong: dict[str, Any],
+    told: str,
+) -> None:
+    cusparselt_plan._is_sound.cache_clear()
+    for name, value in wrong.items():
+        setattr(library, name, value)
+    with caplog.at_level(logging.WARNING):
+        assert plan_of(SIZE) is None
+        assert plan_of(SIZE._replace(tokens=32)) is None
+    (message,) = caplog.messages
+    assert message.startswith("torch makes cuSPARSELt's plans at every call")
+    assert told in message
+
+
+@pytest.mark.parametrize("version", [800, 801])
 def test_a_tested_version_is_called_directly(
     library: FakeLibrary,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     version: int,
 ) -> None:
+    library.version = version
     monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: version)
     with caplog.at_level(logging.WARNING):
         assert plan_of(SIZE) is not None

@@ -20,12 +20,17 @@ from nm_permute_plugin.serving.kernels.nvidia import nvidia_library
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is under its name
 
-_VERSIONS = range(800, 900)
-"""The constants below hold for cuSPARSELt 0.8 (``version()`` is 800 for 0.8.0). With any
-other version torch makes the plans: larger structures would overflow ours."""
+_FILE = "libcusparseLt.so.0"
+
+_VERSIONS = (800, 801)
+"""The constants below hold for cuSPARSELt 0.8.0 and 0.8.1, whose headers are alike
+(``version()`` is 800 for 0.8.0). With any other version torch makes the plans."""
 
 _STRUCTURE_BYTES = 512
-"""The library's structures have this size each."""
+"""The library's structures have this size each; a trial tells if they are larger."""
+
+_GUARD, _PATTERN = 1 << 16, b"\xa5"
+"""Behind the structures of the trial lie so many bytes of this value."""
 
 _ALIGNMENT = 16
 """We promise the library that matrices start at a multiple of this many bytes."""
@@ -62,10 +67,14 @@ class ProductSize(NamedTuple):
     split_k_mode: int
 
 
+_TRIAL = ProductSize(0, 128, 128, 128, torch.bfloat16, torch.bfloat16, 0, 1, -1)
+"""Every card with sparse tensor cores has a plan for it."""
+
+
 @lru_cache(maxsize=PLANS_KEPT)
 def plan_of(size: ProductSize) -> "Plan | None":
     """Return the plan of a size; None if torch has to make it, at every call."""
-    if not _is_tested(torch.backends.cusparselt.version() or 0) or _library() is None:
+    if not _is_sound(size.device, torch.backends.cusparselt.version() or 0):
         return None
     try:
         return Plan(size)
@@ -75,16 +84,53 @@ def plan_of(size: ProductSize) -> "Plan | None":
 
 
 @cache
-def _is_tested(version: int) -> bool:
-    """Whether our constants hold for a version; logs once where they may not."""
-    if version in _VERSIONS:
-        return True
-    logger.warning(
-        "cuSPARSELt %d is not one of the tested versions (0.8): torch makes its plans at "
-        "every call, which takes longer without CUDA graphs",
-        version,
-    )
-    return False
+def _is_sound(device: int, version: int) -> bool:
+    """Whether our constants hold for torch's version; logs once where they may not."""
+    if fault := _fault(device, version):
+        logger.warning(
+            "torch makes cuSPARSELt's plans at every call, which takes longer without "
+            "CUDA graphs: %s",
+            fault,
+        )
+        return False
+    return True
+
+
+def _fault(device: int, version: int) -> str | None:
+    """Return why we make no plans; None if a trial shows that we can."""
+    if version not in _VERSIONS:
+        tested = " and ".join(map(_words, _VERSIONS))
+        return f"its version {_words(version)} is not a tested one, {tested} are"
+    if _library() is None:
+        return f"{_FILE} is not found"
+    try:
+        if (found := _found_version()) != version:
+            return f"{_FILE} is version {_words(found)}, torch's is {_words(version)}"
+        trial = Plan(_TRIAL._replace(device=device), guard=_GUARD)
+    except (RuntimeError, AttributeError) as error:  # answers; functions that are gone
+        return str(error)
+    if trial.overflows or _handle(device).overflows:
+        return f"its structures are larger than {_STRUCTURE_BYTES} bytes"
+    return None
+
+
+def _found_version() -> int:
+    """Return the version of the library that we call, as ``version()`` counts."""
+    parts = [ctypes.c_int() for _ in range(3)]
+    for which, part in enumerate(parts):
+        _call("GetProperty", which, ctypes.byref(part))
+    major, minor, patch = (part.value for part in parts)
+    return 1000 * major + 100 * minor + patch
+
+
+def _words(version: int) -> str:
+    """
+    Write a version as NVIDIA does.
+
+    >>> _words(801), _words(1000)
+    ('0.8.1', '0.10.0')
+    """
+    return f"0.{version // 100}.{version % 100}"
 
 
 def multiply(plan: "Plan", packed: Tensor, x: Tensor) -> Tensor:
@@ -105,15 +151,24 @@ def multiply(plan: "Plan", packed: Tensor, x: Tensor) -> Tensor:
     return out
 
 
-class _Structure(ctypes.Structure):
-    """Memory for one of the library's structures, aligned to 64 bytes."""
+class _Structure:
+    """
+    Memory for one of the library's structures, aligned to 64 bytes.
 
-    _fields_ = [("data", ctypes.c_uint8 * (_STRUCTURE_BYTES + 64))]
+    :param guard: so many bytes behind it tell whether the library wrote past its end
+    """
+
+    def __init__(self, guard: int = 0) -> None:
+        self._memory = (ctypes.c_uint8 * (_STRUCTURE_BYTES + 64 + guard))()
+        start = -(-ctypes.addressof(self._memory) // 64) * 64
+        self.address = ctypes.c_void_p(start)
+        self._end, self._guard = start + _STRUCTURE_BYTES, guard
+        ctypes.memset(self._end, ord(_PATTERN), guard)
 
     @property
-    def address(self) -> ctypes.c_void_p:
-        address = ctypes.addressof(self)
-        return ctypes.c_void_p(-(-address // 64) * 64)
+    def overflows(self) -> bool:
+        """Whether the library's structure is larger than ours."""
+        return ctypes.string_at(self._end, self._guard) != _PATTERN * self._guard
 
 
 class Plan:
@@ -125,10 +180,10 @@ class Plan:
     :ivar workspace: scratch memory that a product needs, in bytes
     """
 
-    def __init__(self, size: ProductSize) -> None:
+    def __init__(self, size: ProductSize, guard: int = 0) -> None:
         self.size = size
         self.handle = handle = _handle(size.device).address
-        self._kept = [_Structure() for _ in range(6)]
+        self._kept = [_Structure(guard) for _ in range(6)]
         weight, tokens, out, product, algorithm, plan = (s.address for s in self._kept)
         dtype, out_dtype = _DTYPES[size.dtype], _DTYPES[size.out_dtype]
         shape = map(ctypes.c_int64, (size.rows, size.channels, size.channels))
@@ -154,6 +209,11 @@ class Plan:
         self.address, self.workspace = plan, needed.value
         weakref.finalize(self, _end, self._kept, plan).atexit = False
 
+    @property
+    def overflows(self) -> bool:
+        """Whether one of the library's structures is larger than ours."""
+        return any(structure.overflows for structure in self._kept)
+
 
 def _end(kept: list[_Structure], plan: ctypes.c_void_p) -> None:
     """Free what the library holds for a plan; its structures live until then."""
@@ -172,14 +232,14 @@ def _set(
 @cache
 def _handle(device: int) -> _Structure:
     """Return the library's state on a device, which the cache keeps for the process."""
-    handle = _Structure()
+    handle = _Structure(_GUARD)
     with torch.cuda.device(device):
         _call("Init", handle.address)
     return handle
 
 
 def _library() -> ctypes.CDLL | None:
-    return nvidia_library("libcusparseLt.so.0")
+    return nvidia_library(_FILE)
 
 
 def _call(function: str, *arguments: object) -> None:
