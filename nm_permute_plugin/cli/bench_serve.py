@@ -28,7 +28,13 @@ MODULE = "nm_permute_plugin.serving.bench"
 
 
 def bench_serve(
-    checkpoint: Annotated[Path, Argument(help="Folder of a 2:4 checkpoint.")],
+    checkpoint: Annotated[
+        Path | None, Argument(help="Folder of a 2:4 checkpoint.")
+    ] = None,
+    check: Annotated[
+        bool,
+        Option("--check", help="Check the kernels on this card; takes no CHECKPOINT."),
+    ] = False,
     batch: Annotated[
         list[int] | None,
         Option(min=1, help="Sequences at a time; repeatable (1, 8 and 32)."),
@@ -56,6 +62,20 @@ def bench_serve(
     ] = None,
 ) -> None:
     """Time vLLM with a checkpoint, on sparse kernels and without them; needs vLLM."""
+    if check:
+        if checkpoint is not None:
+            raise ValueError(
+                f"--check makes weights of its own: leave {checkpoint} out, or --check"
+            )
+        from nm_permute_plugin.serving.card_check import check_card
+
+        typer.echo(check_card())
+        return
+    if checkpoint is None:
+        raise ValueError(
+            "bench-serve takes the folder of a 2:4 checkpoint; with --check instead it "
+            "checks the kernels on this machine's card"
+        )
     workload = Workload(
         batches=tuple(batch or Workload.batches),
         prompt_tokens=prompt_tokens,
