@@ -1,19 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convert 2:4 weights to ``compressed``, ``bitmask``, ``shape`` and back, bit by bit."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Int, UInt8
+from loguru import logger
 from torch import Tensor
 
 from nm_permute_plugin.checkpoint.layout24 import STORED, WORDS
 
 _CPU_OCTETS = 1 << 15  # encoded at a time: they fit into a core's cache
 _GPU_OCTETS = 1 << 24  # encoded at a time: they take about 1 GB of scratch
+
+FAULTS: list[str] = []
+"""How Triton failed in this process; it is not asked again."""
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -61,12 +69,7 @@ def compress(weight: Tensor, name: str = "weight") -> Sparse24:
         )
     rows, columns = weight.shape
     words = weight.detach().contiguous().view(WORDS[weight.dtype])
-    if _in_triton(words):
-        from nm_permute_plugin.checkpoint.codec_triton import compress_in_triton
-
-        stored = compress_in_triton(words)
-    else:
-        stored = _compress_in_torch(words)
+    stored = _run("compress_in_triton", _compress_in_torch, words)
     if stored is None:
         raise ValueError(_violation(weight, name))
     return Sparse24(
@@ -95,12 +98,8 @@ def decompress(
     """
     rows, columns = check_stored(compressed, bitmask, shape, name)
     values = compressed.detach().contiguous().view(WORDS[compressed.dtype])
-    if _in_triton(values):
-        from nm_permute_plugin.checkpoint.codec_triton import decompress_in_triton
-
-        words = decompress_in_triton(values, bitmask.contiguous(), columns)
-    else:
-        words = _decompress_in_torch(values, bitmask, columns)
+    given = (values, bitmask.contiguous(), columns)
+    words = _run("decompress_in_triton", _decompress_in_torch, *given)
     if words is None:
         raise ValueError(_bad_population(bitmask, columns, name))
     return words.view(compressed.dtype)
@@ -163,7 +162,26 @@ def nonzero_bits(weight: Tensor) -> Bool[Tensor, "*shape"]:
 
 
 def _in_triton(words: Tensor) -> bool:
-    return words.is_cuda and words.numel() > 0 and find_spec("triton") is not None
+    is_there = find_spec("triton") is not None and not FAULTS
+    return words.is_cuda and words.numel() > 0 and is_there
+
+
+def _run(in_triton: str, in_torch: Callable[..., Result], *given: Any) -> Result:
+    """Run a pass in Triton where it can, and in PyTorch elsewhere or if Triton fails."""
+    if not _in_triton(given[0]):
+        return in_torch(*given)
+    try:
+        module = import_module("nm_permute_plugin.checkpoint.codec_triton")
+        return cast(Result, getattr(module, in_triton)(*given))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of its compiler, of a damaged cache: many classes
+        FAULTS.append(f"{type(error).__name__}: {error}")
+        logger.warning(
+            f"2:4 weights are packed by PyTorch, which takes longer: Triton failed with "
+            f"{FAULTS[-1]}"
+        )
+        return in_torch(*given)
 
 
 def _compress_in_torch(

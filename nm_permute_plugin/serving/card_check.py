@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nm_permute_plugin.checkpoint import codec
+from nm_permute_plugin.serving.kernels import scaling
 from nm_permute_plugin.serving.kernels.kernel import DTYPES_8, DTYPES_16, Kernel
 from nm_permute_plugin.serving.kernels.nvidia import card_of
 from nm_permute_plugin.serving.kernels.scaling import scaled
@@ -90,7 +92,9 @@ def check_card(
     ]
     cases = [(name, weight) for weight in weights for name in kernels]
     with ThreadPoolExecutor(_PROBES) as pool:
-        reasons = pool.map(lambda case: _reason(kernels, *case, probe), cases)
+        reasons = pool.map(
+            lambda case: _reason(kernels[case[0]], case[1], probe), cases
+        )
         results = [
             _check(kernels[name], weight, reason, time)
             for (name, weight), reason in zip(cases, list(reasons), strict=True)
@@ -100,15 +104,12 @@ def check_card(
 
 
 def _reason(
-    kernels: Mapping[str, Kernel],
-    name: str,
-    weight: Tensor,
-    probe: Callable[[str, Tensor], str | None],
+    kernel: Kernel, weight: Tensor, probe: Callable[[str, Tensor], str | None]
 ) -> str | None:
     """Return why a kernel must not run in this process, or None."""
-    if reason := kernels[name].unsupported(weight):
+    if reason := kernel.unsupported(weight):
         return f"refused: {reason}"
-    return None if name == "dense" else probe(name, weight)
+    return None if kernel.name == "dense" else probe(kernel.name, weight)
 
 
 def _weight(shape: tuple[int, int], dtype: torch.dtype, device: str) -> Tensor:
@@ -200,17 +201,17 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _scaling(device: str) -> str:
-    """Say whether the kernel that scales 8-bit products does what torch does."""
+    """Say whether 8-bit products are scaled right, and whether by Triton."""
     sums = torch.arange(-2000, 2000, device=device).view(4, 1000).bfloat16()
     scale_x = torch.rand(4, 1, device=device)
     scale_w = torch.rand(1000, 1, device=device)
     expected = (sums.float() * scale_x * scale_w.view(1, -1)).bfloat16()
-    try:
-        out = scaled(sums, scale_x, scale_w, None, torch.bfloat16)
-    except Exception as error:  # Triton's errors have no class in common
-        return f"- scaling of 8-bit products: {type(error).__name__}: {error}"
-    wrong = error_of(out, expected.float())
-    return f"- scaling of 8-bit products: {'ok' if wrong <= TOLERANCE else 'WRONG'}"
+    out = scaled(sums, scale_x, scale_w, None, torch.bfloat16)
+    words = "ok" if error_of(out, expected.float()) <= TOLERANCE else "WRONG"
+    faults = [*scaling.FAULTS, *codec.FAULTS]
+    if faults:
+        words += f", by PyTorch, since Triton failed with {_shortened(faults)}"
+    return f"- packing, and scaling of 8-bit products: {words}"
 
 
 def _facts(device: torch.device) -> list[str]:

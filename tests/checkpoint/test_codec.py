@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The codecs change no bit, and refuse what they cannot store."""
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 from checkpoint_files import assert_same_bits, random_bits
@@ -8,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from nm_permute_plugin.checkpoint import codec
 from nm_permute_plugin.checkpoint.bitmask import compress_any, decompress_any
 from nm_permute_plugin.checkpoint.codec import (
     clear_negative_zeros,
@@ -201,3 +205,32 @@ def test_a_gpu_stores_the_same_bytes(dtype: torch.dtype, columns: int) -> None:
         assert tensor.is_cuda
         assert_same_bits(tensor.cpu(), getattr(here, part))
     assert_same_bits(decompress(**vars(there)).cpu(), weight)
+
+
+class OnGpu(Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    is_cuda = True
+
+
+def test_where_triton_fails_pytorch_packs_from_then_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def damaged(*arguments: object) -> None:
+        asked.append(arguments)
+        raise ValueError("Expecting value: line 1 column 1 (char 0)")
+
+    stand_in = ModuleType("stand_in")  # importing the true one takes Triton
+    stand_in.compress_in_triton = stand_in.decompress_in_triton = damaged
+    name = "nm_permute_plugin.checkpoint.codec_triton"
+    monkeypatch.setitem(sys.modules, name, stand_in)
+    monkeypatch.setattr(codec, "FAULTS", [])
+    monkeypatch.setattr(codec, "find_spec", lambda name: True)
+    weight = random_bits(8, 16, torch.bfloat16, 0, 2)
+    stored = compress(weight.as_subclass(OnGpu))
+    back = decompress(stored.compressed, stored.bitmask, stored.shape)
+    assert_same_bits(back.as_subclass(Tensor), weight)
+    assert len(asked) == 1
+    assert codec.FAULTS == ["ValueError: Expecting value: line 1 column 1 (char 0)"]

@@ -128,7 +128,7 @@ def test_the_machine_and_its_versions_come_first(written: str) -> None:
     assert card.startswith("- card: no CUDA device; driver ")
     assert f"torch {torch.__version__}" in versions
     assert "cuSPARSELt" in versions
-    assert scaling == "- scaling of 8-bit products: ok"
+    assert scaling == "- packing, and scaling of 8-bit products: ok"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scales and bias of 8-bit products; the pass in Triton is in ``test_triton.py``."""
 
+import logging
+
 import pytest
 import torch
+from torch import Tensor
 from weights import error, exact, scales_for, sparse_weight
 
+from nm_permute_plugin.serving.kernels import scaling
 from nm_permute_plugin.serving.kernels.scaling import narrowest, scaled
 from nm_permute_plugin.serving.tune import random_tokens
 
@@ -53,3 +57,35 @@ def test_scales_that_were_stored_in_bfloat16_give_the_same_bits_in_it() -> None:
 def test_scales_that_bfloat16_would_change_stay_as_they_are() -> None:
     scale = scales_for(WEIGHT, 5).scale_w
     assert narrowest(scale) is scale
+
+
+class OnGpu(Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    is_cuda = True
+
+
+class Damaged:
+    """Passes for the Triton kernel; its cache on disk is damaged."""
+
+    asked = 0
+
+    def __getitem__(self, grid: tuple[int, int]) -> object:
+        self.asked += 1
+        raise ValueError("Expecting value: line 1 column 1 (char 0)")
+
+
+def test_where_triton_fails_pytorch_scales_from_then_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kernel = Damaged()
+    monkeypatch.setattr(scaling, "_installed", lambda: kernel)
+    monkeypatch.setattr(scaling, "FAULTS", [])
+    scales = scales_for(WEIGHT, 5)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            out = scaled(SUMS.as_subclass(OnGpu), *scales)
+            assert error(out.as_subclass(Tensor), exact(WEIGHT, X, scales)) < 0.008
+    assert kernel.asked == 1
+    (message,) = caplog.messages
+    assert "Triton failed with ValueError: Expecting value: line 1" in message
