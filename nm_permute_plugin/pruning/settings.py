@@ -551,14 +551,24 @@ class Settings(Frozen):
                 f"recover: {list(self.recover.stages)} with prune: false: there is no mask "
                 "whose kept weights could change; leave `recover` out, or prune here"
             )
-        if self.budget.goal is not None and not self.prune:
+        self._fit_budget()
+        self._refuse_unread_groups()
+        self._fit_memory()
+        return self
+
+    def _fit_budget(self) -> None:
+        if self.budget.goal is None:
+            return
+        if not self.prune:
             raise ValueError(
                 "budget with prune: false: another modifier prunes, and would not know of "
                 "it; leave `budget` out, or prune here"
             )
-        self._refuse_unread_groups()
-        self._fit_memory()
-        return self
+        if self.layer_wise:
+            raise ValueError(
+                "budget with objective: layer_wise: what masks cost is measured by "
+                "gradients through the whole model; leave `budget` out, or learn end_to_end"
+            )
 
     def _refuse_unread_groups(self) -> None:
         method = f"method: {self.method}"

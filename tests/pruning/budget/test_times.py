@@ -4,29 +4,14 @@
 import os
 
 import pytest
+from budget.tables import keep
 
 from nm_permute_plugin.pruning.budget.fused import FusedLinears
 from nm_permute_plugin.pruning.budget.times import measured_times
-from nm_permute_plugin.serving import kernel_table
-from nm_permute_plugin.serving.kernel_table import Bucket, Choice, KernelTable
 
 QKV = FusedLinears(("attn.q_proj", "attn.k_proj"), (96, 64), 96 * 64)
 DOWN = FusedLinears(("mlp.down_proj",), (64, 128), 64 * 128)
 EXPERTS = FusedLinears(("mlp.experts.0.up_proj",), None, 64)
-DIGEST = "0123456789abcdef"
-
-
-def keep(folder, shape, dense, sparse, digest=DIGEST, dtype="bfloat16"):
-    """A table as serving keeps it, of 1 and of 16 tokens; times double from 1 to 16."""
-    buckets = []
-    for tokens, factor in ((1, 1.0), (16, 2.0)):
-        ours = Choice("mma_sp", (1, 16), sparse * factor)
-        plain = Choice("dense", (), dense * factor)
-        best = min(ours, plain, key=lambda choice: choice.microseconds)
-        buckets.append(Bucket(tokens, best, [ours, plain]))
-    path = folder / f"NVIDIA-H100-80GB-HBM3-{shape}-{dtype}-{digest}.json"
-    kernel_table.save(KernelTable(64, buckets), path)
-    return path
 
 
 def test_a_product_takes_the_time_of_the_bucket_that_serves_it(tmp_path):
