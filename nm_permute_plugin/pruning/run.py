@@ -185,6 +185,7 @@ class Pruned:
             versions=versions,
             transposed=transposed,
             base=base_matter(plan.source.path) if plan.source is not None else {},
+            stays_dense=len(record.dense_linears),
         )
         report = {
             "base_model": plan.base_model,
