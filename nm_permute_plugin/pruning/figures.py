@@ -113,7 +113,8 @@ def figures_of(
     """
     there = [row for row in _rows(problem, found) if row.consumer.name in masks]
     compared = [
-        _compared(problem, row, masks) for row in ranks.bar(there, "Comparing the masks")
+        _compared(problem, row, masks)
+        for row in ranks.bar(there, "Comparing the masks")
     ]
     by_name = {linear.name: linear for linear in compared}
     linears = [by_name[name] for name in order]

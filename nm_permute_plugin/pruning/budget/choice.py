@@ -212,7 +212,9 @@ def choose_dense(
         ],
         sorted(curve, key=lambda point: point.dense_share),
     )
-    speed = "" if chosen.speedup is None else f", {chosen.speedup:.2f} x as fast as dense"
+    speed = (
+        "" if chosen.speedup is None else f", {chosen.speedup:.2f} x as fast as dense"
+    )
     logger.info(
         f"{len(dense)} of {len(groups)} groups of linears stay dense, "
         f"{chosen.dense_share:.1%} of the weights{speed}: validation loss "
@@ -234,7 +236,10 @@ def validations(groups: int, budget: BudgetSettings) -> int:
 
 
 def groups_of(
-    model: nn.Module, resolved: ResolvedSpec, prunable: Sequence[str], settings: Settings
+    model: nn.Module,
+    resolved: ResolvedSpec,
+    prunable: Sequence[str],
+    settings: Settings,
 ) -> tuple[list[FusedLinears], Times]:
     """
     The groups that a budget chooses from, with their times; none without a budget.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from nm_permute_plugin.specs.conv1d import input_axis, weight_of
+from nm_permute_plugin.specs.conv1d import weight_of
 from nm_permute_plugin.specs.spec import ResolvedSpec
 
 _EXPERT = re.compile(r"(?P<block>.*\.experts)\.\d+\.")
@@ -78,4 +78,6 @@ def _made(model: nn.Module, names: Sequence[str]) -> FusedLinears:
     shapes = [weight_of(model.get_submodule(name)).shape for name in names]
     weights = sum(shape.numel() for shape in shapes)
     whole = sum(shape[0] for shape in shapes), int(shapes[0][1])
-    return FusedLinears(tuple(names), None if _EXPERT.match(names[0]) else whole, weights)
+    return FusedLinears(
+        tuple(names), None if _EXPERT.match(names[0]) else whole, weights
+    )

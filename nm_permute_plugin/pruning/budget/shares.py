@@ -64,8 +64,8 @@ def shares_of_loss(
     All masks open together, from pruned to dense, and what the loss falls by as one of them
     opens is its share: the path integral of the gradient (Sundararajan, Taly and Yan, ICML
     2017, https://arxiv.org/abs/1703.01365), by the midpoint rule. The shares add up to the
-    loss under all masks minus the dense model's. A group alone, closed in the dense model or
-    opened in the pruned one, tells less of what several do together.
+    loss under all masks minus the dense model's. However many groups there are, ``POINTS``
+    passes forward and backward over the data tell all of them.
 
     :param masks: by linear, channels in their old places
     :param batches: of validation data

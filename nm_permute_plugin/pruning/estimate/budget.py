@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the choice under a budget takes: gradients of all validation data, and validations."""
+"""What the choice under a budget takes: gradients on validation data, and validations."""
 
 from collections.abc import Mapping, Sequence
 
@@ -28,4 +28,8 @@ def choosing(
         lambda: shares_of_loss(teacher, masks, groups, [batch], memory)
     )
     took = gradients * amounts.validation_batches
-    return None, took + validation * validations(len(groups), amounts.settings.budget), 0
+    return (
+        None,
+        took + validation * validations(len(groups), amounts.settings.budget),
+        0,
+    )

@@ -308,7 +308,9 @@ class _Probe:
             took += (begin + first + later * (rounds - 1)) * share
         return None, took, max(0, tables - probed)
 
-    def _fold(self, masks: dict[str, Tensor], comparing: Took) -> tuple[None, Took, int]:
+    def _fold(
+        self, masks: dict[str, Tensor], comparing: Took
+    ) -> tuple[None, Took, int]:
         """Fold random permutations, unfold them, and copy what is pruned."""
         model, resolved = self.model, self.plan.resolved
         perms = {}

@@ -7,6 +7,8 @@ import whole_runs
 from budget.tables import keep
 from loguru import logger
 
+import nm_permute_plugin as nmp
+from nm_permute_plugin.pruning import pipeline
 from nm_permute_plugin.pruning.budget.choice import CURVE
 from nm_permute_plugin.pruning.run import PrunePlan
 
@@ -50,7 +52,9 @@ def test_whole_groups_stay_dense_within_a_share(tiny_model, go, method):
 
 
 def test_those_stay_dense_first_that_cost_most_for_their_size(tiny_model, go):
-    budget = go(tiny_model("llama"), method="identity", budget={"dense_share": 0.5}).budget
+    budget = go(
+        tiny_model("llama"), method="identity", budget={"dense_share": 0.5}
+    ).budget
     best = max(budget.groups, key=lambda group: group.share / group.weights)
     assert best.stays_dense
     losses = [point.validation for point in budget.curve]
@@ -64,9 +68,13 @@ def test_those_stay_dense_first_that_cost_most_for_their_size(tiny_model, go):
 
 
 def test_as_few_stay_dense_as_a_loss_allows(tiny_model, go):
-    sparse = go(tiny_model("llama"), method="identity", budget={"dense_share": 0.01}).budget.curve[0]
+    sparse = go(
+        tiny_model("llama"), method="identity", budget={"dense_share": 0.01}
+    ).budget.curve[0]
     limit = sparse.validation / 2
-    record = go(tiny_model("llama"), method="identity", budget={"max_loss_increase": limit})
+    record = go(
+        tiny_model("llama"), method="identity", budget={"max_loss_increase": limit}
+    )
     budget = record.budget
     assert budget.chosen.validation <= limit < sparse.validation
     # With the least worthy of those that stay dense sparse, the limit is passed.
@@ -75,7 +83,9 @@ def test_as_few_stay_dense_as_a_loss_allows(tiny_model, go):
     share = budget.chosen.dense_share - last.weights / sum(
         g.weights for g in budget.groups
     )
-    fewer = go(tiny_model("llama"), method="identity", budget={"dense_share": share + 1e-9}).budget
+    fewer = go(
+        tiny_model("llama"), method="identity", budget={"dense_share": share + 1e-9}
+    ).budget
     assert fewer.chosen.dense_share == pytest.approx(share)
     assert fewer.chosen.validation > limit
 
@@ -139,3 +149,30 @@ def test_recovery_trains_what_stays_sparse_alone(tiny_model, go):
         before, after = (m.get_submodule(name).weight for m in (dense, model))
         assert torch.equal(before, after) == (name in record.dense_linears)
         assert (share == 0.5) == (name not in record.dense_linears)
+
+
+def test_a_run_that_died_after_the_choice_takes_it_again(
+    tiny_model, go, tmp_path, monkeypatch
+):
+    def run(model):
+        settings = {"budget": {"dense_share": 0.3}, "recover": ["rescale"]}
+        return go(model, method="search", **settings)
+
+    expected = tiny_model("llama")
+    record = run(expected)
+    folder = tmp_path / "state"
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "recover", _interrupt)
+        with pytest.raises(KeyboardInterrupt), nmp.resuming(folder):
+            run(tiny_model("llama"))
+    monkeypatch.setattr(pipeline, "choose_dense", _interrupt)
+    model = tiny_model("llama")
+    with nmp.resuming(folder):
+        assert run(model).budget == record.budget
+    whole_runs.assert_same(
+        whole_runs.weights_of(model), whole_runs.weights_of(expected)
+    )
+
+
+def _interrupt(*arguments, **options):
+    raise KeyboardInterrupt

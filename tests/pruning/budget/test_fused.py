@@ -2,7 +2,12 @@
 """Linears that serving fuses are kept together: sparse all, or dense all."""
 
 import pytest
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.pruning.budget.fused import fused_linears
