@@ -110,7 +110,7 @@ def times_of(
 
 
 @dataclass(frozen=True)
-class _Order:
+class Order:
     """Groups in the order in which they would stay dense, the most worth it first."""
 
     groups: Sequence[FusedLinears]
@@ -171,7 +171,7 @@ def choose_dense(
         share / cost if cost > 0 else float("inf")
         for share, cost in zip(shares, costs, strict=True)
     ]
-    order = _Order(groups, times, sorted(range(len(groups)), key=lambda i: -worth[i]))
+    order = Order(groups, times, sorted(range(len(groups)), key=lambda i: -worth[i]))
 
     def measured(dense: set[int]) -> Point:
         left = {n for i, g in enumerate(groups) if i not in dense for n in g.linears}

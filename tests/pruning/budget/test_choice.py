@@ -4,7 +4,7 @@
 import pytest
 import torch
 import whole_runs
-from budget.tables import keep
+from kernel_tables import keep
 from loguru import logger
 
 import nm_permute_plugin as nmp

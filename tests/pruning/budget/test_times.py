@@ -4,7 +4,7 @@
 import os
 
 import pytest
-from budget.tables import keep
+from kernel_tables import keep
 
 from nm_permute_plugin.pruning.budget.fused import FusedLinears
 from nm_permute_plugin.pruning.budget.times import measured_times
