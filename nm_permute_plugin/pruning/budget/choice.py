@@ -195,8 +195,8 @@ def choose_dense(
                 fewest = middle + 1
         dense = set(order.order[:fewest])
     chosen = measured(dense)
-    others = [order.up_to_share(share) for share in CURVE]
-    curve = [chosen, *map(measured, [set[int](), *others])]
+    others = [set[int](), *(order.up_to_share(share) for share in CURVE)]
+    curve = [chosen, *(measured(other) for other in others if other != dense)]
     record = BudgetRecord(
         dense_loss,
         chosen,
