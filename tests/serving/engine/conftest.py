@@ -220,7 +220,8 @@ def pruned(
             convert(make(kind, "sparse-24-bitmask"), out, "dense")
             return out
         recipe = folder / f"{kind}.yaml"
-        recipe.write_text(_recipe(SCHEMES.get(kind, {})))
+        order = {"budget": {"dense_share": 0.3}} if kind == "budget" else {}
+        recipe.write_text(_recipe(SCHEMES.get(kind, {}), order))
         source = random_model(kind) if kind in RANDOM | ENCODERS else cut_model
         rows = calibration_rows(source, Corpus(embedded_text().train), 8, 128)
         prune_checkpoint(source, recipe, out, rows, "cpu")
@@ -236,7 +237,7 @@ def said(
     """What each checkpoint's engine says, one engine after the other in one process."""
     folder = tmp_path_factory.mktemp("said")
     paths = {}
-    for kind in ("bf16", *RANDOM, "fp8", "int8", "int8-static"):
+    for kind in ("bf16", "budget", *RANDOM, "fp8", "int8", "int8-static"):
         paths[f"{kind}-dense"] = pruned(kind, "dense")
         paths[f"{kind}-sparse"] = pruned(kind, "sparse-24-bitmask")
     # as llm-compressor 0.10 left it: said to be 2:4, zeros stored
@@ -254,8 +255,8 @@ def said(
     return {**by_name, "log": {"lines": (done.stdout + done.stderr).splitlines()}}
 
 
-def _recipe(scheme: Mapping[str, object]) -> str:
-    order = {"method": "search", "search": {"rounds": 1}}
+def _recipe(scheme: Mapping[str, object], more: Mapping[str, object]) -> str:
+    order = {"method": "search", "search": {"rounds": 1}, **more}
     stage = {"permutation_modifiers": {"LearnablePermutationModifier": order}}
     if scheme:
         fields = {**scheme, "ignore": ["lm_head"]}
