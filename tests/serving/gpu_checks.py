@@ -40,6 +40,7 @@ from nm_permute_plugin.serving import kernel_table
 from nm_permute_plugin.serving import linear as linear_module
 from nm_permute_plugin.serving.accelerate import accelerate
 from nm_permute_plugin.serving.accelerated_linear import AcceleratedLinear
+from nm_permute_plugin.serving.card_check import check_card
 from nm_permute_plugin.serving.detect import Mode
 from nm_permute_plugin.serving.kernels import cusparselt
 from nm_permute_plugin.serving.kernels.cusparselt_plan import plan_of
@@ -334,6 +335,13 @@ def a_dense_weight_stays_dense() -> None:
         raise AssertionError("a dense weight was taken for 2:4")
 
 
+def the_card_is_checked() -> None:
+    """``bench-serve --check`` finds nothing wrong."""
+    text = check_card(shapes=[LAYER])
+    if "WRONG" in text or "by PyTorch" in text:
+        raise AssertionError(text)
+
+
 def prepared(weight: torch.Tensor, mode: Mode) -> SparseLinear:
     """A layer on sparse kernels only, so that small shapes use them too."""
     os.environ[linear_module.FORCED] = "mma_sp,cusparselt"
@@ -391,7 +399,11 @@ CHECKS: dict[str, Callable[[], None]] = (
     | {f"layer {kind}": partial(layer_works, dtype) for kind, dtype in DTYPES.items()}
     | {
         check.__name__: check
-        for check in (memory_mode_keeps_one_sparse_copy, kernel_table_is_kept)
+        for check in (
+            memory_mode_keeps_one_sparse_copy,
+            kernel_table_is_kept,
+            the_card_is_checked,
+        )
     }
 )
 """By name, the cheap ones first."""

@@ -131,6 +131,15 @@ def test_the_machine_and_its_versions_come_first(written: str) -> None:
     assert scaling == "- packing, and scaling of 8-bit products: ok"
 
 
+def test_what_pytorch_does_in_place_of_triton_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(card_check.scaling, "FAULTS", ["OSError: no C | compiler"])
+    assert card_check._scaling("cpu").endswith(
+        "ok, by PyTorch, since Triton failed with OSError: no C / compiler"
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_are_2of4_without_negative_zeros(dtype: torch.dtype) -> None:
     weight = card_check._weight(SHAPE, dtype, "cpu")
