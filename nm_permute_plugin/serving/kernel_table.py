@@ -166,11 +166,19 @@ def source_digest(folder: Traversable) -> str:
 
 
 def cache_folder() -> Path:
-    """Return ``NM_PERMUTE_CACHE``, or ``nm-permute`` in the user's cache folder."""
+    """
+    Return ``NM_PERMUTE_CACHE``, or ``nm-permute`` in the user's cache folder.
+
+    A user without a home, as containers have, gets one among the temporary files.
+    """
     if chosen := os.environ.get(CACHE):
         return Path(chosen)
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "nm-permute"
+    if home := os.environ.get("XDG_CACHE_HOME"):
+        return Path(home) / "nm-permute"
+    try:
+        return Path.home() / ".cache" / "nm-permute"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"nm-permute-{os.getuid()}"
 
 
 def load(path: Path, rows: int, allowed: list[str]) -> KernelTable | None:

@@ -142,7 +142,7 @@ def unmeasured(weights: Iterable[Tensor], mode: Mode) -> list[Tensor]:
         name = _name(weight, allowed)
         if name not in TABLES | found:
             path = kernel_table.path_of(weight, allowed)
-            if not path.exists():
+            if not os.path.exists(path):  # False too where it cannot be looked for
                 found[name] = weight
     return list(found.values())
 

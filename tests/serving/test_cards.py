@@ -10,7 +10,7 @@ import torch
 from cards import CARDS, FEW_CARDS, weight_on
 from weights import DTYPES
 
-from nm_permute_plugin.serving import linear
+from nm_permute_plugin.serving import kernel_table, linear
 from nm_permute_plugin.serving.kernels import nvidia
 from nm_permute_plugin.serving.kernels.mma_sp import MmaSp
 from nm_permute_plugin.serving.kernels.nvidia import Card, card_of
@@ -89,6 +89,20 @@ def test_another_makers_card_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_shared_memory_of_a_card_is_what_cuda_does_not_keep(name: str) -> None:
     with weight_on(CARDS[name], torch.bfloat16) as weight:
         assert card_of(weight.device) == CARDS[name]
+
+
+def test_a_cache_that_cannot_be_looked_into_stops_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(kernel_table.CACHE, "/a" + "b" * 300)  # no such name is allowed
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
+    with weight_on(CARDS["sm_89"], torch.bfloat16) as weight:
+        assert len(linear.unmeasured([weight], "auto")) == 1
+        path = kernel_table.path_of(weight, ["dense"])
+    assert kernel_table.load(path, 16, ["dense"]) is None
+    choice = kernel_table.Choice("dense", (), 1.0)
+    buckets = [kernel_table.Bucket(1, choice, [])]
+    kernel_table.save(kernel_table.KernelTable(16, buckets), path)
 
 
 def test_settings_that_do_not_fit_a_card_are_not_taken_from_disk() -> None:

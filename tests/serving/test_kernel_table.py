@@ -3,6 +3,7 @@
 
 import logging
 import os
+import tempfile
 from pathlib import Path
 from shutil import copytree, ignore_patterns
 
@@ -144,6 +145,16 @@ def test_the_cache_folder_follows_the_environment(
     assert kernel_table.cache_folder() == tmp_path / "nm-permute"
     monkeypatch.setenv(kernel_table.CACHE, str(tmp_path / "own"))
     assert kernel_table.cache_folder() == tmp_path / "own"
+
+
+def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under any number."""
+    for name in (kernel_table.CACHE, "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    number = 123_456_789
+    monkeypatch.setattr(os, "getuid", lambda: number)
+    folder = kernel_table.cache_folder()
+    assert folder == Path(tempfile.gettempdir()) / f"nm-permute-{number}"
 
 
 def test_a_change_of_any_kernels_source_is_a_new_table(tmp_path: Path) -> None:
