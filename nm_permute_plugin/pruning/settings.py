@@ -394,11 +394,22 @@ class ValidationSettings(Frozen):
     The data that only validates: it chooses permutations, multipliers and weights.
 
     :param share: share of the calibration rows that validate; at least one row, never all
-    :param every: optimizer steps from one validation to the next
+    :param every: optimizer steps from one validation to the next; null takes 20, or a
+        thirtieth of the stage's steps where that is more, so that validation stays a small
+        part of long stages
     """
 
     share: float = Field(default=0.1, gt=0, lt=1)
-    every: int = Field(default=20, ge=1)
+    every: int | None = Field(default=None, ge=1)
+
+    def interval(self, steps: int) -> int:
+        """
+        Optimizer steps from one validation to the next, in a stage of so many.
+
+        >>> ValidationSettings().interval(600), ValidationSettings().interval(6000)
+        (20, 200)
+        """
+        return max(20, steps // 30) if self.every is None else self.every
 
 
 class MemorySettings(Frozen):
