@@ -25,6 +25,10 @@ MEMBERS = {
         "override_quantization_method",
     ),
     "LinearMethodBase": ("apply", "create_weights", "process_weights_after_loading"),
+    "RoutedExperts": ("weight_loader",),
+    "UnquantizedFusedMoEMethod": (
+        *("apply", "create_weights", "process_weights_after_loading"),
+    ),
     "WeightsMapper": ("apply_list",),
 }
 LOST = [
@@ -41,7 +45,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
     def make(*lost: tuple[str, str]) -> None:
         for loaded in [name for name in sys.modules if name.split(".")[0] == "vllm"]:
             monkeypatch.delitem(sys.modules, loaded)
-        for name in ("vllm_names", "config", "method", "product"):
+        for name in ("vllm_names", "config", "experts", "method", "product"):
             # put back afterwards, even where a test imports it
             monkeypatch.setitem(sys.modules, f"nm_permute_plugin.serving.{name}", None)
             monkeypatch.delitem(sys.modules, f"nm_permute_plugin.serving.{name}")

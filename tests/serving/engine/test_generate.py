@@ -10,7 +10,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 SPARSE = "16 of 16 2:4 layers are served sparse"
-FAMILIES = ["qwen2", "qwen3-moe", "gpt-neox", "cohere", "olmo2"]
+FAMILIES = ["qwen2", "qwen3-moe", "qwen2-moe", "gpt-neox", "cohere", "olmo2"]
 KINDS = ["bf16", *FAMILIES, "fp8", "int8", "int8-static"]
 
 
@@ -47,10 +47,11 @@ def test_a_quantized_checkpoint_that_is_not_sparse_keeps_the_stock_class(
 
 def test_without_a_gpu_one_warning_names_layers_and_reason(said) -> None:
     warnings = [line for line in said["log"]["lines"] if "served dense" in line]
-    assert len(warnings) == 10  # one for each of the ten checkpoints that are claimed
+    assert len(warnings) == 11  # one for each of the checkpoints that are claimed
     counts = re.findall(r"(\d+ of \d+) 2:4 layers", "\n".join(warnings))
-    # of the experts' model the attention is sparse, two layers in each of four
-    assert sorted(counts) == sorted(["16 of 16"] * 9 + ["8 of 8"])
+    # in each of four layers, where experts are dense: two linears of attention; where they
+    # are sparse: these, the experts, and two linears of the shared one
+    assert sorted(counts) == sorted(["16 of 16"] * 9 + ["8 of 8", "20 of 20"])
     for warning in warnings:
         assert re.search(r"from model\.layers\.0\.(self_attn|attention)\.", warning)
         assert "no CUDA device" in warning
@@ -77,11 +78,12 @@ def test_the_way_of_a_gpu_says_the_same_with_a_dense_product(
         ]
 
 
+@pytest.mark.parametrize("kind", ["bf16", "mixtral"])
 def test_two_workers_say_what_they_say_with_the_dense_checkpoint(
-    pruned, run_engine, tmp_path: Path
+    pruned, run_engine, tmp_path: Path, kind: str
 ) -> None:
     out = tmp_path / "said.json"
-    paths = [pruned("bf16", format) for format in ("dense", "sparse-24-bitmask")]
+    paths = [pruned(kind, format) for format in ("dense", "sparse-24-bitmask")]
     done = run_engine(
         "generate.py",
         out,
