@@ -1,59 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's method for routed experts that are stored 2:4; it loads them as stored."""
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from nm_permute_plugin.checkpoint.codec import decompress
 from nm_permute_plugin.checkpoint.config import SparsityConfig
 from nm_permute_plugin.serving.detect import MODE_VARIABLE, Mode
+from nm_permute_plugin.serving.expert_loading import REMEDY, Stack, must_be_cuttable
+from nm_permute_plugin.serving.expert_table import SPARSE, dense_weights, table_of
+from nm_permute_plugin.serving.kernel_table import KernelTable
+from nm_permute_plugin.serving.kernels.experts import StoredExperts, run, unsupported
 from nm_permute_plugin.serving.layer_report import LayerReport
-from nm_permute_plugin.serving.method import FIRST_TWO, STORED_TENSORS
 from nm_permute_plugin.serving.vllm_names import (
     FusedMoEMethodBase,
     RoutedExperts,
     UnquantizedFusedMoEMethod,
     current_platform,
+    envs,
+    fused_experts,
     get_current_vllm_config,
 )
-
-Load = Callable[..., bool | None]
-"""Copies a tensor of one expert, cut for this device, into a parameter of all experts."""
-
-_REMEDY = (
-    "write the checkpoint again: nm-permute convert DIR OUT --dense-experts, or "
-    "--format dense"
-)
-
-
-class _Stack(NamedTuple):
-    """
-    A weight of all experts of a device, as vLLM stacks it.
-
-    :param name: vLLM's name for it, as in ``w13_weight``
-    :param shape: [experts, out, in], padded as vLLM wants it
-    :param rows: of each part that is stored by itself, without padding
-    :param starts: the row of ``shape`` at which each part begins
-    :param columns: input channels without padding
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    rows: int
-    starts: tuple[int, ...]
-    columns: int
 
 
 class Sparse24ExpertsMethod(UnquantizedFusedMoEMethod):
     """
     Loads the 2:4 weights of a layer's experts, and serves them.
 
-    The experts are held as they are stored until all of them have been loaded. Then they
-    are expanded, and vLLM's own method serves them.
+    Where our kernel runs and is faster for some number of tokens, the experts stay as they
+    are stored. Elsewhere they are expanded, and vLLM's own method serves them.
 
     :param layer: the experts of one layer
     :param name: the layer's name
@@ -69,7 +43,14 @@ class Sparse24ExpertsMethod(UnquantizedFusedMoEMethod):
         self.report = report
         self.is_dummy = False
         self.is_loaded = False
-        self.stacks: tuple[_Stack, ...] = ()
+        self.shares_device = False
+        self.stacks: tuple[Stack, ...] = ()
+        self.table: KernelTable | None = None
+
+    @property
+    def is_monolithic(self) -> bool:
+        """Whether the kernel chooses the experts as well."""
+        return self.table is None and super().is_monolithic
 
     @property
     def supports_eplb(self) -> bool:
@@ -95,85 +76,117 @@ class Sparse24ExpertsMethod(UnquantizedFusedMoEMethod):
         hidden = self.moe.hidden_dim_unpadded
         inner = self.moe.intermediate_size_per_partition_unpadded
         must_be_cuttable(self.name, inner, self.moe.moe_parallel_config.tp_size)
-        load_format = get_current_vllm_config().load_config.load_format
-        self.is_dummy = load_format == "dummy"
+        config = get_current_vllm_config()
+        self.is_dummy = config.load_config.load_format == "dummy"
+        self.shares_device = getattr(config.parallel_config, "enable_dbo", False)
         up, down = layer.w13_weight, layer.w2_weight
-        starts = (0, up.shape[1] // 2) if self.moe.is_act_and_mul else (0,)
+        *gates, below = projections(layer)
         self.stacks = (
-            _Stack("w13", tuple(up.shape), inner, starts, hidden),
-            _Stack("w2", tuple(down.shape), hidden, (0,), inner),
+            Stack("w13", tuple(up.shape), tuple(gates), inner, hidden),
+            Stack("w2", tuple(down.shape), (below,), hidden, inner),
         )
         del layer.w13_weight, layer.w2_weight
-        loader: Load = layer.weight_loader
         for stack in self.stacks:
-            parts = len(stack.starts)
-            rows = stack.rows * parts
-            values = up.new_empty(num_experts, rows, stack.columns // 2)
-            # zeros are no valid bitmask: experts missing in the checkpoint are noticed
-            bits = up.new_zeros(
-                num_experts, rows, -(-stack.columns // 8), dtype=torch.uint8
-            )
-            shapes = up.new_zeros(num_experts, parts, 2, dtype=torch.int64)
-            of = {"compressed": values, "bitmask": bits, "shape": shapes}
-            for part, tensor in of.items():
-                parameter = Parameter(tensor, requires_grad=False)
-                load = _shape_loader(loader) if part == "shape" else _loader(loader)
-                parameter.weight_loader = load  # type: ignore[attr-defined]
-                layer.register_parameter(f"{stack.name}_{part}", parameter)
+            stack.add_to(layer, up, layer.weight_loader)
         self.report.expect(self.name)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """
-        Expand the loaded experts, and prepare vLLM's kernels for them.
+        Choose a kernel for the loaded experts; expand them where it is vLLM's.
 
         :raises ValueError: if an expert is damaged or missing
         """
         if self.is_dummy and not self.is_loaded:
-            self._make_two_of_four(layer)
-        for stack in self.stacks:
-            weight = self._expand(layer, stack)
-            name = f"{stack.name}_weight"
-            layer.register_parameter(name, Parameter(weight, requires_grad=False))
-            for part in STORED_TENSORS:
-                delattr(layer, f"{stack.name}_{part}")
-        super().process_weights_after_loading(layer)
+            for stack in self.stacks:
+                stack.make_two_of_four(layer)
         if not self.is_loaded:
-            self.report.note(self.name, self._reason())
-        self.is_loaded = True
+            self.table, reason = self._choose(layer)
+            self.report.note(self.name, reason)
+            self.is_loaded = True
+        elif self.table is not None:
+            self._check(layer)
+        for stack in self.stacks:
+            if self.table is None:
+                stack.replace(layer, self.name)
+            else:
+                delattr(layer, f"{stack.name}_shape")
+        if self.table is None:
+            super().process_weights_after_loading(layer)
 
-    def _reason(self) -> str:
-        """Say why the experts are served dense."""
+    def apply(
+        self,
+        layer: RoutedExperts,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: object = None,
+        shared_experts_input: Tensor | None = None,
+    ) -> Tensor:
+        """Compute the weighted sum of each token's experts for x [tokens, hidden]."""
+        if self.table is None:
+            shared = (shared_experts, shared_experts_input)
+            out: Tensor = super().apply(layer, x, topk_weights, topk_ids, *shared)
+            return out
+        up, down = self._stored(layer)
+        choice = self.table.choice(len(x))
+        routing = (topk_weights, topk_ids)
+        if choice.kernel == SPARSE:
+            return run(x, up, down, *routing, choice.settings, layer.expert_map)
+        where = {
+            "global_num_experts": layer.global_num_experts,
+            "expert_map": layer.expert_map,
+        }
+        return _fused_experts(x, *dense_weights(up, down), *routing, **where)
+
+    def _choose(self, layer: RoutedExperts) -> tuple[KernelTable | None, str | None]:
+        """Return the kernels by number of tokens, or None and why experts are dense."""
+        if reason := self._unsupported(layer):
+            return None, reason
+        self._check(layer)
+        up, down = self._stored(layer)
+        try:
+            table = table_of(up, down, self.moe.experts_per_token, _fused_experts)
+        except RuntimeError as error:
+            return None, f"no kernel for sparse experts runs: {error}"
+        if SPARSE not in table.kernels:
+            return None, "no sparse kernel is faster for its experts"
+        return table, None
+
+    def _unsupported(self, layer: RoutedExperts) -> str | None:
+        """Return why our kernel cannot serve the experts; None if it can."""
         if self.mode == "dense":
             return f"{MODE_VARIABLE} is dense"
         if not current_platform.is_cuda():
             return "no CUDA device"
-        return "no sparse kernel for experts has been measured on a GPU yet"
+        if getattr(envs, "VLLM_BATCH_INVARIANT", False):
+            return "VLLM_BATCH_INVARIANT asks for one product at every batch size"
+        moe = self.moe
+        gates = ("swiglu_limit", "swiglu_alpha", "swiglu_beta")
+        reasons = {
+            "its activation is not SiLU": layer.activation.value != "silu"
+            or any(getattr(layer, name, None) is not None for name in gates),
+            "its experts have biases": moe.has_bias,
+            "it multiplies by routing weights first": layer.apply_router_weight_on_input,
+            "LoRA adapters need vLLM's kernel": moe.is_lora_enabled,
+            "its tokens are spread over devices": moe.moe_parallel_config.dp_size > 1
+            or getattr(moe, "is_sequence_parallel", False),
+            "two batches share a device": self.shares_device,
+            "vLLM pads its experts": any(
+                stack.shape[1:] != (stack.rows * len(stack.parts), stack.columns)
+                for stack in self.stacks
+            ),
+        }
+        found = next((reason for reason, holds in reasons.items() if holds), None)
+        return found or unsupported(*self._stored(layer))
 
-    def _make_two_of_four(self, layer: RoutedExperts) -> None:
-        """Give the random weights of ``--load-format dummy`` the pattern they stand for."""
+    def _stored(self, layer: RoutedExperts) -> tuple[StoredExperts, StoredExperts]:
+        """Return both weights as the layer holds them, where CUDA graphs read them."""
+        up, down = (StoredExperts(*stack.stored(layer)) for stack in self.stacks)
+        return up, down
+
+    def _check(self, layer: RoutedExperts) -> None:
         for stack in self.stacks:
-            bits = getattr(layer, f"{stack.name}_bitmask").data.fill_(FIRST_TWO)
-            if stack.columns % 8:
-                bits[..., -1] &= 0x0F
-
-    def _expand(self, layer: RoutedExperts, stack: _Stack) -> Tensor:
-        """Return the dense weights of all experts, checked to be 2:4 and whole."""
-        values = getattr(layer, f"{stack.name}_compressed").data
-        bits = getattr(layer, f"{stack.name}_bitmask").data
-        weight: Tensor = values.new_zeros(stack.shape)
-        size = (stack.rows, stack.columns)
-        for expert in range(len(values)):
-            for part, start in enumerate(stack.starts):
-                stored = slice(part * stack.rows, (part + 1) * stack.rows)
-                name = (
-                    f"{self.name}: {_part_name(layer, stack, part)} of expert {expert}"
-                )
-                found = decompress(
-                    values[expert, stored], bits[expert, stored], size, name
-                )
-                rows = slice(start, start + stack.rows)
-                weight[expert, rows, : stack.columns] = found
-        return weight
+            stack.check(layer, self.name)
 
 
 def experts_method(
@@ -190,12 +203,10 @@ def experts_method(
     :param stock: vLLM's own method for the layer
     :raises NotImplementedError: if they are quantized, or only some of them are 2:4
     """
-    projections = [_projection(layer, part) for part in ("gate", "up", "down")]
     modules = [
         f"{name}.{expert}.{projection}"
         for expert in range(layer.moe_config.num_logical_experts)
-        for projection in projections
-        if projection is not None
+        for projection in projections(layer)
     ]
     sparse = [module for module in modules if sparsity.promises(module)]
     if not sparse or sparsity.format == "dense":
@@ -204,87 +215,33 @@ def experts_method(
         dense = next(module for module in modules if module not in set(sparse))
         raise NotImplementedError(
             f"{name}: {sparse[0]} is stored as {sparsity.format} and {dense} is not; "
-            f"vLLM holds the experts of a layer in one tensor. To serve it, {_REMEDY}"
+            f"vLLM holds the experts of a layer in one tensor. To serve it, {REMEDY}"
         )
     if type(stock) is not UnquantizedFusedMoEMethod:
         raise NotImplementedError(
             f"{name}: its experts are quantized ({type(stock).__name__}) and stored as "
             f"{sparsity.format}, which is served for experts of 16 bits only. To serve "
-            f"it, {_REMEDY}"
+            f"it, {REMEDY}"
         )
     return Sparse24ExpertsMethod(layer, name, mode, report)
 
 
-def must_be_cuttable(name: str, inner: int, devices: int) -> None:
-    """
-    See that tensor parallelism cuts stored experts between whole bytes of their bitmasks.
-
-    :param name: the layer's name
-    :param inner: inner channels of an expert on each device
-    :raises ValueError: if it does not
-    """
-    if inner % 8 and devices > 1:
-        raise ValueError(
-            f"{name}: the {inner * devices} inner channels of an expert over {devices} "
-            f"devices are {inner} each; stored 2:4 experts can be cut at multiples of 8 "
-            "only. Take another --tensor-parallel-size, or --enable-expert-parallel. "
-            f"Or: {_REMEDY}"
-        )
+def projections(layer: RoutedExperts) -> list[str]:
+    """List the checkpoint's names of an expert's linears: gate, up if it has one, down."""
+    names = (
+        getattr(layer, f"ckpt_{part}_proj_name") for part in ("gate", "up", "down")
+    )
+    return [str(name) for name in names if name is not None]
 
 
-def _projection(layer: RoutedExperts, part: str) -> str | None:
-    """Return the checkpoint's name of a projection of every expert."""
-    found: str | None = getattr(layer, f"ckpt_{part}_proj_name")
-    return found
-
-
-def _part_name(layer: RoutedExperts, stack: _Stack, part: int) -> str:
-    """Name the projection that is a part of a stack."""
-    if stack.name == "w2":
-        return str(_projection(layer, "down"))
-    return str(_projection(layer, "up" if part else "gate"))
-
-
-def _loader(stock: Load) -> Load:
-    """Have vLLM cut values or bitmasks of an expert: like a weight, along the same axes."""
-
-    def load(
-        param: Parameter,
-        loaded_weight: Tensor,
-        weight_name: str,
-        shard_id: str,
-        expert_id: int,
-        return_success: bool = False,
-    ) -> bool | None:
-        more = {"shard_id": shard_id, "expert_id": expert_id}
-        return stock(
-            param, loaded_weight, "weight", **more, return_success=return_success
-        )
-
-    return load
-
-
-def _shape_loader(stock: Load) -> Load:
-    """
-    Have vLLM copy the stored shape of an expert's part, which nothing reads.
-
-    vLLM counts the numbers that are copied into a layer that it loads again, and finishes
-    the layer as soon as all of them have come.
-    """
-
-    def load(
-        param: Parameter,
-        loaded_weight: Tensor,
-        weight_name: str,
-        shard_id: str,
-        expert_id: int,
-        return_success: bool = False,
-    ) -> bool | None:
-        column = Parameter(param.data[:, int(shard_id == "w3")], requires_grad=False)
-        more = {"shard_id": shard_id, "expert_id": expert_id}
-        shape = loaded_weight.flatten()
-        return stock(
-            column, shape, "weight_shape", **more, return_success=return_success
-        )
-
-    return load
+def _fused_experts(
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    **where: object,
+) -> Tensor:
+    """Run vLLM's kernel of dense experts; ``where``: which experts are on this device."""
+    out: Tensor = fused_experts(x, up, down, topk_weights, topk_ids, **where)
+    return out

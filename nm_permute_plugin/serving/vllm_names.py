@@ -43,6 +43,7 @@ try:
         FusedMoEMethodBase,
         RoutedExperts,
         UnquantizedFusedMoEMethod,
+        fused_experts,
     )
     from vllm.model_executor.layers.linear import (
         LinearBase,
@@ -91,6 +92,7 @@ __all__ = [
     "WeightsMapper",
     "current_platform",
     "envs",
+    "fused_experts",
     "get_current_vllm_config",
     "ops",
     "register_quantization_config",

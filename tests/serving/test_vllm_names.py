@@ -31,6 +31,7 @@ MEMBERS = {
     ),
     "WeightsMapper": ("apply_list",),
 }
+EXPERTS = ("experts", "expert_loading")
 LOST = [
     *((module, name) for module, name in IMPORTS if module != "vllm"),
     ("vllm", "_custom_ops"),
@@ -45,7 +46,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
     def make(*lost: tuple[str, str]) -> None:
         for loaded in [name for name in sys.modules if name.split(".")[0] == "vllm"]:
             monkeypatch.delitem(sys.modules, loaded)
-        for name in ("vllm_names", "config", "experts", "method", "product"):
+        for name in ("vllm_names", "config", *EXPERTS, "method", "product"):
             # put back afterwards, even where a test imports it
             monkeypatch.setitem(sys.modules, f"nm_permute_plugin.serving.{name}", None)
             monkeypatch.delitem(sys.modules, f"nm_permute_plugin.serving.{name}")

@@ -33,7 +33,7 @@ def said_of_experts(targets, quantized=False):
 
 def cut_experts():
     """Cut experts of 24 inner channels for two devices."""
-    from nm_permute_plugin.serving.experts import must_be_cuttable
+    from nm_permute_plugin.serving.expert_loading import must_be_cuttable
 
     must_be_cuttable("some.layer", 12, 1)
     must_be_cuttable("some.layer", 16, 2)
