@@ -18,6 +18,7 @@ if __name__ == "__main__" and DEVICE == "cpu":
 from weights import error, sparse_weight  # noqa: E402
 
 from nm_permute_plugin.checkpoint.codec import compress  # noqa: E402
+from nm_permute_plugin.serving import expert_table  # noqa: E402
 from nm_permute_plugin.serving.kernels import experts as kernel  # noqa: E402
 
 TILES = {"four products": (16, 16, 16, 32, 16, 0), "interleaved": (16, 32, 8, 16, 8, 1)}
@@ -118,6 +119,40 @@ def expansions() -> list[bool]:
     return found
 
 
+def choices() -> list[list[object]]:
+    """
+    The kernel chosen for a few tokens, and the settings that were timed.
+
+    No clock is looked at: times are made up. One setting gives wrong results, and vLLM's
+    product is a stand-in.
+    """
+    run, timed = kernel.run, []
+    wrong, right = (16, *[16] * 4, 0, 4, 1), (*TILES["interleaved"], 4, 2)
+    times = {right: 7.0, wrong: 1.0}
+
+    def known(x, up, down, weights, ids, settings):
+        out = run(x, up, down, weights, ids, right)
+        return out * 2 if settings == wrong else out
+
+    def microseconds(calls):
+        settings = calls[0].args[0] if type(calls[0].args[0]) is tuple else ()
+        timed.append(settings)
+        return times[settings]
+
+    def dense(x, up, down, weights, ids):
+        return exact(x, up, down, weights, ids).to(x.dtype)
+
+    expert_table.experts.run = known
+    expert_table.experts.candidates = lambda *sizes: [wrong, right]
+    expert_table.microseconds = microseconds
+    weights = stacked(4, 32, 64, 1)[1], stacked(4, 64, 16, 9)[1]
+    found = []
+    for times[()] in (9.0, 7.0, 3.0):
+        bucket = expert_table._bucket(*weights, 3, 2, dense)
+        found.append([bucket.chosen.kernel, len(bucket.fastest), wrong in timed])
+    return found
+
+
 if __name__ == "__main__":
     cases = list(product(CASES, TILES.values(), (False, True)))
     print(
@@ -126,6 +161,7 @@ if __name__ == "__main__":
                 "products": [experts_error(*case) for case in cases],
                 "alignments": alignments(),
                 "expansions": expansions(),
+                "choices": choices(),
             }
         )
     )
