@@ -344,7 +344,7 @@ def _loading(checkpoint: Checkpoint, format: Format) -> str:
         text += "vLLM: `pip install '.[vllm]'`, then `vllm serve FOLDER`"
         formats = checkpoint.formats
         if any(formats[name] != "dense" for name in experts_of(formats)):
-            text += ", which holds the sparse experts dense"
+            text += "; experts are served sparse where a GPU is faster with them"
         else:
             text += "\n- vLLM up to 0.18.1, on Hopper GPUs, without the plugin: "
             text += "`nm-permute convert FOLDER OUT --legacy` first"

@@ -104,8 +104,8 @@ def _storage(
     experts = experts_of(sparse)
     if experts and format == "sparse-24-bitmask":
         lines.append(
-            f"{len(experts)} of them are routed experts: vLLM with this plugin holds and "
-            "serves them dense, so that they save disk only. To have vLLM read them as "
-            "they are, convert with --dense-experts"
+            f"{len(experts)} of them are routed experts: vLLM with this plugin serves them "
+            "sparse on a GPU where it measures that to be faster, and dense elsewhere. "
+            "To have them stored dense, convert with --dense-experts"
         )
     return lines

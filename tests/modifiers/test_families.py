@@ -261,7 +261,7 @@ def test_experts_are_stored_sparse_where_asked_for(
     assert others == {"sparse-24-bitmask" if format == "auto" else format}
     card = (tmp_path / "out" / "README.md").read_text()
     assert ("vllm serve" in card) == (format != "sparse-bitmask")
-    assert ("holds the sparse experts dense" in card) == (format == "sparse-24-bitmask")
+    assert ("experts are served sparse" in card) == (format == "sparse-24-bitmask")
     assert_reloads(pruned, tmp_path / "out")
 
 
