@@ -62,6 +62,7 @@ class Card:
     :param transposed: the pruned modules that are stored as [in, out]
     :param base: what holds of the base model's front matter too
     :param moved: whether channels have other places than in the base model
+    :param stays_dense: how many of the linears stay dense by a budget
     :param changed_later: whether the kept weights changed in a later session
     """
 
@@ -77,6 +78,7 @@ class Card:
     transposed: Sequence[str] = ()
     base: Mapping[str, object] = field(default_factory=dict)
     moved: bool = False
+    stays_dense: int = 0
     changed_later: bool = False
 
 
@@ -234,6 +236,12 @@ def _what(card: Card) -> str:
         kept += (
             f" that the permutation was made for; the best masks without it hold "
             f"{before:.4f}"
+        )
+    if card.stays_dense:
+        kept += (
+            f". By the recipe's budget {card.stays_dense} of the "
+            f"{card.stays_dense + len(card.pruned)} linears stay dense: those whose masks "
+            "cost most"
         )
     return f"{made}{kept}.{adapters}"
 

@@ -145,7 +145,7 @@ class LearnablePermutationModifier(PermutationFields, Modifier):
                 "LearnablePermutationModifier never ran: the pipeline sent no "
                 "calibration start. Use oneshot's pipeline='independent'."
             )
-        promised = self._plan.saved if self._is_pruned else []
+        promised = self._plan.promised(self._record) if self._is_pruned else []
         pruned = Pruned(self.settings(), self._plan, self._record, promised)
         before, after = self._record.retained
         said = f"{after:.1%} of the {self.score} score kept by the best masks"

@@ -109,14 +109,17 @@ def figures_of(
     Compare the masks that were found with the plain ones, one linear at a time.
 
     :param masks: of ``found``, by linear, channels in their old places
-    :param order: the linears as they are to be listed
+    :param order: the linears that have masks, as they are to be listed
     """
-    rows = ranks.bar(_rows(problem, found), "Comparing the masks", total=len(order))
-    compared = [_compared(problem, row, masks) for row in rows]
+    there = [row for row in _rows(problem, found) if row.consumer.name in masks]
+    compared = [
+        _compared(problem, row, masks)
+        for row in ranks.bar(there, "Comparing the masks")
+    ]
     by_name = {linear.name: linear for linear in compared}
     linears = [by_name[name] for name in order]
     exchanged = {linear.name: linear.exchanged for linear in linears}
-    moved = [row for row in _rows(problem, found) if row.perm is not None]
+    moved = [row for row in there if row.perm is not None]
     real = [row for row in moved if row.perm is not None and not is_identity(row.perm)]
     most = max(real or moved, key=lambda r: exchanged[r.consumer.name], default=None)
     return Figures(linears, None if most is None else _crop(problem, most, masks))

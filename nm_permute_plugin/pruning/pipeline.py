@@ -7,13 +7,20 @@ The whole method: statistics, scores, search, learning, fold, masks, recovery.
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
+from typing import Any
 
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from nm_permute_plugin.maths.permutation import Permutation
 from nm_permute_plugin.pruning import ranks
+from nm_permute_plugin.pruning.budget.choice import (
+    BudgetRecord,
+    choose_dense,
+    groups_of,
+)
 from nm_permute_plugin.pruning.clock import Clock, environment
 from nm_permute_plugin.pruning.data import Data, endless
 from nm_permute_plugin.pruning.figures import Figures, figures_of
@@ -56,6 +63,7 @@ class Record:
     :param searched: the validations of the search
     :param history: the validations of the last of search and learning
     :param recovered: what each stage of the recovery did
+    :param budget: what stays dense, and what it is worth; None without a budget
     """
 
     perms: dict[str, Permutation]
@@ -67,6 +75,7 @@ class Record:
     searched: History
     history: History
     recovered: list[StageRecord] = field(default_factory=list)
+    budget: BudgetRecord | None = None
 
     def __repr__(self) -> str:
         """The main figures, in a line."""
@@ -84,6 +93,11 @@ class Record:
         without multipliers, and of what was found.
         """
         return self.figures.retained
+
+    @property
+    def dense_linears(self) -> set[str]:
+        """The linears that stay dense by the budget, of those that were to be pruned."""
+        return set() if self.budget is None else self.budget.dense_linears
 
 
 def permute_and_prune(
@@ -146,6 +160,11 @@ def _run(
     clock.lap("statistics")
     found, searched, history = _find(problem, settings, clock, hold)
     masks = problem.masks(found)
+    budget = _budget(problem, masks, resolved, prunable, settings)
+    if budget is not None:
+        clock.lap("budget")
+        prunable = [n for n in prunable if n not in budget.dense_linears]
+        masks = {name: masks[name] for name in prunable}
     figures = figures_of(problem, found, masks, prunable)
     teacher, known = problem.teacher, problem.known
     if goes_on() and settings.recover.stages:
@@ -156,7 +175,7 @@ def _run(
     recovered: list[StageRecord] = []
     if settings.prune:
         masks = moved_along(model, resolved, masks, found.perms)
-        if settings.recover.stages:
+        if settings.recover.stages and prunable:
             with hold():
                 student = _student(model, masks, prunable, roundings)
                 known = " ".join([known, *sorted(set(map(repr, roundings.values())))])
@@ -177,6 +196,7 @@ def _run(
         searched,
         history,
         recovered,
+        budget,
     )
 
 
@@ -283,6 +303,26 @@ def _find(
         found = Solution(**state)
         clock.lap("learn")
     return found, searched, history
+
+
+def _budget(
+    problem: Problem,
+    masks: Mapping[str, Tensor],
+    resolved: ResolvedSpec,
+    prunable: Sequence[str],
+    settings: Settings,
+) -> BudgetRecord | None:
+    """What stays dense by the settings' budget; None without one."""
+    groups, times = groups_of(problem.model, resolved, prunable, settings)
+    if not groups:
+        return None
+    teacher, data = problem.teacher, problem.data
+
+    def chosen() -> dict[str, Any]:
+        return asdict(choose_dense(teacher, masks, groups, times, data, settings))
+
+    state = kept(chosen, "the budget", problem.known)
+    return TypeAdapter(BudgetRecord).validate_python(state)
 
 
 def _see_again(problem: Problem, settings: Settings) -> None:

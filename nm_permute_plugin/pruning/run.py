@@ -20,6 +20,7 @@ from nm_permute_plugin.checkpoint.source import Source
 from nm_permute_plugin.maths.permutation import is_identity
 from nm_permute_plugin.pruning import ranks
 from nm_permute_plugin.pruning.arguments import must_be, must_be_model
+from nm_permute_plugin.pruning.budget.choice import groups_of
 from nm_permute_plugin.pruning.data import Data
 from nm_permute_plugin.pruning.describe import describe
 from nm_permute_plugin.pruning.folding import refuse_inexact
@@ -95,6 +96,7 @@ class PrunePlan:
         spec = settings.spec if settings.spec is not None else spec_of(model)
         head_dim = head_dim_of(cast(Any, model).config)
         resolved = resolve(model, spec, settings.pattern, prunable, head_dim)
+        groups_of(model, resolved, prunable, settings)  # refuses before the work
         transposed = transposed_of(model, prunable, settings.format)
         hosted = cast("PreTrainedModel", model)
         return cls(
@@ -106,6 +108,12 @@ class PrunePlan:
             source_of(model, resolved, settings),
             describe(model, prunable, settings),
         )
+
+    def promised(self, record: Record) -> list[str]:
+        """What follows the pattern in the checkpoint: what a budget left dense does not."""
+        dense = record.dense_linears
+        names = zip(self.prunable, self.saved, strict=True)
+        return [saved for name, saved in names if name not in dense]
 
     def lines(self, settings: Settings) -> list[str]:
         """
@@ -166,6 +174,7 @@ class Pruned:
         """What is left to do with each checkpoint of the model."""
         versions = {name: v for name in VERSIONED if (v := _version(name))}
         record, plan = self.record, self.plan
+        transposed = [name for name in plan.transposed if name in set(self.promised)]
         card = Card(
             base_model=plan.base_model,
             pattern=self.settings.pattern,
@@ -174,15 +183,16 @@ class Pruned:
             retained=record.retained,
             history=record.history,
             versions=versions,
-            transposed=plan.transposed,
+            transposed=transposed,
             base=base_matter(plan.source.path) if plan.source is not None else {},
+            stays_dense=len(record.dense_linears),
         )
         report = {
             "base_model": plan.base_model,
             "modifier": self.settings.model_dump(),
             "versions": versions,
             "pruned": list(self.promised),
-            "transposed": plan.transposed,
+            "transposed": transposed,
             "moved": [n for n, perm in record.perms.items() if not is_identity(perm)],
             "fold_error": record.fold_error,
             "retained": record.retained,
@@ -193,6 +203,7 @@ class Pruned:
             "history": record.history,
             "recovered": [asdict(stage) for stage in record.recovered],
             "figures": asdict(record.figures),
+            "budget": None if record.budget is None else asdict(record.budget),
         }
         return Finish(self.settings.format, card, record.perms, report, plan.source)
 
@@ -240,7 +251,8 @@ def prune(model: nn.Module, data: Data, settings: Settings | None = None) -> Pru
     plan.log(settings)
     plan.try_spec(model, settings, data, write_in_place)
     record = permute_and_prune(model, plan.resolved, plan.prunable, data, settings)
-    return Pruned(settings, plan, record, plan.saved if settings.prune else [])
+    promised = plan.promised(record) if settings.prune else []
+    return Pruned(settings, plan, record, promised)
 
 
 def save(model: nn.Module, folder: str | Path, pruned: Pruned | None = None) -> None:

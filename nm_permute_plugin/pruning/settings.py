@@ -338,16 +338,78 @@ class RecoverSettings(Frozen):
         return self
 
 
+class BudgetSettings(Frozen):
+    """
+    How much may stay dense, or how much may be lost; without one of the first three fields
+    no linear stays dense for it.
+
+    Linears that serving fuses (queries, keys and values; gate and up) stay dense together,
+    those first whose masks cost most on the validation data for what they save. They are
+    chosen once the masks are found, before the recovery.
+
+    :param max_loss_increase: by how much the loss on the validation data (in nats a token,
+        by default) may lie above the dense model's, before the recovery; as many linears
+        stay dense as that takes
+    :param dense_share: share of the weights of the linears to prune that stay dense
+    :param min_speedup: how many times as fast as dense the products of all linears to prune
+        must be together, by the times in ``kernels``
+    :param kernels: the folder of kernel tables that serving measured on the GPU that shall
+        serve the checkpoint (``NM_PERMUTE_CACHE``, by default ``~/.cache/nm-permute``)
+    :param tokens: of the products that ``min_speedup`` is for: sequences that are decoded
+        at a time
+    """
+
+    max_loss_increase: float | None = Field(default=None, gt=0)
+    dense_share: float | None = Field(default=None, gt=0, lt=1)
+    min_speedup: float | None = Field(default=None, gt=1)
+    kernels: str | None = None
+    tokens: int = Field(default=16, ge=1)
+
+    @property
+    def goal(self) -> str | None:
+        """The name of the field that says how much; None without a budget."""
+        goals = ("max_loss_increase", "dense_share", "min_speedup")
+        return next((n for n in goals if getattr(self, n) is not None), None)
+
+    @model_validator(mode="after")
+    def _say_one_thing(self) -> "BudgetSettings":
+        for name in ("dense_share", "min_speedup"):
+            if name != self.goal and getattr(self, name) is not None:
+                raise ValueError(
+                    f"budget has two goals, {self.goal} and {name}: give one"
+                )
+        if self.min_speedup is None:
+            for name in ("kernels", "tokens"):
+                _refuse_unread(self, name, "budget.", "no min_speedup")
+        elif self.kernels is None:
+            raise ValueError(
+                "budget.min_speedup needs the times of the kernels: give budget.kernels, "
+                "the folder where serving keeps its kernel tables"
+            )
+        return self
+
+
 class ValidationSettings(Frozen):
     """
     The data that only validates: it chooses permutations, multipliers and weights.
 
     :param share: share of the calibration rows that validate; at least one row, never all
-    :param every: optimizer steps from one validation to the next
+    :param every: optimizer steps from one validation to the next; null takes 20, or a
+        thirtieth of the stage's steps where that is more, so that validation stays a small
+        part of long stages
     """
 
     share: float = Field(default=0.1, gt=0, lt=1)
-    every: int = Field(default=20, ge=1)
+    every: int | None = Field(default=None, ge=1)
+
+    def interval(self, steps: int) -> int:
+        """
+        Optimizer steps from one validation to the next, in a stage of so many.
+
+        >>> ValidationSettings().interval(600), ValidationSettings().interval(6000)
+        (20, 200)
+        """
+        return max(20, steps // 30) if self.every is None else self.every
 
 
 class MemorySettings(Frozen):
@@ -403,6 +465,8 @@ class Settings(Frozen):
     :param search: the search for a permutation, with ``method: search`` and ``learned``
     :param recover: how the weights that the masks keep are changed, by default not at
         all; a list of stages may stand for the group: ``recover: [end_to_end]``
+    :param budget: which linears stay dense, by how much may be lost, how much may stay
+        dense, or how fast the rest must be; by default none
     :param loss: weights of the parts of the loss, which learning, the recovery and every
         validation measure; 0 leaves a part out
     :param validation: the calibration data that only validates: it chooses permutations,
@@ -428,6 +492,7 @@ class Settings(Frozen):
     learn: LearnSettings = LearnSettings()
     search: SearchSettings = SearchSettings()
     recover: RecoverSettings = RecoverSettings()
+    budget: BudgetSettings = BudgetSettings()
     loss: LossSettings = LossSettings()
     validation: ValidationSettings = ValidationSettings()
     memory: MemorySettings = MemorySettings()
@@ -458,6 +523,7 @@ class Settings(Frozen):
             f"recover {list(self.recover.stages)}": {*self.recover.stages}
             - {"end_to_end"},
             "loss.hidden or loss.cosine": self.loss.needs_hidden,
+            "budget": self.budget.goal is not None,
         }
         names = [name for name, is_so in unfit.items() if is_so]
         if names:
@@ -496,9 +562,24 @@ class Settings(Frozen):
                 f"recover: {list(self.recover.stages)} with prune: false: there is no mask "
                 "whose kept weights could change; leave `recover` out, or prune here"
             )
+        self._fit_budget()
         self._refuse_unread_groups()
         self._fit_memory()
         return self
+
+    def _fit_budget(self) -> None:
+        if self.budget.goal is None:
+            return
+        if not self.prune:
+            raise ValueError(
+                "budget with prune: false: another modifier prunes, and would not know of "
+                "it; leave `budget` out, or prune here"
+            )
+        if self.layer_wise:
+            raise ValueError(
+                "budget with objective: layer_wise: what masks cost is measured by "
+                "gradients through the whole model; leave `budget` out, or learn end_to_end"
+            )
 
     def _refuse_unread_groups(self) -> None:
         method = f"method: {self.method}"
@@ -508,7 +589,7 @@ class Settings(Frozen):
         if self.method == "identity":
             _refuse_unread(self, "search", "", method)
             _refuse_unread(self, "spaces", "", method)
-        if self.method == "identity" and not recovers:
+        if self.method == "identity" and not recovers and self.budget.goal is None:
             _refuse_unread(self, "loss", "", method)
         if self.method != "learned" and "end_to_end" not in self.recover.stages:
             _refuse_unread(self, "memory", "", method)

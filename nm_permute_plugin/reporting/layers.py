@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The figures of linears by layer and by kind, such as down_proj."""
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from nm_permute_plugin.reporting.places import place_of
 from nm_permute_plugin.reporting.run import Linear
-
-_LAYER = re.compile(r"(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<kind>.+)")
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -78,13 +75,9 @@ def stacks(linears: Sequence[Linear]) -> list[Stack]:
     """Sort linears into stacks, layers and kinds, in the order they come in."""
     sorted_: dict[str, list[tuple[int, str, Linear]]] = {}
     for linear in linears:
-        found = _LAYER.fullmatch(linear.name)
-        if found is None:
-            sorted_.setdefault("", []).append((0, linear.name, linear))
-            continue
-        kind = _NUMBER.sub("*", found["kind"])
-        place = (int(found["layer"]), kind, linear)
-        sorted_.setdefault(found["stack"], []).append(place)
+        layer, kind = place_of(linear.name)
+        stack = "" if layer is None else linear.name.split(f".{layer}.", 1)[0]
+        sorted_.setdefault(stack, []).append((layer or 0, kind, linear))
     return [_stack(name, places) for name, places in sorted_.items()]
 
 

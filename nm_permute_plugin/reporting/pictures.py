@@ -152,6 +152,24 @@ def channels(run: Run) -> "Figure | None":
     return figure
 
 
+def budget(run: Run) -> "Figure | None":
+    """The loss by the share of weights that stay dense, and the choice that was made."""
+    known = run.budget
+    if known is None or len(known.curve) < 2:
+        return None
+    figure = new_figure(2.6)
+    axes = figure.subplots()
+    points = [(100 * at.dense_share, at.validation) for at in known.curve]
+    axes.plot(*zip(*points, strict=True), color=BLUE, marker="o", label="validation")
+    chosen = 100 * known.chosen.dense_share, known.chosen.validation
+    axes.plot(*chosen, "*", color=GREEN, markersize=12, label="this checkpoint")
+    axes.axhline(known.dense_loss, color=GREY, linestyle="--", label="dense")
+    axes.set(xlabel="share of the weights that stay dense, %", ylabel="loss")
+    from_zero(axes, [loss for _, loss in points])
+    axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return figure
+
+
 PICTURES = (
     Picture(
         "learning",
@@ -161,6 +179,13 @@ PICTURES = (
         learning,
     ),
     Picture("search", "Search", "The best validation loss after each round.", search),
+    Picture(
+        "budget",
+        "Budget",
+        "The loss on validation data, before any recovery, if more or fewer groups of "
+        "linears stay dense.",
+        budget,
+    ),
     Picture(
         "recovery",
         "Recovery",

@@ -9,6 +9,7 @@ page. What stands in a field must be what belongs there.
 from collections.abc import Mapping
 from typing import Any
 
+from nm_permute_plugin.reporting.budget import Budget
 from nm_permute_plugin.reporting.reading import Count, Read
 
 
@@ -105,6 +106,7 @@ class Run(Read):
     history: tuple[Entry, ...] = ()
     recovered: tuple[Recovered, ...] = ()
     figures: Figures = Figures()
+    budget: Budget | None = None
     changed_later: bool = False
     earlier: Mapping[str, Any] | None = None
 

@@ -13,6 +13,7 @@ WORDS = {
     "2of4_learned_qwen25vl": "--ignore lm_head --ignore re:.*visual.*",
     "2of4_learned_then_fp8": "--then fp8",
     "2of4_learned_then_fp8static": "--then fp8-static",
+    "2of4_learned_budget": "--set budget.dense_share=0.2",
     "2of4_learned_sharded": "--set memory.shard=true --set memory.micro_batch_size=1",
     "2of4_learned_then_recover": "--recover blocks --recover end_to_end",
     "2of4_learned_then_recover_then_w4a16": "--recover end_to_end --then w4a16",

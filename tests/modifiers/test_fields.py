@@ -72,6 +72,9 @@ BODIES: dict[str, dict[str, Any]] = {
             "end_to_end": {"steps": 5, "rate": 0.02},
         }
     },
+    "a share stays dense": {"budget": {"dense_share": 0.2}},
+    "so much may be lost": {"budget": {"max_loss_increase": 0.1}},
+    "so fast": {"budget": {"min_speedup": 1.3, "kernels": "tables", "tokens": 1}},
 }
 
 

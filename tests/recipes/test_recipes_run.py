@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every shipped recipe runs; what it leaves passes ``verify``, and fails with a fault."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from nm_permute_plugin.checkpoint.verify import verify
 pytestmark = pytest.mark.slow
 
 ALL = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
-# Those for images are run beside, and shards by several processes in tests/ranks.
-OTHERS = ("vit", "qwen25vl", "sharded")
+# Those for images are run beside, shards by several processes in tests/ranks, and what
+# leaves linears dense below.
+OTHERS = ("vit", "qwen25vl", "sharded", "budget")
 FILES = [file for file in ALL if not file.stem.endswith(OTHERS)]
 LINEARS = 14
 MODULE = "model.layers.1.mlp.down_proj"
@@ -82,3 +84,29 @@ def plant_fault(file: Path) -> None:
     many = {"bitmask": 0xFF, "weight_packed": 0x11111111, "weight": 1}[part]
     tensors[f"{MODULE}.{part}"][3, 0 : 8 if part == "weight" else 1] = many
     save_file(tensors, file, {"format": "pt"})
+
+
+def test_a_budget_leaves_whole_groups_dense_in_the_checkpoint(
+    tiny_checkpoint, run_oneshot, tmp_path: Path
+) -> None:
+    folder, out = tiny_checkpoint(), tmp_path / "out"
+    (file,) = [file for file in ALL if file.stem.endswith("budget")]
+    steps = "method: learned\n      learn: {steps: 2}"
+    run_oneshot(folder, file.read_text().replace("method: learned", steps), out)
+    report = verify(out)
+    assert report.faults == ()
+    rows = {row.module: row for row in report.rows if ".layers." in row.module}
+    dense = {name for name, row in rows.items() if row.zeros < 0.05}
+    assert 0 < len(dense) < LINEARS
+    budget = json.loads((out / "nm_permute" / "report.json").read_text())["budget"]
+    groups = [set(g["linears"]) for g in budget["groups"] if g["stays_dense"]]
+    assert dense == set().union(*groups)
+    assert 0.05 < budget["chosen"]["dense_share"] <= 0.2
+    assert {n for n, row in rows.items() if row.promised} == rows.keys() - dense
+    config = json.loads((out / "config.json").read_text())
+    block = config["quantization_config"]["sparsity_config"]
+    assert set(block["targets"]) == rows.keys() - dense
+    model = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    for name in rows:
+        zeros = float((model.get_submodule(name).weight == 0).float().mean())
+        assert (zeros < 0.05) == (name in dense)

@@ -214,3 +214,23 @@ def test_without_matplotlib_a_save_succeeds_and_one_line_says_so(
     assert not (out / "nm_permute" / "report.html").exists()
     assert "figures" in json.loads((out / "nm_permute" / "report.json").read_text())
     assert nmp.verify(out).good
+
+
+def test_a_budget_is_told_with_its_choice_and_the_others(
+    tiny_model, chain_rows, tmp_path: Path, pages: None
+) -> None:
+    model, out = tiny_model("llama"), tmp_path / "out"
+    data = nmp.read_samples(model, [{"input_ids": chain_rows(12, 24, seed=0)}], 4)
+    settings = nmp.Settings(method="identity", budget={"dense_share": 0.3})
+    nmp.save(model, out, nmp.prune(model, data, settings))
+    said, budget = words(out), subject_of(out).run.budget
+    assert f"{budget.chosen.dense_share:.1%} of the weights that could be" in said
+    dense = {n for group in budget.groups if group.stays_dense for n in group.linears}
+    kinds = ["q_proj, k_proj, v_proj", "o_proj", "gate_proj, up_proj", "down_proj"]
+    assert [line[0] for line in budget.table.lines] == kinds
+    for kind, layers, _ in budget.table.lines:
+        last = kind.rpartition(" ")[2]
+        there = [name.split(".")[2] for name in dense if name.endswith(last)]
+        assert layers == (", ".join(sorted(there)) or "none")
+    assert "if more or fewer groups of linears stay dense" in said
+    assert f"{len(dense)} of the 14 linears" in (out / "README.md").read_text()

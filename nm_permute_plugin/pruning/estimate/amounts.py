@@ -78,8 +78,8 @@ class Amounts:
         return sum(steps for _, steps in self.settings.learn.schedule())
 
     def validations(self, steps: int) -> int:
-        """How often so many steps are validated: in between, and after the last."""
-        return -(-steps // self.settings.validation.every)
+        """How often such a stage is validated: in between, and after the last step."""
+        return -(-steps // self.settings.validation.interval(steps))
 
     @property
     def measured_passes(self) -> float:

@@ -21,8 +21,10 @@ from loguru import logger
 from torch import Tensor, nn
 
 from nm_permute_plugin.maths.masks import nm_mask
+from nm_permute_plugin.pruning.budget.choice import groups_of
 from nm_permute_plugin.pruning.data import Data, forward, on_device
 from nm_permute_plugin.pruning.estimate.amounts import Amounts
+from nm_permute_plugin.pruning.estimate.budget import choosing
 from nm_permute_plugin.pruning.estimate.layers import learning_by_layers
 from nm_permute_plugin.pruning.estimate.learning import learning
 from nm_permute_plugin.pruning.estimate.meter import Meter, Took, free_memory
@@ -156,7 +158,7 @@ class _Probe:
         """Measure every stage until one does not fit."""
         try:
             self._announce()
-            masks, teacher, choosing = self._find()
+            masks, teacher, comparing = self._find()
             if self.settings.recover.stages:
                 student = Student(self.model, masks)
                 self._stage(
@@ -164,7 +166,7 @@ class _Probe:
                     lambda: recovery(student, teacher, self.amounts, self.meter),
                 )
                 del student
-            self._stage("fold and prune", lambda: self._fold(masks, choosing))
+            self._stage("fold and prune", lambda: self._fold(masks, comparing))
             self._stage("save", lambda: self._save(masks))
         except DoesNotFit as error:
             self.found.unfit.append(str(error))
@@ -200,8 +202,9 @@ class _Probe:
         problem = self._stage("statistics", self._statistics)
         start = problem.complete(Solution())
         if settings.method == "identity":
-            masks, choosing = self._masks(problem, start)
-            return masks, problem.teacher, choosing
+            masks, comparing = self._masks(problem, start)
+            self._budget(problem.teacher, masks)
+            return masks, problem.teacher, comparing
         whole_model = Validation.measure(problem, start, amounts, self.meter)
         self._stage("search", lambda: self._search(problem, start, whole_model))
         if settings.method == "learned":
@@ -209,8 +212,19 @@ class _Probe:
             self._stage(
                 "learn", lambda: learn(problem, start, whole_model, amounts, self.meter)
             )
-        masks, choosing = self._masks(problem, start)
-        return masks, problem.teacher, choosing
+        masks, comparing = self._masks(problem, start)
+        self._budget(problem.teacher, masks)
+        return masks, problem.teacher, comparing
+
+    def _budget(self, teacher: Teacher, masks: dict[str, Tensor]) -> None:
+        """Measure the choice of what stays dense, if there is one."""
+        linears, amounts = self.plan.prunable, self.amounts
+        resolved, settings = self.plan.resolved, self.settings
+        groups, _ = groups_of(self.model, resolved, linears, settings)
+        if groups:
+            self._stage(
+                "budget", lambda: choosing(teacher, masks, groups, amounts, self.meter)
+            )
 
     def _masks(
         self, problem: Problem, start: Solution
@@ -294,7 +308,9 @@ class _Probe:
             took += (begin + first + later * (rounds - 1)) * share
         return None, took, max(0, tables - probed)
 
-    def _fold(self, masks: dict[str, Tensor], choosing: Took) -> tuple[None, Took, int]:
+    def _fold(
+        self, masks: dict[str, Tensor], comparing: Took
+    ) -> tuple[None, Took, int]:
         """Fold random permutations, unfold them, and copy what is pruned."""
         model, resolved = self.model, self.plan.resolved
         perms = {}
@@ -317,7 +333,7 @@ class _Probe:
 
         if self.settings.prune and not self.settings.recover.stages:
             took += self.meter.took(copied)[1]
-        return None, took + choosing, 0
+        return None, took + comparing, 0
 
     def _save(self, masks: dict[str, Tensor]) -> tuple[None, Took, int]:
         settings, linears = self.settings, self.plan.prunable

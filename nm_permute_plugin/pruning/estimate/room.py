@@ -85,6 +85,7 @@ class Room:
     def least(self, stage: str) -> int:
         """The bytes beside the model that a stage takes in any case."""
         trains = stage == "learn" and not self._settings.layer_wise
+        trains |= stage == "budget"
         trains |= stage == "recover" and self._distils
         found = self._fixed(stage)
         return found + (self._activations() if trains else self._logits)
@@ -125,7 +126,7 @@ class Room:
         """Yield what could be changed, and the bytes that the stage would need then."""
         settings, amounts = self._settings, self.amounts
         learns = stage == "learn" and not settings.layer_wise
-        if learns or (stage == "recover" and self._distils):
+        if learns or stage == "budget" or (stage == "recover" and self._distils):
             kept = need - self._activations()
             if amounts.rows_at_a_time > 1:
                 yield "write memory: {micro_batch_size: 1}", kept + self._activations(1)

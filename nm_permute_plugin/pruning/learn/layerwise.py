@@ -118,7 +118,7 @@ def _learn_layer(
                 sums.finish()
                 return check_finite(ranks.total(float(error.detach())), "training loss")
 
-            every = settings.validation.every
+            every = settings.validation.interval(len(span))
             with progress:
                 of = f"{stage} of {name}"
                 train(learner, begin, span, step, best, every, of, progress)

@@ -148,7 +148,7 @@ def learn(
             ) -> float:
                 return backward(next(batches), prepare)
 
-            every = settings.validation.every
+            every = settings.validation.interval(steps)
             after = forecast.step
             train(learner, begin, numbers, step, best, every, stage, progress, after)
     solution = problem.agreed(best.solution)

@@ -36,7 +36,8 @@ def distill(
         the mean training loss since the validation before, and the relative learning rate
     :raises ValueError: if a loss is not finite
     """
-    steps, every = settings.recover.end_to_end.steps, settings.validation.every
+    steps = settings.recover.end_to_end.steps
+    every = settings.validation.interval(steps)
     masters = student.masters(student.linears)
     optimizer = RelativeAdamW(masters, settings.recover.end_to_end.rate, steps)
     before = time.perf_counter()

@@ -56,7 +56,8 @@ def distill_in_shards(
     masters = {name: learned_of(twin, name) for name in names}
     masks: dict[str, Mask] = {name: partial(_forward, twin, name) for name in names}
     teacher = Teacher(twin, settings.loss, keep=False)
-    steps, every = settings.recover.end_to_end.steps, settings.validation.every
+    steps = settings.recover.end_to_end.steps
+    every = settings.validation.interval(steps)
     optimizer = RelativeAdamW(masters, settings.recover.end_to_end.rate, steps)
     backward = Backward(
         teacher, lambda: masks, (), data.train, settings.memory, use_graph=False

@@ -47,13 +47,13 @@ class Forecast:
         if "end_to_end" in recover.stages:
             spans.append(recover.end_to_end.steps)
             what += " and the recovery end_to_end"
-        every = settings.validation.every
-        left = []
+        left = validations = 0
         for steps in spans:
-            left.append(max(0, steps - done))
+            to_come = max(0, steps - done)
             done = max(0, done - steps)
-        validations = sum(-(-steps // every) for steps in left)
-        return cls(what, sum(left), validations, of_validation)
+            left += to_come
+            validations += -(-to_come // settings.validation.interval(steps))
+        return cls(what, left, validations, of_validation)
 
     def step(self) -> None:
         """Count a step, and log once enough of them have been timed."""

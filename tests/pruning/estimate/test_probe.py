@@ -55,6 +55,7 @@ def bits(model: PreTrainedModel) -> list[bytes]:
     [
         ({"method": "identity"}, []),
         ({"method": "search"}, ["search"]),
+        ({"method": "identity", "budget": {"max_loss_increase": 1}}, ["budget"]),
         (SHORT, ["search", "learn"]),
         (SHORT | {"memory": {"micro_batch_size": 1}}, ["search", "learn"]),
         (
@@ -67,7 +68,8 @@ def bits(model: PreTrainedModel) -> list[bytes]:
             ["recover"],
         ),
     ],
-    ids=["identity", "search", "learned", "micro-batches", "layer-wise", "recover"],
+    ids=["identity", "search", "budget", "learned", "micro-batches"]
+    + ["layer-wise", "recover"],
 )
 def test_every_stage_has_its_time_and_memory_and_the_model_stays(
     tiny_model, rows, fields, stages

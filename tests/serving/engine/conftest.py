@@ -87,11 +87,14 @@ whose checkpoint has q, k and v in one, one with a tied head, and one that vLLM 
 transformers' own code.
 """
 MIXTRAL = {"mixtral": (MixtralConfig, MixtralForCausalLM, FEW)}
-SPARSE_EXPERTS = {
-    "qwen2-moe": ["lm_head", "re:.*shared_expert_gate"],
-    "mixtral": ["lm_head"],
+SPARSE_EXPERTS = {"format": "sparse-24-bitmask", "ignore": ["lm_head"]}
+GATE = "re:.*shared_expert_gate"
+MORE = {
+    "budget": {"budget": {"dense_share": 0.3}},
+    "qwen2-moe": SPARSE_EXPERTS | {"ignore": ["lm_head", GATE]},
+    "mixtral": SPARSE_EXPERTS,
 }
-"""The models whose experts are stored sparse, each with what is not pruned."""
+"""Fields of the recipe that some kinds have beside those of all."""
 ENCODERS = {
     "bert": (BertConfig, BertModel, {"num_key_value_heads": 4}),
     "roberta": (RobertaConfig, RobertaModel, {"num_key_value_heads": 4}),
@@ -234,10 +237,9 @@ def pruned(
             convert(make(kind, "sparse-24-bitmask"), out, "dense")
             return out
         recipe = folder / f"{kind}.yaml"
-        recipe.write_text(_recipe(SCHEMES.get(kind, {}), SPARSE_EXPERTS.get(kind)))
-        source = (
-            random_model(kind) if kind in RANDOM | MIXTRAL | ENCODERS else cut_model
-        )
+        recipe.write_text(_recipe(SCHEMES.get(kind, {}), MORE.get(kind, {})))
+        is_random = kind in RANDOM | MIXTRAL | ENCODERS
+        source = random_model(kind) if is_random else cut_model
         rows = calibration_rows(source, Corpus(embedded_text().train), 8, 128)
         prune_checkpoint(source, recipe, out, rows, "cpu")
         return out
@@ -252,7 +254,7 @@ def said(
     """What each checkpoint's engine says, one engine after the other in one process."""
     folder = tmp_path_factory.mktemp("said")
     paths = {}
-    for kind in ("bf16", *RANDOM, "fp8", "int8", "int8-static"):
+    for kind in ("bf16", "budget", *RANDOM, "fp8", "int8", "int8-static"):
         paths[f"{kind}-dense"] = pruned(kind, "dense")
         paths[f"{kind}-sparse"] = pruned(kind, "sparse-24-bitmask")
     # as llm-compressor 0.10 left it: said to be 2:4, zeros stored
@@ -270,11 +272,8 @@ def said(
     return {**by_name, "log": {"lines": (done.stdout + done.stderr).splitlines()}}
 
 
-def _recipe(scheme: Mapping[str, object], ignore: list[str] | None) -> str:
-    """:param ignore: what is not pruned of a model whose experts are stored sparse"""
-    order: dict[str, object] = {"method": "search", "search": {"rounds": 1}}
-    if ignore:
-        order |= {"format": "sparse-24-bitmask", "ignore": ignore}
+def _recipe(scheme: Mapping[str, object], more: Mapping[str, object]) -> str:
+    order = {"method": "search", "search": {"rounds": 1}, **more}
     stage = {"permutation_modifiers": {"LearnablePermutationModifier": order}}
     if scheme:
         fields = {**scheme, "ignore": ["lm_head"]}

@@ -9,9 +9,10 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
+RECORD = "nm_permute/report.json"
 SPARSE = "16 of 16 2:4 layers are served sparse"
 FAMILIES = ["qwen2", "qwen3-moe", "qwen2-moe", "gpt-neox", "cohere", "olmo2"]
-KINDS = ["bf16", *FAMILIES, "fp8", "int8", "int8-static"]
+KINDS = ["bf16", "budget", *FAMILIES, "fp8", "int8", "int8-static"]
 
 
 def same(left: dict, right: dict) -> bool:
@@ -45,13 +46,18 @@ def test_a_quantized_checkpoint_that_is_not_sparse_keeps_the_stock_class(
     assert said[f"{kind}-dense"]["config"] == "CompressedTensorsConfig"
 
 
-def test_without_a_gpu_one_warning_names_layers_and_reason(said) -> None:
+def test_without_a_gpu_one_warning_names_layers_and_reason(said, pruned) -> None:
     warnings = [line for line in said["log"]["lines"] if "served dense" in line]
-    assert len(warnings) == 11  # one for each of the checkpoints that are claimed
+    assert len(warnings) == 12  # one for each checkpoint that is claimed
     counts = re.findall(r"(\d+ of \d+) 2:4 layers", "\n".join(warnings))
     # in each of four layers, where experts are dense: two linears of attention; where they
-    # are sparse: these, the experts, and two linears of the shared one
-    assert sorted(counts) == sorted(["16 of 16"] * 9 + ["8 of 8", "20 of 20"])
+    # are sparse: these, the experts, and two linears of the shared one; a budget left
+    # groups of linears dense
+    record = json.loads((pruned("budget", "sparse-24-bitmask") / RECORD).read_text())
+    left = sum(not group["stays_dense"] for group in record["budget"]["groups"])
+    assert 8 < left < 16
+    expected = ["16 of 16"] * 9 + ["8 of 8", "20 of 20", f"{left} of {left}"]
+    assert sorted(counts) == sorted(expected)
     for warning in warnings:
         assert re.search(r"from model\.layers\.0\.(self_attn|attention)\.", warning)
         assert "no CUDA device" in warning
