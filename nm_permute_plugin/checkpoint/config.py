@@ -2,7 +2,7 @@
 """Read and write the ``sparsity_config`` block of a checkpoint's ``config.json``."""
 
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -90,11 +90,9 @@ class SparsityConfig(BaseModel):
         >>> config.promises("model.layers.0.mlp.up_proj"), config.promises("lm_head")
         (True, False)
         """
-        if any(matches(entry, module, kind) for entry in self.ignore):
+        if _any_matches(self.ignore, module, kind):
             return False
-        return self.targets is None or any(
-            matches(entry, module, kind) for entry in self.targets
-        )
+        return self.targets is None or _any_matches(self.targets, module, kind)
 
     def to_json(self) -> Json:
         """Returns the block as it stands in ``config.json``."""
@@ -123,6 +121,21 @@ def matches(entry: str, module: str, kind: str = "Linear") -> bool:
             f"{_SECONDS:.0f} second: write it without repeats inside of repeats"
         ) from error
     return found is not None
+
+
+def _any_matches(entries: tuple[str, ...], module: str, kind: str) -> bool:
+    """Tells whether one of a list of targets means a module."""
+    names, patterns = _divided(entries)
+    if not names.isdisjoint((module, kind)):
+        return True
+    return any(matches(entry, module, kind) for entry in patterns)
+
+
+@lru_cache(maxsize=16)
+def _divided(entries: tuple[str, ...]) -> tuple[frozenset[str], tuple[str, ...]]:
+    """Divides targets into names and patterns: a mixture's list names every expert."""
+    patterns = tuple(entry for entry in entries if entry.startswith(_PATTERN))
+    return frozenset(entries).difference(patterns), patterns
 
 
 @cache

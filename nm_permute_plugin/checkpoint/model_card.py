@@ -346,15 +346,14 @@ def _loading(checkpoint: Checkpoint, format: Format) -> str:
     )
     if images:
         return f"{text}{elsewhere}. vLLM serves no models of images alone."
-    text += "vLLM: "
-    formats = checkpoint.formats
-    experts = any(formats[name] != "dense" for name in experts_of(formats))
-    if experts:
-        text += "`nm-permute convert FOLDER OUT --dense-experts` first; it serves no "
-        text += "sparse experts"
+    if format != "sparse-24-bitmask":
+        text += "vLLM: dense only, as below"  # its plugin reads no other sparse format
     else:
-        text += "`pip install '.[vllm]'`, then `vllm serve FOLDER`"
-        if format == "sparse-24-bitmask":
+        text += "vLLM: `pip install '.[vllm]'`, then `vllm serve FOLDER`"
+        formats = checkpoint.formats
+        if any(formats[name] != "dense" for name in experts_of(formats)):
+            text += "; experts are served sparse where a GPU is faster with them"
+        else:
             text += "\n- vLLM up to 0.18.1, on Hopper GPUs, without the plugin: "
             text += "`nm-permute convert FOLDER OUT --legacy` first"
     return text + (

@@ -28,7 +28,7 @@ def convert(
         ),
     ] = False,
     dense_experts: Annotated[
-        bool, Option("--dense-experts", help="Leave routed experts dense, for vLLM.")
+        bool, Option("--dense-experts", help="Leave routed experts dense.")
     ] = False,
     legacy: Annotated[
         bool, Option(help="Write a config for transformers 4 and vLLM <= 0.18.1.")
@@ -102,9 +102,10 @@ def _storage(
         ]
     lines.append(f"{len(sparse)} modules are stored as {format}")
     experts = experts_of(sparse)
-    if experts:
+    if experts and format == "sparse-24-bitmask":
         lines.append(
-            f"{len(experts)} of them are routed experts: transformers reads them, vLLM "
-            "refuses them. For vLLM convert with --dense-experts"
+            f"{len(experts)} of them are routed experts: vLLM with this plugin serves them "
+            "sparse on a GPU where it measures that to be faster, and dense elsewhere. "
+            "To have them stored dense, convert with --dense-experts"
         )
     return lines

@@ -13,19 +13,18 @@ from nm_permute_plugin.checkpoint.config import (
     read_sparsity_config,
 )
 from nm_permute_plugin.serving.detect import NAME, is_ours, mode
+from nm_permute_plugin.serving.experts import experts_method
 from nm_permute_plugin.serving.layer_report import LayerReport
 from nm_permute_plugin.serving.method import Sparse24LinearMethod
 from nm_permute_plugin.serving.vllm_names import (
     CompressedTensorsConfig,
     LinearBase,
     QuantizeMethodBase,
+    RoutedExperts,
     WeightsMapper,
 )
 
 logger = logging.getLogger(__name__)
-
-_EXPERTS = ("FusedMoE", "RoutedExperts")
-"""vLLM's classes of layers that hold a block of experts."""
 
 _USUALLY_FUSED = {
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],
@@ -101,7 +100,8 @@ class Sparse24Config(CompressedTensorsConfig):
         """
         Return a layer's stock method, wrapped in ours if the layer is 2:4.
 
-        :raises NotImplementedError: if a head or experts are stored sparse
+        :raises NotImplementedError: if a head is stored sparse, or experts are that are
+            quantized
         """
         prefix = prefix.removeprefix(".")  # vLLM's StableLM calls its head .lm_head
         stock = super().get_quant_method(layer, prefix)
@@ -113,17 +113,15 @@ class Sparse24Config(CompressedTensorsConfig):
             return Sparse24LinearMethod(
                 stock, prefix, sparse, stored, mode(), self.report
             )
+        if isinstance(layer, RoutedExperts):
+            how = (self.sparsity, mode(), self.report)
+            return experts_method(layer, prefix, stock, *how)
         kind = type(layer).__name__
-        head = kind == "ParallelLMHead" and self.sparsity.promises(prefix)
-        experts = kind in _EXPERTS and any(
-            entry == "Linear" or entry.startswith(("re:", f"{prefix}."))
-            for entry in self.sparsity.targets or ("Linear",)
-        )
-        if stored and (head or experts):
+        if kind == "ParallelLMHead" and stored and self.sparsity.promises(prefix):
             raise NotImplementedError(
                 f"{prefix}, a {kind}, is stored as {self.sparsity.format}, which is "
-                "served for linear layers only. Write the checkpoint again: nm-permute "
-                f"convert DIR OUT {'--dense-experts' if experts else '--format dense'}"
+                "served for linear layers and experts only. Write the checkpoint again: "
+                "nm-permute convert DIR OUT --format dense"
             )
         return stock
 

@@ -30,7 +30,7 @@ STORED_TENSORS = ("compressed", "bitmask", "shape")
 _READ_BY_OTHERS = ("kv_b_proj",)
 """vLLM's attention reads the dense weight of these layers, so they stay dense."""
 
-_FIRST_TWO = 0x33
+FIRST_TWO = 0x33
 """The byte of a bitmask that keeps the first two of every four channels."""
 
 
@@ -194,7 +194,7 @@ class Sparse24LinearMethod(LinearMethodBase):
     def _make_two_of_four(self, layer: LinearBase) -> None:
         """Give the random weights of ``--load-format dummy`` the pattern they stand for."""
         if self.stored:
-            bits = layer.bitmask.data.fill_(_FIRST_TWO)
+            bits = layer.bitmask.data.fill_(FIRST_TWO)
             if 2 * layer.compressed.shape[1] % 8:
                 bits[:, -1] &= 0x0F
             return

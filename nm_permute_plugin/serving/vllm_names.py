@@ -39,6 +39,12 @@ try:
     from vllm import _custom_ops as ops
     from vllm import envs
     from vllm.config import get_current_vllm_config
+    from vllm.model_executor.layers.fused_moe import (
+        FusedMoEMethodBase,
+        RoutedExperts,
+        UnquantizedFusedMoEMethod,
+        fused_experts,
+    )
     from vllm.model_executor.layers.linear import (
         LinearBase,
         LinearMethodBase,
@@ -73,16 +79,20 @@ __all__ = [
     "CompressedTensorsLinearMethod",
     "CompressedTensorsW8A8Fp8",
     "CompressedTensorsW8A8Int8",
+    "FusedMoEMethodBase",
     "GroupShape",
     "LinearBase",
     "LinearMethodBase",
     "ModelWeightParameter",
     "QuantFP8",
     "QuantizeMethodBase",
+    "RoutedExperts",
+    "UnquantizedFusedMoEMethod",
     "UnquantizedLinearMethod",
     "WeightsMapper",
     "current_platform",
     "envs",
+    "fused_experts",
     "get_current_vllm_config",
     "ops",
     "register_quantization_config",
@@ -97,6 +107,12 @@ _MEMBERS: Mapping[Any, tuple[str, ...]] = {
         "override_quantization_method",
     ),
     LinearMethodBase: ("apply", "create_weights", "process_weights_after_loading"),
+    RoutedExperts: ("weight_loader",),
+    UnquantizedFusedMoEMethod: (
+        "apply",
+        "create_weights",
+        "process_weights_after_loading",
+    ),
     WeightsMapper: ("apply_list",),
 }
 """What is called of vLLM's classes, or called by vLLM in our subclasses."""

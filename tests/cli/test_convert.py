@@ -69,7 +69,7 @@ def test_sparse_experts_are_told_and_can_be_left_dense(
     source = checkpoint({}, mixture())
     lines, _ = convert(source)
     assert "3 modules are stored as sparse-24-bitmask" in lines
-    assert lines[-1].startswith("2 of them are routed experts: transformers reads them")
+    assert lines[-1].startswith("2 of them are routed experts: vLLM with this plugin")
     assert "--dense-experts" in lines[-1]
     lines, written = convert(source, "--dense-experts")
     assert f"dense: {EXPERT.format(1)}: a routed expert, dense as asked for" in lines

@@ -260,7 +260,8 @@ def test_experts_are_stored_sparse_where_asked_for(
     others = {row.format for row in promised if row not in experts}
     assert others == {"sparse-24-bitmask" if format == "auto" else format}
     card = (tmp_path / "out" / "README.md").read_text()
-    assert ("it serves no sparse experts" in card) == (format != "auto")
+    assert ("vllm serve" in card) == (format != "sparse-bitmask")
+    assert ("experts are served sparse" in card) == (format == "sparse-24-bitmask")
     assert_reloads(pruned, tmp_path / "out")
 
 

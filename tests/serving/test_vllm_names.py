@@ -25,8 +25,13 @@ MEMBERS = {
         "override_quantization_method",
     ),
     "LinearMethodBase": ("apply", "create_weights", "process_weights_after_loading"),
+    "RoutedExperts": ("weight_loader",),
+    "UnquantizedFusedMoEMethod": (
+        *("apply", "create_weights", "process_weights_after_loading"),
+    ),
     "WeightsMapper": ("apply_list",),
 }
+EXPERTS = ("experts", "expert_loading")
 LOST = [
     *((module, name) for module, name in IMPORTS if module != "vllm"),
     ("vllm", "_custom_ops"),
@@ -41,7 +46,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
     def make(*lost: tuple[str, str]) -> None:
         for loaded in [name for name in sys.modules if name.split(".")[0] == "vllm"]:
             monkeypatch.delitem(sys.modules, loaded)
-        for name in ("vllm_names", "config", "method", "product"):
+        for name in ("vllm_names", "config", *EXPERTS, "method", "product"):
             # put back afterwards, even where a test imports it
             monkeypatch.setitem(sys.modules, f"nm_permute_plugin.serving.{name}", None)
             monkeypatch.delitem(sys.modules, f"nm_permute_plugin.serving.{name}")

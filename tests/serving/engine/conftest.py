@@ -22,10 +22,14 @@ from transformers import (
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
     RobertaConfig,
@@ -66,18 +70,31 @@ SIZES = {
     "head_dim": 32,
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+SHARED = {**EXPERTS, "shared_expert_intermediate_size": 96}
+FEW = {"num_local_experts": 4, "num_experts_per_tok": 2}
 HEAD_NORMS = {"use_qk_norm": True, "tie_word_embeddings": True}
 RANDOM = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen3-moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, EXPERTS),
+    "qwen2-moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM, SHARED),
     "gpt-neox": (GPTNeoXConfig, GPTNeoXForCausalLM, {"num_key_value_heads": 4}),
     "cohere": (CohereConfig, CohereForCausalLM, HEAD_NORMS),
     "olmo2": (Olmo2Config, Olmo2ForCausalLM, {}),
 }
 """
-Random models: one whose q, k and v have biases, one of experts, one whose checkpoint has
-q, k and v in one, one with a tied head, and one that vLLM runs by transformers' own code.
+Random models: one whose q, k and v have biases, one of experts, one of sparse experts, one
+whose checkpoint has q, k and v in one, one with a tied head, and one that vLLM runs by
+transformers' own code.
 """
+MIXTRAL = {"mixtral": (MixtralConfig, MixtralForCausalLM, FEW)}
+SPARSE_EXPERTS = {"format": "sparse-24-bitmask", "ignore": ["lm_head"]}
+GATE = "re:.*shared_expert_gate"
+MORE = {
+    "budget": {"budget": {"dense_share": 0.3}},
+    "qwen2-moe": SPARSE_EXPERTS | {"ignore": ["lm_head", GATE]},
+    "mixtral": SPARSE_EXPERTS,
+}
+"""Fields of the recipe that some kinds have beside those of all."""
 ENCODERS = {
     "bert": (BertConfig, BertModel, {"num_key_value_heads": 4}),
     "roberta": (RobertaConfig, RobertaModel, {"num_key_value_heads": 4}),
@@ -185,7 +202,7 @@ def random_model(
 
     def make(kind: str) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(cut_model)
-        config_class, model_class, more = (RANDOM | ENCODERS)[kind]
+        config_class, model_class, more = (RANDOM | MIXTRAL | ENCODERS)[kind]
         config = config_class(**SIZES | more, vocab_size=len(tokenizer))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -220,9 +237,9 @@ def pruned(
             convert(make(kind, "sparse-24-bitmask"), out, "dense")
             return out
         recipe = folder / f"{kind}.yaml"
-        order = {"budget": {"dense_share": 0.3}} if kind == "budget" else {}
-        recipe.write_text(_recipe(SCHEMES.get(kind, {}), order))
-        source = random_model(kind) if kind in RANDOM | ENCODERS else cut_model
+        recipe.write_text(_recipe(SCHEMES.get(kind, {}), MORE.get(kind, {})))
+        is_random = kind in RANDOM | MIXTRAL | ENCODERS
+        source = random_model(kind) if is_random else cut_model
         rows = calibration_rows(source, Corpus(embedded_text().train), 8, 128)
         prune_checkpoint(source, recipe, out, rows, "cpu")
         return out

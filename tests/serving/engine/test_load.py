@@ -49,6 +49,7 @@ MODELS = {
 """Models, and which of their layers stay dense."""
 
 DAMAGED = "model.layers.1.mlp.gate_proj"
+EXPERT = "model.layers.1.mlp.experts.2.up_proj"
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,10 @@ def loaded(pruned, run_engine, tmp_path_factory) -> Mapping[str, Loaded]:
     whole = paths["biases sparse-24-bitmask"]
     paths["missing"] = edited(whole, folder / "missing", lambda tensor: None)
     paths["damaged"] = edited(whole, folder / "damaged", lambda bits: bits | 7)
+    for form in ("dense", "sparse-24-bitmask"):
+        paths[f"experts {form}"] = pruned("qwen2-moe", form)
+    whole = paths["experts sparse-24-bitmask"]
+    paths["lost expert"] = edited(whole, folder / "lost", lambda bits: None, EXPERT)
     outs = {name: folder / f"{i}.safetensors" for i, name in enumerate(paths)}
     words = [word for name in paths for word in (paths[name], outs[name])]
     done = run_engine("load.py", *words)
@@ -104,11 +109,16 @@ def two_of_four(
     return model
 
 
-def edited(source: Path, out: Path, edit: Callable[[Tensor], Tensor | None]) -> Path:
+def edited(
+    source: Path,
+    out: Path,
+    edit: Callable[[Tensor], Tensor | None],
+    module: str = DAMAGED,
+) -> Path:
     """A copy with one layer's bitmask edited, or left out."""
     copytree(source, out)
     tensors = load_file(out / "model.safetensors")
-    name = f"{DAMAGED}.bitmask"
+    name = f"{module}.bitmask"
     bits = edit(tensors.pop(name))
     if bits is not None:
         tensors[name] = bits
@@ -125,7 +135,7 @@ def read(out: Path) -> Loaded:
 
 
 @pytest.mark.parametrize(
-    "name", ["static", *(name for name in MODELS if name != "head")]
+    "name", ["static", "experts", *(name for name in MODELS if name != "head")]
 )
 def test_every_parameter_is_the_same(loaded, name: str) -> None:
     dense, sparse = loaded[f"{name} dense"], loaded[f"{name} sparse-24-bitmask"]
@@ -172,6 +182,20 @@ def test_a_layer_that_is_damaged_or_missing_is_named(loaded, name: str) -> None:
     assert error is not None
     assert "model.layers.1.mlp.gate_up_proj" in error
     assert "damaged" in error
+
+
+def test_an_expert_that_is_missing_is_named(loaded) -> None:
+    error = loaded["lost expert"].error
+    assert error is not None
+    assert "model.layers.1.mlp.experts: up_proj of expert 2" in error
+    assert "damaged" in error
+
+
+def test_sparse_experts_have_our_method(loaded) -> None:
+    methods = loaded["experts sparse-24-bitmask"].methods
+    assert "Sparse24ExpertsMethod" in methods.values()
+    assert "UnquantizedFusedMoEMethod" not in methods.values()
+    assert "UnquantizedFusedMoEMethod" in loaded["experts dense"].methods.values()
 
 
 def test_a_sparse_head_is_refused_with_the_way_out(loaded) -> None:

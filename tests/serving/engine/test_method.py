@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers that our linear method holds, and what it says to those that it cannot hold."""
+"""Layers that our methods hold, and what they say to those that they cannot hold."""
 
 import pytest
 
@@ -29,6 +29,18 @@ def test_where_a_part_is_dense_there_is_room_for_it(said: dict) -> None:
         ("cut", "24 input channels over 2 devices are 12 each"),
         ("fewer parts", "fused of 3 parts, which the checkpoint has as 2"),
         ("packed", "its quantization has no weight of 8 bits or more"),
+        (
+            "cut experts",
+            "the 24 inner channels of an expert over 2 devices are 12 each",
+        ),
+        ("cut experts", "nm-permute convert DIR OUT --dense-experts"),
+        (
+            "one sparse expert",
+            "some.layer.1.gate_proj is stored as sparse-24-bitmask and ",
+        ),
+        ("one sparse expert", "and some.layer.0.gate_proj is not"),
+        ("quantized experts", "its experts are quantized (Quantized)"),
+        ("quantized experts", "nm-permute convert DIR OUT --dense-experts"),
     ],
 )
 def test_what_cannot_be_held_is_named_with_the_reason(
@@ -36,3 +48,7 @@ def test_what_cannot_be_held_is_named_with_the_reason(
 ) -> None:
     assert said[case].startswith("some.layer")
     assert message in said[case]
+
+
+def test_experts_that_are_stored_dense_are_left_to_vllm(said: dict) -> None:
+    assert said["dense experts"] == "vLLM's own"

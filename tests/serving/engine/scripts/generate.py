@@ -48,9 +48,10 @@ def main(words):
     multiply_fp8_fast()
     out, *directories = words
     workers = int(os.environ.get("TENSOR_PARALLEL", "1"))
+    apart = bool(os.environ.get("EXPERT_PARALLEL"))
+    options = {"tensor_parallel_size": workers, "enable_expert_parallel": apart}
     said = {
-        directory: generate(directory, PROMPTS, tensor_parallel_size=workers)
-        for directory in directories
+        directory: generate(directory, PROMPTS, **options) for directory in directories
     }
     with open(out, "w") as file:
         json.dump(said, file)

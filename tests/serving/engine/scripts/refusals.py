@@ -1,10 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What our linear method says to layers that it cannot hold, as JSON on stdout."""
+"""What our methods say to layers that they cannot hold, as JSON on stdout."""
 
 import json
 import tempfile
+from types import SimpleNamespace
 
 import torch
+
+
+def said_of_experts(targets, quantized=False):
+    """Ask for the method of three experts that a stand-in for vLLM's layer has."""
+    from nm_permute_plugin.checkpoint.config import SparsityConfig
+    from nm_permute_plugin.serving.experts import experts_method
+    from nm_permute_plugin.serving.vllm_names import UnquantizedFusedMoEMethod
+
+    class Quantized:
+        """A method of quantized experts."""
+
+    names = {
+        f"ckpt_{part}_proj_name": f"{part}_proj" for part in ("gate", "up", "down")
+    }
+    layer = SimpleNamespace(moe_config=SimpleNamespace(num_logical_experts=3), **names)
+    kind = Quantized if quantized else UnquantizedFusedMoEMethod
+    stock = kind.__new__(kind)
+    sparsity = SparsityConfig(targets=targets, ignore=("re:.*[.]ignored[.]",))
+    try:
+        found = experts_method(layer, "some.layer", stock, sparsity, "auto", None)
+    except NotImplementedError as error:
+        return str(error)
+    return "vLLM's own" if found is stock else "ours"
+
+
+def cut_experts():
+    """Cut experts of 24 inner channels for two devices."""
+    from nm_permute_plugin.serving.expert_loading import must_be_cuttable
+
+    must_be_cuttable("some.layer", 12, 1)
+    must_be_cuttable("some.layer", 16, 2)
+    try:
+        must_be_cuttable("some.layer", 12, 2)
+    except ValueError as error:
+        return str(error)
 
 
 def main():
@@ -47,6 +83,10 @@ def main():
             "mixed": said((True, False), 16, [8, 8], 16),
             "fewer parts": said((True, False), 16, [8, 8, 8], 16),
             "packed": said((True,), 16, [8], 16, Weightless),
+            "cut experts": cut_experts(),
+            "dense experts": said_of_experts(("self_attn.q_proj",)),
+            "one sparse expert": said_of_experts(("re:.*[.]1[.]",)),
+            "quantized experts": said_of_experts(("Linear",), quantized=True),
         }
     print(json.dumps(found))
 

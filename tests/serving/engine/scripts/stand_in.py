@@ -9,8 +9,11 @@ and bias applied.
 import sys
 from types import SimpleNamespace
 
+import torch
 from vllm import _custom_ops as ops
 
+from nm_permute_plugin.checkpoint.codec import decompress
+from nm_permute_plugin.serving.kernel_table import Bucket, Choice, KernelTable
 from nm_permute_plugin.serving.kernels.scaling import scaled
 
 
@@ -47,14 +50,59 @@ class DenseProduct:
         return scaled(self(x_q), scale_x, scale_w, bias, out_dtype)
 
 
+def dense_experts(*weights):
+    """Expand the weights of all experts, as a GPU does for many tokens."""
+    both = []
+    for weight in weights:
+        experts, rows, columns = weight.dense_shape
+        flat = (experts * rows, columns)
+        values, bits = weight.values.flatten(0, 1), weight.bits.flatten(0, 1)
+        dense = decompress(values, bits, flat, "an expert")
+        both.append(dense.view(experts, rows, columns))
+    return both
+
+
+def fused_experts(x, up, down, weights, ids, **where):
+    """Multiply tokens one by one by the weights of their experts."""
+    out = torch.zeros(x.shape, dtype=torch.float32)
+    places = where.get("expert_map")
+    for token in range(len(x)):
+        for weight, expert in zip(weights[token], ids[token].tolist(), strict=True):
+            place = expert if places is None else int(places[expert])
+            if place >= 0:
+                gate, value = (up[place].float() @ x[token].float()).chunk(2)
+                inner = torch.nn.functional.silu(gate) * value
+                out[token] += weight * (down[place].float() @ inner)
+    return out.to(x.dtype)
+
+
+def run_experts(x, up, down, weights, ids, settings, expert_map):
+    """What our kernel computes of stored experts."""
+    assert settings == (1,)
+    both = dense_experts(up, down)
+    return fused_experts(x, *both, weights, ids, expert_map=expert_map)
+
+
+def table_of(up, down, top_k, dense):
+    """A table in which our kernel decodes, and vLLM's multiplies prompts."""
+    ours, theirs = Choice("experts", (1,), 1.0), Choice("dense", (), 1.0)
+    return KernelTable(len(up.values), [Bucket(1, ours, []), Bucket(8192, theirs, [])])
+
+
 def stand_in():
-    """Have our linear method take the stand-in for the kernels, as on a GPU."""
+    """Have our methods take the stand-ins for the kernels, as on a GPU."""
     from portable import keep_static_scales
 
-    from nm_permute_plugin.serving import method
+    from nm_permute_plugin.serving import experts, method
 
     method.SparseLinear = DenseProduct
     method.current_platform = SimpleNamespace(is_cuda=lambda: True)
+    experts.current_platform = method.current_platform
+    experts.unsupported = lambda up, down: None
+    experts.table_of = table_of
+    experts.run = run_experts
+    experts.dense_weights = dense_experts
+    experts.fused_experts = fused_experts
     keep_static_scales()
 
 
