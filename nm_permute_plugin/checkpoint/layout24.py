@@ -17,3 +17,6 @@ STORED = (12, 5, 10, 3, 12, 5, 6, 0, 12, 9, 10, 0, 12, 0, 0, 0)
 """Maps the non-zeros of four weights (bit i: weight i) to the two that are stored. Where
 fewer than two are not zero the choice is free; this is the one that the format's first
 implementation made on CPUs, so that files agree byte for byte. 0 means: not 2:4."""
+
+FIRST_TWO = 0x33
+"""The byte of a bitmask that keeps the first two of every four weights."""

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from nm_permute_plugin.checkpoint.codec import decompress
-from nm_permute_plugin.serving.method import FIRST_TWO, STORED_TENSORS
+from nm_permute_plugin.checkpoint.layout24 import FIRST_TWO
+from nm_permute_plugin.serving.method import STORED_TENSORS
 
 Load = Callable[..., bool | None]
 """Copies a tensor of one expert, cut for this device, into a parameter of all experts."""

@@ -12,6 +12,7 @@ from nm_permute_plugin.serving import kernel_table
 from nm_permute_plugin.serving.kernel_table import BUCKETS, Bucket, Choice, KernelTable
 from nm_permute_plugin.serving.kernels import experts
 from nm_permute_plugin.serving.kernels.experts import StoredExperts
+from nm_permute_plugin.serving.probe import crash_of
 from nm_permute_plugin.serving.tune import TOLERANCE, choose, error_of, microseconds
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is under its name
@@ -30,6 +31,9 @@ _REFERENCE = 8
 
 _TABLES: dict[str, KernelTable] = {}
 """The tables of this process by the weights' shapes, dtype and experts of a token."""
+
+_FAULTS: dict[str, str] = {}
+"""Why this process measures experts no more, by the same names."""
 
 _SCRATCH: dict[tuple[object, ...], Tensor] = {}
 """Room for the dense weights of one layer, which all layers of a shape share."""
@@ -54,22 +58,64 @@ def table_of(
     """
     sizes = f"{up.dense_shape} {down.dense_shape} top {top_k}"
     name = f"{sizes} {up.values.dtype}"
-    if name in _TABLES:
-        return _TABLES[name]
+    if name in _FAULTS:
+        raise RuntimeError(_FAULTS[name])
+    if name not in _TABLES:
+        try:
+            _TABLES[name] = _table(up, down, top_k, dense, sizes)
+        except RuntimeError as error:
+            _FAULTS[name] = str(error)
+            _SCRATCH.clear()
+            raise
+        logger.info(
+            "kernels for experts %s, by tokens (microseconds):\n%s",
+            name,
+            _TABLES[name].as_text(),
+        )
+        if DENSE not in _TABLES[name].kernels:
+            _SCRATCH.clear()
+    return _TABLES[name]
+
+
+def _table(
+    up: StoredExperts, down: StoredExperts, top_k: int, dense: DenseProduct, sizes: str
+) -> KernelTable:
+    """
+    Read the kernel table from disk, or measure it now and keep it there.
+
+    :param sizes: all that it depends on beside the card and the dtype
+    :raises RuntimeError: if our kernel crashes, or none is left for some bucket
+    """
     rows, allowed = up.dense_shape[1], [SPARSE, DENSE]
     path = kernel_table.path_of(up.values, [sizes, *allowed])
     table = kernel_table.load(path, rows, allowed)
+    if table is not None and (fault := _fault_of(table, up, down, top_k)):
+        logger.warning("ignored the kernel table in %s: %s", path, fault)
+        table = None
     if table is None:
+        count, hidden, inner = down.dense_shape
+        dtype = str(up.values.dtype).removeprefix("torch.")
+        words = (count, inner, hidden, top_k, dtype, up.values.device)
+        if reason := crash_of("nm_permute_plugin.serving.expert_probe", *words):
+            raise RuntimeError(reason)
         buckets = [_bucket(up, down, tokens, top_k, dense) for tokens in BUCKETS]
         table = KernelTable(rows, buckets)
         kernel_table.save(table, path)
-    logger.info(
-        "kernels for experts %s, by tokens (microseconds):\n%s", name, table.as_text()
-    )
-    if DENSE not in table.kernels:
-        _SCRATCH.clear()
-    _TABLES[name] = table
     return table
+
+
+def _fault_of(
+    table: KernelTable, up: StoredExperts, down: StoredExperts, top_k: int
+) -> str | None:
+    """Return why a table that was kept is for other kernels or tokens, or None."""
+    sizes = tuple(bucket.tokens for bucket in table.buckets)
+    if sizes != BUCKETS:
+        return f"it is for {sizes} tokens"
+    for tokens, (kernel, settings, _), _ in table.buckets:
+        known = experts.candidates(tokens, top_k, len(up.values))
+        if kernel == SPARSE and settings not in known:
+            return f"{kernel} with {settings} for {tokens} tokens does not exist"
+    return None
 
 
 def _bucket(
@@ -80,7 +126,7 @@ def _bucket(
     dense: DenseProduct,
 ) -> Bucket:
     """Measure every setting of both kernels at one number of tokens."""
-    routings = [_routing(up, tokens, top_k, seed) for seed in range(_ROUTINGS)]
+    routings = [routing_of(up, tokens, top_k, seed) for seed in range(_ROUTINGS)]
     weights = dense_weights(up, down)
     expected = _reference(*weights, *routings[0])
 
@@ -115,7 +161,7 @@ def _bucket(
     return Bucket(tokens, choose(fastest), fastest)
 
 
-def _routing(
+def routing_of(
     up: StoredExperts, tokens: int, top_k: int, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw tokens [tokens, hidden], and for each so many experts with their weights."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from nm_permute_plugin.checkpoint.codec import decompress
-from nm_permute_plugin.checkpoint.layout24 import WORDS
+from nm_permute_plugin.checkpoint.layout24 import FIRST_TWO, WORDS
 from nm_permute_plugin.serving.detect import MODE_VARIABLE, NAME, Mode
 from nm_permute_plugin.serving.layer_report import LayerReport
 from nm_permute_plugin.serving.linear import SparseLinear
@@ -29,9 +29,6 @@ STORED_TENSORS = ("compressed", "bitmask", "shape")
 
 _READ_BY_OTHERS = ("kv_b_proj",)
 """vLLM's attention reads the dense weight of these layers, so they stay dense."""
-
-FIRST_TWO = 0x33
-"""The byte of a bitmask that keeps the first two of every four channels."""
 
 
 @register_weight_loader_v2_supported_method

@@ -2,7 +2,8 @@
 """
 Tests in a process of its own whether a kernel crashes, since a crash ends its process.
 
-cuSPARSELt's search crashes for some shapes ("illegal instruction", version 0.8).
+cuSPARSELt's search crashes for some shapes ("illegal instruction", version 0.8). An
+illegal access to a card's memory ends what a process can do with it, a server's too.
 """
 
 import signal
@@ -28,8 +29,17 @@ def crash_reason(name: str, weight: Tensor) -> str | None:
     """
     rows, channels = weight.shape
     dtype = str(weight.dtype).removeprefix("torch.")
-    arguments = [name, str(rows), str(channels), dtype, str(weight.device)]
-    command = [sys.executable, "-m", "nm_permute_plugin.serving.probe", *arguments]
+    words = (name, rows, channels, dtype, weight.device)
+    return crash_of("nm_permute_plugin.serving.probe", *words)
+
+
+def crash_of(module: str, *words: object) -> str | None:
+    """
+    Run a module in a process of its own; return how that crashed, or None.
+
+    :param words: its arguments
+    """
+    command = [sys.executable, "-m", module, *map(str, words)]
     try:
         run = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=TIMEOUT

@@ -5,8 +5,10 @@ Run the kernels of routed experts and print how far they are from float64, as JS
 A process of its own: Triton decides whether to interpret when it is first imported.
 """
 
+import io
 import json
 import os
+from contextlib import redirect_stdout
 from itertools import product
 
 import torch
@@ -18,7 +20,7 @@ if __name__ == "__main__" and DEVICE == "cpu":
 from weights import error, sparse_weight  # noqa: E402
 
 from nm_permute_plugin.checkpoint.codec import compress  # noqa: E402
-from nm_permute_plugin.serving import expert_table  # noqa: E402
+from nm_permute_plugin.serving import expert_probe, expert_table  # noqa: E402
 from nm_permute_plugin.serving.kernels import experts as kernel  # noqa: E402
 
 TILES = {"four products": (16, 16, 16, 32, 16, 0), "interleaved": (16, 32, 8, 16, 8, 1)}
@@ -153,6 +155,26 @@ def choices() -> list[list[object]]:
     return found
 
 
+def tried() -> dict[str, object]:
+    """What is run to find crashes: tokens, settings, whether all experts are here."""
+    run, calls, said = kernel.run, [], io.StringIO()
+    refused, good = (16, *[16] * 4, 0, 4, 1), (*TILES["interleaved"], 4, 2)
+
+    def seen(x, up, down, weights, ids, settings, places):
+        calls.append((len(x), settings, places is None))
+        if len(x) == 4 and settings == refused and places is not None:
+            raise RuntimeError("refused")
+        return run(x, up, down, weights, ids, settings, places)
+
+    expert_probe.BUCKETS = (1, 4)
+    expert_probe.experts.run = seen
+    expert_probe.experts.candidates = lambda *sizes: [refused, good]
+    with redirect_stdout(said):
+        expert_probe.try_settings(stacked(4, 32, 64, 1)[1], stacked(4, 64, 16, 9)[1], 2)
+    expert_probe.experts.run = run
+    return {"tried": calls, "refused": said.getvalue().strip()}
+
+
 if __name__ == "__main__":
     cases = list(product(CASES, TILES.values(), (False, True)))
     print(
@@ -161,6 +183,7 @@ if __name__ == "__main__":
                 "products": [experts_error(*case) for case in cases],
                 "alignments": alignments(),
                 "expansions": expansions(),
+                **tried(),
                 "choices": choices(),
             }
         )

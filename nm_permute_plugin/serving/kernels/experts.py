@@ -15,6 +15,7 @@ from torch import Tensor
 from nm_permute_plugin.serving.kernels.kernel import (
     DTYPES_16,
     Settings,
+    runs_triton,
     unsupported_dtype,
 )
 
@@ -43,11 +44,13 @@ class StoredExperts:
         experts, rows, half = self.values.shape
         return experts, rows, 2 * half
 
+    @runs_triton
     def expand(self, out: Tensor) -> Tensor:
         """
         Write the dense weight into ``out``, on a GPU, and return it.
 
         :param out: [experts, out, in], of the values' dtype
+        :raises RuntimeError: if Triton or the card refuses
         """
         from nm_permute_plugin.serving.kernels.triton_experts import expand
 
@@ -94,6 +97,7 @@ def candidates(tokens: int, top_k: int, experts: int) -> list[Settings]:
     return decode[2:] + prompts
 
 
+@runs_triton
 def run(
     x: Tensor,
     up: StoredExperts,
@@ -115,6 +119,7 @@ def run(
     :param expert_map: [all experts], the places of those on this device in the weights, -1
         for others, whose outputs count as zero; None if all are here
     :return: [tokens, hidden]
+    :raises RuntimeError: if Triton or the card refuses
     """
     from nm_permute_plugin.serving.kernels.triton_experts import product
 

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The interface of all kernels, and the dtypes that they know."""
 
-from collections.abc import Collection
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Collection
+from functools import wraps
+from typing import ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
+
+Words = ParamSpec("Words")
+Result = TypeVar("Result")
 
 Settings = tuple[int, ...]
 """A kernel's tuning parameters; each kernel defines what its numbers mean."""
@@ -106,3 +110,23 @@ def padded(x: Tensor, multiple: int) -> Tensor:
     """Append rows of zeros until the number of tokens is a multiple of ``multiple``."""
     missing = -x.shape[0] % multiple  # pad copies even where nothing is missing
     return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
+
+
+def runs_triton(call: Callable[Words, Result]) -> Callable[Words, Result]:
+    """
+    Have a function raise RuntimeError for all that Triton raises.
+
+    Its compiler and a damaged cache raise errors of many classes.
+    """
+
+    @wraps(call)
+    def told(*args: Words.args, **kwargs: Words.kwargs) -> Result:
+        try:
+            return call(*args, **kwargs)
+        except RuntimeError:
+            raise
+        except Exception as error:
+            text = f"Triton: {type(error).__name__}: {error}"
+            raise RuntimeError(text) from error
+
+    return told

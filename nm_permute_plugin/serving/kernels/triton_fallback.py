@@ -12,6 +12,7 @@ from nm_permute_plugin.checkpoint.layout24 import WORDS
 from nm_permute_plugin.serving.kernels.kernel import (
     DTYPES_16,
     Settings,
+    runs_triton,
     unsupported_card,
     unsupported_dtype,
 )
@@ -66,13 +67,8 @@ class TritonDecode:
     def takes(self, weight: Tensor, tokens: int, settings: Settings) -> bool:
         return tokens <= MOST_TOKENS and settings in _TILES
 
+    @runs_triton
     def run(self, packed: Tensor, x: Tensor, rows: int, settings: Settings) -> Tensor:
         from nm_permute_plugin.serving.kernels.triton_decode import decode
 
-        try:
-            return decode(packed, x, rows, settings)
-        except RuntimeError:
-            raise
-        except Exception as error:  # of its compiler, of a damaged cache: many classes
-            text = f"Triton: {type(error).__name__}: {error}"
-            raise RuntimeError(text) from error
+        return decode(packed, x, rows, settings)
