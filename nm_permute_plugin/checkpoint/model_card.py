@@ -246,6 +246,13 @@ def _what(card: Card) -> str:
     return f"{made}{kept}.{adapters}"
 
 
+def _quantization(format: str | None) -> str:
+    """Says what is quantized, by the name of its format."""
+    if format == "dense":
+        return "of keys and values alone"
+    return f"`{format}`" if format else "none"
+
+
 def _sparse(
     checkpoint: Checkpoint, promise: Promise, format: Format, reason: str
 ) -> str:
@@ -259,7 +266,7 @@ def _sparse(
         f"- {promise.pattern}: {len(pruned)} modules: {_families(pruned)}",
         f"- stored {stored}: {reason}",
         f"- not sparse: {_families(others) or 'no other matrix'}; biases and norms",
-        f"- quantization: {f'`{quantized}`' if quantized else 'none'}",
+        f"- quantization: {_quantization(quantized)}",
         f"- weight files: {file_size(size)}",
     ]
     if promise.transposed:

@@ -21,7 +21,8 @@ from nm_permute_plugin.maths.pattern import NMPattern
 HEAD = "lm_head"
 TWO_FOUR = NMPattern(2, 4)
 
-_EIGHT_BIT = ("float-quantized", "int-quantized", "naive-quantized")
+# dense: of keys and values alone
+_EIGHT_BIT = ("dense", "float-quantized", "int-quantized", "naive-quantized")
 _AROUND = "quantized around a zero point, zeros are not stored as zeros"
 _TRANSPOSED = "Conv1D stores [in, out], and sparse formats hold [out, in]"
 _MIXED = "not all experts of its layer can be sparse, and they are packed"

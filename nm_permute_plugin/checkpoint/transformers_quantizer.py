@@ -93,7 +93,7 @@ class SparseQuantizer(_STOCK_QUANTIZER):  # type: ignore[valid-type, misc]
     ) -> None:
         self._files = check_files(checkpoint_files or ())
         self._model = model
-        if self.quantization_config.is_quantized:
+        if self._is_quantized:
             super()._process_model_before_weight_loading(
                 model, checkpoint_files=checkpoint_files, **kwargs
             )
@@ -102,7 +102,7 @@ class SparseQuantizer(_STOCK_QUANTIZER):  # type: ignore[valid-type, misc]
         self, weight_conversions: list[WeightTransform], *rest: object
     ) -> list[WeightTransform]:
         stock = weight_conversions
-        if self.quantization_config.is_quantized:
+        if self._is_quantized:
             stock = super().update_weight_conversions(weight_conversions, *rest)
         everything = with_sparse(stock)
         renamings = [e for e in everything if isinstance(e, WeightRenaming)]
@@ -127,12 +127,20 @@ class SparseQuantizer(_STOCK_QUANTIZER):  # type: ignore[valid-type, misc]
         self, model: PreTrainedModel, **kwargs: object
     ) -> None:
         used = getattr(model, "_weight_conversions", None)
-        if self.quantization_config.is_quantized:
+        if self._is_quantized:
             super()._process_model_after_weight_loading(model, **kwargs)
         else:
             self.remove_quantization_config(model)  # what is left is an ordinary model
         if used is not None:  # saving takes them back, and cannot do so with ours
             model._weight_conversions = without_sparse(used)
+
+    @property
+    def _is_quantized(self) -> bool:
+        """Tells whether weights are, or the cache of keys and values."""
+        config = self.quantization_config
+        inner = config.quantization_config
+        cached = inner is not None and inner.kv_cache_scheme is not None
+        return cached or bool(config.is_quantized)
 
     @property
     def _sparsity(self) -> SparsityConfig:

@@ -17,6 +17,7 @@ from nm_permute_plugin.serving.experts import experts_method
 from nm_permute_plugin.serving.layer_report import LayerReport
 from nm_permute_plugin.serving.method import Sparse24LinearMethod
 from nm_permute_plugin.serving.vllm_names import (
+    DRAFT,
     CompressedTensorsConfig,
     LinearBase,
     QuantizeMethodBase,
@@ -104,10 +105,11 @@ class Sparse24Config(CompressedTensorsConfig):
             quantized
         """
         prefix = prefix.removeprefix(".")  # vLLM's StableLM calls its head .lm_head
-        stock = super().get_quant_method(layer, prefix)
+        module = prefix.removeprefix(DRAFT)
+        stock = super().get_quant_method(layer, module)
         stored = self.sparsity.format != "dense"
         if isinstance(layer, LinearBase):
-            sparse = tuple(map(self.sparsity.promises, self._fused(prefix)))
+            sparse = tuple(map(self.sparsity.promises, self._fused(module)))
             if not any(sparse):
                 return stock
             return Sparse24LinearMethod(
@@ -117,7 +119,7 @@ class Sparse24Config(CompressedTensorsConfig):
             how = (self.sparsity, mode(), self.report)
             return experts_method(layer, prefix, stock, *how)
         kind = type(layer).__name__
-        if kind == "ParallelLMHead" and stored and self.sparsity.promises(prefix):
+        if kind == "ParallelLMHead" and stored and self.sparsity.promises(module):
             raise NotImplementedError(
                 f"{prefix}, a {kind}, is stored as {self.sparsity.format}, which is "
                 "served for linear layers and experts only. Write the checkpoint again: "
@@ -125,10 +127,10 @@ class Sparse24Config(CompressedTensorsConfig):
             )
         return stock
 
-    def _fused(self, prefix: str) -> list[str]:
+    def _fused(self, module: str) -> list[str]:
         """List the checkpoint's modules that vLLM fuses into one layer."""
-        owner, _, name = prefix.rpartition(".")
-        if prefix.endswith(_MISNAMED):
+        owner, _, name = module.rpartition(".")
+        if module.endswith(_MISNAMED):
             owner = f"{owner.removesuffix('output')}self"
         usual = _USUALLY_FUSED.get(name, [name])
         leaves = self.packed_modules_mapping.get(name, usual)

@@ -12,6 +12,7 @@ from nm_permute_plugin.serving.kernel_table import KernelTable
 from nm_permute_plugin.serving.kernels.experts import StoredExperts, run, unsupported
 from nm_permute_plugin.serving.layer_report import LayerReport
 from nm_permute_plugin.serving.vllm_names import (
+    DRAFT,
     FusedMoEMethodBase,
     RoutedExperts,
     UnquantizedFusedMoEMethod,
@@ -204,7 +205,7 @@ def experts_method(
     :raises NotImplementedError: if they are quantized, or only some of them are 2:4
     """
     modules = [
-        f"{name}.{expert}.{projection}"
+        f"{name.removeprefix(DRAFT)}.{expert}.{projection}"
         for expert in range(layer.moe_config.num_logical_experts)
         for projection in projections(layer)
     ]

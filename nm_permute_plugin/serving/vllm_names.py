@@ -14,6 +14,9 @@ from typing import Any
 WORKS_WITH = ("0.24", "0.32")
 """The minor versions of vLLM that served checkpoints: 0.24 on a GPU, 0.32 on a CPU."""
 
+DRAFT = "draft_model."
+"""vLLM puts this before the name of each module of a draft model that guesses tokens."""
+
 
 def unknown_vllm(why: object) -> ImportError:
     """Make the error that names what is gone from the installed vLLM."""

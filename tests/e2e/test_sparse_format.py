@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ours, quantize
+from helpers import modifier, ours, quantize
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -17,7 +17,21 @@ from nm_permute_plugin.modifiers import LearnablePermutationModifier
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("more", ["", quantize("FP8_DYNAMIC")], ids=["bf16", "fp8"])
+EIGHT_BIT = {
+    "num_bits": 8,
+    "type": "float",
+    "strategy": "tensor",
+    "symmetric": True,
+    "dynamic": False,
+}
+OF_CACHE = modifier(
+    "quantization", "QuantizationModifier", targets=[], kv_cache_scheme=EIGHT_BIT
+)
+
+
+@pytest.mark.parametrize(
+    "more", ["", quantize("FP8_DYNAMIC"), OF_CACHE], ids=["bf16", "fp8", "fp8 cache"]
+)
 def test_sparse_and_dense_format_give_the_same_logits(
     tiny_checkpoint, run_oneshot, tokens, tmp_path: Path, more: str
 ) -> None:
