@@ -112,6 +112,10 @@ class Sparse24ExpertsMethod(UnquantizedFusedMoEMethod):
             else:
                 delattr(layer, f"{stack.name}_shape")
         if self.table is None:
+            if current_platform.is_cpu():
+                # else vLLM leaves weights that are loaded later in the layout of the
+                # checkpoint, which its kernel for CPUs does not read
+                self.moe_kernel = None
             super().process_weights_after_loading(layer)
 
     def apply(

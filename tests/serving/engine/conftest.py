@@ -52,14 +52,17 @@ _GROUP = {
     "weights": _TENSOR,
     "input_activations": {**_TENSOR, "dynamic": False},
 }
+_CACHE = {**_TENSOR, "type": "float", "dynamic": False}
 SCHEMES: dict[str, dict[str, object]] = {
     "bf16": {},
     "fp8": {"scheme": "FP8_DYNAMIC", "targets": ["Linear"]},
     "fp8-static": {"scheme": "FP8", "targets": ["Linear"]},
     "int8": {"scheme": "W8A8", "targets": ["Linear"]},
+    "int8-cache": {"scheme": "W8A8", "targets": ["Linear"], "kv_cache_scheme": _CACHE},
     "int8-static": {"config_groups": {"group_0": _GROUP}},
 }
-"""How each kind is quantized after it has been pruned; static: one scale a tensor."""
+"""How each kind is quantized after it has been pruned; static: one scale a tensor; cache:
+with scales for the cache of keys and values."""
 
 SIZES = {
     "hidden_size": 128,

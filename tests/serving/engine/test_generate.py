@@ -110,17 +110,32 @@ def test_experts_take_the_way_of_a_gpu_to_the_same_words(
     assert sum(off) / len(off) < 0.03
 
 
-@pytest.mark.parametrize("kind", ["bf16", "mixtral"])
+TENSORS = {"tensor_parallel_size": 2}
+FEW = {"max_num_batched_tokens": 128, "max_num_seqs": 8}
+EXPERTS = {**TENSORS, **FEW, "enable_expert_parallel": True}
+STAGES = {**FEW, "pipeline_parallel_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "script", "options"),
+    [
+        ("bf16", "generate.py", TENSORS),
+        ("mixtral", "generate.py", TENSORS),
+        ("mixtral", "parallel.py", EXPERTS),
+        ("bf16", "parallel.py", STAGES),
+    ],
+    ids=["tensors", "tensors of experts", "experts", "stages"],
+)
 def test_two_workers_say_what_they_say_with_the_dense_checkpoint(
-    pruned, run_engine, tmp_path: Path, kind: str
+    pruned, run_engine, tmp_path: Path, kind: str, script: str, options: dict
 ) -> None:
     out = tmp_path / "said.json"
     paths = [pruned(kind, format) for format in ("dense", "sparse-24-bitmask")]
     done = run_engine(
-        "generate.py",
+        script,
         out,
         *paths,
-        TENSOR_PARALLEL="2",
+        OPTIONS=json.dumps(options),
         VLLM_CPU_OMP_THREADS_BIND="0|0",
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -5,6 +5,8 @@ What vLLM says to two prompts: run by the interpreter that has vLLM.
 Usage, one engine after the other in one process::
 
     python generate.py OUT.json DIR...
+
+OPTIONS, as JSON, are those of the engine.
 """
 
 import json
@@ -47,9 +49,7 @@ def generate(directory, prompts, **options):
 def main(words):
     multiply_fp8_fast()
     out, *directories = words
-    workers = int(os.environ.get("TENSOR_PARALLEL", "1"))
-    apart = bool(os.environ.get("EXPERT_PARALLEL"))
-    options = {"tensor_parallel_size": workers, "enable_expert_parallel": apart}
+    options = json.loads(os.environ.get("OPTIONS", "{}"))
     said = {
         directory: generate(directory, PROMPTS, **options) for directory in directories
     }

@@ -4,11 +4,14 @@ What vLLM says in several of its modes at once: run by the interpreter that has 
 
 Usage, one engine after the other in one process::
 
-    python modes.py OUT.json ADAPTER DENSE SPARSE
+    python modes.py OUT.json ADAPTER DENSE SPARSE CACHED_DENSE CACHED_SPARSE EXPERTS
 """
 
 import json
 import sys
+from types import SimpleNamespace
+
+import generate
 
 LONG = "The quick brown fox jumps over the lazy dog, and " * 6
 PROMPTS = [LONG + "then it", LONG + "but the dog"]
@@ -26,16 +29,19 @@ GUESSED = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 
 """Speculative decoding, which must say what is said without it."""
 
 
-def said(directory, adapter, **options):
+def said(directory, adapter=None, draft=None, **options):
     """Greedy tokens and logprobs; with LoRA without an adapter, with it, and again."""
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.lora.request import LoRARequest
 
+    if draft is not None:
+        how = {"method": "draft_model", "model": draft, "num_speculative_tokens": 3}
+        options |= {"speculative_config": how, "disable_log_stats": False}
     llm = LLM(directory, max_model_len=128, enforce_eager=True, **options)
     sampling = SamplingParams(temperature=0, max_tokens=8, logprobs=1, ignore_eos=True)
     rounds = [None]
-    if "enable_lora" in options:
+    if adapter is not None:
         rounds = [None, LoRARequest("adapter", 1, adapter), None]
     found = []
     for lora in rounds:
@@ -44,19 +50,47 @@ def said(directory, adapter, **options):
             output = answer[0].outputs[0]
             best = [next(iter(step.values())).logprob for step in output.logprobs]
             found.append([list(output.token_ids), best])
+    if draft is not None:
+        found.append(guesses(llm))
     del llm
     cleanup_dist_env_and_memory()
     return found
 
 
+def guesses(llm):
+    """How many tokens the draft model guessed, and how many of them were right."""
+    names = [f"vllm:spec_decode_num_{kind}_tokens" for kind in ("draft", "accepted")]
+    counts = {metric.name: metric.value for metric in llm.get_metrics()}
+    return [counts[name] for name in names]
+
+
+def crashed(directory):
+    """What is said where the kernel of experts crashed when it was tried: a stand-in."""
+    from nm_permute_plugin.serving import expert_table, experts, kernel_table
+
+    card = SimpleNamespace(is_cuda=lambda: True, is_cpu=lambda: True)
+    experts.current_platform = card
+    experts.unsupported = lambda up, down: None
+    kernel_table.path_of = lambda weight, kernels: kernel_table.Path("no/table.json")
+    expert_table.crash_of = lambda *words: "an illegal memory access"
+    return generate.generate(directory, generate.PROMPTS)
+
+
 def main(words):
-    out, adapter, dense, sparse = words
+    out, adapter, dense, sparse, *cached, experts = words
+    drafts = {"kv_cache_dtype": "fp8"}
     found = {
         "shared": [said(path, adapter, **SHARED) for path in (dense, sparse)],
+        "cached": [
+            said(path, draft=draft, **drafts)
+            for path, draft in zip(cached, (dense, sparse), strict=True)
+        ],
+        "uncached": said(cached[0]),
+        "crashed": crashed(experts),
         # in this order: after guesses vLLM starts no other engine in the same process
         "half": [
-            said(dense, adapter, **HALF),
-            said(sparse, adapter, **HALF, speculative_config=GUESSED),
+            said(dense, **HALF),
+            said(sparse, **HALF, speculative_config=GUESSED),
         ],
     }
     with open(out, "w") as file:

@@ -96,8 +96,9 @@ def stand_in():
     from nm_permute_plugin.serving import experts, method
 
     method.SparseLinear = DenseProduct
-    method.current_platform = SimpleNamespace(is_cuda=lambda: True)
-    experts.current_platform = method.current_platform
+    card = SimpleNamespace(is_cuda=lambda: True, is_cpu=lambda: False)
+    method.current_platform = card
+    experts.current_platform = card
     experts.unsupported = lambda up, down: None
     experts.table_of = table_of
     experts.run = run_experts
