@@ -54,10 +54,9 @@ def test_lora_prefix_caching_and_chunked_prefill(ran) -> None:
 def test_a_cache_of_8_bits_and_a_sparse_draft_model(ran) -> None:
     dense, sparse = ran[0]["cached"]
     assert sparse == dense
-    # 4 layers cut out of 30: what is likely is so by little, and guessed all the same
     guessed, right = sparse[-1]
-    assert guessed > right > guessed / 4
-    assert dense[:-1] != ran[0]["uncached"]  # the scales of the cache are read
+    assert right > guessed / 2  # by the same model before it was quantized
+    assert dense[:-1] != ran[0]["wide"]  # a cache of 16 bits
 
 
 def test_half_cpu_offload_and_guessed_tokens(ran) -> None:

@@ -59,9 +59,9 @@ def said(directory, adapter=None, draft=None, **options):
 
 def guesses(llm):
     """How many tokens the draft model guessed, and how many of them were right."""
-    names = [f"vllm:spec_decode_num_{kind}_tokens" for kind in ("draft", "accepted")]
-    counts = {metric.name: metric.value for metric in llm.get_metrics()}
-    return [counts[name] for name in names]
+    metrics = {metric.name: metric for metric in llm.get_metrics()}
+    kinds = ("draft", "accepted")
+    return [metrics[f"vllm:spec_decode_num_{kind}_tokens"].value for kind in kinds]
 
 
 def crashed(directory):
@@ -78,14 +78,13 @@ def crashed(directory):
 
 def main(words):
     out, adapter, dense, sparse, *cached, experts = words
-    drafts = {"kv_cache_dtype": "fp8"}
     found = {
         "shared": [said(path, adapter, **SHARED) for path in (dense, sparse)],
         "cached": [
-            said(path, draft=draft, **drafts)
+            said(path, draft=draft, kv_cache_dtype="fp8")
             for path, draft in zip(cached, (dense, sparse), strict=True)
         ],
-        "uncached": said(cached[0]),
+        "wide": said(cached[0], kv_cache_dtype="bfloat16"),
         "crashed": crashed(experts),
         # in this order: after guesses vLLM starts no other engine in the same process
         "half": [
