@@ -52,3 +52,10 @@ def test_what_cannot_be_held_is_named_with_the_reason(
 
 def test_experts_that_are_stored_dense_are_left_to_vllm(said: dict) -> None:
     assert said["dense experts"] == "vLLM's own"
+
+
+def test_experts_of_a_draft_model_have_the_names_of_its_checkpoint(said: dict) -> None:
+    start = (
+        "draft_model.some.layer: some.layer.1.gate_proj is stored as sparse-24-bitmask"
+    )
+    assert said["experts of a draft"].startswith(start)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 
 
-def said_of_experts(targets, quantized=False):
+def said_of_experts(targets, quantized=False, name="some.layer"):
     """Ask for the method of three experts that a stand-in for vLLM's layer has."""
     from nm_permute_plugin.checkpoint.config import SparsityConfig
     from nm_permute_plugin.serving.experts import experts_method
@@ -25,7 +25,7 @@ def said_of_experts(targets, quantized=False):
     stock = kind.__new__(kind)
     sparsity = SparsityConfig(targets=targets, ignore=("re:.*[.]ignored[.]",))
     try:
-        found = experts_method(layer, "some.layer", stock, sparsity, "auto", None)
+        found = experts_method(layer, name, stock, sparsity, "auto", None)
     except NotImplementedError as error:
         return str(error)
     return "vLLM's own" if found is stock else "ours"
@@ -86,6 +86,9 @@ def main():
             "cut experts": cut_experts(),
             "dense experts": said_of_experts(("self_attn.q_proj",)),
             "one sparse expert": said_of_experts(("re:.*[.]1[.]",)),
+            "experts of a draft": said_of_experts(
+                ("re:some[.]layer[.]1[.]",), name="draft_model.some.layer"
+            ),
             "quantized experts": said_of_experts(("Linear",), quantized=True),
         }
     print(json.dumps(found))
