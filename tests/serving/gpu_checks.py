@@ -47,6 +47,7 @@ from nm_permute_plugin.serving.kernels.cusparselt_plan import plan_of
 from nm_permute_plugin.serving.kernels.kernel import DTYPES_8
 from nm_permute_plugin.serving.linear import SparseLinear
 from nm_permute_plugin.serving.ops import KERNELS, TABLES
+from nm_permute_plugin.serving.probe import crash_of
 from nm_permute_plugin.serving.quantized_linear import quantize
 from nm_permute_plugin.serving.tune import random_tokens
 
@@ -361,6 +362,13 @@ def prepared_or_none(weight: torch.Tensor, mode: Mode) -> SparseLinear | None:
     return None if isinstance(layer, str) else layer
 
 
+def experts_crash_nowhere() -> None:
+    """The kernel of experts ends well with every setting, in a process of its own."""
+    words = (8, 768, 2048, 2, "bfloat16", "cuda:0")
+    reason = crash_of("nm_permute_plugin.serving.expert_probe", *words)
+    assert reason is None, reason
+
+
 class Skip(Exception):
     """A check that this machine cannot make, with the reason."""
 
@@ -372,7 +380,10 @@ def kernel_is_exact_for_all_shapes(name: str, dtype: torch.dtype) -> None:
 
 
 CHECKS: dict[str, Callable[[], None]] = (
-    {"a_dense_weight_stays_dense": a_dense_weight_stays_dense}
+    {
+        "a_dense_weight_stays_dense": a_dense_weight_stays_dense,
+        "experts_crash_nowhere": experts_crash_nowhere,
+    }
     | {
         f"{name} {kind}": partial(kernel_is_exact_for_all_shapes, name, dtype)
         for name in ("dense", "triton", "mma_sp", "cusparselt")
