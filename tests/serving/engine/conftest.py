@@ -4,7 +4,7 @@
 import json
 import os
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -109,6 +109,8 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 
+PATIENCE = 1800  # seconds: engines one after the other, on busy machines
+
 Pruned = Callable[[str, str], Path]
 RunEngine = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -128,11 +130,77 @@ def engine_environment() -> Mapping[str, str]:
     return os.environ | ENVIRONMENT
 
 
+class Forks:
+    """Runs scripts beside vLLM, in forks of one process that has imported it: forks.py."""
+
+    def __init__(
+        self, command: list[str], environment: Mapping[str, str], folder: Path
+    ) -> None:
+        self._folder, self._count = folder, 0
+        self._log = folder / "forks.txt"
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+
+    def run(
+        self, command: list[str], environment: Mapping[str, str]
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a script to its end."""
+        self._count += 1
+        outputs = [self._folder / f"{self._count}.{name}" for name in ("out", "err")]
+        job = {
+            "script": command[0],
+            "words": command[1:],
+            "environment": environment,
+            "stdout": str(outputs[0]),
+            "stderr": str(outputs[1]),
+            "timeout": PATIENCE,
+        }
+        print(json.dumps(job), file=self._process.stdin, flush=True)
+        status = self._process.stdout.readline()
+        assert status, f"the process of the forks ended: {self._log.read_text()}"
+        said = [path.read_text() for path in outputs]
+        return subprocess.CompletedProcess(command, int(status), *said)
+
+    def close(self) -> None:
+        """End the process, which waits for the next script."""
+        self._process.communicate()
+
+
+@pytest.fixture(scope="session")
+def forks(
+    vllm_python: str,
+    engine_environment: Mapping[str, str],
+    pytestconfig: pytest.Config,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Forks]:
+    """The process that has imported vLLM, in which coverage has not slowed the imports."""
+    command = [vllm_python, str(SCRIPTS / "forks.py")]
+    if pytestconfig.pluginmanager.hasplugin("_cov"):
+        command.append(str(ROOT / ".coverage"))
+    forks = Forks(command, engine_environment, tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.close()
+
+
 @pytest.fixture(scope="session")
 def run_engine(
-    vllm_python: str, engine_environment: Mapping[str, str], pytestconfig
+    forks: Forks,
+    vllm_python: str,
+    engine_environment: Mapping[str, str],
+    pytestconfig: pytest.Config,
 ) -> RunEngine:
-    """A factory: ``run_engine("load.py", ...)`` runs a script beside vLLM to its end."""
+    """
+    A factory: ``run_engine("load.py", ...)`` runs a script beside vLLM to its end.
+
+    ``alone`` starts an interpreter for it, where it matters what is imported when.
+    """
     command = [vllm_python]
     if pytestconfig.pluginmanager.hasplugin("_cov"):
         data = f"--data-file={ROOT / '.coverage'}"
@@ -140,26 +208,29 @@ def run_engine(
         command += ["-m", "coverage", "run", "--parallel-mode", data, source]
 
     def run(
-        script: str, *words: object, **environment: str
+        script: str, *words: object, alone: bool = False, **environment: str
     ) -> subprocess.CompletedProcess[str]:
+        line = [str(SCRIPTS / script), *map(str, words)]
+        if not alone:
+            return forks.run(line, environment)
         return subprocess.run(
-            [*command, str(SCRIPTS / script), *map(str, words)],
+            [*command, *line],
             env={**engine_environment, **environment},
             capture_output=True,
             text=True,
             check=False,
-            timeout=1800,  # of engines one after the other, on busy machines
+            timeout=PATIENCE,
         )
 
     return run
 
 
 @pytest.fixture(scope="session")
-def engine_says(run_engine: RunEngine) -> Callable[[str], Any]:
+def engine_says(run_engine: RunEngine) -> Callable[..., Any]:
     """A factory: what a script beside vLLM prints last, as JSON."""
 
-    def say(script: str) -> Any:
-        done = run_engine(script)
+    def say(script: str, **how: bool) -> Any:
+        done = run_engine(script, **how)
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout.splitlines()[-1])
 
