@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all tests share: the hypothesis profile, a seeded generator and tiny models."""
 
+import fcntl
 import importlib.util
 import itertools
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -33,6 +36,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from nm_permute_plugin.cli.embedded import write_embedded_model
 from nm_permute_plugin.cli.logs import QUIET
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.maths.permutation import from_blocks
@@ -49,6 +53,8 @@ torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(Path(__file__).parent))  # for helpers.py, in every folder
+from helpers import draw_no_pages  # noqa: E402
+
 VOCABULARY = 48
 
 CLASSES = {
@@ -61,6 +67,7 @@ CLASSES = {
 TinyModel = Callable[..., PreTrainedModel]
 LegalPerms = Callable[..., dict[str, Tensor]]
 Checkpoint = Callable[..., Path]
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 
 
 @pytest.fixture
@@ -115,6 +122,38 @@ def tiny_checkpoint(tmp_path: Path, tiny_model: TinyModel) -> Checkpoint:
         return _save(tiny_model(architecture, **options), tmp_path / name)
 
     return save
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """
+    A factory: a folder that is made by the first process of the tests that wants it.
+
+    ``made_once("cut", make)`` calls ``make`` with the folder's path if nobody has; where
+    another process does so at the moment, it waits.
+    """
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+
+    def once(name: str, make: Callable[[Path], object]) -> Path:
+        folder, mark = base / "made" / name, base / "made" / f"{name}.made"
+        folder.parent.mkdir(exist_ok=True)
+        with mark.open("a+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if mark.stat().st_size == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+                make(folder)
+                lock.write("made")
+        return folder
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def smollm2(made_once: MadeOnce) -> Path:
+    """SmolLM2-135M-Instruct as a transformers folder, which nobody may write to."""
+    return made_once("smollm2", write_embedded_model)
 
 
 @pytest.fixture(scope="session")
@@ -198,9 +237,7 @@ def loud(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw no page at a save in this process: it takes longer than most of the tests."""
     if "pages" not in request.fixturenames:
-        for place in ("finish", "writer"):
-            name = f"nm_permute_plugin.checkpoint.{place}.make_page_if_possible"
-            monkeypatch.setattr(name, lambda folder: None)
+        draw_no_pages(monkeypatch)
 
 
 @pytest.fixture

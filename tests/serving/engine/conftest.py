@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from helpers import draw_no_pages
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -38,7 +39,7 @@ from transformers import (
 
 from nm_permute_plugin.checkpoint.config import SparsityConfig
 from nm_permute_plugin.checkpoint.writer import convert
-from nm_permute_plugin.cli.embedded import embedded_text, write_embedded_model
+from nm_permute_plugin.cli.embedded import embedded_text
 from nm_permute_plugin.cli.prune import calibration_rows, prune_checkpoint
 from nm_permute_plugin.evaluation.corpus import Corpus
 
@@ -238,31 +239,32 @@ def engine_says(run_engine: RunEngine) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def cut_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cut_model(smollm2: Path, made_once) -> Path:
     """
     SmolLM2-135M-Instruct cut small: real weights, of 4 layers and 6 of 9 heads.
 
     The heads that are left, and their keys and values, fall into two halves.
     """
-    whole = write_embedded_model(tmp_path_factory.mktemp("smol") / "whole")
-    model = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.bfloat16)
-    config = model.config
-    config.update(
-        {
-            "num_hidden_layers": 4,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 2,
-            "head_dim": 64,
-        }
-    )
-    cut = LlamaForCausalLM(config).to(torch.bfloat16)
-    weights = model.state_dict()
-    for name, weight in cut.state_dict().items():
-        weight.copy_(weights[name][tuple(map(slice, weight.shape))])
-    out = tmp_path_factory.mktemp("smol") / "cut"
-    cut.save_pretrained(out)
-    AutoTokenizer.from_pretrained(whole).save_pretrained(out)
-    return out
+
+    def make(out: Path) -> None:
+        model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16)
+        config = model.config
+        config.update(
+            {
+                "num_hidden_layers": 4,
+                "num_attention_heads": 6,
+                "num_key_value_heads": 2,
+                "head_dim": 64,
+            }
+        )
+        cut = LlamaForCausalLM(config).to(torch.bfloat16)
+        weights = model.state_dict()
+        for name, weight in cut.state_dict().items():
+            weight.copy_(weights[name][tuple(map(slice, weight.shape))])
+        cut.save_pretrained(out)
+        AutoTokenizer.from_pretrained(smollm2).save_pretrained(out)
+
+    return made_once("cut", make)
 
 
 @pytest.fixture(scope="session")
@@ -295,25 +297,26 @@ def random_model(
 def pruned(
     cut_model: Path,
     random_model: Callable[[str], Path],
+    made_once,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Pruned:
     """A factory: the folder of ``("fp8", "dense")``, pruned by our recipe once."""
-    folder = tmp_path_factory.mktemp("pruned")
 
-    def make(kind: str, format: str) -> Path:
-        out = folder / f"{kind}-{format}"
-        if out.exists():
-            return out
-        if format == "dense":
-            convert(make(kind, "sparse-24-bitmask"), out, "dense")
-            return out
-        recipe = folder / f"{kind}.yaml"
+    def prune(kind: str, out: Path) -> None:
+        recipe = tmp_path_factory.mktemp("recipe") / f"{kind}.yaml"
         recipe.write_text(_recipe(SCHEMES.get(kind, {}), MORE.get(kind, {})))
         is_random = kind in RANDOM | MIXTRAL | ENCODERS
         source = random_model(kind) if is_random else cut_model
-        rows = calibration_rows(source, Corpus(embedded_text().train), 8, 128)
-        prune_checkpoint(source, recipe, out, rows, "cpu")
-        return out
+        rows = calibration_rows(source, Corpus(embedded_text().train), 8, 32)
+        with pytest.MonkeyPatch.context() as patch:
+            draw_no_pages(patch)
+            prune_checkpoint(source, recipe, out, rows, "cpu")
+
+    def make(kind: str, format: str) -> Path:
+        if format == "dense":
+            sparse = make(kind, "sparse-24-bitmask")
+            return made_once(f"{kind}-dense", lambda out: convert(sparse, out, "dense"))
+        return made_once(f"{kind}-sparse", lambda out: prune(kind, out))
 
     return make
 

@@ -12,6 +12,7 @@ Each line of stdin is a job as JSON: ``script``, a path; ``words``, its argument
 ended it.
 """
 
+import gc
 import json
 import os
 import runpy
@@ -52,6 +53,10 @@ def main(data_file=None):
     import vllm.v1.worker.cpu_worker  # noqa: F401
     from vllm import LLM  # noqa: F401
 
+    # Every engine collects garbage many times: not all that was imported, each time.
+    gc.collect()
+    gc.freeze()
+    gc.unfreeze = lambda: None
     for line in sys.stdin:
         job = json.loads(line)
         sys.stdout.flush()
