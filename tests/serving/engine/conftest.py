@@ -307,7 +307,7 @@ def pruned(
         recipe.write_text(_recipe(SCHEMES.get(kind, {}), MORE.get(kind, {})))
         is_random = kind in RANDOM | MIXTRAL | ENCODERS
         source = random_model(kind) if is_random else cut_model
-        rows = calibration_rows(source, Corpus(embedded_text().train), 8, 32)
+        rows = calibration_rows(source, Corpus(embedded_text().train), 8, 128)
         with pytest.MonkeyPatch.context() as patch:
             draw_no_pages(patch)
             prune_checkpoint(source, recipe, out, rows, "cpu")
