@@ -33,6 +33,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import fuzz_changes  # noqa: E402 - after the environment is set
+import fuzz_forgery  # noqa: E402
 from fuzz_readers import CHECKSUMMED, READERS, Digests  # noqa: E402
 from fuzz_subjects import CHECKPOINTS, OURS, Subject, make_subjects, text  # noqa: E402
 from fuzz_worker import Worker  # noqa: E402
@@ -116,7 +117,7 @@ class Fuzz:
         there, scratch = self._place("case", subject)
         files = list(_files(there, subject.changed))
         said = fuzz_changes.change(there, files, rng, self.mark)
-        forged = rng.random() < 0.25 and fuzz_changes.forge(there)
+        forged = rng.random() < 0.25 and fuzz_forgery.forge(there)
         if keep is not None:
             fuzz_changes.copy(there, keep)
         ended = self.worker.read(there, scratch, reader, _size(there))
@@ -125,7 +126,7 @@ class Fuzz:
         left = ended.pop("left")
         if reader in CHECKSUMMED and made is not None and not forged:
             covered = not any(name in said for name in WITHOUT)
-            sums = there / fuzz_changes.CHECKSUMS  # without them verify says so
+            sums = there / fuzz_forgery.CHECKSUMS  # without them verify says so
             covered &= os.path.lexists(sums) or subject.name not in CHECKPOINTS
             if made != right and covered:
                 failures.append("silently wrong")

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How `fuzz.py` changes files: what disks, networks, editors and enemies do to them."""
 
-import hashlib
 import io
 import json
 import os
@@ -16,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from fuzz_forgery import write_header
+
 TRAP = "nm_permute_fuzz_trap"
 """A module that leaves a mark when it is imported."""
 
-CHECKSUMS = "nm_permute/checksums.json"
-CRC = "nm_permute.crc32"
 DEEP = "[" * 50_000 + "]" * 50_000
 HOLE = 256 << 20
 STRINGS = [
@@ -86,49 +85,6 @@ def change(folder: Path, files: Sequence[Path], rng: Random, mark: Path) -> str:
         said = rng.choice(fitting)(file, there, rng, mark)
         done.append(f"{said} ({file.relative_to(folder)})")
     return "; ".join(done)
-
-
-def forge(folder: Path) -> bool:
-    """Make all checksums of a folder anew, as somebody would who wants to be believed."""
-    tried = False
-    for file in sorted(folder.rglob("*.safetensors")):
-        if file.is_file() and not file.is_symlink():
-            tried = _forge_crc(file) or tried
-    sums = [folder / CHECKSUMS, *folder.rglob("sums.json")]
-    for path in (path for path in sums if path.is_file() and not path.is_symlink()):
-        base = folder if path.name == "checksums.json" else path.parent
-        try:
-            content = json.loads(path.read_text())
-            for name in content["files"]:
-                file = base / name
-                if file.is_file() and file.resolve().is_relative_to(base.resolve()):
-                    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-                    content["files"][name] = digest
-            path.write_text(json.dumps(content))
-            tried = True
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            continue
-    return tried
-
-
-def _forge_crc(file: Path) -> bool:
-    content = file.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    try:
-        header = json.loads(content[8 : 8 + length])
-        sums = json.loads(header["__metadata__"][CRC])
-        data = content[8 + length :]
-        for name, entry in header.items():
-            if name in sums and isinstance(entry, dict):
-                start, end = entry["data_offsets"]
-                shape = tuple(entry["shape"])
-                seed = zlib.crc32(f"{name} {entry['dtype']} {shape}".encode())
-                sums[name] = f"{zlib.crc32(data[start:end], seed):08x}"
-        header["__metadata__"][CRC] = json.dumps(sums)
-        _write_header(file, json.dumps(header).encode(), data)
-    except (ValueError, KeyError, TypeError, RecursionError, AttributeError):
-        return False
-    return True
 
 
 Change = Callable[[Path, Sequence[Path], Random, Path], str]
@@ -265,7 +221,7 @@ def _header(file: Path, files: Sequence[Path], rng: Random, mark: Path) -> str:
     kind = rng.choice(("edit", "edit", "length", "layout", "layout", "values", "names"))
     if not entries or kind == "edit":
         text, said = _edited(header, rng)
-        _write_header(file, text.encode(errors="surrogatepass"), data)
+        write_header(file, text.encode(errors="surrogatepass"), data)
         return f"header: {said}"
     if kind == "length":
         said = str(rng.choice((0, 7, length - 1, length + 1, 1 << 40, (1 << 64) - 1)))
@@ -297,13 +253,8 @@ def _header(file: Path, files: Sequence[Path], rng: Random, mark: Path) -> str:
                 ([], [start, end], entry["dtype"]),
             )
         )
-    _write_header(file, json.dumps(header).encode(), data)
+    write_header(file, json.dumps(header).encode(), data)
     return f"header: {kind} of {name}"
-
-
-def _write_header(file: Path, header: bytes, data: bytes) -> None:
-    header += b" " * (-len(header) % 8)
-    file.write_bytes(len(header).to_bytes(8, "little") + header + data)
 
 
 def _edited(content: Any, rng: Random) -> tuple[str, str]:

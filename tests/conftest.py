@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all tests share: the hypothesis profile, a seeded generator and tiny models."""
 
+import fcntl
 import importlib.util
 import itertools
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,30 +18,18 @@ import torch
 from einops import rearrange
 from hypothesis import settings
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitImageProcessorPil,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
+from nm_permute_plugin.cli.embedded import write_embedded_model
 from nm_permute_plugin.cli.logs import QUIET
-from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.maths.permutation import from_blocks
 from nm_permute_plugin.pruning.problem import Problem
-from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
-from nm_permute_plugin.specs.spec import ResolvedSpec, resolve
+from nm_permute_plugin.specs.spec import ResolvedSpec
 
 # One model forward takes longer than hypothesis' 200 ms; no database in the work tree.
 settings.register_profile("nm_permute", deadline=None, max_examples=40, database=None)
@@ -49,18 +40,31 @@ torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(Path(__file__).parent))  # for helpers.py, in every folder
-VOCABULARY = 48
+import tiny_models  # noqa: E402
+from helpers import draw_no_pages  # noqa: E402
 
-CLASSES = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
+WHOLE = ("benchmarks", "e2e", "recipes")
+"""Folders of the tests that run whole pipelines."""
 
 TinyModel = Callable[..., PreTrainedModel]
 LegalPerms = Callable[..., dict[str, Tensor]]
 Checkpoint = Callable[..., Path]
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
+
+
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """
+    Keep coverage to the tests of the parts: tracing what is run whole takes minutes.
+
+    So whatever counts as covered is covered by a test of its own.
+    """
+    if not config.pluginmanager.hasplugin("_cov"):
+        return
+    for item in items:
+        if item.path.relative_to(ROOT).parts[1] in WHOLE:
+            item.add_marker("no_cover")
 
 
 @pytest.fixture
@@ -78,19 +82,19 @@ def tiny_model() -> Iterator[TinyModel]:
     them shows in the logits only if it is not constant.
     """
     with torch.random.fork_rng(devices=[]):
-        yield _tiny_model
+        yield tiny_models.tiny_model
 
 
 @pytest.fixture
 def resolve_model() -> Callable[..., ResolvedSpec]:
     """A factory: the resolved spec of a model whose linears are all pruned 2:4."""
-    return _resolve_model
+    return tiny_models.resolve_model
 
 
 @pytest.fixture
 def legal_perms() -> LegalPerms:
     """A factory: a random permutation of every space that stays inside the segments."""
-    return _legal_perms
+    return tiny_models.legal_perms
 
 
 @pytest.fixture
@@ -104,7 +108,7 @@ def newest_is_best(monkeypatch: pytest.MonkeyPatch) -> None:
 def tokens() -> Tensor:
     """Three rows of twelve tokens that every tiny model knows."""
     generator = torch.Generator().manual_seed(5)
-    return torch.randint(VOCABULARY, (3, 12), generator=generator)
+    return torch.randint(tiny_models.VOCABULARY, (3, 12), generator=generator)
 
 
 @pytest.fixture
@@ -112,29 +116,62 @@ def tiny_checkpoint(tmp_path: Path, tiny_model: TinyModel) -> Checkpoint:
     """A factory: the folder of a tiny random model and of a tokenizer that fits it."""
 
     def save(architecture: str = "llama", name: str = "dense", **options) -> Path:
-        return _save(tiny_model(architecture, **options), tmp_path / name)
+        model = tiny_model(architecture, **options)
+        return tiny_models.save(model, tmp_path / name)
 
     return save
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """
+    A factory: a folder that is made by the first process of the tests that wants it.
+
+    ``made_once("cut", make)`` calls ``make`` with the folder's path if nobody has; where
+    another process does so at the moment, it waits.
+    """
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+
+    def once(name: str, make: Callable[[Path], object]) -> Path:
+        folder, mark = base / "made" / name, base / "made" / f"{name}.made"
+        folder.parent.mkdir(exist_ok=True)
+        with mark.open("a+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if mark.stat().st_size == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+                make(folder)
+                lock.write("made")
+        return folder
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def smollm2(made_once: MadeOnce) -> Path:
+    """SmolLM2-135M-Instruct as a transformers folder, which nobody may write to."""
+    return made_once("smollm2", write_embedded_model)
 
 
 @pytest.fixture(scope="session")
 def trained_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny model that has learned ``chain_rows``: pruning hurts it."""
     with torch.random.fork_rng(devices=[]):
-        model = _tiny_model("llama").train()
+        model = tiny_models.tiny_model("llama").train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
         for step in range(120):
-            rows = _chain_rows(16, 32, seed=step)
+            rows = tiny_models.chain_rows(16, 32, seed=step)
             model(rows, labels=rows).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-    return _save(model.eval(), tmp_path_factory.mktemp("trained") / "dense")
+    return tiny_models.save(model.eval(), tmp_path_factory.mktemp("trained") / "dense")
 
 
 @pytest.fixture(scope="session")
 def chain_rows() -> Callable[..., Tensor]:
     """A factory: rows of tokens where nine of ten follow from the one before."""
-    return _chain_rows
+    return tiny_models.chain_rows
 
 
 @pytest.fixture(scope="session")
@@ -198,9 +235,7 @@ def loud(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw no page at a save in this process: it takes longer than most of the tests."""
     if "pages" not in request.fixturenames:
-        for place in ("finish", "writer"):
-            name = f"nm_permute_plugin.checkpoint.{place}.make_page_if_possible"
-            monkeypatch.setattr(name, lambda folder: None)
+        draw_no_pages(monkeypatch)
 
 
 @pytest.fixture
@@ -296,86 +331,3 @@ def assert_exactly() -> Callable[..., None]:
         assert [x for x in dense if bool((kept[x] != m).any())] == []
 
     return check
-
-
-def _tiny_model(
-    architecture: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **options
-) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    config_class, model_class = CLASSES[architecture]
-    size = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": False,
-    }
-    model = model_class(config_class(**size | options))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.uniform_(0.5, 1.5)
-            else:
-                parameter.normal_(std=parameter.shape[1] ** -0.5)
-    return model.to(dtype).eval()
-
-
-def _linears(model: nn.Module) -> list[str]:
-    """The linears that are pruned by default: all but the head."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name != "lm_head"
-    ]
-
-
-def _resolve_model(
-    model: PreTrainedModel, prunable: list[str] | None = None
-) -> ResolvedSpec:
-    return resolve(
-        model,
-        spec_of(model),
-        NMPattern(2, 4),
-        _linears(model) if prunable is None else prunable,
-        head_dim_of(model.config),
-    )
-
-
-def _legal_perms(resolved: ResolvedSpec, seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: from_blocks(
-            torch.rand(
-                space.size // space.segment, space.segment, generator=generator
-            ).argsort()
-        )
-        for name, space in resolved.spaces.items()
-    }
-
-
-def _save(model: PreTrainedModel, folder: Path) -> Path:
-    words = models.WordLevel(
-        {f"w{i:02}": i for i in range(VOCABULARY)}, unk_token="w00"
-    )
-    tokenizer = Tokenizer(words)
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    model.save_pretrained(folder)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="w00", pad_token="w01", eos_token="w02"
-    ).save_pretrained(folder)
-    return folder
-
-
-def _chain_rows(count: int, length: int, seed: int) -> Tensor:
-    """Tokens that follow one fixed cycle-like map, with one jump in ten."""
-    follows = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(1))
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(VOCABULARY, (count, length), generator=generator)
-    jumps = torch.rand(count, length, generator=generator) < 0.1
-    for i in range(1, length):
-        rows[:, i] = torch.where(jumps[:, i], rows[:, i], follows[rows[:, i - 1]])
-    return rows

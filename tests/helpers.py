@@ -4,6 +4,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from einops import rearrange
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
@@ -44,6 +45,13 @@ def quantize(scheme: str, kind: str = "QuantizationModifier", **fields: object) 
     """llm-compressor's quantization of all linears but the head."""
     given = {"scheme": scheme, "targets": ["Linear"], "ignore": ["lm_head"]}
     return modifier("quantization", kind, **given | fields)
+
+
+def draw_no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have saves of this process leave no page on the run."""
+    for place in ("finish", "writer"):
+        name = f"nm_permute_plugin.checkpoint.{place}.make_page_if_possible"
+        monkeypatch.setattr(name, lambda folder: None)
 
 
 def same_groups(first: Permutation, second: Permutation, m: int) -> bool:

@@ -173,11 +173,7 @@ class Problem:
         :raises ValueError: for bad statistics, and for outputs that are not finite
         """
         known = known_run(model, prunable, data, settings)
-        norms: dict[str, Tensor] = {}
-        if settings.score != "magnitude":
-            norms = once(
-                lambda: input_norms(model, prunable, data.train), "input norms", known
-            )
+        norms = measured_norms(model, prunable, data, settings, known)
         device = next(model.parameters()).device
         scores: dict[str, Tensor] = {
             name: score_weight(
@@ -191,11 +187,8 @@ class Problem:
             sensitivity = None
             # One layer at a time, nothing is known of what follows it.
             if not settings.layer_wise:
-                seed = settings.seed
-                sensitivity = once(
-                    lambda: output_sensitivity(model, prunable, data.train, seed),
-                    "output sensitivity",
-                    *(known, seed),
+                sensitivity = measured_sensitivity(
+                    model, prunable, data, settings, known
                 )
             for name, space in resolved.spaces.items():
                 if space.consumers and space.family in settings.spaces:
@@ -258,6 +251,35 @@ class Problem:
         """The loss on the validation data under a solution."""
         masks = self.masks(solution)
         return self.teacher.validate(masks, self.data.validation)
+
+
+def measured_norms(
+    model: nn.Module,
+    prunable: Sequence[str],
+    data: Data,
+    settings: Settings,
+    known: str,
+) -> dict[str, Tensor]:
+    """The norms of all linears' inputs, or none where the score does not ask for them."""
+    if settings.score == "magnitude":
+        return {}
+    return once(lambda: input_norms(model, prunable, data.train), "input norms", known)
+
+
+def measured_sensitivity(
+    model: nn.Module,
+    prunable: Sequence[str],
+    data: Data,
+    settings: Settings,
+    known: str,
+) -> dict[str, Tensor]:
+    """What an error of each output of the linears costs."""
+    seed = settings.seed
+    return once(
+        lambda: output_sensitivity(model, prunable, data.train, seed),
+        "output sensitivity",
+        *(known, seed),
+    )
 
 
 def permuted_mask(

@@ -9,6 +9,7 @@ import pytest
 
 import fuzz
 import fuzz_changes
+import fuzz_forgery
 from fuzz_worker import Worker
 
 NAMES = ["sparse-24-bitmask", "resume-state", "recipe", "spec", "plan-cache"]
@@ -75,7 +76,7 @@ def test_forged_checksums_are_believed(harness: fuzz.Fuzz, tmp_path: Path) -> No
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"model\.norm\.weight"):
         weights(tmp_path / "forged")
-    assert fuzz_changes.forge(tmp_path / "forged")
+    assert fuzz_forgery.forge(tmp_path / "forged")
     changed = weights(tmp_path / "forged")
     right = weights(subject.folder)
     assert {n for n in right if right[n] != changed[n]} == {"model.norm.weight"}

@@ -10,13 +10,14 @@ from nm_permute_plugin.checkpoint.verify import verify
 from nm_permute_plugin.cli.demo import METHODS, Budget, run_demo
 from nm_permute_plugin.cli.embedded import embedded_text
 
-SMALL = Budget(rows=12, sequence_length=256, windows=8, search_rounds=3, steps=4)
+SMALL = Budget(rows=12, sequence_length=128, windows=8, search_rounds=3, steps=4)
 
 
 @pytest.mark.slow
 def test_every_method_of_the_demo_leaves_a_measured_2of4_checkpoint(
-    tmp_path: Path,
+    smollm2: Path, tmp_path: Path
 ) -> None:
+    (tmp_path / "dense").symlink_to(smollm2)
     rows = run_demo(tmp_path, embedded_text(), SMALL, "cpu")
     by_method = {row.method: row.perplexity for row in rows}
     assert list(by_method) == ["dense", *METHODS]

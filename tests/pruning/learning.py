@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of learning share: starts, and what a learner holds."""
+"""What the tests of learning share: settings, data, starts, and what a learner holds."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from nm_permute_plugin.pruning.learn.loop import Learner
 from nm_permute_plugin.pruning.problem import Problem, Solution
 from nm_permute_plugin.pruning.running.masked import LearnedMask
+from nm_permute_plugin.pruning.settings import LearnSettings, Settings
 
 
 def as_it_is(problem: Problem) -> Solution:
@@ -52,3 +54,31 @@ def learn_anything(
         ]
         sum(towards).backward()
         learner.update()
+
+
+def fast(*stages: str, steps: int | tuple[int, ...] = 4, **changes) -> Settings:
+    """Few steps of the stages, at high rates."""
+    groups: dict[str, object] = {
+        "multipliers": {"rate": 0.1},
+        "swaps": {"block_size": 16},
+        "soft": {"block_size": 16, "rate": 0.1},
+        "straight_through": {"block_size": 16, "rate": 0.1},
+    }
+    of_stages = {
+        stage if stage in LearnSettings.model_fields else "published": groups[stage]
+        for stage in stages
+    }
+    learn = {"stages": stages, "steps": steps, **of_stages}
+    return Settings(**{"learn": learn, "validation": {"every": 2}, **changes})
+
+
+def text(rows: int, seed: int) -> list[Mapping[str, Tensor]]:
+    """Batches of two rows of eight tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(48, (rows, 8), generator=generator)
+    return [{"input_ids": part} for part in tokens.split(2)]
+
+
+def on(problem: Problem, **changes) -> Problem:
+    """The problem with other data."""
+    return replace(problem, data=replace(problem.data, **changes))

@@ -22,7 +22,13 @@ from nm_permute_plugin.maths.scores import ScoreName, score_weight
 from nm_permute_plugin.pruning import ranks
 from nm_permute_plugin.pruning.data import Data
 from nm_permute_plugin.pruning.learn.multipliers import MultipliedMask, row_groups
-from nm_permute_plugin.pruning.problem import Problem, Solution, SpaceScores
+from nm_permute_plugin.pruning.problem import (
+    Problem,
+    Solution,
+    SpaceScores,
+    measured_norms,
+    measured_sensitivity,
+)
 from nm_permute_plugin.pruning.running.masked import LearnedMask, Mask, linear
 from nm_permute_plugin.pruning.running.sharded import (
     gathered_rows,
@@ -32,9 +38,8 @@ from nm_permute_plugin.pruning.running.sharded import (
     sharded_twin,
 )
 from nm_permute_plugin.pruning.running.teacher import Teacher
-from nm_permute_plugin.pruning.session import known_run, once
+from nm_permute_plugin.pruning.session import known_run
 from nm_permute_plugin.pruning.settings import LearnSettings, Settings
-from nm_permute_plugin.pruning.statistics import input_norms, output_sensitivity
 from nm_permute_plugin.specs.conv1d import weight_of
 from nm_permute_plugin.specs.spec import Consumer, ResolvedSpec
 
@@ -98,7 +103,7 @@ class _Plain:
         return ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShardedProblem(Problem):
     """
     A problem whose model lies in shards; its scores have shapes alone.
@@ -108,7 +113,7 @@ class ShardedProblem(Problem):
     :param scores: how the score of every pruned linear is made
     """
 
-    scores: Mapping[str, WeightScore] = None  # type: ignore[assignment]
+    scores: Mapping[str, WeightScore]
 
     @classmethod
     def of_shards(
@@ -129,17 +134,9 @@ class ShardedProblem(Problem):
             model, prunable, like, lambda name: torch.zeros(like[name].shape)
         )
         known = known_run(model, prunable, data, settings)
-        norms: dict[str, Tensor] = {}
-        if settings.score != "magnitude":
-            norms = once(
-                lambda: input_norms(twin, prunable, data.train), "input norms", known
-            )
+        norms = measured_norms(twin, prunable, data, settings, known)
         scores = {n: WeightScore(settings.score, norms.get(n)) for n in prunable}
-        sensitivity = once(
-            lambda: output_sensitivity(twin, prunable, data.train, settings.seed),
-            "output sensitivity",
-            *(known, settings.seed),
-        )
+        sensitivity = measured_sensitivity(twin, prunable, data, settings, known)
 
         shapes = shapes_of(model, resolved, settings, sensitivity)
         inside = {c.name for of in shapes.values() for c in of.space.consumers}
@@ -152,7 +149,7 @@ class ShardedProblem(Problem):
             *(twin, shapes, fixed, data, settings.pattern),
             Teacher(twin, settings.loss, keep=False),
             known,
-            scores,
+            scores=scores,
         )
 
     def with_scores(self, model: nn.Module) -> Problem:

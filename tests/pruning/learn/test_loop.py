@@ -1,26 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learning never loses on validation data, repeats itself, and touches no weight."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import torch
-from learning import as_it_is
+from learning import as_it_is, fast, on, text
 from torch import Tensor
 
-from nm_permute_plugin.maths.permutation import check_permutation, from_blocks
+from nm_permute_plugin.maths.permutation import check_permutation
 from nm_permute_plugin.pruning.data import Data
 from nm_permute_plugin.pruning.learn import multipliers
 from nm_permute_plugin.pruning.learn.loop import LEARNERS, Learner, learn
 from nm_permute_plugin.pruning.problem import Problem, Solution
-from nm_permute_plugin.pruning.running.masked import Mask
 from nm_permute_plugin.pruning.running.teacher import Teacher
 from nm_permute_plugin.pruning.search import search
 from nm_permute_plugin.pruning.settings import (
-    LearnSettings,
     LearnStage,
     LossSettings,
     Settings,
@@ -30,74 +28,11 @@ STAGES = get_args(LearnStage)
 PERMUTATIONS = [stage for stage in STAGES if stage != "multipliers"]
 
 
-def fast(*stages: str, steps: int | tuple[int, ...] = 4, **changes) -> Settings:
-    """Few steps of the stages, at high rates."""
-    groups: dict[str, object] = {
-        "multipliers": {"rate": 0.1},
-        "swaps": {"block_size": 16},
-        "soft": {"block_size": 16, "rate": 0.1},
-        "straight_through": {"block_size": 16, "rate": 0.1},
-    }
-    of_stages = {
-        stage if stage in LearnSettings.model_fields else "published": groups[stage]
-        for stage in stages
-    }
-    learn = {"stages": stages, "steps": steps, **of_stages}
-    return Settings(**{"learn": learn, "validation": {"every": 2}, **changes})
-
-
-def text(rows: int, seed: int) -> list[Mapping[str, Tensor]]:
-    """Batches of two rows of eight tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(48, (rows, 8), generator=generator)
-    return [{"input_ids": part} for part in tokens.split(2)]
-
-
-def on(problem: Problem, **changes) -> Problem:
-    """The problem with other data."""
-    return replace(problem, data=replace(problem.data, **changes))
-
-
 @pytest.fixture
 def problem(tiny_model, make_problem) -> Problem:
     """Every kind of space, with shared key/value heads."""
     data = Data(text(8, seed=1), text(4, seed=2))
     return make_problem(tiny_model("llama"), data, ["residual", "hidden.0", "value.0"])
-
-
-@pytest.fixture
-def planted(tiny_model, make_problem) -> Callable[[str], tuple[Problem, Solution]]:
-    """
-    A scrambled start, and a problem where the channels as they are are (nearly) perfect.
-
-    In every row of the consumer, two of every four neighbours are all but zero.
-    """
-
-    def make(family: str) -> tuple[Problem, Solution]:
-        model = tiny_model("llama", num_key_value_heads=4)
-        generator = torch.Generator().manual_seed(3)
-        part = "mlp.down_proj" if family == "hidden" else "self_attn.o_proj"
-        for layer in range(2):
-            weight = model.get_submodule(f"model.layers.{layer}.{part}").weight
-            keys = torch.rand(*weight.shape, generator=generator)
-            ranks = keys.unflatten(1, (-1, 4)).argsort(-1).argsort(-1).flatten(1)
-            with torch.no_grad():
-                weight.mul_(torch.where(ranks < 2, 1.5, 0.01))
-        data = Data(text(16, seed=1), text(8, seed=2))
-        problem = make_problem(model, data, [f"{family}.0", f"{family}.1"])
-        perms = {
-            name: from_blocks(
-                torch.rand(
-                    of.space.size // of.space.segment,
-                    of.space.segment,
-                    generator=generator,
-                ).argsort()
-            )
-            for name, of in problem.spaces.items()
-        }
-        return problem, Solution(perms)
-
-    return make
 
 
 @pytest.mark.parametrize("rows", [None, 16, 1])
@@ -225,23 +160,6 @@ def test_another_seed_takes_the_batches_in_another_order(problem: Problem) -> No
     assert losses[0] != losses[1] or losses[0] != losses[2]
 
 
-@pytest.mark.parametrize("family", ["hidden", "value"])
-@pytest.mark.parametrize("stage", PERMUTATIONS)
-def test_a_planted_permutation_is_approached(
-    planted: Callable[[str], tuple[Problem, Solution]], family: str, stage: LearnStage
-) -> None:
-    problem, start = planted(family)
-    group = {"block_size": 48} if stage == "swaps" else {"block_size": 48, "rate": 0.03}
-    name = "swaps" if stage == "swaps" else "published"
-    learn_settings = {"stages": [stage], "steps": 150, name: group}
-    settings = Settings(learn=learn_settings, validation={"every": 15})
-    best, before = problem.validate(as_it_is(problem)), problem.validate(start)
-    found, _ = learn(problem, start, settings)
-    assert best < 0.05 * before
-    limit = 0.4 if stage == "swaps" else 0.75
-    assert problem.validate(found) < limit * before
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_weights_and_their_gradients_are_left_alone(
     problem: Problem, stage: LearnStage
@@ -361,69 +279,3 @@ def test_the_dense_model_runs_once_a_batch_in_search_and_learning(
     assert runs.count(True) - searched == 2 * 8 + validations
     batches = len(problem.data.train) + len(problem.data.validation)
     assert runs.count(False) == batches
-
-
-class Signs:
-    """A learner of one's own: multipliers that follow the signs of their gradients."""
-
-    use_graph = False
-
-    def __init__(
-        self, problem: Problem, start: Solution, settings: LearnSettings, steps: int
-    ) -> None:
-        self.problem, self.start = problem, start
-        self.rate = settings.multipliers.rate
-        self.logs = {
-            name: torch.zeros(
-                1, problem.model.get_submodule(name).in_features, requires_grad=True
-            )
-            for name in problem.linears
-        }
-        self.prepared: list[int] = []
-
-    def prepare(self, step: int) -> None:
-        self.prepared.append(step)
-
-    def masks(self) -> Mapping[str, Mask]:
-        hard = self.problem.masks(self.solution())
-        return {
-            name: mask + (self.logs[name] - self.logs[name].detach())
-            for name, mask in hard.items()
-        }
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        return list(self.logs.values())
-
-    def update(self) -> None:
-        with torch.no_grad():
-            for log in self.logs.values():
-                log -= self.rate * log.grad.sign()
-                log.grad.zero_()
-
-    def solution(self) -> Solution:
-        logs = self.logs.items()
-        return Solution(self.start.perms, {n: log.detach().exp() for n, log in logs})
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.logs
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.logs = {name: log.requires_grad_() for name, log in state.items()}
-
-
-def test_a_learner_of_ones_own_learns(
-    problem: Problem, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert isinstance(Signs(problem, Solution(), LearnSettings(), 1), Learner)
-    monkeypatch.setitem(LEARNERS, "multipliers", Signs)
-    seen: list[Learner] = []
-    problem = on(problem, train=text(32, seed=1))
-    start = as_it_is(problem)
-    settings = fast("multipliers", steps=20)
-    found, history = learn(
-        problem, start, settings, lambda step, learner: seen.append(learner)
-    )
-    assert {type(learner) for learner in seen} == {Signs}
-    assert seen[0].prepared == list(range(1, 21))
-    assert problem.validate(found) < history[0]["validation"]

@@ -4,7 +4,7 @@
 import json
 import os
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from helpers import draw_no_pages
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -38,7 +39,7 @@ from transformers import (
 
 from nm_permute_plugin.checkpoint.config import SparsityConfig
 from nm_permute_plugin.checkpoint.writer import convert
-from nm_permute_plugin.cli.embedded import embedded_text, write_embedded_model
+from nm_permute_plugin.cli.embedded import embedded_text
 from nm_permute_plugin.cli.prune import calibration_rows, prune_checkpoint
 from nm_permute_plugin.evaluation.corpus import Corpus
 
@@ -112,6 +113,8 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 
+PATIENCE = 1800  # seconds: engines one after the other, on busy machines
+
 Pruned = Callable[[str, str], Path]
 RunEngine = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -131,11 +134,77 @@ def engine_environment() -> Mapping[str, str]:
     return os.environ | ENVIRONMENT
 
 
+class Forks:
+    """Runs scripts beside vLLM, in forks of one process that has imported it: forks.py."""
+
+    def __init__(
+        self, command: list[str], environment: Mapping[str, str], folder: Path
+    ) -> None:
+        self._folder, self._count = folder, 0
+        self._log = folder / "forks.txt"
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+
+    def run(
+        self, command: list[str], environment: Mapping[str, str]
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a script to its end."""
+        self._count += 1
+        outputs = [self._folder / f"{self._count}.{name}" for name in ("out", "err")]
+        job = {
+            "script": command[0],
+            "words": command[1:],
+            "environment": environment,
+            "stdout": str(outputs[0]),
+            "stderr": str(outputs[1]),
+            "timeout": PATIENCE,
+        }
+        print(json.dumps(job), file=self._process.stdin, flush=True)
+        status = self._process.stdout.readline()
+        assert status, f"the process of the forks ended: {self._log.read_text()}"
+        said = [path.read_text() for path in outputs]
+        return subprocess.CompletedProcess(command, int(status), *said)
+
+    def close(self) -> None:
+        """End the process, which waits for the next script."""
+        self._process.communicate()
+
+
+@pytest.fixture(scope="session")
+def forks(
+    vllm_python: str,
+    engine_environment: Mapping[str, str],
+    pytestconfig: pytest.Config,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Forks]:
+    """The process that has imported vLLM, in which coverage has not slowed the imports."""
+    command = [vllm_python, str(SCRIPTS / "forks.py")]
+    if pytestconfig.pluginmanager.hasplugin("_cov"):
+        command.append(str(ROOT / ".coverage"))
+    forks = Forks(command, engine_environment, tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.close()
+
+
 @pytest.fixture(scope="session")
 def run_engine(
-    vllm_python: str, engine_environment: Mapping[str, str], pytestconfig
+    forks: Forks,
+    vllm_python: str,
+    engine_environment: Mapping[str, str],
+    pytestconfig: pytest.Config,
 ) -> RunEngine:
-    """A factory: ``run_engine("load.py", ...)`` runs a script beside vLLM to its end."""
+    """
+    A factory: ``run_engine("load.py", ...)`` runs a script beside vLLM to its end.
+
+    ``alone`` starts an interpreter for it, where it matters what is imported when.
+    """
     command = [vllm_python]
     if pytestconfig.pluginmanager.hasplugin("_cov"):
         data = f"--data-file={ROOT / '.coverage'}"
@@ -143,26 +212,29 @@ def run_engine(
         command += ["-m", "coverage", "run", "--parallel-mode", data, source]
 
     def run(
-        script: str, *words: object, **environment: str
+        script: str, *words: object, alone: bool = False, **environment: str
     ) -> subprocess.CompletedProcess[str]:
+        line = [str(SCRIPTS / script), *map(str, words)]
+        if not alone:
+            return forks.run(line, environment)
         return subprocess.run(
-            [*command, str(SCRIPTS / script), *map(str, words)],
+            [*command, *line],
             env={**engine_environment, **environment},
             capture_output=True,
             text=True,
             check=False,
-            timeout=1800,  # of engines one after the other, on busy machines
+            timeout=PATIENCE,
         )
 
     return run
 
 
 @pytest.fixture(scope="session")
-def engine_says(run_engine: RunEngine) -> Callable[[str], Any]:
+def engine_says(run_engine: RunEngine) -> Callable[..., Any]:
     """A factory: what a script beside vLLM prints last, as JSON."""
 
-    def say(script: str) -> Any:
-        done = run_engine(script)
+    def say(script: str, **how: bool) -> Any:
+        done = run_engine(script, **how)
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout.splitlines()[-1])
 
@@ -170,31 +242,32 @@ def engine_says(run_engine: RunEngine) -> Callable[[str], Any]:
 
 
 @pytest.fixture(scope="session")
-def cut_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cut_model(smollm2: Path, made_once) -> Path:
     """
     SmolLM2-135M-Instruct cut small: real weights, of 4 layers and 6 of 9 heads.
 
     The heads that are left, and their keys and values, fall into two halves.
     """
-    whole = write_embedded_model(tmp_path_factory.mktemp("smol") / "whole")
-    model = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.bfloat16)
-    config = model.config
-    config.update(
-        {
-            "num_hidden_layers": 4,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 2,
-            "head_dim": 64,
-        }
-    )
-    cut = LlamaForCausalLM(config).to(torch.bfloat16)
-    weights = model.state_dict()
-    for name, weight in cut.state_dict().items():
-        weight.copy_(weights[name][tuple(map(slice, weight.shape))])
-    out = tmp_path_factory.mktemp("smol") / "cut"
-    cut.save_pretrained(out)
-    AutoTokenizer.from_pretrained(whole).save_pretrained(out)
-    return out
+
+    def make(out: Path) -> None:
+        model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16)
+        config = model.config
+        config.update(
+            {
+                "num_hidden_layers": 4,
+                "num_attention_heads": 6,
+                "num_key_value_heads": 2,
+                "head_dim": 64,
+            }
+        )
+        cut = LlamaForCausalLM(config).to(torch.bfloat16)
+        weights = model.state_dict()
+        for name, weight in cut.state_dict().items():
+            weight.copy_(weights[name][tuple(map(slice, weight.shape))])
+        cut.save_pretrained(out)
+        AutoTokenizer.from_pretrained(smollm2).save_pretrained(out)
+
+    return made_once("cut", make)
 
 
 @pytest.fixture(scope="session")
@@ -227,25 +300,26 @@ def random_model(
 def pruned(
     cut_model: Path,
     random_model: Callable[[str], Path],
+    made_once,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Pruned:
     """A factory: the folder of ``("fp8", "dense")``, pruned by our recipe once."""
-    folder = tmp_path_factory.mktemp("pruned")
 
-    def make(kind: str, format: str) -> Path:
-        out = folder / f"{kind}-{format}"
-        if out.exists():
-            return out
-        if format == "dense":
-            convert(make(kind, "sparse-24-bitmask"), out, "dense")
-            return out
-        recipe = folder / f"{kind}.yaml"
+    def prune(kind: str, out: Path) -> None:
+        recipe = tmp_path_factory.mktemp("recipe") / f"{kind}.yaml"
         recipe.write_text(_recipe(SCHEMES.get(kind, {}), MORE.get(kind, {})))
         is_random = kind in RANDOM | MIXTRAL | ENCODERS
         source = random_model(kind) if is_random else cut_model
         rows = calibration_rows(source, Corpus(embedded_text().train), 8, 128)
-        prune_checkpoint(source, recipe, out, rows, "cpu")
-        return out
+        with pytest.MonkeyPatch.context() as patch:
+            draw_no_pages(patch)
+            prune_checkpoint(source, recipe, out, rows, "cpu")
+
+    def make(kind: str, format: str) -> Path:
+        if format == "dense":
+            sparse = make(kind, "sparse-24-bitmask")
+            return made_once(f"{kind}-dense", lambda out: convert(sparse, out, "dense"))
+        return made_once(f"{kind}-sparse", lambda out: prune(kind, out))
 
     return make
 

@@ -32,7 +32,7 @@ def test_the_door_is_light() -> None:
 
 @pytest.mark.slow
 def test_registering_twice_is_registering_once(engine_says) -> None:
-    found = engine_says("registration.py")
+    found = engine_says("registration.py", alone=True)
     assert "is for 2:4 checkpoints" in found.pop("error")
     assert found.pop("quantized").startswith("--quantization fp8 would quantize this")
     # a tower's names get prefixes in vLLM; classes and patterns stay

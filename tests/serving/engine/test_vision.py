@@ -131,7 +131,7 @@ def said(
     before = engine_environment.get("PYTHONPATH")
     out = sparse.parent / "said.json"
     path = os.pathsep.join([*paths, before] if before else paths)
-    done = run_engine("look.py", out, sparse, dense, PYTHONPATH=path)
+    done = run_engine("look.py", out, sparse, dense, alone=True, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(out.read_text())
     log = (done.stdout + done.stderr).splitlines()
