@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from nm_permute_plugin.serving import kernel_table, linear
+from nm_permute_plugin.serving import cache, linear
 from nm_permute_plugin.serving.kernel_table import BUCKETS, Choice
 from nm_permute_plugin.serving.measuring import Measured, measure
 from nm_permute_plugin.serving.ops import KERNELS, TABLES
@@ -75,7 +75,7 @@ def first_start(kind: str, results) -> None:
     weights = {shape: random_weight(shape, DTYPES[kind], "cuda") for shape in SHAPES}
     torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder, kept() as measured:
-        os.environ[kernel_table.CACHE] = folder
+        os.environ[cache.FOLDER] = folder
         started = time.perf_counter()
         for weight in weights.values():
             linear.expect(weight, "auto")

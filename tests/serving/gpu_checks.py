@@ -36,7 +36,7 @@ from weights import (
 
 from nm_permute_plugin.checkpoint.codec import clear_negative_zeros
 from nm_permute_plugin.checkpoint.layout24 import WORDS
-from nm_permute_plugin.serving import kernel_table
+from nm_permute_plugin.serving import cache, kernel_table
 from nm_permute_plugin.serving import linear as linear_module
 from nm_permute_plugin.serving.accelerate import accelerate
 from nm_permute_plugin.serving.accelerated_linear import AcceleratedLinear
@@ -303,7 +303,7 @@ def kernel_table_is_kept() -> None:
     """A second process measures nothing; a damaged file is measured anew."""
     weight = sparse_weight(*LAYER, torch.bfloat16, device="cuda")
     with tempfile.TemporaryDirectory() as folder:
-        os.environ[kernel_table.CACHE] = folder
+        os.environ[cache.FOLDER] = folder
         try:
             first = prepared_or_none(weight, "auto")
             (path,) = Path(folder).glob("*.json")
@@ -315,7 +315,7 @@ def kernel_table_is_kept() -> None:
             prepared_or_none(weight, "auto")
             kernel_table.KernelTable.from_json(path.read_text())
         finally:
-            del os.environ[kernel_table.CACHE]
+            del os.environ[cache.FOLDER]
 
 
 def memory_mode_keeps_one_sparse_copy() -> None:
@@ -474,7 +474,7 @@ def in_children(names: list[str], at_once: int = 8, most: float = 150) -> list[s
 def main() -> int:
     """Run every check; the number of those that failed."""
     logging.basicConfig(level=logging.INFO)
-    os.environ.setdefault(kernel_table.CACHE, tempfile.mkdtemp())
+    os.environ.setdefault(cache.FOLDER, tempfile.mkdtemp())
     names = [name for name in CHECKS if name.startswith(tuple(sys.argv[1:] or [""]))]
     failed = in_children(names)
     print(f"{len(names)} checks, {len(failed)} failed: {failed}", flush=True)
