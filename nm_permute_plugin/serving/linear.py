@@ -3,6 +3,7 @@
 
 import logging
 import os
+from contextlib import suppress
 from functools import cache
 from importlib.resources import files
 
@@ -15,7 +16,7 @@ from nm_permute_plugin.serving.detect import Mode
 from nm_permute_plugin.serving.kernel_table import Bucket, Choice, KernelTable
 from nm_permute_plugin.serving.kernels.kernel import DTYPES_16
 from nm_permute_plugin.serving.kernels.scaling import scaled
-from nm_permute_plugin.serving.measuring import Asked, measure
+from nm_permute_plugin.serving.measuring import Asked, Process, measure, start
 from nm_permute_plugin.serving.ops import KERNELS, TABLES, sparse24_linear, unpack
 from nm_permute_plugin.serving.tune import fault_of, warm_up
 
@@ -27,6 +28,9 @@ FORCED = "NM_PERMUTE_KERNEL"
 
 _EXPECTED: dict[str, tuple[Asked, torch.device]] = {}
 """Weights that ``expect`` announced and that have no kernel table yet, by their table."""
+
+_WAITING: list[Process] = []
+"""The process that will measure them: it gets ready while the weights are loaded."""
 
 _MEASURED: dict[str, KernelTable | str] = {}
 """Kernel tables that were measured and are not used yet, or why there is none."""
@@ -145,6 +149,9 @@ def expect(weight: Tensor, mode: Mode) -> bool:
     if known or os.path.exists(kernel_table.path_of(weight, allowed)):
         return False
     _EXPECTED[name] = Asked.of(weight, allowed), weight.device
+    if not _WAITING:
+        with suppress(OSError):  # it is started again when it is needed
+            _WAITING.append(start())
     return True
 
 
@@ -219,7 +226,8 @@ def _measured(weight: Tensor, allowed: list[str]) -> KernelTable | str:
     if name not in _MEASURED:
         _EXPECTED[name] = Asked.of(weight, allowed), weight.device
         asked = {n: a for n, (a, on) in _EXPECTED.items() if on == weight.device}
-        found = measure(asked, weight.device)
+        process = _WAITING.pop() if _WAITING else None
+        found = measure(asked, weight.device, process)
         for each in asked:
             del _EXPECTED[each]
         _MEASURED.update(found.faults)

@@ -71,17 +71,39 @@ class Measured(NamedTuple):
     seconds: dict[str, dict[str, float]]
 
 
-def measure(asked: Mapping[str, Asked], device: torch.device) -> Measured:
+Process = subprocess.Popen[str]
+
+
+def start() -> Process:
+    """
+    Start a process that gets ready, leaves the card alone, and waits for what is asked.
+
+    It ends if this process ends before it asked.
+
+    :raises OSError: if the system allows no more processes
+    """
+    command, pipe = [sys.executable, "-m", __name__], subprocess.PIPE
+    return Process(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+def measure(
+    asked: Mapping[str, Asked], device: torch.device, process: Process | None = None
+) -> Measured:
     """
     Measure kernels on random 2:4 weights, in a process; in a new one after each crash.
 
     :param asked: by name
     :param device: the CUDA device
+    :param process: of ``start``, which is used up
     """
     left = dict(asked)
     measured = Measured({}, {}, {}, {})
     while left:
-        reason, trying = _run(left, device, measured)
+        try:
+            reason, trying = _run(process or start(), left, device, measured)
+        except OSError as error:
+            reason, trying = f"no process can be started: {error}", _NOTHING
+        process = None
         for name in {**measured.tables, **measured.faults}:
             left.pop(name, None)
         if not left:
@@ -112,45 +134,39 @@ def crash_reason(kernel: str, weight: Tensor) -> str | None:
 
 
 def _run(
-    asked: Mapping[str, Asked], device: torch.device, measured: Measured
+    process: Process,
+    asked: Mapping[str, Asked],
+    device: torch.device,
+    measured: Measured,
 ) -> tuple[str | None, tuple[str, str]]:
     """
-    Run one process, and add what it measured.
+    Ask a process, and add what it measured.
 
     :return: how it crashed, or None; the name and the kernel that it came to
     """
-    command = [sys.executable, "-m", __name__]
     request = json.dumps({"device": str(device), "asked": asked, "at": time.time()})
+    most = TIMEOUT * (1 + len(asked))
     try:
-        run = subprocess.run(
-            command,
-            input=request,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=TIMEOUT * (1 + len(asked)),
-        )
-    except subprocess.TimeoutExpired as expired:
-        output = expired.stdout or b""  # bytes, whatever text says
-        words = output if isinstance(output, str) else output.decode(errors="replace")
-        trying = _read(words, measured)
-        return (
-            f"a process that tried it had not ended after {expired.timeout} s",
-            trying,
-        )
-    trying = _read(run.stdout, measured)
-    if not run.returncode:
-        return None, trying
-    ended = f"exit status {run.returncode}"
-    if run.returncode < 0:
-        ended = f"signal {signal.Signals(-run.returncode).name}"
-    last = run.stderr.strip().splitlines()[-1:]
+        output, errors = process.communicate(request, most)
+        reason = None
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, errors = process.communicate()
+        reason = f"a process that tried it had not ended after {most} s"
+    trying = _read(output, measured)
+    code = process.returncode
+    if reason or not code:
+        return reason, trying
+    ended = (
+        f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+    )
+    last = errors.strip().splitlines()[-1:]
     return ": ".join([f"a process that tried it ended with {ended}", *last]), trying
 
 
 def _read(output: str, measured: Measured) -> tuple[str, str]:
     """Add what a process said; return the last name and kernel that it tried."""
-    trying = ("", "no kernel")
+    trying = _NOTHING
     for line in output.splitlines():
         if not line.startswith(_MARK):
             continue  # a library's words
@@ -167,6 +183,9 @@ def _read(output: str, measured: Measured) -> tuple[str, str]:
             logger.warning("%s", said)
     return trying
 
+
+_NOTHING = ("", "no kernel")
+"""What a process came to that came to no kernel."""
 
 _MARK = "nm-permute: "
 """Begins the lines that the process means for us."""
@@ -186,14 +205,17 @@ class _Passed(logging.Handler):
 def main() -> None:
     """Measure what stdin asks for; each table is said as soon as it is found."""
     logging.getLogger("vllm").addHandler(_Passed(logging.WARNING))
-    request: dict[str, Any] = json.load(sys.stdin)
+    words = sys.stdin.read()
+    if not words:
+        return  # who started this has ended, or asks nothing
+    request: dict[str, Any] = json.loads(words)
     device = torch.device(request["device"])
     started = time.perf_counter()
     torch.cuda.set_device(device)
     torch.cuda.synchronize()
     context = time.perf_counter() - started
-    imports = time.time() - request["at"] - context
-    _say("seconds", "", {"start of the process": imports, "CUDA's context": context})
+    waited = time.time() - request["at"] - context
+    _say("seconds", "", {"start of the process": waited, "CUDA's context": context})
     for name, fields in request["asked"].items():
         _measure_one(name, Asked(*fields), device)
 

@@ -98,6 +98,7 @@ def test_a_cache_that_cannot_be_looked_into_stops_nothing(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
     with weight_on(CARDS["sm_89"], torch.bfloat16) as weight:
         monkeypatch.setattr(linear, "_EXPECTED", {})
+        monkeypatch.setattr(linear, "_WAITING", [None])  # no process is started
         assert linear.expect(weight, "auto")
         path = kernel_table.path_of(weight, ["dense"])
     assert kernel_table.load(path, 16, ["dense"]) is None

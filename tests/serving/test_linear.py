@@ -123,10 +123,13 @@ def dense_for_all(rows: int) -> KernelTable:
 
 def measuring(
     table: KernelTable, calls: list[dict[str, Asked]] | None = None
-) -> Callable[[dict[str, Asked], torch.device], Measured]:
+) -> Callable[[dict[str, Asked], torch.device, object], Measured]:
     """A stand-in for the process that measures: it finds one table for all weights."""
 
-    def stand_in(asked: dict[str, Asked], device: torch.device) -> Measured:
+    def stand_in(
+        asked: dict[str, Asked], device: torch.device, process: object
+    ) -> Measured:
+        assert process in (None, "a process")
         if calls is not None:
             calls.append(asked)
         return Measured(dict.fromkeys(asked, table), {}, {}, {})
@@ -168,6 +171,7 @@ def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder for kernel tables, by the weight's rows; nothing is announced yet."""
     monkeypatch.setattr(linear, "_EXPECTED", {})
     monkeypatch.setattr(linear, "_MEASURED", {})
+    monkeypatch.setattr(linear, "_WAITING", [])
     paths = lambda weight, allowed: tmp_path / str(weight.shape[0])  # noqa: E731
     monkeypatch.setattr(kernel_table, "path_of", paths)
     return tmp_path
@@ -182,6 +186,8 @@ def test_all_shapes_that_are_announced_are_measured_together_and_once(
     stand_in = measuring(dense_for_all(16), calls)
     monkeypatch.setattr(linear, "measure", stand_in)
     monkeypatch.setattr(linear, "warm_up", lambda weight, layer: None)
+    started = iter(["a process"])
+    monkeypatch.setattr(linear, "start", lambda: next(started))  # once only
     (empty_cache / "64").write_text("a table")
     known = pretended_gpu(sparse_weight(16, 64, torch.bfloat16))
     rows = (32, 32, 48, 64)
@@ -205,7 +211,9 @@ def test_a_shape_without_a_table_stays_dense_and_is_asked_for_again_later(
     empty_cache: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def crashed(asked: dict[str, Asked], device: torch.device) -> Measured:
+    def crashed(
+        asked: dict[str, Asked], device: torch.device, process: object
+    ) -> Measured:
         return Measured({}, dict.fromkeys(asked, "it crashed"), {}, {})
 
     pretended_gpu(sparse_weight(16, 64, torch.bfloat16))

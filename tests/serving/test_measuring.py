@@ -5,6 +5,7 @@ import json
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,20 +49,31 @@ def found(name: str, rows: int = 32) -> str:
 class Processes:
     """Stands in for the processes that measure: scripts, one after the other."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *scripts: list[str]) -> None:
-        self.asked: list[dict[str, list]] = []
-        self._scripts, self._run = list(scripts), subprocess.run
-        monkeypatch.setattr(subprocess, "run", self)
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, folder: Path, *scripts: list[str]
+    ) -> None:
+        self._folder, self._scripts, self._started = folder, list(scripts), 0
+        monkeypatch.setattr(measuring, "start", self.start)
 
-    def __call__(self, command: list[str], **options):
-        assert command == [sys.executable, "-m", "nm_permute_plugin.serving.measuring"]
-        self.asked.append(json.loads(options["input"])["asked"])
-        script = "\n".join(["import time", *self._scripts.pop(0)])
-        return self._run([sys.executable, "-c", script], **options)
+    def start(self) -> measuring.Process:
+        file = self._folder / f"{self._started}.json"
+        self._started += 1
+        reads = [f"open({str(file)!r}, 'w').write(sys.stdin.read())"]
+        script = "\n".join(["import sys, time", *reads, *self._scripts.pop(0)])
+        command, pipe = [sys.executable, "-c", script], subprocess.PIPE
+        return measuring.Process(
+            command, stdin=pipe, stdout=pipe, stderr=pipe, text=True
+        )
+
+    @property
+    def asked(self) -> list[dict[str, list]]:
+        """What each process was asked for."""
+        files = (self._folder / f"{index}.json" for index in range(self._started))
+        return [json.loads(file.read_text())["asked"] for file in files]
 
 
 def test_one_process_measures_all_shapes(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     script = [
         "print('a library says something')",
@@ -71,7 +83,7 @@ def test_one_process_measures_all_shapes(
         says("seconds", "first", {"coarse": 0.5}),
         found("second", 48),
     ]
-    processes = Processes(monkeypatch, script)
+    processes = Processes(monkeypatch, tmp_path, script)
     with caplog.at_level(logging.WARNING):
         measured = measure(ASKED, GPU)
     assert measured.tables == {"first": table(32), "second": table(48)}
@@ -82,10 +94,10 @@ def test_one_process_measures_all_shapes(
 
 
 def test_after_a_crash_a_new_process_measures_the_rest_without_that_kernel(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     crashes = [found("first"), says("trying", "second", "mma_sp"), CRASH]
-    processes = Processes(monkeypatch, crashes, [found("second")])
+    processes = Processes(monkeypatch, tmp_path, crashes, [found("second")])
     with caplog.at_level(logging.WARNING):
         measured = measure(ASKED, GPU)
     assert set(measured.tables) == set(ASKED)
@@ -97,10 +109,10 @@ def test_after_a_crash_a_new_process_measures_the_rest_without_that_kernel(
 
 
 def test_a_shape_whose_kernels_all_crash_has_no_table(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     dense, ours = ([says("trying", "first", name), CRASH] for name in BOTH)
-    processes = Processes(monkeypatch, dense, ours, [found("second")])
+    processes = Processes(monkeypatch, tmp_path, dense, ours, [found("second")])
     measured = measure(ASKED, GPU)
     reason = "a process that tried it ended with signal SIGILL"
     assert (set(measured.tables), measured.faults) == ({"second"}, {"first": reason})
@@ -108,10 +120,10 @@ def test_a_shape_whose_kernels_all_crash_has_no_table(
 
 
 def test_a_fault_of_one_shape_leaves_the_others(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     said = "no kernel multiplies 1 tokens"
-    Processes(monkeypatch, [says("fault", "first", said), found("second")])
+    Processes(monkeypatch, tmp_path, [says("fault", "first", said), found("second")])
     measured = measure(ASKED, GPU)
     assert (set(measured.tables), measured.faults) == ({"second"}, {"first": said})
 
@@ -127,9 +139,34 @@ def test_a_fault_of_one_shape_leaves_the_others(
     ids=["good", "crash", "early", "hang"],
 )
 def test_how_a_process_ended_is_told(
-    script: str, seconds: int, told: str | None, monkeypatch: pytest.MonkeyPatch
+    script: str,
+    seconds: int,
+    told: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    Processes(monkeypatch, [says("trying", "", "mma_sp"), script])
+    Processes(monkeypatch, tmp_path, [says("trying", "", "mma_sp"), script])
     monkeypatch.setattr(measuring, "TIMEOUT", seconds)
     reason = crash_reason("mma_sp", sparse_weight(32, 128, torch.bfloat16))
     assert reason == (told and f"a process that tried it {told}")
+
+
+def test_a_process_that_waits_is_used_and_ends_unasked_if_nothing_is_asked() -> None:
+    unasked, waiting = measuring.start(), measuring.start()
+    assert unasked.communicate("", 120) == ("", "")
+    assert unasked.returncode == 0
+    measured = measure(ASKED, torch.device("cuda:99"), waiting)
+    assert waiting.returncode == 1
+    assert set(measured.faults) == set(ASKED)
+
+
+def test_where_no_process_can_be_started_nothing_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full() -> measuring.Process:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(measuring, "start", full)
+    reasons = set(measure(ASKED, GPU).faults.values())
+    assert len(reasons) == 1
+    assert "no process can be started: [Errno 11] Resource temp" in reasons.pop()
