@@ -10,6 +10,7 @@ folder. Then every kernel and setting is measured in full for every number of to
 
 import json
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -53,6 +54,8 @@ def main(kinds: list[str], file: Path | None) -> None:
             tables[kind] = row.pop("tables")
             record["starts"].append(row)
         write(record, file)
+    if not tables:
+        sys.exit("benchmarks/sparse_kernels.py --startup needs a CUDA device")
     for kind in tables:
         for shape in tables[kind]:
             if time.perf_counter() - started > BUDGET:
