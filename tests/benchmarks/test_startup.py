@@ -2,6 +2,7 @@
 """What a first start's benchmark says of its choices."""
 
 import pytest
+
 import startup
 
 
