@@ -41,7 +41,7 @@ from transformers import LlamaForCausalLM  # noqa: E402, F401
 
 from fuzz_subjects import make_dense, text  # noqa: E402
 from nm_permute_plugin.cli.app import app  # noqa: E402
-from nm_permute_plugin.pruning import resuming  # noqa: E402
+from nm_permute_plugin.pruning import state_folder  # noqa: E402
 
 PHASES = {
     "learning": ("nm_permute_plugin.pruning.pipeline", "learn"),
@@ -160,11 +160,12 @@ class Runs:
             holder = import_module(module)
             setattr(holder, name, _marked(getattr(holder, name), phase, send))
         if self.every is not None:
-            resuming.EVERY, resuming.SHARE = self.every, 1e9
+            state_folder.EVERY, state_folder.SHARE = self.every, 1e9
         if not self.pages:
             finish = import_module("nm_permute_plugin.checkpoint.finish")
             finish.make_page_if_possible = lambda folder: None
-        resuming._Run.write = _timed(resuming._Run.write, send)
+        folder = state_folder.StateFolder
+        folder.write = _timed(folder.write, send)
         words = [word.replace("OUT", str(self.folder / out)) for word in self.words]
         status = 1
         try:
@@ -228,7 +229,7 @@ def _timed(real: Callable[..., Any], send: int) -> Callable[..., Any]:
         try:
             return real(self, name, what, key, value)
         finally:
-            took, size = time.monotonic() - started, resuming.bytes_of(value)
+            took, size = time.monotonic() - started, state_folder.bytes_of(value)
             os.write(send, f"wrote:{took:.6f}:{size}\n".encode())
 
     return timed

@@ -201,6 +201,59 @@ def changes_of(
     return changes
 
 
+@dataclass(frozen=True)
+class Variant:
+    """
+    A method with one setting of its own beside those that all methods of a run share.
+
+    :ivar name: of the method, then the setting's last word and its value
+    """
+
+    method: str
+    change: Change | None = None
+
+    @property
+    def name(self) -> str:
+        if self.change is None:
+            return self.method
+        return f"{self.method}, {self.change.path[-1]} {self.change.value}"
+
+    @property
+    def changes(self) -> list[Change]:
+        return [] if self.change is None else [self.change]
+
+
+def variants_of(
+    names: Sequence[str], changes: Sequence[Change], texts: Iterable[str]
+) -> list[Variant]:
+    """
+    Every method as it is, and once more for every value of the settings to vary.
+
+    :param changes: those that all methods share
+    :param texts: what ``--vary`` says: a change as in ``--set``, whose value is the list of
+        values
+    :raises ValueError: for a text that is no such change, or that no method reads
+    """
+    asked = [Change.parse(text) for text in texts]
+    found, read = [], set()
+    for name in names:
+        found.append(Variant(name))
+        for number, change in enumerate(asked):
+            if not isinstance(change.value, list):
+                raise ValueError(f"--vary {change}: give a list of values, as in [1, 2]")
+            for value in change.value:
+                one = Change(change.method, change.path, value)
+                if one in _settings_and_read(name, [*changes, one])[1]:
+                    found.append(Variant(name, one))
+                    read.add(number)
+    for number, change in enumerate(asked):
+        if number not in read:
+            raise ValueError(
+                f"--vary {change}: nothing in {', '.join(names)} reads this setting"
+            )
+    return found
+
+
 def settings_of(name: str, changes: Sequence[Change] = ()) -> Settings:
     """
     The settings of a method.

@@ -7,7 +7,8 @@ Perplexity and gap closed of every method, over seeds, from reloaded checkpoints
 
 Each run loads the dense model, permutes and prunes it, saves it, reads it back, measures
 its perplexity and how near its predictions are to the dense model's, and with
-``--hellaswag FILE`` how many items of HellaSwag it answers; lm-eval is not needed.
+``--hellaswag FILE`` how many items of HellaSwag it answers; lm-eval is not needed. What
+methods of one seed share is found once, so that the seconds of the first are the whole cost.
 Methods that end in ``-free`` permute the inputs of every linear alone, as published; what
 they find cannot be folded. ``free-mask`` learns the mask and no permutation, which is an
 upper bound.
@@ -28,12 +29,15 @@ from methods import (
     DEFAULT,
     METHODS,
     Change,
+    Variant,
     changes_of,
     is_random,
     prune,
     settings_of,
+    variants_of,
 )
 from nm_permute_plugin.pruning.data import Row, split_text
+from nm_permute_plugin.pruning.session import session
 from nm_permute_plugin.pruning.settings import Settings
 from report import Record, check_protocol, merged, plot, read, table, write
 from tasks.hellaswag_file import read_items
@@ -60,7 +64,8 @@ def _measure(args: argparse.Namespace) -> Record:
 
     :raises ValueError: for a change of settings that no method reads
     """
-    asked(args, seed=0)  # refuses before the work, not after
+    # Refuses before the work, not after.
+    variants = variants_of(args.methods, asked(args, seed=0), args.vary)
     torch.manual_seed(0)
     out = args.out or Path("quality.json")
     arguments = {k: str(v) for k, v in vars(args).items()}
@@ -84,31 +89,37 @@ def _measure(args: argparse.Namespace) -> Record:
     print(f"{record['hardware']}; {len(rows)} rows of {args.sequence_length} tokens")
     print(f"windows of {args.window} tokens; dense perplexity {record['dense']:.2f}")
     done = {(result["method"], result["seed"]) for result in results}
-    for method in args.methods:
-        for seed in args.seeds if is_random(method) else args.seeds[:1]:
-            if (method, seed) in done:
-                continue
-            result = _run(method, seed, rows, judge, args)
-            results.append(result)
-            long = ("history", "recovered", "settings", "hellaswag")
-            shown = {k: v for k, v in result.items() if k not in long}
-            print(json.dumps(shown), flush=True)
-            # After every run: what was measured survives an interruption.
-            write(record, out)
+    first = args.seeds[0]
+    for seed in args.seeds:
+        # The search and the masks of a seed are found once for all its methods.
+        with session():
+            for variant in variants:
+                if (variant.name, seed) in done:
+                    continue
+                if seed != first and not is_random(variant.method):
+                    continue
+                result = _run(variant, seed, rows, judge, args)
+                results.append(result)
+                long = ("history", "recovered", "settings", "hellaswag")
+                shown = {k: v for k, v in result.items() if k not in long}
+                print(json.dumps(shown), flush=True)
+                # After every run: what was measured survives an interruption.
+                write(record, out)
     return record
 
 
 def _run(
-    method: str,
+    variant: Variant,
     seed: int,
     rows: list[Row],
     judge: Judge,
     args: argparse.Namespace,
 ) -> Record:
     """One method with one seed: prune, save, read back, measure."""
+    method = variant.method
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
     model = model.to(args.device).eval()
-    settings = settings_of(method, asked(args, seed))
+    settings = settings_of(method, [*asked(args, seed), *variant.changes])
     data = split_text(
         rows, settings.batch_size, settings.validation.share, settings.seed
     )
@@ -122,7 +133,7 @@ def _run(
         del model
         measured = judge.of(folder)
     return {
-        "method": method,
+        "method": variant.name,
         "seed": seed,
         **measured,
         "tokens": outcome.batches * settings.batch_size * args.sequence_length,
@@ -199,6 +210,14 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="METHOD.PATH=VALUE",
         help="any other setting of a recipe, as in learned.learn.multipliers.rate=0.02 or "
         "all.recover.end_to_end.rate=0.001; `all` are the methods that read it",
+    )
+    add(
+        "--vary",
+        nargs="+",
+        default=[],
+        metavar="METHOD.PATH=[VALUES]",
+        help="run the methods that read a setting once more with each value, as in "
+        "learned+end_to_end.recover.end_to_end.steps=[1000, 3000]",
     )
     add("--out", type=Path, help="the record; quality.json if absent")
     add("--resume", action="store_true", help="keep the results that --out holds")

@@ -12,8 +12,8 @@ from loguru import logger
 
 from nm_permute_plugin._files import read_json
 from nm_permute_plugin.checkpoint.directory import INDEX, SINGLE, index_of
+from nm_permute_plugin.checkpoint.disk import copy_file
 from nm_permute_plugin.checkpoint.record import FOLDER
-from nm_permute_plugin.checkpoint.transaction import copy_file
 from nm_permute_plugin.maths.permutation import Permutation
 
 _WEIGHTS = re.compile(

@@ -3,22 +3,23 @@
 
 import errno
 import fcntl
-import json
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
-from nm_permute_plugin._words import file_size
+from nm_permute_plugin.checkpoint.disk import copy_mode, share, sync, take
 
 _UNFINISHED = ".unfinished"
 _OLD = ".old"
 _STATE = ".nm_permute_state"
-_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
+
+_State = dict[str, tuple[int, ...]]
+"""What of a directory changes when something is written, by path."""
 
 
 @contextmanager
@@ -58,12 +59,12 @@ def directory(
         yield fresh
         for folder, _, files in os.walk(fresh):
             for name in (*files, "."):
-                _share(Path(folder, name), fresh)
-                _sync(Path(folder, name))
+                share(Path(folder, name), fresh)
+                sync(Path(folder, name))
         with _one_at_a_time(fresh.parent):
             _put(fresh, target, keep or (lambda name: False), before)
         for place in (target, *made, target.parent):
-            _sync(place)
+            sync(place)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
         if lock is not None:
@@ -151,101 +152,6 @@ def final_name(path: Path) -> str:
     return path.name if found is None else found[1]
 
 
-def refuse_occupied(target: Path, overwrite: bool = False) -> None:
-    """
-    Checks that a directory may be put at a path, and that it can.
-
-    :param overwrite: allow a directory that holds something
-    :raises OSError: if it may not or can not
-    """
-    empty = target.is_dir() and (overwrite or not any(target.iterdir()))
-    if target.exists() and not empty:
-        raise FileExistsError(
-            f"{target} exists and is not an empty folder; name another"
-        )
-    if os.path.ismount(target):
-        raise OSError(f"{target} is a mount point; name a folder inside of it")
-
-
-def copy_file(
-    source: str | Path, to: str | Path, *, follow_symlinks: bool = True
-) -> None:
-    """Copies a file, with its time and mode where the file system has them."""
-    shutil.copyfile(source, to, follow_symlinks=follow_symlinks)
-    with suppress(OSError):
-        shutil.copystat(source, to, follow_symlinks=follow_symlinks)
-
-
-def refuse_full(target: Path, needed: int) -> None:
-    """
-    Checks that the disk can hold what is going to be written beside a target.
-
-    :param needed: bytes
-    :raises OSError: if it cannot
-    """
-    parent = nearest(target)
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise OSError(
-            errno.ENOSPC,
-            f"the disk of {parent} has {file_size(free)} free, and {target} takes "
-            f"{file_size(needed)}: make room, or name a folder on another disk",
-        )
-
-
-def nearest(path: Path) -> Path:
-    """Returns a path, or the nearest of its parents that exists."""
-    while not os.path.lexists(path):
-        path = path.parent
-    return path
-
-
-def take(
-    source: Path, fresh: Path, keep: Callable[[str], bool], link: bool = False
-) -> None:
-    """
-    Takes along entries of a directory, except names that are there already.
-
-    :param keep: says which are taken along, by name
-    :param link: link files instead of copying them, where the file system can; for a
-        source that will be replaced
-    """
-    for entry in source.iterdir():
-        to = fresh / entry.name
-        if not os.path.lexists(to) and keep(entry.name):
-            _take(entry, to, link)
-
-
-def _take(entry: Path, to: Path, link: bool) -> None:
-    if entry.is_dir() and not (link and entry.is_symlink()):
-        to.mkdir()
-        for inside in entry.iterdir():
-            _take(inside, to / inside.name, link)
-    elif link:
-        _link(entry, to)
-    else:
-        copy_file(entry, to)
-
-
-def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Writes a JSON file anew; a file that is linked to the old one stays as it is."""
-    path.unlink(missing_ok=True)
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8")
-
-
-def _share(path: Path, folder: Path) -> None:
-    """Lets everyone read weights who may read the directory: safetensors lets nobody."""
-    if path.suffix == ".safetensors" and not path.is_symlink():
-        with suppress(OSError):  # not every file system has modes
-            path.chmod(path.stat().st_mode | folder.stat().st_mode & 0o666)
-
-
-def _copy_mode(old: Path, new: Path) -> None:
-    with suppress(OSError):  # not every file system has modes
-        shutil.copymode(old, new)
-
-
 def _lock(folder: Path) -> int | None:
     """Locks a directory for this process; returns None where file systems have no locks."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -266,20 +172,6 @@ def _is_abandoned(folder: Path) -> bool:
         return False
     os.close(lock)
     return True
-
-
-def _link(source: str | Path, to: str | Path) -> None:
-    try:
-        if not os.path.islink(source):
-            os.link(source, to)
-            return
-    except OSError:
-        pass  # not every file system has hard links
-    copy_file(source, to, follow_symlinks=False)
-    _sync(Path(to))
-
-
-_State = dict[str, tuple[int, ...]]
 
 
 def _state(folder: Path) -> _State:
@@ -332,7 +224,7 @@ def _put(
     if inside:
         _refill(fresh, target, lambda name: name in appeared or keep(name))
         return
-    _copy_mode(target, fresh)
+    copy_mode(target, fresh)
     ours = {entry.name for entry in fresh.iterdir()}
     take(target, fresh, lambda name: name in appeared or keep(name), link=True)
     old = fresh.with_suffix(_OLD)
@@ -360,7 +252,7 @@ def _replaces_nothing(fresh: Path, target: Path) -> bool:
     if target.exists():
         if any(target.iterdir()):
             return False
-        _copy_mode(target, fresh)
+        copy_mode(target, fresh)
     try:
         fresh.rename(target)
     except OSError as error:
@@ -397,18 +289,3 @@ def _refill(fresh: Path, target: Path, keep: Callable[[str], bool]) -> None:
             entry.unlink()
     for name in sorted(new, key="config.json".__eq__):
         (fresh / name).rename(target / name)
-
-
-def _sync(path: Path) -> None:
-    """Writes a file, or a directory's entries, to disk before anything is renamed."""
-    if path.is_symlink() or not (path.is_file() or path.is_dir()):
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Not every file system writes folders to disk when it is asked to.
-        if path.is_file() or error.errno not in _NO_SYNC:
-            raise
-    finally:
-        os.close(descriptor)

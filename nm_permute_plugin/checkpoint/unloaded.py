@@ -15,9 +15,9 @@ from safetensors import safe_open
 
 from nm_permute_plugin.checkpoint.config import Json
 from nm_permute_plugin.checkpoint.directory import INDEX, SINGLE, index_of
+from nm_permute_plugin.checkpoint.disk import write_json
 from nm_permute_plugin.checkpoint.shard_writer import ShardWriter
 from nm_permute_plugin.checkpoint.shards import open_shard
-from nm_permute_plugin.checkpoint.transaction import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,7 +11,7 @@ from loguru import logger
 from torch import Tensor
 
 from nm_permute_plugin._words import file_size
-from nm_permute_plugin.checkpoint import transaction
+from nm_permute_plugin.checkpoint import disk, transaction
 from nm_permute_plugin.checkpoint.bitmask import compress_any
 from nm_permute_plugin.checkpoint.checksums import refuse_changed, write_checksums
 from nm_permute_plugin.checkpoint.codec import clear_negative_zeros, compress
@@ -114,7 +114,7 @@ def convert(
     if target in source.parents:
         raise ValueError(f"{target} holds {source}; write somewhere else")
     if target != source:
-        transaction.refuse_occupied(target, overwrite)
+        disk.refuse_occupied(target, overwrite)
     refuse_changed(source)
     read_sparsity_config(
         checkpoint.config
@@ -158,7 +158,7 @@ def rewrite(
         check_files(source)
         travels = list_files(source).travels
         needed += sum((source / name).stat().st_size for name in travels)
-    transaction.refuse_full(target, needed)
+    disk.refuse_full(target, needed)
     with transaction.directory(
         target,
         keep if in_place else None,
@@ -170,17 +170,17 @@ def rewrite(
         after = sum((fresh / name).stat().st_size for name in names)
         if checkpoint.index is not None:
             index = _index(checkpoint.index, fresh, names)
-            transaction.write_json(fresh / INDEX, index)
-        transaction.write_json(fresh / "config.json", config)
+            disk.write_json(fresh / INDEX, index)
+        disk.write_json(fresh / "config.json", config)
         words = source / "tokenizer_config.json"
         if legacy and words.exists():
             new = legacy_tokenizer_config(read_json(words))
-            transaction.write_json(fresh / words.name, new)
+            disk.write_json(fresh / words.name, new)
         if target != source:
-            transaction.take(source, fresh, FOLDER.__eq__)
+            disk.take(source, fresh, FOLDER.__eq__)
             carry_files(source, fresh)
         elif checksums:
-            transaction.take(source, fresh, FOLDER.__eq__, link=True)
+            disk.take(source, fresh, FOLDER.__eq__, link=True)
         if checksums:
             _tell_card(source, fresh, plan)
             write_checksums(fresh, names)
@@ -205,7 +205,7 @@ def _tell_card(source: Path, fresh: Path, plan: Plan) -> None:
     if promise is None or not is_ours(source):
         return
     if not (fresh / CARD).exists():
-        transaction.copy_file(source / CARD, fresh / CARD)
+        disk.copy_file(source / CARD, fresh / CARD)
     stored = plan.format if plan.nonzeros else "dense"
     try:
         write_storage(fresh, promise, stored, "converted")

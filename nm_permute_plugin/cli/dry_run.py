@@ -45,7 +45,7 @@ def dry_run(
     with redirect_stdout(cast("Any", HostLog())):
         from llmcompressor.modeling.moe.linearize import linearize_moe
         from llmcompressor.recipe import Recipe
-    from nm_permute_plugin.checkpoint.transaction import nearest
+    from nm_permute_plugin.checkpoint.disk import nearest
     from nm_permute_plugin.evaluation.pretrained import empty_model, load_model
     from nm_permute_plugin.modifiers.disk import bytes_of_a_save
     from nm_permute_plugin.modifiers.fields import PermutationFields

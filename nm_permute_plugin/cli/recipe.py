@@ -193,8 +193,8 @@ def written(fields: Mapping[str, Any], then: list[str]) -> str:
     from pydantic import ValidationError
 
     from nm_permute_plugin._near_names import did_you_mean
-    from nm_permute_plugin.pruning.setting_errors import one_line
     from nm_permute_plugin.pruning.settings import Settings
+    from nm_permute_plugin.pruning.settings.errors import one_line
 
     for name in then:
         if name not in THEN:

@@ -10,8 +10,8 @@ from llmcompressor.modifiers import Modifier
 from torch import nn
 
 from nm_permute_plugin._words import file_size
+from nm_permute_plugin.checkpoint.disk import nearest, refuse_occupied
 from nm_permute_plugin.checkpoint.plan import TWO_FOUR
-from nm_permute_plugin.checkpoint.transaction import nearest, refuse_occupied
 from nm_permute_plugin.modifiers.neighbours import is_pruned_later, weight_bits
 from nm_permute_plugin.pruning.settings import Settings
 from nm_permute_plugin.pruning.targets import linears_among

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from nm_permute_plugin._files import read_yaml
 from nm_permute_plugin._near_names import did_you_mean
-from nm_permute_plugin.pruning.setting_errors import one_line, with_remedies
+from nm_permute_plugin.pruning.settings.errors import one_line, with_remedies
 
 OURS = "LearnablePermutationModifier"
 

@@ -9,8 +9,8 @@ from optimum.configuration_utils import BaseConfig
 from optimum.version import __version__ as optimum_version
 from pydantic import BeforeValidator, Field, ValidationError
 
-from nm_permute_plugin.pruning.setting_errors import one_line
 from nm_permute_plugin.pruning.settings import Frozen, Settings
+from nm_permute_plugin.pruning.settings.errors import one_line
 
 _COLUMNS = ("input_ids", "attention_mask", "position_ids", "loss_mask")
 """What of a tokenised sample is read; ``read_samples`` says how."""

@@ -9,7 +9,8 @@ import torch
 from optimum.quantization_base import OptimumQuantizer
 from torch import Tensor, nn
 
-from nm_permute_plugin.checkpoint.transaction import directory, refuse_occupied
+from nm_permute_plugin.checkpoint.disk import refuse_occupied
+from nm_permute_plugin.checkpoint.transaction import directory
 from nm_permute_plugin.cli.common import find_device
 from nm_permute_plugin.evaluation.corpus import Corpus, spread
 from nm_permute_plugin.evaluation.data_sets import read_data_set

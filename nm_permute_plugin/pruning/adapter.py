@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nm_permute_plugin._files import read_json
-from nm_permute_plugin.checkpoint import transaction
+from nm_permute_plugin.checkpoint import disk, transaction
 from nm_permute_plugin.checkpoint.checksums import refuse_changed
 from nm_permute_plugin.checkpoint.record import FOLDER, earlier_record
 from nm_permute_plugin.checkpoint.saving import writing
@@ -69,7 +69,7 @@ def adapt(
     """
     config, tensors, metadata = _read_adapter(adapter)
     _refuse_kinds(adapter, config)
-    transaction.refuse_occupied(out.resolve())
+    disk.refuse_occupied(out.resolve())
     record = earlier_record(checkpoint)
     if record is None:
         raise FileNotFoundError(
@@ -91,12 +91,12 @@ def adapt(
     fold = _Fold(model, resolved, perms, tensors)
     new = {name: fold.moved(name, tensor) for name, tensor in tensors.items()}
     moved = sum(not torch.equal(new[name], tensors[name]) for name in tensors)
-    transaction.refuse_full(out.resolve(), sum(x.nbytes for x in new.values()))
+    disk.refuse_full(out.resolve(), sum(x.nbytes for x in new.values()))
     with transaction.directory(out.resolve()) as fresh:
         with writing(out):
             save_file(new, fresh / WEIGHTS, metadata)
         content = {**config, "base_model_name_or_path": str(checkpoint)}
-        transaction.write_json(fresh / CONFIG, content)
+        disk.write_json(fresh / CONFIG, content)
         carry_files(adapter.resolve(), fresh)
     return moved, len(new)
 

@@ -42,11 +42,15 @@ from nm_permute_plugin.pruning.running.decoder_layers import decoder_layers
 from nm_permute_plugin.pruning.running.fast_dtype import computing_fast
 from nm_permute_plugin.pruning.running.masked import evaluating
 from nm_permute_plugin.pruning.search import History, search_problem
+from nm_permute_plugin.pruning.session import once
 from nm_permute_plugin.pruning.settings import Settings
 from nm_permute_plugin.pruning.targets import refuse_sparse
 from nm_permute_plugin.specs.fold import Write, write_in_place
 from nm_permute_plugin.specs.moving import moved_along
 from nm_permute_plugin.specs.spec import ResolvedSpec
+
+NOT_LEARNED_FROM = {"format", "prune", "recover", "budget"}
+"""The settings that learning does not depend on."""
 
 
 @dataclass
@@ -299,7 +303,8 @@ def _find(
                 found, history = learn(problem, start, settings)
             return found.state_dict(), history
 
-        state, history = kept(learned, "learning", problem.known)
+        read = settings.model_dump(exclude=NOT_LEARNED_FROM)
+        state, history = once(learned, "learning", problem.known, read)
         found = Solution(**state)
         clock.lap("learn")
     return found, searched, history

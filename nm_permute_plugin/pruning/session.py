@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Measure a dense model once, and search once, for all recipes that are tried on it.
+Measure a dense model, search and learn once for all recipes that are tried on it.
 
 What was found is known by the content of what it was found from: weights, tokens, settings.
 """
@@ -29,8 +29,9 @@ def session() -> Iterator[None]:
     Keep what is measured and searched, and take it again, while the context lasts.
 
     A run whose model holds the same weights, on the same data, does not measure them
-    again, and does not search again with the same score, pattern, seed and loss. What it
-    finds is the same as without a session.
+    again, does not search again with the same score, pattern, seed and loss, and does not
+    learn again where only the recovery, the budget or the format differ. What it finds is
+    the same as without a session, up to rounding.
 
     >>> import nm_permute_plugin as nmp
     >>> with nmp.session():  # doctest: +SKIP

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import quality
+from nm_permute_plugin.pruning import pipeline
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def test_methods_are_measured_over_seeds(run) -> None:
         "all.json", "--methods", "wanda", "search", "free-mask", "--seeds", "0", "1"
     )
     runs = [(result["method"], result["seed"]) for result in record["results"]]
-    both = [(method, seed) for method in ("search", "free-mask") for seed in (0, 1)]
+    both = [(method, seed) for seed in (0, 1) for method in ("search", "free-mask")]
     assert runs == [("wanda", 0), *both]
     wanda, *others = (result["perplexity"] for result in record["results"])
     assert record["dense"] < wanda
@@ -58,6 +59,38 @@ def test_runs_are_judged_by_fidelity_and_by_a_task(run, tmp_path: Path) -> None:
         ValueError, match="hellaswag None and .*items.raw|items.raw and N"
     ):
         run("judged.json", *without)
+
+
+def test_a_setting_is_varied_after_one_learning(run, monkeypatch) -> None:
+    learned = []
+    learn = pipeline.learn
+    monkeypatch.setattr(
+        pipeline, "learn", lambda *args: (learned.append(args), learn(*args))[1]
+    )
+    methods = ["--methods", "learned", "learned+end_to_end", "--seeds", "0"]
+    steps = "learned+end_to_end.recover.end_to_end.steps"
+    record, printed = run(
+        "varied.json", *methods, "--recover-steps", "1", "--vary", f"{steps}=[2, 3]"
+    )
+    recovered = [f"learned+end_to_end{end}" for end in ("", ", steps 2", ", steps 3")]
+    names = [result["method"] for result in record["results"]]
+    assert names == ["learned", *recovered]
+    assert len(learned) == 1
+    histories = [r["recovered"][0]["history"] for r in record["results"][1:]]
+    assert [history[-1]["step"] for history in histories] == [1, 2, 3]
+    assert "| learned+end_to_end, steps 3 | 1 |" in printed
+
+
+@pytest.mark.parametrize(
+    ("said", "answer"),
+    [
+        ("learned.recover.end_to_end.steps=[2]", "nothing in learned reads"),
+        ("learned.learn.steps=2", "give a list of values"),
+    ],
+)
+def test_what_cannot_be_varied_is_refused(run, said: str, answer: str) -> None:
+    with pytest.raises(ValueError, match=answer):
+        run("none.json", "--methods", "learned", "--vary", said)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import torch
 from directories import KEPT, content_of, everything, fill
 from safetensors.torch import save_file
 
-from nm_permute_plugin.checkpoint import transaction
+from nm_permute_plugin.checkpoint import disk, transaction
 
 
 def test_a_new_directory_appears_at_the_end(tmp_path: Path) -> None:
@@ -91,19 +91,19 @@ def test_a_target_that_cannot_be_renamed_is_filled(
 
 def test_a_link_to_another_file_is_not_written_through(target: Path) -> None:
     with transaction.directory(target) as fresh:
-        transaction.take(target, fresh, everything, link=True)
-        transaction.write_json(fresh / "config.json", {})
+        disk.take(target, fresh, everything, link=True)
+        disk.write_json(fresh / "config.json", {})
         assert (target / "config.json").read_text() == "old"
     assert (target / "config.json").read_text() == "{}\n"
 
 
 def test_what_may_not_be_replaced_is_refused(target: Path, tmp_path: Path) -> None:
-    transaction.refuse_occupied(tmp_path / "new")
-    transaction.refuse_occupied(target, overwrite=True)
+    disk.refuse_occupied(tmp_path / "new")
+    disk.refuse_occupied(target, overwrite=True)
     with pytest.raises(FileExistsError, match="target exists and is not an empty fold"):
-        transaction.refuse_occupied(target)
+        disk.refuse_occupied(target)
     with pytest.raises(FileExistsError, match=r"notes.txt exists and is not an empty"):
-        transaction.refuse_occupied(target / "notes.txt", overwrite=True)
+        disk.refuse_occupied(target / "notes.txt", overwrite=True)
 
 
 WRITER = """
@@ -217,7 +217,7 @@ def test_a_file_system_without_modes_and_links_takes_a_directory(
     with transaction.directory(target, everything) as fresh:
         fill(fresh)
         save_file({"x": torch.zeros(4)}, fresh / "model.safetensors")
-        transaction.take(target, fresh, everything)
+        disk.take(target, fresh, everything)
     assert content_of(target).keys() == {*KEPT, "model.safetensors"}
 
 

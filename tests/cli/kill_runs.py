@@ -21,7 +21,7 @@ import torch.distributed.checkpoint.hf_storage  # noqa: F401
 from transformers import LlamaForCausalLM  # noqa: F401
 
 from nm_permute_plugin.cli.app import app
-from nm_permute_plugin.pruning import resuming
+from nm_permute_plugin.pruning import state_folder
 
 PLACES = {
     "statistics": ("nm_permute_plugin.pruning.problem", "output_sensitivity"),
@@ -62,7 +62,7 @@ def run(folder: Path, recipe: str, out: str, moment: str | None) -> dict[str, An
             os.dup2(stream.fileno(), 1)
             os.dup2(stream.fileno(), 2)
         # The state is written at every step, however long that takes.
-        resuming.EVERY, resuming.SHARE = 0.0, 1e9
+        state_folder.EVERY, state_folder.SHARE = 0.0, 1e9
         if moment is not None:
             place, call, name = moment.split(":")
             dying(place, int(call), signal.Signals[name])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from commands import assert_one_error, listing, nm_permute, prune
 
-from nm_permute_plugin.checkpoint import transaction
+from nm_permute_plugin.checkpoint import disk
 
 
 @pytest.fixture
@@ -51,13 +51,13 @@ def test_a_conversion_that_cannot_fit_is_refused_before_the_work(
 def test_a_disk_that_fills_up_meanwhile_leaves_nothing(
     sparse: Path, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = transaction.refuse_full
+    real = disk.refuse_full
 
     def then_fill(target: Path, needed: int) -> None:
         real(target, needed)
         fill(small, 16 << 10)
 
-    monkeypatch.setattr(transaction, "refuse_full", then_fill)
+    monkeypatch.setattr(disk, "refuse_full", then_fill)
     result = nm_permute("convert", sparse, small / "dense", "--format", "dense")
     assert_one_error(result, r"could not be written to .*No space left on device")
     assert listing(small) == ["filler"]
@@ -84,6 +84,6 @@ def test_oneshot_that_fills_the_disk_leaves_nothing(
 def test_an_adapter_that_cannot_fit_leaves_nothing(tmp_path: Path, small: Path) -> None:
     fill(small, 4 << 10)
     with pytest.raises(OSError, match="make room"):
-        transaction.refuse_full(small / "a" / "b", 8 << 10)
-    transaction.refuse_full(small / "a" / "b", 1 << 10)
+        disk.refuse_full(small / "a" / "b", 8 << 10)
+    disk.refuse_full(small / "a" / "b", 1 << 10)
     assert os.listdir(small) == ["filler"]

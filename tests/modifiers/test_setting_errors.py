@@ -9,8 +9,8 @@ import yaml
 from pydantic import ValidationError
 
 from nm_permute_plugin.modifiers import LearnablePermutationModifier
-from nm_permute_plugin.pruning.setting_errors import one_line
 from nm_permute_plugin.pruning.settings import Settings
+from nm_permute_plugin.pruning.settings.errors import one_line
 
 CASES = {
     "mask_structure: 2:4": 'mask_structure: write it in quotes, mask_structure: "2:4"; '

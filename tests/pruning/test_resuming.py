@@ -16,7 +16,7 @@ from torch import nn
 from whole_runs import assert_same, weights_of
 
 import nm_permute_plugin as nmp
-from nm_permute_plugin.pruning import pipeline, resuming, state_files
+from nm_permute_plugin.pruning import pipeline, state_files, state_folder
 from nm_permute_plugin.pruning.running import backward
 
 LEARN = {"stages": ["soft", "multipliers"], "steps": 3, "published": {"block_size": 16}}
@@ -75,7 +75,7 @@ def test_an_interrupted_run_goes_on_with_the_same_weights(
 def test_what_was_found_is_kept_where_the_disk_has_room(
     tiny_model, go, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resuming.shutil, "disk_usage", lambda _: _Full())
+    monkeypatch.setattr(state_folder.shutil, "disk_usage", lambda _: _Full())
     model, folder = tiny_model("llama"), tmp_path / "state"
     monkeypatch.setattr(pipeline, "learn", _interrupt)
     with pytest.raises(KeyboardInterrupt), nmp.resuming(folder):
