@@ -218,6 +218,7 @@ def main() -> None:
     _say("seconds", "", {"start of the process": waited, "CUDA's context": context})
     for name, fields in request["asked"].items():
         _measure_one(name, Asked(*fields), device)
+        torch.cuda.empty_cache()
 
 
 def _measure_one(name: str, asked: Asked, device: torch.device) -> None:
@@ -228,10 +229,9 @@ def _measure_one(name: str, asked: Asked, device: torch.device) -> None:
         faulthandler.dump_traceback_later(TIMEOUT, exit=True)
         _say("trying", name, kernel)
 
-    weight = random_weight(
-        (asked.rows, asked.channels), getattr(torch, asked.dtype), device
-    )
+    shape = (asked.rows, asked.channels)
     try:
+        weight = random_weight(shape, getattr(torch, asked.dtype), device)
         kernels = {kernel: KERNELS[kernel] for kernel in asked.kernels}
         table = tune(weight, kernels, parts, tell)
     except RuntimeError as error:
@@ -242,8 +242,6 @@ def _measure_one(name: str, asked: Asked, device: torch.device) -> None:
     faulthandler.cancel_dump_traceback_later()
     parts["other"] = time.perf_counter() - started - sum(parts.values())
     _say("seconds", name, parts)
-    del weight
-    torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -35,6 +35,9 @@ SLACK = 1.25
 """After a short measurement those candidates stay that took up to this many times as long
 as the fastest."""
 
+_DRAWN = 1024
+"""So many rows of a random weight are drawn at a time."""
+
 COARSE = (0.0, 3)
 """A short measurement spends so many microseconds, but replays at least so often."""
 
@@ -250,13 +253,17 @@ def random_weight(
     """Draw a 2:4 weight [out, in]; those of 8 bits are whole numbers."""
     rows, channels = shape
     generator = torch.Generator(device).manual_seed(rows + channels)
-    size = (rows, channels // 4, 4)
-    values = torch.randn(size, generator=generator, device=device, dtype=torch.float32)
-    dropped = values.abs().topk(2, -1, largest=False).indices
-    values.scatter_(-1, dropped, 0)
-    if dtype in DTYPES_8:
-        values = (values * 40).round().clamp(-127, 127) + 0.0  # no -0.0
-    return values.view(shape).to(dtype)
+    weight = torch.empty(shape, dtype=dtype, device=device)
+    for part in weight.split(_DRAWN):  # a card that holds a model has little room
+        size = (len(part), channels // 4, 4)
+        values = torch.empty(size, dtype=torch.float32, device=device)
+        values.normal_(generator=generator)
+        dropped = values.abs().topk(2, -1, largest=False).indices
+        values.scatter_(-1, dropped, 0)
+        if dtype in DTYPES_8:
+            values = (values * 40).round().clamp(-127, 127) + 0.0  # no -0.0
+        part.copy_(values.view(part.shape))
+    return weight
 
 
 def random_tokens(weight: Tensor, tokens: int) -> Tensor:
