@@ -11,8 +11,8 @@ import pytest
 import torch
 from weights import sparse_weight
 
-from nm_permute_plugin.serving import measuring
-from nm_permute_plugin.serving.kernel_table import Bucket, Choice, KernelTable
+from nm_permute_plugin.serving import measuring, tune
+from nm_permute_plugin.serving.kernel_table import BUCKETS, Bucket, Choice, KernelTable
 from nm_permute_plugin.serving.measuring import Asked, crash_reason, measure
 
 BOTH = ["dense", "mma_sp"]
@@ -170,3 +170,29 @@ def test_where_no_process_can_be_started_nothing_is_measured(
     reasons = set(measure(ASKED, GPU).faults.values())
     assert len(reasons) == 1
     assert "no process can be started: [Errno 11] Resource temp" in reasons.pop()
+
+
+class StandInRecording:
+    """Stands in for a recording on a card: every call takes 10 microseconds."""
+
+    def __init__(self, calls: object, other: object = None) -> None:
+        pass
+
+    def microseconds(self, least: float = 3000.0, fewest: int = 5) -> float:
+        return 10.0
+
+
+def test_what_the_process_says_is_what_is_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The process's own work, done here on a CPU."""
+    monkeypatch.setattr(tune, "Recording", StandInRecording)
+    monkeypatch.setattr(tune, "COLD_BYTES", 0)
+    asked = Asked(32, 128, "bfloat16", ["dense"])
+    measuring._measure_one("first", asked, torch.device("cpu"))
+    measured = measuring.Measured({}, {}, {}, {})
+    assert measuring._read(capsys.readouterr().out, measured) == ("first", "dense")
+    found = measured.tables["first"]
+    assert [bucket.tokens for bucket in found.buckets] == list(BUCKETS)
+    assert found.choice(7) == Choice("dense", (), 10.0)
+    assert {"check", "coarse", "fine", "other"} <= set(measured.seconds["first"])
