@@ -183,7 +183,7 @@ class StandInRecording:
 
 
 def test_what_the_process_says_is_what_is_read(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The process's own work, done here on a CPU."""
     monkeypatch.setattr(tune, "Recording", StandInRecording)
@@ -191,7 +191,7 @@ def test_what_the_process_says_is_what_is_read(
     asked = Asked(32, 128, "bfloat16", ["dense"])
     measuring._measure_one("first", asked, torch.device("cpu"))
     measured = measuring.Measured({}, {}, {}, {})
-    assert measuring._read(capsys.readouterr().out, measured) == ("first", "dense")
+    assert measuring._read(capfd.readouterr().out, measured) == ("first", "dense")
     found = measured.tables["first"]
     assert [bucket.tokens for bucket in found.buckets] == list(BUCKETS)
     assert found.choice(7) == Choice("dense", (), 10.0)
