@@ -5,6 +5,7 @@ How fast is a 2:4 product beside the dense one, at every number of tokens?
 Usage::
 
     PYTHONPATH=. python benchmarks/sparse_kernels.py [--json FILE] [--dtypes bf16 fp8 int8]
+    PYTHONPATH=. python benchmarks/sparse_kernels.py --startup [--json FILE]
 
 Needs a CUDA device. The four linear shapes of LLaMA-3-8B; every kernel and setting in
 one run, each from replayed CUDA graphs over copies of the weight that together do not
@@ -14,52 +15,38 @@ scales, one a token and one an output channel. Sparse ones leave them to what re
 outputs, as compiled models do (``ratio``), or to a pass of its own, as models do that are
 not compiled (``passed``). ``bound`` is the share of the memory bandwidth measured in this
 run that the chosen kernel reaches. Errors are the largest over the first 64 tokens, as a
-share of the largest output, against float64.
+share of the largest output, against float64. ``--startup`` tells instead where the seconds
+of a server's first start go, and how good its choices are (``startup.py``).
 """
 
 import argparse
 import json
 import sys
 import time
-import traceback
 from functools import partial
-from multiprocessing import Pipe, get_context
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+import startup
 from nm_permute_plugin.serving.kernel_table import Choice
 from nm_permute_plugin.serving.kernels.kernel import DTYPES_8
 from nm_permute_plugin.serving.kernels.scaling import scaled
 from nm_permute_plugin.serving.ops import KERNELS
 from nm_permute_plugin.serving.tune import (
+    Contest,
     choose,
     cold_copies,
     error_of,
-    measure_kernel,
     microseconds,
     random_tokens,
+    random_weight,
 )
+from startup import DTYPES, SHAPES, isolated
 
-SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 8192)
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp8": torch.float8_e4m3fn,
-    "int8": torch.int8,
-}
-
-
-def sparse_weight(rows: int, channels: int, dtype: torch.dtype) -> torch.Tensor:
-    """A random 2:4 weight on the GPU."""
-    torch.manual_seed(rows + channels)
-    places = torch.rand(rows, channels // 4, 4, device="cuda").argsort(-1)
-    weight = torch.randn(rows, channels // 4, 4, device="cuda")
-    if dtype in DTYPES_8:
-        weight = (weight * 40).round().clamp(-127, 127)
-    return weight.masked_fill(places < 2, 0).view(rows, channels).to(dtype)
 
 
 def bandwidth() -> float:
@@ -109,7 +96,7 @@ def passed_microseconds(
 
 def bench_shape(rows, channels, kind, copy_rate, fp8_dense, results) -> None:
     """All numbers of tokens by one weight; a printed row each, sent to the parent."""
-    weight = sparse_weight(rows, channels, DTYPES[kind])
+    weight = random_weight((rows, channels), DTYPES[kind], "cuda")
     packed_copies = {}
     for name, kernel in KERNELS.items():
         reason = kernel.unsupported(weight)
@@ -124,7 +111,9 @@ def bench_shape(rows, channels, kind, copy_rate, fp8_dense, results) -> None:
         best: dict[str, Choice] = {}
         every, errors = {}, {}
         for name, copies in packed_copies.items():
-            choices = measure_kernel(KERNELS[name], copies, x, truth.float())
+            contest = Contest(x, truth.float())
+            contest.add(KERNELS[name], copies)
+            choices, _ = contest.decide(slack=float("inf"))
             every[name] = [
                 (choice.settings, round(choice.microseconds, 2)) for choice in choices
             ]
@@ -175,8 +164,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--startup", action="store_true", help="of a first start")
     arguments = parser.parse_args()
     started = time.perf_counter()
+    if arguments.startup:
+        startup.main(arguments.dtypes, arguments.json)
+        return
     record: dict = {"results": []}
     rows_of = record["results"]
     for row in isolated(describe):
@@ -212,34 +205,6 @@ def describe(results) -> None:
             "copy_bytes_per_second": bandwidth(),
         }
     )
-
-
-def isolated(function, *arguments) -> list[dict]:
-    """
-    What a function sends, from a process of its own: a kernel that crashes ends that.
-
-    The parent never touches the GPU, so that its children can be forked.
-    """
-    here, there = Pipe(duplex=False)
-    process = get_context("fork").Process(
-        target=reporting, args=(function, *arguments, there)
-    )
-    process.start()
-    there.close()
-    rows = []
-    try:
-        while True:
-            rows.append(here.recv())
-    except EOFError:
-        process.join()
-    return rows
-
-
-def reporting(function, *arguments) -> None:
-    try:
-        function(*arguments)
-    except Exception:  # the other shapes' figures are still worth having
-        traceback.print_exc()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from nm_permute_plugin.serving.detect import Mode, must_be_mode
 from nm_permute_plugin.serving.detect import mode as mode_of_environment
 from nm_permute_plugin.serving.kernels.kernel import DTYPES_8, DTYPES_16
 from nm_permute_plugin.serving.layer_report import from_to
-from nm_permute_plugin.serving.linear import SparseLinear, try_kernels, unmeasured
+from nm_permute_plugin.serving.linear import SparseLinear, expect
 from nm_permute_plugin.serving.quantized_linear import owner_of, unsupported_scheme
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -76,13 +76,13 @@ def accelerate(model: Model, *, undo: bool = False, mode: Mode | None = None) ->
             f"nothing to accelerate: {_told(dense)}. Load a checkpoint that was pruned 2:4."
         )
     before = _bytes(model)
-    new = unmeasured([linear.weight.detach() for linear in sparse.values()], chosen)
+    weights = (linear.weight.detach() for linear in sparse.values())
+    new = {weight.shape for weight in weights if expect(weight, chosen)}
     if new:
         logger.info(
             f"accelerate: measuring the kernels for {len(new)} shapes of weights, once on "
-            "this card; it takes a minute or so"
+            "this card; it takes seconds"
         )
-        try_kernels(new, chosen)
     owner = owner_of(model)
     host = Host(None if owner is None else ref(owner))
     with torch.no_grad():

@@ -21,14 +21,15 @@ from nm_permute_plugin.serving.kernels import scaling
 from nm_permute_plugin.serving.kernels.kernel import DTYPES_8, DTYPES_16, Kernel
 from nm_permute_plugin.serving.kernels.nvidia import card_of
 from nm_permute_plugin.serving.kernels.scaling import scaled
+from nm_permute_plugin.serving.measuring import crash_reason
 from nm_permute_plugin.serving.ops import KERNELS
-from nm_permute_plugin.serving.probe import crash_reason
 from nm_permute_plugin.serving.tune import (
     TOLERANCE,
     cold_copies,
     error_of,
     microseconds,
     random_tokens,
+    random_weight,
 )
 
 SHAPES = ((4096, 4096), (4096, 14336))
@@ -86,7 +87,7 @@ def check_card(
             f"{torch.__version__} finds none here. Run it on a machine with a GPU."
         )
     weights = [
-        _weight(shape, dtype, device)
+        random_weight(shape, dtype, device)
         for dtype in DTYPES_16 + DTYPES_8
         for shape in shapes
     ]
@@ -110,19 +111,6 @@ def _reason(
     if reason := kernel.unsupported(weight):
         return f"refused: {reason}"
     return None if kernel.name == "dense" else probe(kernel.name, weight)
-
-
-def _weight(shape: tuple[int, int], dtype: torch.dtype, device: str) -> Tensor:
-    """Draw a 2:4 weight; those of 8 bits are whole numbers."""
-    rows, channels = shape
-    generator = torch.Generator(device).manual_seed(rows + channels)
-    size = (rows, channels // 4, 4)
-    values = torch.randn(size, generator=generator, device=device)
-    dropped = values.abs().topk(2, -1, largest=False).indices
-    values.scatter_(-1, dropped, 0)
-    if dtype in DTYPES_8:
-        values = (values * 40).round().clamp(-127, 127) + 0.0  # no -0.0
-    return values.view(shape).to(dtype)
 
 
 def _check(

@@ -3,12 +3,8 @@
 
 import json
 import logging
-import os
 import re
-import tempfile
-import time
 from bisect import bisect_left
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -21,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nm_permute_plugin._files import parse_json, read_text
+from nm_permute_plugin.serving import cache
 from nm_permute_plugin.serving import kernels as implementations
 from nm_permute_plugin.serving.kernels.kernel import Settings
 
@@ -29,13 +26,8 @@ logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is under its n
 BUCKETS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """The most tokens that each bucket serves; the last bucket also serves larger numbers."""
 
-_PART = ".tmp"
-_ABANDONED = 3600.0  # seconds: to write a table takes a moment
 _LARGEST_SETTING = 1 << 16  # sizes of tiles, counts, numbers of algorithms; -1: none
 _LARGEST = 1 << 20  # bytes of a file: a table takes some kilobytes
-
-CACHE = "NM_PERMUTE_CACHE"
-"""This environment variable names the folder where kernel tables are kept."""
 
 
 class Choice(NamedTuple):
@@ -150,7 +142,7 @@ def path_of(weight: Tensor, kernels: list[str]) -> Path:
     key = (card, *versions, shape, dtype, " ".join(kernels), source)
     readable = re.sub(r"[^A-Za-z0-9]+", "-", f"{card}-{shape}-{dtype}")
     digest = sha256("\n".join(key).encode()).hexdigest()[:16]
-    return cache_folder() / f"{readable}-{digest}.json"
+    return cache.folder() / f"{readable}-{digest}.json"
 
 
 def source_digest(folder: Traversable) -> str:
@@ -163,22 +155,6 @@ def source_digest(folder: Traversable) -> str:
         elif file.is_dir() and file.name != "__pycache__":
             found.update(f"{file.name}/ {source_digest(file)}\n".encode())
     return found.hexdigest()
-
-
-def cache_folder() -> Path:
-    """
-    Return ``NM_PERMUTE_CACHE``, or ``nm-permute`` in the user's cache folder.
-
-    A user without a home, as containers have, gets one among the temporary files.
-    """
-    if chosen := os.environ.get(CACHE):
-        return Path(chosen)
-    if home := os.environ.get("XDG_CACHE_HOME"):
-        return Path(home) / "nm-permute"
-    try:
-        return Path.home() / ".cache" / "nm-permute"
-    except RuntimeError:
-        return Path(tempfile.gettempdir()) / f"nm-permute-{os.getuid()}"
 
 
 def load(path: Path, rows: int, allowed: list[str]) -> KernelTable | None:
@@ -201,26 +177,4 @@ def load(path: Path, rows: int, allowed: list[str]) -> KernelTable | None:
 
 def save(table: KernelTable, path: Path) -> None:
     """Write a kernel table as a whole or not at all; a failure is only warned of."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _clear_abandoned(path.parent)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, suffix=_PART, delete=False
-        ) as file:
-            try:
-                file.write(table.to_json())
-                file.flush()
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-    except OSError as error:
-        logger.warning("could not keep the kernel table in %s: %s", path, error)
-
-
-def _clear_abandoned(folder: Path) -> None:
-    """Remove what servers that were killed while they wrote have left."""
-    for part in folder.glob(f"*{_PART}"):
-        with suppress(OSError):
-            if time.time() - part.stat().st_mtime > _ABANDONED:
-                part.unlink()
+    cache.keep(path, table.to_json().encode(), "kernel table")

@@ -3,8 +3,7 @@
 
 import logging
 import os
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from importlib.resources import files
 
@@ -17,9 +16,9 @@ from nm_permute_plugin.serving.detect import Mode
 from nm_permute_plugin.serving.kernel_table import Bucket, Choice, KernelTable
 from nm_permute_plugin.serving.kernels.kernel import DTYPES_16
 from nm_permute_plugin.serving.kernels.scaling import scaled
+from nm_permute_plugin.serving.measuring import Asked, Process, measure, start
 from nm_permute_plugin.serving.ops import KERNELS, TABLES, sparse24_linear, unpack
-from nm_permute_plugin.serving.probe import crash_reason
-from nm_permute_plugin.serving.tune import fault_of, tune, warm_up
+from nm_permute_plugin.serving.tune import fault_of, warm_up
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is under its name
 
@@ -27,11 +26,14 @@ FORCED = "NM_PERMUTE_KERNEL"
 """This environment variable restricts the kernels to those it names, comma-separated."""
 
 
-_PROBES = 8
-"""So many kernels are tried at once, in a process each."""
+_EXPECTED: dict[str, tuple[Asked, torch.device]] = {}
+"""Weights that ``expect`` announced and that have no kernel table yet, by their table."""
 
-_CRASHES: dict[tuple[str, str], str | None] = {}
-"""How a kernel crashes for weights of a size, or None; each is tested once."""
+_WAITING: list[Process] = []
+"""The process that will measure them: it gets ready while the weights are loaded."""
+
+_MEASURED: dict[str, KernelTable | str] = {}
+"""Kernel tables that were measured and are not used yet, or why there is none."""
 
 
 class SparseLinear:
@@ -53,8 +55,9 @@ class SparseLinear:
         """
         Return the layer ready to multiply, or the reason why it should stay dense.
 
-        The first weight of each shape and dtype is measured, which takes seconds on a
-        card; the kernel table is logged and kept on disk.
+        The first weight of each shape and dtype is measured on a card, together with
+        those that ``expect`` announced, which takes seconds; the kernel table is logged
+        and kept on disk.
 
         :param weight: [out, in], dense values on the final device; bfloat16, float16,
             float8_e4m3fn or int8
@@ -128,40 +131,28 @@ class SparseLinear:
         return scaled(self(x_q), scale_x, scale_w, bias, out_dtype)
 
 
-def unmeasured(weights: Iterable[Tensor], mode: Mode) -> list[Tensor]:
+def expect(weight: Tensor, mode: Mode) -> bool:
     """
-    Return a weight of each shape that ``prepare`` will have to measure.
+    Announce a weight: all that are announced are measured together, in one process.
 
-    :param weights: as for ``prepare``
+    :param weight: as for ``SparseLinear.prepare``; shape, dtype and device count
+    :return: whether it will have to be measured
     """
-    found: dict[str, Tensor] = {}
-    for weight in weights:
-        if _unsupported(weight, mode) is not None:
-            continue
-        allowed = _allowed(weight, mode)
-        name = _name(weight, allowed)
-        if name not in TABLES | found:
-            path = kernel_table.path_of(weight, allowed)
-            if not os.path.exists(path):  # False too where it cannot be looked for
-                found[name] = weight
-    return list(found.values())
-
-
-def try_kernels(weights: Iterable[Tensor], mode: Mode) -> None:
-    """
-    Test side by side whether kernels crash; ``prepare`` would test one after the other.
-
-    :param weights: of ``unmeasured``
-    """
-    pairs = {
-        (name, _size(weight)): weight
-        for weight in weights
-        for name in _allowed(weight, mode)
-        if name != "dense" and (name, _size(weight)) not in _CRASHES
-    }
-    with ThreadPoolExecutor(_PROBES) as pool:
-        reasons = pool.map(lambda pair: crash_reason(pair[0], pairs[pair]), pairs)
-        _CRASHES.update(zip(pairs, reasons, strict=True))
+    if _unsupported(weight, mode) is not None:
+        return False
+    allowed = _allowed(weight, mode)
+    name = _name(weight, allowed)
+    if name in _EXPECTED:
+        return True
+    # exists: False too where it cannot be looked for
+    known = name in TABLES or name in _MEASURED
+    if known or os.path.exists(kernel_table.path_of(weight, allowed)):
+        return False
+    _EXPECTED[name] = Asked.of(weight, allowed), weight.device
+    if not _WAITING:
+        with suppress(OSError):  # it is started again when it is needed
+            _WAITING.append(start())
+    return True
 
 
 @cache
@@ -213,19 +204,11 @@ def _table(weight: Tensor, allowed: list[str]) -> KernelTable:
         logger.warning("ignored the kernel table in %s: %s", path, fault)
         table = None
     if table is None:
-        usable = []
-        for name in allowed:
-            reason = None if name == "dense" else _crash_reason(name, weight)
-            if reason is None:
-                usable.append(name)
-            else:
-                size = _size(weight)
-                logger.warning("%s is not used for %s: %s", name, size, reason)
-        try:
-            table = tune(weight, {name: KERNELS[name] for name in usable})
-        except RuntimeError as error:
-            logger.warning("no sparse kernels run for this shape: %s", error)
+        measured = _measured(weight, allowed)
+        if isinstance(measured, str):
+            logger.warning("no sparse kernels run for this shape: %s", measured)
             return KernelTable(len(weight), [Bucket(1, Choice("dense", (), 0.0), [])])
+        table = measured
         kernel_table.save(table, path)
     logger.info(
         "kernels for weights of shape %s, %s, by tokens (microseconds):\n%s\n%s",
@@ -237,16 +220,23 @@ def _table(weight: Tensor, allowed: list[str]) -> KernelTable:
     return table
 
 
-def _crash_reason(kernel: str, weight: Tensor) -> str | None:
-    """Return how a kernel crashes for weights of this size, tested once a process."""
-    key = (kernel, _size(weight))
-    if key not in _CRASHES:
-        _CRASHES[key] = crash_reason(kernel, weight)
-    return _CRASHES[key]
-
-
-def _size(weight: Tensor) -> str:
-    return f"weights of shape {tuple(weight.shape)}, {weight.dtype}"
+def _measured(weight: Tensor, allowed: list[str]) -> KernelTable | str:
+    """Return a weight's kernel table, measured now or before, or why there is none."""
+    name = _name(weight, allowed)
+    if name not in _MEASURED:
+        _EXPECTED[name] = Asked.of(weight, allowed), weight.device
+        asked = {n: a for n, (a, on) in _EXPECTED.items() if on == weight.device}
+        process = _WAITING.pop() if _WAITING else None
+        found = measure(asked, weight.device, process)
+        for each in asked:
+            del _EXPECTED[each]
+        _MEASURED.update(found.faults)
+        for each, table in found.tables.items():
+            _MEASURED[each] = table
+    measured = _MEASURED.pop(name)
+    if isinstance(measured, str):
+        return measured
+    return fault_of(measured, weight, KERNELS) or measured
 
 
 def _name(weight: Tensor, allowed: list[str]) -> str:

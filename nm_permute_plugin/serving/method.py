@@ -11,7 +11,7 @@ from nm_permute_plugin.checkpoint.codec import decompress
 from nm_permute_plugin.checkpoint.layout24 import FIRST_TWO, WORDS
 from nm_permute_plugin.serving.detect import MODE_VARIABLE, NAME, Mode
 from nm_permute_plugin.serving.layer_report import LayerReport
-from nm_permute_plugin.serving.linear import SparseLinear
+from nm_permute_plugin.serving.linear import SparseLinear, expect
 from nm_permute_plugin.serving.product import Product, product_of, unsupported_precision
 from nm_permute_plugin.serving.vllm_names import (
     BasevLLMParameter,
@@ -97,9 +97,11 @@ class Sparse24LinearMethod(LinearMethodBase):
         more = config.additional_config
         self.compiled_for = more.setdefault(NAME, []) if type(more) is dict else []
         self.report.expect(self.name)
+        weight = getattr(layer, "weight", None)
+        if weight is not None and self._dense_reason(layer) is None:
+            expect(weight.data, self.mode)
         if not self.stored:
             return
-        weight = getattr(layer, "weight", None)
         if weight is None or weight.dtype not in WORDS:
             raise ValueError(
                 f"{self.name} is stored as sparse-24-bitmask, but its quantization has "
@@ -223,6 +225,14 @@ class Sparse24LinearMethod(LinearMethodBase):
 
     def _prepare(self, layer: LinearBase) -> SparseLinear | str:
         """Return the layer's weight for sparse kernels, or why it is served dense."""
+        if reason := self._dense_reason(layer):
+            return reason
+        # a stored weight has been found to be 2:4 when it was decompressed
+        weight = layer.weight.data
+        return SparseLinear.prepare(weight, self.mode, is_checked=self.stored)
+
+    def _dense_reason(self, layer: LinearBase) -> str | None:
+        """Return why a layer is served dense, however fast the kernels are, or None."""
         if self.mode == "dense":
             return f"{MODE_VARIABLE} is dense"
         if not current_platform.is_cuda():
@@ -233,11 +243,7 @@ class Sparse24LinearMethod(LinearMethodBase):
             return "only a part of the fused layer is 2:4"
         if self.name.rpartition(".")[2] in _READ_BY_OTHERS:
             return "the attention reads its weight"
-        if reason := unsupported_precision(layer, self.stock):
-            return reason
-        # a stored weight has been found to be 2:4 when it was decompressed
-        weight = layer.weight.data
-        return SparseLinear.prepare(weight, self.mode, is_checked=self.stored)
+        return unsupported_precision(layer, self.stock)
 
 
 def _load_shape(param: Parameter, loaded: Tensor, shard: object = None) -> None:

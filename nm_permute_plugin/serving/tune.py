@@ -1,15 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures every kernel at every number of tokens, as a server would run it."""
 
+import math
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nm_permute_plugin.serving.kernel_table import BUCKETS, Bucket, Choice, KernelTable
-from nm_permute_plugin.serving.kernels.kernel import DTYPES_16, Kernel
+from nm_permute_plugin.serving.kernels.kernel import (
+    DTYPES_8,
+    DTYPES_16,
+    Kernel,
+    Settings,
+)
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is under its name
 
@@ -23,8 +32,23 @@ COLD_BYTES = 128 << 20
 TOLERANCE = 0.02
 """A result may be off by this share of the largest output; bfloat16 rounds by 0.004."""
 
+SLACK = 1.25
+"""After a short measurement those candidates stay that took up to this many times as long
+as the fastest."""
 
-def tune(weight: Tensor, kernels: Mapping[str, Kernel]) -> KernelTable:
+_DRAWN = 1024
+"""So many rows of a random weight are drawn at a time."""
+
+COARSE = (0.0, 3)
+"""A short measurement spends so many microseconds, but replays at least so often."""
+
+
+def tune(
+    weight: Tensor,
+    kernels: Mapping[str, Kernel],
+    parts: "Parts | None" = None,
+    tell: Callable[[str], object] = lambda kernel: None,
+) -> KernelTable:
     """
     Find the fastest kernel for every bucket of tokens, measured on this weight.
 
@@ -34,23 +58,34 @@ def tune(weight: Tensor, kernels: Mapping[str, Kernel]) -> KernelTable:
 
     :param weight: [out, in], on a CUDA device
     :param kernels: the kernels by name, all of which support the weight
+    :param parts: takes the seconds of each part of the work
+    :param tell: takes the name of each kernel before it runs
     :raises RuntimeError: if no kernel is left for some bucket
     """
-    copies = {n: cold_copies(kernel.prepare(weight)) for n, kernel in kernels.items()}
-    buckets = []
+    parts = Parts() if parts is None else parts
+    copies = {}
+    for name, kernel in kernels.items():
+        tell(name)
+        with parts.part("pack"):
+            copies[name] = cold_copies(kernel.prepare(weight))
+    buckets, before = [], dict[str, Settings]()
     for tokens in BUCKETS:
-        x = random_tokens(weight, tokens)
-        expected = reference(weight, x)
-        fastest: list[Choice] = []
+        with parts.part("reference"):
+            x = random_tokens(weight, tokens)
+            expected = reference(weight, x)
+        contest = Contest(x, expected, parts)
         for name, kernel in kernels.items():
-            choices = measure_kernel(kernel, copies[name], x, expected)
-            fastest += sorted(choices, key=lambda choice: choice.microseconds)[:1]
-        if not fastest:
+            tell(name)
+            contest.add(kernel, copies[name], before.get(name))
+        finals, dropped = contest.decide()
+        if not finals:
             raise RuntimeError(
                 f"no kernel multiplies {tokens} tokens by a weight of shape "
                 f"{tuple(weight.shape)}; allowed were {', '.join(kernels)}"
             )
-        buckets.append(Bucket(tokens=tokens, chosen=choose(fastest), fastest=fastest))
+        chosen, fastest = choose(finals), fastest_of([*finals, *dropped])
+        buckets.append(Bucket(tokens=tokens, chosen=chosen, fastest=fastest))
+        before = {choice.kernel: choice.settings for choice in fastest}
     return KernelTable(len(weight), buckets)
 
 
@@ -95,56 +130,147 @@ def fault_of(
     return None
 
 
-def choose(fastest: list[Choice]) -> Choice:
+def choose(choices: list[Choice]) -> Choice:
     """Choose the fastest kernel; a sparse one also if dense wins by no more than noise."""
-    sparse = [choice for choice in fastest if choice.kernel != "dense"]
-    best = min(fastest, key=lambda choice: choice.microseconds)
+    sparse = [choice for choice in choices if choice.kernel != "dense"]
+    best = min(choices, key=lambda choice: choice.microseconds)
     if best.kernel != "dense" or not sparse:
         return best
     second = min(sparse, key=lambda choice: choice.microseconds)
     return second if second.microseconds <= NOISE * best.microseconds else best
 
 
-def measure_kernel(
-    kernel: Kernel, copies: list[Tensor], x: Tensor, expected: Tensor
-) -> list[Choice]:
-    """
-    Time each setting of a kernel; those that fail or give wrong results are left out.
+def fastest_of(choices: list[Choice]) -> list[Choice]:
+    """Return the fastest choice of every kernel."""
+    best: dict[str, Choice] = {}
+    for choice in sorted(choices, key=lambda choice: choice.microseconds):
+        best.setdefault(choice.kernel, choice)
+    return list(best.values())
 
-    :param copies: copies of the weight, packed for the kernel
+
+class Candidate(NamedTuple):
+    """A kernel with settings that computes right, captured so that it can be timed."""
+
+    kernel: str
+    settings: Settings
+    recording: "Recording"
+
+
+class Contest:
+    """
+    Finds the fastest of the kernels and settings that multiply some tokens right.
+
     :param x: [tokens, in]
     :param expected: the outputs of the first tokens, from ``reference``
+    :param parts: takes the seconds of each part of the work
     """
-    (tokens, channels), rows = x.shape, expected.shape[1]
-    size = f"{tokens} tokens by {rows} x {channels} in {x.dtype}"
-    try:
-        candidates = kernel.candidates(copies[0], x, rows)
-    except RuntimeError as error:
-        logger.warning("%s is not used for %s: %s", kernel.name, size, error)
-        return []
-    choices = []
-    for settings in candidates:
+
+    def __init__(
+        self, x: Tensor, expected: Tensor, parts: "Parts | None" = None
+    ) -> None:
+        self._x, self._expected = x, expected
+        self._parts = Parts() if parts is None else parts
+        self._candidates: list[Candidate] = []
+        self._tolerance = TOLERANCE
+
+    def add(
+        self, kernel: Kernel, copies: list[Tensor], before: Settings | None = None
+    ) -> None:
+        """
+        Add a kernel's settings; those that fail or give wrong results are left out.
+
+        Dense comes first: sums of FP8 products are not float32, and what follows may err
+        twice as far as it does.
+
+        :param copies: copies of the weight, packed for the kernel
+        :param before: the best settings for fewer tokens, which are tried as well
+        """
+        (tokens, _), rows = self._x.shape, self._expected.shape[1]
         try:
-            wrong = error_of(kernel.run(copies[0], x, rows, settings), expected)
-            if not wrong <= TOLERANCE:
-                raise RuntimeError(f"results are off by {wrong:.3g} of the largest")
-            calls = [
-                partial(kernel.run, packed, x, rows, settings) for packed in copies
-            ]
-            taken = microseconds(calls)
+            with self._parts.part(f"settings of {kernel.name}"):
+                every = kernel.candidates(copies[0], self._x, rows)
         except RuntimeError as error:
-            logger.warning(
-                "%s with %s is not used for %s: %s", kernel.name, settings, size, error
-            )
-            continue
-        choices.append(Choice(kernel.name, settings, taken))
-    return choices
+            self._leave_out(kernel.name, error)
+            return
+        if before is not None and kernel.takes(self._x, tokens, before):
+            every = list(dict.fromkeys([*every, before]))
+        for settings in every:
+            try:
+                recording = self._recorded(kernel, copies, settings)
+            except RuntimeError as error:
+                self._leave_out(f"{kernel.name} with {settings}", error)
+                continue
+            self._candidates.append(Candidate(kernel.name, settings, recording))
+
+    def decide(self, slack: float = SLACK) -> tuple[list[Choice], list[Choice]]:
+        """
+        Time all shortly; those that may be the fastest, and dense, as long as it takes.
+
+        :param slack: those stay that took up to so many times as long as the fastest
+        :return: the choices that were timed in full, and the others
+        """
+        with self._parts.part("coarse"):
+            times = [each.recording.microseconds(*COARSE) for each in self._candidates]
+        most = slack * min(times, default=0.0)
+        finals, dropped = [], []
+        for (kernel, settings, recording), taken in zip(
+            self._candidates, times, strict=True
+        ):
+            if taken <= most or kernel == "dense":
+                with self._parts.part("fine"):
+                    taken = recording.microseconds()
+                finals.append(Choice(kernel, settings, taken))
+            else:
+                dropped.append(Choice(kernel, settings, taken))
+        return finals, dropped
+
+    def _recorded(
+        self, kernel: Kernel, copies: list[Tensor], settings: Settings
+    ) -> "Recording":
+        rows = self._expected.shape[1]
+        calls = [partial(kernel.run, each, self._x, rows, settings) for each in copies]
+        with self._parts.part("check"):
+            wrong = error_of(calls[0](), self._expected)
+        if kernel.name == "dense" and math.isfinite(wrong):
+            self._tolerance = max(TOLERANCE, 2 * wrong)
+        if not wrong <= self._tolerance:
+            raise RuntimeError(f"results are off by {wrong:.3g} of the largest")
+        with self._parts.part("capture"):
+            other = self._candidates[0].recording if self._candidates else None
+            return Recording(calls, other)
+
+    def _leave_out(self, what: str, error: RuntimeError) -> None:
+        """Warn; a failure that broke the card's context is raised by the next call."""
+        (tokens, channels), rows = self._x.shape, self._expected.shape[1]
+        size = f"{tokens} tokens by {rows} x {channels} in {self._x.dtype}"
+        logger.warning("%s is not used for %s: %s", what, size, error)
+        if self._x.is_cuda:
+            torch.cuda.synchronize()
 
 
 def cold_copies(packed: Tensor) -> list[Tensor]:
     """Copy a packed weight until its copies together do not fit the L2 cache."""
     count = max(1, -(-COLD_BYTES // max(1, packed.nbytes)))
     return [packed] + [packed.clone() for _ in range(count - 1)]
+
+
+def random_weight(
+    shape: tuple[int, int], dtype: torch.dtype, device: str | torch.device
+) -> Tensor:
+    """Draw a 2:4 weight [out, in]; those of 8 bits are whole numbers."""
+    rows, channels = shape
+    generator = torch.Generator(device).manual_seed(rows + channels)
+    weight = torch.empty(shape, dtype=dtype, device=device)
+    for part in weight.split(_DRAWN):  # a card that holds a model has little room
+        size = (len(part), channels // 4, 4)
+        values = torch.empty(size, dtype=torch.float32, device=device)
+        values.normal_(generator=generator)
+        dropped = values.abs().topk(2, -1, largest=False).indices
+        values.scatter_(-1, dropped, 0)
+        if dtype in DTYPES_8:
+            values = (values * 40).round().clamp(-127, 127) + 0.0  # no -0.0
+        part.copy_(values.view(part.shape))
+    return weight
 
 
 def random_tokens(weight: Tensor, tokens: int) -> Tensor:
@@ -175,20 +301,48 @@ def microseconds(calls: Sequence[Callable[[], Tensor]], least: float = 3000.0) -
 
     :param least: the time to spend on replays, in microseconds
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        calls[0]()
-    torch.cuda.current_stream().wait_stream(stream)
-    rounds = max(1, 4 // len(calls))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(rounds):
-            for call in calls:
-                call()
-    once = replay(graph, 1)[0]
-    times = sorted(replay(graph, max(5, min(50, int(least / max(once, 1.0))))))
-    return times[len(times) // 2] / (rounds * len(calls))
+    return Recording(calls).microseconds(least)
+
+
+class Recording:
+    """
+    A CUDA graph of calls, which can be timed again and again.
+
+    :param calls: one or more
+    :param other: a graph whose memory is used as well: they run one after the other
+    """
+
+    def __init__(
+        self,
+        calls: Sequence[Callable[[], Tensor]],
+        other: "Recording | None" = None,
+    ) -> None:
+        pool = None if other is None else other._graph.pool()
+        rounds = max(1, 4 // len(calls))
+        self._count = rounds * len(calls)
+        self._graph: torch.cuda.CUDAGraph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            calls[0]()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(self._graph, pool=pool):
+            for _ in range(rounds):
+                for call in calls:
+                    call()
+
+    def microseconds(self, least: float = 3000.0, fewest: int = 5) -> float:
+        """
+        Return the median time of one call.
+
+        :param least: the time to spend on replays, in microseconds
+        :param fewest: the least number of replays
+        """
+        once = replay(self._graph, 1)[0]
+        times = sorted(
+            replay(self._graph, max(fewest, min(50, int(least / max(once, 1.0)))))
+        )
+        return times[len(times) // 2] / self._count
 
 
 def replay(graph: torch.cuda.CUDAGraph, times: int) -> list[float]:
@@ -202,3 +356,16 @@ def replay(graph: torch.cuda.CUDAGraph, times: int) -> list[float]:
     torch.cuda.synchronize()
     pairs = zip(marks[:-1], marks[1:], strict=True)
     return [1000 * float(start.elapsed_time(end)) for start, end in pairs]
+
+
+class Parts(dict[str, float]):
+    """The seconds that each part of the work took."""
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Add the time that the block takes."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self[name] = self.get(name, 0.0) + time.perf_counter() - started

@@ -28,6 +28,7 @@ from weights import DTYPES
 from nm_permute_plugin.checkpoint import codec_triton
 from nm_permute_plugin.maths import kl_triton, mask_gradients_triton
 from nm_permute_plugin.maths.pattern import NMPattern
+from nm_permute_plugin.serving import cache
 from nm_permute_plugin.serving.kernels import mma_sp, scaling, triton_fallback
 from nm_permute_plugin.serving.kernels.triton_scaling import scale_kernel
 
@@ -206,7 +207,8 @@ def masks(n: int, m: int) -> None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["TRITON_CACHE_DIR"] = folder  # compiled anew
+        # compiled anew
+        os.environ["TRITON_CACHE_DIR"] = os.environ[cache.FOLDER] = folder
         everything = "--all" in sys.argv
         rows = of_triton(everything) + of_cuda(everything)
     print(json.dumps([row._asdict() for row in rows]))

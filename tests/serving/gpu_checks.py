@@ -35,7 +35,7 @@ from gpu_layers import (
 )
 from weights import DTYPES
 
-from nm_permute_plugin.serving import kernel_table
+from nm_permute_plugin.serving import cache
 from nm_permute_plugin.serving.card_check import check_card
 from nm_permute_plugin.serving.probe import crash_of
 
@@ -160,7 +160,7 @@ def in_children(names: list[str], at_once: int = 8, most: float = 150) -> list[s
 def main() -> int:
     """Run every check; the number of those that failed."""
     logging.basicConfig(level=logging.INFO)
-    os.environ.setdefault(kernel_table.CACHE, tempfile.mkdtemp())
+    os.environ.setdefault(cache.FOLDER, tempfile.mkdtemp())
     names = [name for name in CHECKS if name.startswith(tuple(sys.argv[1:] or [""]))]
     failed = in_children(names)
     print(f"{len(names)} checks, {len(failed)} failed: {failed}", flush=True)

@@ -9,7 +9,7 @@ import torch
 from gpu_kernels import FEW, MANY
 from weights import BOUND, Scales, error, exact, scales_for, sparse_weight
 
-from nm_permute_plugin.serving import kernel_table
+from nm_permute_plugin.serving import cache, kernel_table
 from nm_permute_plugin.serving import linear as linear_module
 from nm_permute_plugin.serving.detect import Mode
 from nm_permute_plugin.serving.kernels.kernel import DTYPES_8
@@ -126,7 +126,7 @@ def kernel_table_is_kept() -> None:
     """A second process measures nothing; a damaged file is measured anew."""
     weight = sparse_weight(*LAYER, torch.bfloat16, device="cuda")
     with tempfile.TemporaryDirectory() as folder:
-        os.environ[kernel_table.CACHE] = folder
+        os.environ[cache.FOLDER] = folder
         try:
             first = prepared_or_none(weight, "auto")
             (path,) = Path(folder).glob("*.json")
@@ -138,7 +138,7 @@ def kernel_table_is_kept() -> None:
             prepared_or_none(weight, "auto")
             kernel_table.KernelTable.from_json(path.read_text())
         finally:
-            del os.environ[kernel_table.CACHE]
+            del os.environ[cache.FOLDER]
 
 
 def memory_mode_keeps_one_sparse_copy() -> None:

@@ -142,7 +142,7 @@ def test_what_pytorch_does_in_place_of_triton_is_told(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_are_2of4_without_negative_zeros(dtype: torch.dtype) -> None:
-    weight = card_check._weight(SHAPE, dtype, "cpu")
+    weight = tune.random_weight(SHAPE, dtype, "cpu")
     assert (weight.float().view(-1, 4) != 0).sum(-1).max() == 2
     assert not (weight.float().signbit() & (weight.float() == 0)).any()
 

@@ -10,7 +10,7 @@ import torch
 from cards import CARDS, FEW_CARDS, weight_on
 from weights import DTYPES
 
-from nm_permute_plugin.serving import kernel_table, linear
+from nm_permute_plugin.serving import cache, kernel_table, linear
 from nm_permute_plugin.serving.kernels import nvidia
 from nm_permute_plugin.serving.kernels.mma_sp import MmaSp
 from nm_permute_plugin.serving.kernels.nvidia import Card, card_of
@@ -94,10 +94,12 @@ def test_the_shared_memory_of_a_card_is_what_cuda_does_not_keep(name: str) -> No
 def test_a_cache_that_cannot_be_looked_into_stops_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv(kernel_table.CACHE, "/a" + "b" * 300)  # no such name is allowed
+    monkeypatch.setenv(cache.FOLDER, "/a" + "b" * 300)  # no such name is allowed
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
     with weight_on(CARDS["sm_89"], torch.bfloat16) as weight:
-        assert len(linear.unmeasured([weight], "auto")) == 1
+        monkeypatch.setattr(linear, "_EXPECTED", {})
+        monkeypatch.setattr(linear, "_WAITING", [None])  # no process is started
+        assert linear.expect(weight, "auto")
         path = kernel_table.path_of(weight, ["dense"])
     assert kernel_table.load(path, 16, ["dense"]) is None
     choice = kernel_table.Choice("dense", (), 1.0)

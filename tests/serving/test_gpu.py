@@ -12,7 +12,7 @@ import torch
 def test_check_holds_on_the_gpu(
     name: str, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(gpu_checks.kernel_table.CACHE, str(tmp_path))
+    monkeypatch.setenv(gpu_checks.cache.FOLDER, str(tmp_path))
     outcome = gpu_checks.outcome_of(name)
     if outcome.startswith("skipped"):
         pytest.skip(outcome)

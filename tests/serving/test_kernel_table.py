@@ -3,7 +3,6 @@
 
 import logging
 import os
-import tempfile
 from pathlib import Path
 from shutil import copytree, ignore_patterns
 
@@ -78,15 +77,6 @@ def test_a_pipe_or_a_device_is_no_table(
         assert str(path) in caplog.text
 
 
-def test_what_a_server_that_died_left_is_removed(tmp_path: Path) -> None:
-    old, new = tmp_path / "abc.tmp", tmp_path / "def.tmp"
-    for part in (old, new):
-        part.touch()
-    os.utime(old, (0, 0))
-    kernel_table.save(TABLE, tmp_path / "table.json")
-    assert sorted(os.listdir(tmp_path)) == ["def.tmp", "table.json"]
-
-
 @pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED.keys())
 def test_a_damaged_table_is_ignored_with_a_warning(
     text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -135,26 +125,6 @@ def test_a_folder_that_cannot_be_written_is_a_warning(
     with caplog.at_level(logging.WARNING):
         kernel_table.save(TABLE, tmp_path / "file" / "table.json")
     assert "could not keep" in caplog.text
-
-
-def test_the_cache_folder_follows_the_environment(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.delenv(kernel_table.CACHE, raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert kernel_table.cache_folder() == tmp_path / "nm-permute"
-    monkeypatch.setenv(kernel_table.CACHE, str(tmp_path / "own"))
-    assert kernel_table.cache_folder() == tmp_path / "own"
-
-
-def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a container that runs under any number."""
-    for name in (kernel_table.CACHE, "XDG_CACHE_HOME", "HOME"):
-        monkeypatch.delenv(name, raising=False)
-    number = 123_456_789
-    monkeypatch.setattr(os, "getuid", lambda: number)
-    folder = kernel_table.cache_folder()
-    assert folder == Path(tempfile.gettempdir()) / f"nm-permute-{number}"
 
 
 def test_a_change_of_any_kernels_source_is_a_new_table(tmp_path: Path) -> None:

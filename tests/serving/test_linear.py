@@ -21,9 +21,10 @@ from weights import (
 
 from nm_permute_plugin.checkpoint import codec
 from nm_permute_plugin.serving import kernel_table, linear
-from nm_permute_plugin.serving.kernel_table import Bucket, Choice, KernelTable
+from nm_permute_plugin.serving.kernel_table import BUCKETS, Bucket, Choice, KernelTable
 from nm_permute_plugin.serving.kernels.dense import Dense
 from nm_permute_plugin.serving.linear import SparseLinear
+from nm_permute_plugin.serving.measuring import Asked, Measured
 from nm_permute_plugin.serving.ops import KERNELS, TABLES, sparse24_linear
 from nm_permute_plugin.serving.tune import random_tokens
 
@@ -115,14 +116,35 @@ def test_a_weight_that_was_checked_is_not_compressed_for_a_check_again(
     assert len(checked) == 1
 
 
+def dense_for_all(rows: int) -> KernelTable:
+    """A table that chooses the dense kernel for every number of tokens."""
+    return KernelTable(rows, [Bucket(tokens, DENSE, [DENSE]) for tokens in BUCKETS])
+
+
+def measuring(
+    table: KernelTable, calls: list[dict[str, Asked]] | None = None
+) -> Callable[[dict[str, Asked], torch.device, object], Measured]:
+    """A stand-in for the process that measures: it finds one table for all weights."""
+
+    def stand_in(
+        asked: dict[str, Asked], device: torch.device, process: object
+    ) -> Measured:
+        assert process in (None, "a process")
+        if calls is not None:
+            calls.append(asked)
+        return Measured(dict.fromkeys(asked, table), {}, {}, {})
+
+    return stand_in
+
+
 def test_a_kept_table_that_does_not_run_is_measured_anew(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path, bad = tmp_path / "table.json", Choice("dense", (7,), 1.0)
     kernel_table.save(KernelTable(16, [Bucket(8, bad, [bad])]), path)
     monkeypatch.setattr(kernel_table, "path_of", lambda weight, allowed: path)
-    measured = KernelTable(16, [Bucket(8, DENSE, [DENSE])])
-    monkeypatch.setattr(linear, "tune", lambda weight, kernels: measured)
+    measured = dense_for_all(16)
+    monkeypatch.setattr(linear, "measure", measuring(measured))
     weight = sparse_weight(16, 64, torch.bfloat16)
     with caplog.at_level(logging.WARNING):
         assert linear._table(weight, ["dense"]) == measured
@@ -137,39 +159,85 @@ def test_a_kept_table_of_another_weight_is_measured_anew(
     kernel_table.save(kept, tmp_path / "table.json")
     path = tmp_path / "table.json"
     monkeypatch.setattr(kernel_table, "path_of", lambda weight, allowed: path)
-    measured = KernelTable(16, [Bucket(8, DENSE, [DENSE])])
-    monkeypatch.setattr(linear, "tune", lambda weight, kernels: measured)
+    measured = dense_for_all(16)
+    monkeypatch.setattr(linear, "measure", measuring(measured))
     weight = sparse_weight(16, 64, torch.bfloat16)
     assert linear._table(weight, ["dense"]) == measured
     assert kernel_table.load(path, 16, ["dense"]) == measured
 
 
-def test_kernels_are_tried_once_for_each_shape_that_is_not_measured(
-    pretended_gpu: Callable[[Tensor], Tensor],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
-    tried: list[tuple[str, tuple[int, ...]]] = []
-
-    def crash(name: str, weight: Tensor) -> str | None:
-        tried.append((name, tuple(weight.shape)))
-        return "it crashed" if weight.shape[0] == 32 else None
-
-    monkeypatch.setattr(linear, "crash_reason", crash)
-    monkeypatch.setattr(linear, "_CRASHES", {})
+@pytest.fixture
+def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder for kernel tables, by the weight's rows; nothing is announced yet."""
+    monkeypatch.setattr(linear, "_EXPECTED", {})
+    monkeypatch.setattr(linear, "_MEASURED", {})
+    monkeypatch.setattr(linear, "_WAITING", [])
     paths = lambda weight, allowed: tmp_path / str(weight.shape[0])  # noqa: E731
     monkeypatch.setattr(kernel_table, "path_of", paths)
-    (tmp_path / "64").write_text("a table")
+    return tmp_path
+
+
+def test_all_shapes_that_are_announced_are_measured_together_and_once(
+    pretended_gpu: Callable[[Tensor], Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    empty_cache: Path,
+) -> None:
+    calls: list[dict[str, Asked]] = []
+    stand_in = measuring(dense_for_all(16), calls)
+    monkeypatch.setattr(linear, "measure", stand_in)
+    monkeypatch.setattr(linear, "warm_up", lambda weight, layer: None)
+    started = iter(["a process"])
+    monkeypatch.setattr(linear, "start", lambda: next(started))  # once only
+    (empty_cache / "64").write_text("a table")
     known = pretended_gpu(sparse_weight(16, 64, torch.bfloat16))
-    others = [sparse_weight(rows, 64, torch.bfloat16) for rows in (32, 32, 48, 64)]
+    rows = (32, 32, 48, 64)
+    others = [sparse_weight(each, 64, torch.bfloat16) for each in rows]
     gpu = [known, *(weight.as_subclass(OnGpu) for weight in others)]
-    new = linear.unmeasured(gpu, "auto")
-    assert [len(weight) for weight in new] == [32, 48]
-    linear.try_kernels(new, "auto")
-    assert sorted(tried) == [("cusparselt", (32, 64)), ("cusparselt", (48, 64))]
-    assert linear._crash_reason("cusparselt", gpu[1]) == "it crashed"
-    assert linear._crash_reason("cusparselt", gpu[3]) is None
-    assert len(tried) == 2
+    assert [linear.expect(weight, "auto") for weight in gpu] == [
+        *(False, True, True, True, False)
+    ]
+    for weight in gpu[:4]:
+        SparseLinear.prepare(weight, "auto", is_checked=True)
+    (asked,) = calls
+    kernels = ["dense", "cusparselt"]
+    assert [*asked.values()] == [Asked(n, 64, "bfloat16", kernels) for n in (32, 48)]
+    assert {path.name for path in empty_cache.iterdir()} == {"32", "48", "64"}
+    assert not linear.expect(gpu[1], "auto")
+
+
+def test_a_shape_without_a_table_stays_dense_and_is_asked_for_again_later(
+    pretended_gpu: Callable[[Tensor], Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    empty_cache: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def crashed(
+        asked: dict[str, Asked], device: torch.device, process: object
+    ) -> Measured:
+        return Measured({}, dict.fromkeys(asked, "it crashed"), {}, {})
+
+    pretended_gpu(sparse_weight(16, 64, torch.bfloat16))
+    weight = sparse_weight(32, 64, torch.bfloat16).as_subclass(OnGpu)
+    monkeypatch.setattr(linear, "measure", crashed)
+    reason = SparseLinear.prepare(weight, "auto", is_checked=True)
+    assert reason == "no sparse kernel is faster for its shape, (32, 64)"
+    assert "no sparse kernels run for this shape: it crashed" in caplog.text
+    assert list(empty_cache.iterdir()) == []
+
+
+def test_a_table_that_does_not_run_on_the_true_weight_is_not_kept(
+    pretended_gpu: Callable[[Tensor], Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    empty_cache: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pretended_gpu(sparse_weight(16, 64, torch.bfloat16))
+    weight = sparse_weight(32, 64, torch.bfloat16).as_subclass(OnGpu)
+    foreign = KernelTable(32, [Bucket(8, DENSE, [DENSE])])
+    monkeypatch.setattr(linear, "measure", measuring(foreign))
+    SparseLinear.prepare(weight, "auto", is_checked=True)
+    assert "for this shape: it is for (8,) tokens" in caplog.text
+    assert list(empty_cache.iterdir()) == []
 
 
 def test_an_unknown_kernel_in_the_environment_is_refused(

@@ -2,6 +2,7 @@
 """Kernels that fail or are wrong are never chosen."""
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -9,15 +10,19 @@ import torch
 from torch import Tensor
 from weights import DTYPES, error, exact, sparse_weight
 
+from nm_permute_plugin.serving import tune as tune_module
 from nm_permute_plugin.serving.kernel_table import BUCKETS, Bucket, Choice, KernelTable
 from nm_permute_plugin.serving.kernels.dense import Dense
 from nm_permute_plugin.serving.kernels.kernel import Settings
 from nm_permute_plugin.serving.tune import (
+    Contest,
+    Parts,
+    choose,
     cold_copies,
     fault_of,
-    measure_kernel,
     random_tokens,
     reference,
+    tune,
 )
 
 
@@ -49,11 +54,135 @@ def test_a_bad_kernel_is_left_out_with_the_reason(
 ) -> None:
     weight = sparse_weight(32, 128, torch.bfloat16)
     x = random_tokens(weight, 3)
+    contest = Contest(x, reference(weight, x))
     with caplog.at_level(logging.WARNING):
-        assert measure_kernel(kernel, [weight], x, reference(weight, x)) == []
+        contest.add(kernel, [weight])
+    assert contest.decide() == ([], [])
     (message,) = caplog.messages
     assert message.startswith("dense with () is not used for 3 tokens by 32 x 128 in ")
     assert reason in message
+
+
+@dataclass(frozen=True)
+class Many(Dense):
+    """A kernel of many settings, each with a time of its own: the dense product."""
+
+    name: str = "many"
+    settings: tuple[Settings, ...] = ()
+
+    def candidates(self, packed: Tensor, x: Tensor, rows: int) -> list[Settings]:
+        return list(self.settings)
+
+    def takes(self, weight: Tensor, tokens: int, settings: Settings) -> bool:
+        return tokens <= 64
+
+
+class StandInClock:
+    """
+    Stands in for recordings on a card: times are given, and what is timed is noted.
+
+    :param short: the microseconds of a short measurement, by settings
+    :param full: those of a full one
+    """
+
+    def __init__(
+        self, short: dict[Settings, float], full: dict[Settings, float]
+    ) -> None:
+        self.short, self.full = short, full
+        self.timed: list[tuple[str, Settings]] = []
+
+    def __call__(self, calls: Sequence[Callable[[], Tensor]], other: object) -> object:
+        settings = calls[0].args[-1]  # type: ignore[attr-defined]
+        return StandInRecording(self, settings)
+
+
+@dataclass
+class StandInRecording:
+    """One recording of a stand-in clock."""
+
+    clock: StandInClock
+    settings: Settings
+
+    def microseconds(self, least: float = 3000.0, fewest: int = 5) -> float:
+        is_short = (least, fewest) == tune_module.COARSE
+        self.clock.timed.append(("short" if is_short else "full", self.settings))
+        return (self.clock.short if is_short else self.clock.full)[self.settings]
+
+
+def contest_of(
+    clock: StandInClock, monkeypatch: pytest.MonkeyPatch, *kernels: Dense
+) -> Contest:
+    monkeypatch.setattr(tune_module, "Recording", clock)
+    weight = sparse_weight(32, 128, torch.bfloat16)
+    x = random_tokens(weight, 3)
+    contest = Contest(x, reference(weight, x))
+    for kernel in kernels:
+        contest.add(kernel, [weight])
+    return contest
+
+
+def test_only_what_may_be_the_fastest_and_dense_are_measured_in_full(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    short = {(): 30.0, (1,): 12.0, (2,): 10.0, (3,): 12.6}
+    full = {(): 29.0, (1,): 9.0, (2,): 10.0}
+    clock = StandInClock(short, full)
+    many = Many(settings=((1,), (2,), (3,)))
+    finals, dropped = contest_of(clock, monkeypatch, Dense(), many).decide()
+    assert [(c.settings, c.microseconds) for c in finals] == [
+        ((), 29.0),
+        ((1,), 9.0),
+        ((2,), 10.0),
+    ]
+    assert dropped == [Choice("many", (3,), 12.6)]
+    assert choose(finals).settings == (1,)
+
+
+def test_with_endless_slack_everything_is_measured_in_full(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    times = {(): 30.0, (1,): 12.0, (2,): 500.0}
+    clock = StandInClock(times, times)
+    contest = contest_of(clock, monkeypatch, Dense(), Many(settings=((1,), (2,))))
+    finals, dropped = contest.decide(slack=float("inf"))
+    assert ([c.settings for c in finals], dropped) == ([(), (1,), (2,)], [])
+
+
+def test_a_kernel_that_short_measurements_flatter_does_not_beat_dense(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is chosen was measured as long as dense was."""
+    clock = StandInClock({(): 30.0, (1,): 10.0, (2,): 20.0}, {(): 30.0, (1,): 50.0})
+    contest = contest_of(clock, monkeypatch, Dense(), Many(settings=((1,), (2,))))
+    finals, dropped = contest.decide()
+    assert dropped == [Choice("many", (2,), 20.0)]
+    assert choose(finals) == Choice("dense", (), 30.0)
+
+
+def test_the_best_settings_for_fewer_tokens_are_tried_again_and_all_parts_are_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @dataclass(frozen=True)
+    class Growing(Many):
+        """Offers one setting for one token, and another for more."""
+
+        def candidates(self, packed: Tensor, x: Tensor, rows: int) -> list[Settings]:
+            return [(1,)] if len(x) == 1 else [(2,)]
+
+    times = {(): 30.0, (1,): 10.0, (2,): 20.0}
+    clock, told, parts = StandInClock(times, times), [], Parts()
+    monkeypatch.setattr(tune_module, "Recording", clock)
+    monkeypatch.setattr(tune_module, "COLD_BYTES", 0)
+    kernels = {"dense": Dense(), "many": Growing()}
+    weight = sparse_weight(32, 128, torch.bfloat16)
+    table = tune(weight, kernels, parts, told.append)
+    chosen = {bucket.tokens: bucket.chosen.settings for bucket in table.buckets}
+    assert [chosen[n] for n in (1, 4, 64, 128)] == [(1,), (1,), (1,), (2,)]
+    assert told == ["dense", "many"] * (1 + len(BUCKETS))
+    assert set(parts) == {
+        *("pack", "reference", "settings of dense", "settings of many"),
+        *("check", "capture", "coarse", "fine"),
+    }
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())

@@ -4,12 +4,14 @@
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import sha256
 from importlib.resources import files
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from nm_permute_plugin.serving import cache
 from nm_permute_plugin.serving.kernels import nvidia
 from nm_permute_plugin.serving.kernels.kernel import (
     Settings,
@@ -149,7 +151,11 @@ def _key(x: Tensor, shape: BlockShape) -> tuple[str, int, BlockShape]:
 def _machine_code(architecture: str, kind: int, shape: BlockShape) -> bytes:
     macros = {name.upper(): value for name, value in shape._asdict().items()}
     macros |= {"KIND": kind, "PITCH": _PITCH}
-    return nvidia.compile_source(source(), architecture, macros)
+    key = (source(), architecture, sorted(macros.items()), nvidia.compiler_version())
+    name = f"{architecture}-{sha256(repr(key).encode()).hexdigest()[:32]}.cubin"
+    return cache.machine_code(
+        name, lambda: nvidia.compile_source(source(), architecture, macros)
+    )
 
 
 @lru_cache(maxsize=256)

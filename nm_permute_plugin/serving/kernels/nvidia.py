@@ -76,6 +76,18 @@ def _driver() -> ctypes.CDLL:
         raise RuntimeError(f"NVIDIA's driver is not installed: {error}") from None
 
 
+@lru_cache(maxsize=1)
+def compiler_version() -> tuple[int, int]:
+    """
+    Return the version of the run-time compiler.
+
+    :raises RuntimeError: if there is none
+    """
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return major.value, minor.value
+
+
 def compile_source(source: str, architecture: str, macros: dict[str, int]) -> bytes:
     """
     Compile CUDA C++ source to machine code.
