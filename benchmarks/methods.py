@@ -240,7 +240,9 @@ def variants_of(
         found.append(Variant(name))
         for number, change in enumerate(asked):
             if not isinstance(change.value, list):
-                raise ValueError(f"--vary {change}: give a list of values, as in [1, 2]")
+                raise ValueError(
+                    f"--vary {change}: give a list of values, as in [1, 2]"
+                )
             for value in change.value:
                 one = Change(change.method, change.path, value)
                 if one in _settings_and_read(name, [*changes, one])[1]:

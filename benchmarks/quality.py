@@ -8,7 +8,7 @@ Perplexity and gap closed of every method, over seeds, from reloaded checkpoints
 Each run loads the dense model, permutes and prunes it, saves it, reads it back, measures
 its perplexity and how near its predictions are to the dense model's, and with
 ``--hellaswag FILE`` how many items of HellaSwag it answers; lm-eval is not needed. What
-methods of one seed share is found once, so that the seconds of the first are the whole cost.
+methods of one seed share is found once: the seconds of the first are the whole cost.
 Methods that end in ``-free`` permute the inputs of every linear alone, as published; what
 they find cannot be folded. ``free-mask`` learns the mask and no permutation, which is an
 upper bound.

@@ -30,6 +30,7 @@ from nm_permute_plugin.serving.tune import (
     microseconds,
     random_tokens,
     random_weight,
+    tolerance_of,
 )
 
 SHAPES = ((4096, 4096), (4096, 14336))
@@ -139,7 +140,7 @@ def _check(
                 try:
                     wrong = error_of(calls[0](), expected.float())
                     largest = max(largest, wrong)
-                    if not wrong <= TOLERANCE:
+                    if not wrong <= tolerance_of(dtype):
                         raise RuntimeError(f"WRONG: off by {wrong:.3g}")
                     taken = time(calls)
                 except RuntimeError as error:

@@ -64,6 +64,32 @@ def test_a_bad_kernel_is_left_out_with_the_reason(
 
 
 @dataclass(frozen=True)
+class Near(Dense):
+    """A kernel whose result is off by 0.04 of the largest, as sums of few bits may be."""
+
+    def run(self, packed: Tensor, x: Tensor, rows: int, settings: Settings) -> Tensor:
+        out = (x.float() @ packed.float().t()).to(torch.bfloat16)
+        out[0, 0] += 0.04 * out.abs().max()
+        return out
+
+
+@pytest.mark.parametrize(
+    ("dtype", "names"),
+    [(torch.float8_e4m3fn, ["dense"]), (torch.bfloat16, [])],
+    ids=str,
+)
+def test_fp8_may_be_off_further(
+    dtype: torch.dtype, names: list[str], monkeypatch
+) -> None:
+    monkeypatch.setattr(tune_module, "Recording", StandInClock({(): 1.0}, {(): 1.0}))
+    weight = sparse_weight(32, 128, dtype)
+    x = random_tokens(weight, 3)
+    contest = Contest(x, reference(weight, x))
+    contest.add(Near(), [weight])
+    assert [choice.kernel for choice in contest.decide()[0]] == names
+
+
+@dataclass(frozen=True)
 class Many(Dense):
     """A kernel of many settings, each with a time of its own: the dense product."""
 
