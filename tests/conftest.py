@@ -43,28 +43,10 @@ sys.path.insert(0, str(Path(__file__).parent))  # for helpers.py, in every folde
 import tiny_models  # noqa: E402
 from helpers import draw_no_pages  # noqa: E402
 
-WHOLE = ("benchmarks", "e2e", "recipes")
-"""Folders of the tests that run whole pipelines."""
-
 TinyModel = Callable[..., PreTrainedModel]
 LegalPerms = Callable[..., dict[str, Tensor]]
 Checkpoint = Callable[..., Path]
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
-
-
-def pytest_collection_modifyitems(
-    config: pytest.Config, items: list[pytest.Item]
-) -> None:
-    """
-    Keep coverage to the tests of the parts: tracing what is run whole takes minutes.
-
-    So whatever counts as covered is covered by a test of its own.
-    """
-    if not config.pluginmanager.hasplugin("_cov"):
-        return
-    for item in items:
-        if item.path.relative_to(ROOT).parts[1] in WHOLE:
-            item.add_marker("no_cover")
 
 
 @pytest.fixture
