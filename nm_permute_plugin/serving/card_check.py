@@ -140,7 +140,7 @@ def _check(
                 try:
                     wrong = error_of(calls[0](), expected.float())
                     largest = max(largest, wrong)
-                    if not wrong <= tolerance_of(dtype):
+                    if not wrong <= tolerance_of(x.dtype):
                         raise RuntimeError(f"WRONG: off by {wrong:.3g}")
                     taken = time(calls)
                 except RuntimeError as error:
