@@ -28,12 +28,13 @@ FOLLOWS = {
     "smoothquant": ["SmoothQuantModifier", "QuantizationModifier"],
 }
 NAME = re.compile(
-    r"(\d+)of(\d+)_([a-z]+)(?:_(vit|qwen25vl|sharded|budget))?(?:_then_((?:recover_then_)?[a-z0-9]+))?"
+    r"(\d+)of(\d+)_([a-z]+)(?:_(vit|qwen25vl|sharded|budget|longer))?(?:_then_((?:recover_then_)?[a-z0-9]+))?"
 )
 IGNORED = {
     None: ["lm_head"],
     "sharded": ["lm_head"],
     "budget": ["lm_head"],
+    "longer": ["lm_head"],
     "vit": ["classifier"],
     "qwen25vl": ["lm_head", "re:.*visual.*"],
 }
