@@ -29,6 +29,7 @@ from transformers import (
 from nm_permute_plugin.cli.embedded import write_embedded_model
 from nm_permute_plugin.cli.logs import QUIET
 from nm_permute_plugin.pruning.problem import Problem
+from nm_permute_plugin.specs.exactness import random_perms
 from nm_permute_plugin.specs.spec import ResolvedSpec
 
 # One model forward takes longer than hypothesis' 200 ms; no database in the work tree.
@@ -76,7 +77,7 @@ def resolve_model() -> Callable[..., ResolvedSpec]:
 @pytest.fixture
 def legal_perms() -> LegalPerms:
     """A factory: a random permutation of every space that stays inside the segments."""
-    return tiny_models.legal_perms
+    return random_perms
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from transformers import (
 )
 
 from nm_permute_plugin.maths.pattern import NMPattern
-from nm_permute_plugin.maths.permutation import from_blocks
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
 from nm_permute_plugin.specs.spec import ResolvedSpec, resolve
 
@@ -79,18 +78,6 @@ def resolve_model(
         _linears(model) if prunable is None else prunable,
         head_dim_of(model.config),
     )
-
-
-def legal_perms(resolved: ResolvedSpec, seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: from_blocks(
-            torch.rand(
-                space.size // space.segment, space.segment, generator=generator
-            ).argsort()
-        )
-        for name, space in resolved.spaces.items()
-    }
 
 
 def save(model: PreTrainedModel, folder: Path) -> Path:

@@ -2,26 +2,26 @@
 """Write the README.md of a checkpoint: what it is, how it was made, how to load it."""
 
 import re
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loguru import logger
-
-from nm_permute_plugin._files import open_file, write_text
 from nm_permute_plugin._words import file_size
+from nm_permute_plugin.checkpoint.card_file import (
+    CARD,
+    EVALUATION,
+    MARK,
+    block,
+    replace,
+)
 from nm_permute_plugin.checkpoint.config import Format, quantization_format
 from nm_permute_plugin.checkpoint.directory import Checkpoint, open_checkpoint
 from nm_permute_plugin.checkpoint.plan import experts_of
 from nm_permute_plugin.checkpoint.record import Promise
 from nm_permute_plugin.maths.pattern import NMPattern
 
-CARD = "README.md"
-_MARK = "<!-- written by nm-permute-plugin -->"
-_EVALUATION = ("<!-- evaluation -->", "<!-- end of evaluation -->")
 _STORAGE = ("<!-- storage -->", "<!-- end of storage -->")
 _TASKS = {
     "ForCausalLM": ("text-generation", "CausalLM"),
@@ -87,7 +87,7 @@ def write_card(checkpoint: Checkpoint, card: Card) -> None:
     text = "\n\n".join(
         [
             _front_matter(checkpoint, card),
-            _MARK,
+            MARK,
             f"# {card.base_model.rpartition('/')[2]}, {_title(card)}",
             _what(card),
             "\n".join(_STORAGE),
@@ -121,53 +121,8 @@ def _write_storage(
         "## How to load it",
         _loading(checkpoint, format),
     ]
-    _, text = _block(checkpoint.path, _STORAGE)
-    _replace(checkpoint.path, text, _STORAGE, "\n\n" + "\n\n".join(parts) + "\n\n")
-
-
-def read_evaluation(folder: Path) -> str:
-    """
-    Reads the tables of results in a checkpoint's card, as Markdown; "" before the first.
-
-    :raises ValueError: if the folder has no card of ours
-    """
-    return _block(folder, _EVALUATION)[0].strip()
-
-
-def write_evaluation(folder: Path, tables: str) -> None:
-    """
-    Puts tables of results into a checkpoint's card, in place of those that it has.
-
-    :param tables: Markdown
-    :raises ValueError: if the folder has no card of ours
-    """
-    _, text = _block(folder, _EVALUATION)
-    _replace(folder, text, _EVALUATION, f"\n\n{tables}\n\n")
-
-
-def is_ours(folder: Path) -> bool:
-    """Tells whether a folder has a README.md that was written here."""
-    try:
-        with open_file(folder / CARD) as file:
-            return _MARK.encode() in file.read()
-    except OSError:
-        return False
-
-
-def keep_foreign_card(folder: Path, fresh: Path) -> None:
-    """
-    Copies a README.md that we did not write out of a folder, under a name that is free.
-
-    :param fresh: the directory that takes the folder's place, with a card of its own
-    """
-    path = folder / CARD
-    if not path.exists() or is_ours(folder) or not (fresh / CARD).exists():
-        return
-    number, kept = 2, "README.old.md"
-    while (folder / kept).exists():
-        number, kept = number + 1, f"README.old{number}.md"
-    shutil.copy2(path, fresh / kept)
-    logger.warning(f"{path} was not written by nm-permute-plugin; it is {kept} now")
+    _, text = block(checkpoint.path, _STORAGE)
+    replace(checkpoint.path, text, _STORAGE, "\n\n" + "\n\n".join(parts) + "\n\n")
 
 
 def _task_of(config: Mapping[str, Any]) -> tuple[str, str, bool]:
@@ -312,7 +267,7 @@ def _evaluation(checkpoint: Checkpoint, card: Card) -> list[str]:
         "of the items that exactly one of the two answers rightly). All measure the "
         "checkpoint as it is read back."
     )
-    table = "\n".join(_EVALUATION)
+    table = "\n".join(EVALUATION)
     return [table, said + _validation(card)]
 
 
@@ -383,22 +338,3 @@ def _making(checkpoint: Checkpoint, card: Card) -> str:
         "`nm_permute`; `nm-permute report FOLDER` draws them as a page, and `nm-permute "
         "verify FOLDER` checks the files."
     )
-
-
-def _block(folder: Path, marks: tuple[str, str]) -> tuple[str, str]:
-    """Reads what stands between two marks of the card, and the whole card."""
-    path = folder / CARD
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    begin, end = text.find(marks[0]), text.find(marks[1])
-    if not 0 <= begin < end:
-        raise ValueError(
-            f"{path} has no place for this, between {marks[0]!r} and {marks[1]!r}; it "
-            "was not written by nm-permute-plugin, or changed since"
-        )
-    return text[begin + len(marks[0]) : end], text
-
-
-def _replace(folder: Path, text: str, marks: tuple[str, str], new: str) -> None:
-    before, after = text.split(marks[0], 1)[0], text.split(marks[1], 1)[1]
-    card = f"{before}{marks[0]}{new}{marks[1]}{after}"
-    write_text(folder / CARD, card)

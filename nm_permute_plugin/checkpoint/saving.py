@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import distributed
 
 from nm_permute_plugin.checkpoint import transaction
-from nm_permute_plugin.checkpoint.model_card import keep_foreign_card
+from nm_permute_plugin.checkpoint.card_file import keep_foreign_card
 from nm_permute_plugin.checkpoint.source import Source, carry_files
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from torch import Tensor
 from nm_permute_plugin._words import file_size
 from nm_permute_plugin.checkpoint import disk, transaction
 from nm_permute_plugin.checkpoint.bitmask import compress_any
+from nm_permute_plugin.checkpoint.card_file import CARD, is_ours
 from nm_permute_plugin.checkpoint.checksums import refuse_changed, write_checksums
 from nm_permute_plugin.checkpoint.codec import clear_negative_zeros, compress
 from nm_permute_plugin.checkpoint.config import (
@@ -30,7 +31,7 @@ from nm_permute_plugin.checkpoint.directory import (
     read_json,
 )
 from nm_permute_plugin.checkpoint.legacy import legacy_config, legacy_tokenizer_config
-from nm_permute_plugin.checkpoint.model_card import CARD, is_ours, write_storage
+from nm_permute_plugin.checkpoint.model_card import write_storage
 from nm_permute_plugin.checkpoint.plan import (
     SPARSE_ALL_THE_SAME,
     TWO_FOUR,

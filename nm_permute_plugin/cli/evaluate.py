@@ -116,7 +116,7 @@ def evaluate(
     if images is not None:
         _print_accuracy(checkpoint, images, where, batch_size or 32, dense)
         return
-    from nm_permute_plugin.checkpoint.model_card import CARD
+    from nm_permute_plugin.checkpoint.card_file import CARD
     from nm_permute_plugin.evaluation.card import check_keeping, keep
     from nm_permute_plugin.evaluation.results import TextResult
 

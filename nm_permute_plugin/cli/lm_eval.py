@@ -53,7 +53,7 @@ def lm_eval(
             f"the checkpoint stands first, before {checkpoint}: nm-permute lm-eval FOLDER "
             "--tasks TASK"
         )
-    from nm_permute_plugin.checkpoint.model_card import CARD
+    from nm_permute_plugin.checkpoint.card_file import CARD
     from nm_permute_plugin.evaluation import harness
     from nm_permute_plugin.evaluation.card import check_keeping, keep, tables
     from nm_permute_plugin.evaluation.model_names import must_be_model

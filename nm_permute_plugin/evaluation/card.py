@@ -7,7 +7,7 @@ from pathlib import Path
 
 from loguru import logger
 
-from nm_permute_plugin.checkpoint.model_card import read_evaluation, write_evaluation
+from nm_permute_plugin.checkpoint.card_file import read_evaluation, write_evaluation
 from nm_permute_plugin.checkpoint.record import FOLDER
 from nm_permute_plugin.evaluation.report import gap_closed
 from nm_permute_plugin.evaluation.results import (

@@ -8,15 +8,13 @@ import yaml
 from checkpoint_files import MakeDense
 from huggingface_hub import ModelCard
 
-from nm_permute_plugin.checkpoint.directory import open_checkpoint
-from nm_permute_plugin.checkpoint.model_card import (
-    Card,
+from nm_permute_plugin.checkpoint.card_file import (
     keep_foreign_card,
     read_evaluation,
-    write_card,
     write_evaluation,
-    write_storage,
 )
+from nm_permute_plugin.checkpoint.directory import open_checkpoint
+from nm_permute_plugin.checkpoint.model_card import Card, write_card, write_storage
 from nm_permute_plugin.checkpoint.record import Promise
 from nm_permute_plugin.checkpoint.writer import convert
 from nm_permute_plugin.maths.pattern import NMPattern

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nm_permute_plugin.checkpoint.model_card import read_evaluation
+from nm_permute_plugin.checkpoint.card_file import read_evaluation
 from nm_permute_plugin.evaluation.card import TASKS, TEXTS, keep, markdown_table, tables
 from nm_permute_plugin.evaluation.results import (
     FILE,
