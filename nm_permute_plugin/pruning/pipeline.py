@@ -38,6 +38,7 @@ from nm_permute_plugin.pruning.recover.stages import StageRecord, recover
 from nm_permute_plugin.pruning.recover.student import Student
 from nm_permute_plugin.pruning.resuming import goes_on, kept
 from nm_permute_plugin.pruning.running.backward import own_micro_batches
+from nm_permute_plugin.pruning.running.compiled import compiled_elementwise
 from nm_permute_plugin.pruning.running.decoder_layers import decoder_layers
 from nm_permute_plugin.pruning.running.fast_dtype import computing_fast
 from nm_permute_plugin.pruning.running.masked import evaluating
@@ -140,8 +141,13 @@ def permute_and_prune(
         refuse_alone()
         with evaluating(model), Clock(ranks.device()) as clock:
             return _run_sharded(model, resolved, prunable, data, settings, write, clock)
-    device = next(model.parameters()).device
-    with evaluating(model), computing_fast(model), Clock(device) as clock:
+    device, steps = next(model.parameters()).device, settings.training_steps
+    with (
+        evaluating(model),
+        computing_fast(model),
+        compiled_elementwise(model, steps),
+        Clock(device) as clock,
+    ):
         rounded = roundings or {}
         return _run(
             model, resolved, prunable, data, settings, write, hold, rounded, clock

@@ -146,6 +146,29 @@ def test_the_search_leaves_the_callers_random_numbers() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("segment", [24, 96])
+def test_many_groups_are_assigned_in_parts(
+    monkeypatch: pytest.MonkeyPatch, segment: int
+) -> None:
+    """As the wide spaces of large models are; every segment as if it stood alone."""
+    score = random_score(3, 16, 96)
+    whole = found(score, TWO_OF_FOUR, segment)
+    monkeypatch.setattr("nm_permute_plugin.pruning.search.MOST_GROUPS", 4)
+    perm = found(score, TWO_OF_FOUR, segment)
+    check_permutation(perm)
+    assert torch.equal(perm // segment, torch.arange(96) // segment)
+    start, exact, parts = (
+        float(retained_score(score[:, order], TWO_OF_FOUR))
+        for order in (torch.arange(96), whole, perm)
+    )
+    assert start < parts <= exact * 1.001
+    assert parts - start > 0.5 * (exact - start)
+    assert torch.equal(
+        perm[-segment:] - (96 - segment),
+        found(score[:, -segment:], TWO_OF_FOUR, seed=96 // segment - 1),
+    )
+
+
 def test_equal_scores_are_no_obstacle() -> None:
     perm = found(torch.zeros(3, 16), TWO_OF_FOUR)
     assert torch.equal(perm.sort().values, torch.arange(16))

@@ -37,6 +37,7 @@ from nm_permute_plugin.pruning.folding import fold_model
 from nm_permute_plugin.pruning.problem import Problem, Solution
 from nm_permute_plugin.pruning.recover.student import Student
 from nm_permute_plugin.pruning.run import PrunePlan
+from nm_permute_plugin.pruning.running.compiled import compiled_elementwise
 from nm_permute_plugin.pruning.running.fast_dtype import computing_fast
 from nm_permute_plugin.pruning.running.forecast import duration
 from nm_permute_plugin.pruning.running.masked import evaluating
@@ -122,7 +123,11 @@ def estimate(
             told(line)
 
     def probe() -> None:
-        with evaluating(model), computing_fast(model):
+        with (
+            evaluating(model),
+            computing_fast(model),
+            compiled_elementwise(model, settings.training_steps),
+        ):
             room = Room.of(model, plan.prunable, data, settings, meter, free)
             amounts = Amounts(data, settings)
             _Probe(model, plan, amounts, meter, room, found, folder, tell).run()

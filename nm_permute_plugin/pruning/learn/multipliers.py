@@ -61,6 +61,7 @@ class ScoreMultipliers:
             self.parameters,
             lr=settings.multipliers.rate,
             weight_decay=0.0,
+            fused=self._masks[0].log_multiplier.is_cuda,
         )
         self._schedule = torch.optim.lr_scheduler.LinearLR(
             self._optimizer, 1.0, 1 / steps, total_iters=steps

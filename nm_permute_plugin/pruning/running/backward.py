@@ -73,14 +73,13 @@ class Backward:
         for number, (part, share) in enumerate(parts, 1):
             if number == len(parts):
                 self._sums.last_backward()
-            dense = self._teacher(part)
+            dense = self._teacher.known(part)
             part = on_device(part, model)
             prepare()
             # A tensor: every share would be a CUDA graph of its own.
-            weight = torch.tensor(share, device=dense.logits.device)
-            value = self._run(
-                part, dense.logits, dense.hidden, dense.are_values, weight
-            )
+            weight = torch.tensor(share, device=next(iter(part.values())).device)
+            known = dense and (dense.logits, dense.hidden, dense.are_values)
+            value = self._run(part, known, weight)
             total += float(value)
         self._sums.finish()
         return check_finite(ranks.total(total), "training loss")
@@ -100,14 +99,16 @@ def _micro_batch(
     masks: Masks,
     layers: Sequence[nn.Module],
     part: Batch,
-    logits: Tensor,
-    hidden: tuple[Tensor, ...],
-    are_values: bool,
+    known: tuple[Tensor, tuple[Tensor, ...], bool] | None,
     share: Tensor,
 ) -> Tensor:
-    """The loss of a micro-batch, times its share, after its backward pass."""
+    """
+    The loss of a micro-batch, times its share, after its backward pass.
+
+    :param known: the fields of the dense ``Outputs``; None runs the dense model
+    """
     model, weights = teacher.model, teacher.loss
-    dense = Outputs(logits, hidden, are_values)
+    dense = Outputs(*known) if known else teacher.anew(part)
     with masked(model, masks()), checkpointed(layers):
         ours = run(model, part, weights)
         value = share * loss(ours, dense, part, weights)

@@ -39,6 +39,7 @@ class Teacher:
         self._head = head if isinstance(head, nn.Module) else None
         self._kept: dict[tuple[int, torch.Size], tuple[Tensor, Tensor]] = {}
         self._bytes = 0
+        self._is_full = False
 
     def __call__(self, batch: Batch) -> Outputs:
         """
@@ -47,16 +48,29 @@ class Teacher:
         :param batch: recognised by the memory of its tokens, wherever it was sliced; the
             mask that belongs to tokens never changes
         """
+        known = self.known(batch)
+        return self.anew(on_device(batch, self.model)) if known is None else known
+
+    def known(self, batch: Batch) -> Outputs | None:
+        """
+        As a call, but None where the model would run and nothing would be kept of it.
+        """
         ids = batch.get("input_ids")
+        if ids is None or self._head is None:
+            return None
+        key = ids.data_ptr(), ids.shape
         with torch.no_grad():
-            if ids is None or self._head is None:
-                return run(self.model, on_device(batch, self.model), self.loss)
-            key = ids.data_ptr(), ids.shape
-            if key not in self._kept:
-                return self._run(key, ids, batch, self._head)
-            _, entering = self._kept[key]
-            logits = self._head(entering)
-            return Outputs(logits, are_values=logits.shape[-1] == 1)
+            if key in self._kept:
+                logits = self._head(self._kept[key][1])
+                return Outputs(logits, are_values=logits.shape[-1] == 1)
+            if self._is_full:
+                return None
+            return self._run(key, ids, batch, self._head)
+
+    def anew(self, batch: Batch) -> Outputs:
+        """The dense outputs for a batch that is on the model's device; nothing is kept."""
+        with torch.no_grad():
+            return run(self.model, batch, self.loss)
 
     def validate(self, masks: Mapping[str, Mask], batches: Sequence[Batch]) -> float:
         """
@@ -110,7 +124,7 @@ class Teacher:
         :param perm: of the channels that enter the output layer; None forgets what is kept
         """
         if perm is None:
-            self._kept, self._bytes = {}, 0
+            self._kept, self._bytes, self._is_full = {}, 0, False
         else:
             self._kept = {
                 key: (ids, entering[..., perm.to(entering.device)])
@@ -137,6 +151,8 @@ class Teacher:
             self._bytes += seen[0].nbytes
             # The tokens are kept too, so that no other batch takes their place in memory.
             self._kept[key] = ids, seen[0]
+        else:
+            self._is_full = True
         return out
 
 

@@ -111,6 +111,16 @@ class Settings(Frozen):
         """The stages of learning that run."""
         return self.learn.stages if self.method == "learned" else ()
 
+    @property
+    def training_steps(self) -> int:
+        """The optimizer steps end to end: of learning, and of the recovery."""
+        steps = 0
+        if self.method == "learned" and not self.layer_wise:
+            steps += sum(steps for _, steps in self.learn.schedule())
+        if "end_to_end" in self.recover.stages:
+            steps += self.recover.end_to_end.steps
+        return steps
+
     def _refuse_in_shards(self) -> None:
         """See that shards are asked for what they can be used for."""
         if not self.memory.shard:

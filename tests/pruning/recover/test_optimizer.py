@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+from nm_permute_plugin.pruning.recover import optimizer
 from nm_permute_plugin.pruning.recover.optimizer import RelativeAdamW
 
 
@@ -44,3 +45,41 @@ def test_a_parameter_of_zeros_stays() -> None:
     master.sum().backward()
     optimizer.step()
     assert torch.equal(master.detach(), torch.zeros(3))
+
+
+def test_steps_are_those_of_adamw_with_a_rate_for_each_parameter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(optimizer, "ELEMENTS", 10)  # two parts
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(3, n, generator=generator) for n in (2, 1, 4)]
+    masters = {str(n): v.clone().requires_grad_(True) for n, v in enumerate(values)}
+    ours, again = (RelativeAdamW(masters, rate=0.05, steps=30) for _ in range(2))
+    theirs = [value.clone().requires_grad_(True) for value in values]
+    sizes = [float(value.square().mean().sqrt()) for value in values]
+    adamw = torch.optim.AdamW(
+        [{"params": [p], "lr": size} for p, size in zip(theirs, sizes, strict=True)],
+        weight_decay=0.0,
+    )
+    for number in range(12):
+        for group, size in zip(adamw.param_groups, sizes, strict=True):
+            group["lr"] = ours.rate * size
+        for mine, other in zip(masters.values(), theirs, strict=True):
+            grad = torch.randn(mine.shape, generator=generator)
+            mine.grad, other.grad = grad.clone(), grad
+        if number == 6:  # as a run that goes on
+            again.load_state_dict(ours.state_dict())
+            ours = again
+        ours.step()
+        adamw.step()
+    for mine, other in zip(masters.values(), theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-7)
+
+
+def test_a_parameter_without_a_gradient_stays() -> None:
+    masters = {name: torch.ones(2, requires_grad=True) for name in ("one", "other")}
+    optimizer = RelativeAdamW(masters, rate=0.1, steps=2)
+    masters["one"].sum().backward()
+    optimizer.step()
+    assert torch.equal(masters["other"].detach(), torch.ones(2))
+    assert bool((masters["one"] < 1).all())

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Compile the elementwise parts of a model's layers: on a GPU each becomes one kernel.
+
+As transformers writes them, a norm, a rotary embedding and a gated activation are chains of
+small kernels, each of which reads and writes all activations of a layer. Of a small model's
+training step they take a third.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import torch
+from loguru import logger
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from nm_permute_plugin.pruning.running.masked import forwards
+
+STEPS = 100
+"""Training steps from which on the seconds that compiling takes are regained."""
+
+BACKEND = "inductor"
+
+ROTARY = "apply_rotary_pos_emb"
+"""What transformers calls rotary embeddings, in the module of every model that has them."""
+
+GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
+"""The parts of a feed-forward layer with a gate."""
+
+
+@contextmanager
+def compiled_elementwise(model: nn.Module, steps: int) -> Iterator[None]:
+    """
+    Run norms, rotary embeddings and gated activations compiled while the context lasts.
+
+    They stay as they are where nothing would be gained: on a CPU, for a model in shards or
+    offloaded, for few steps, and where PyTorch cannot compile, which is logged. A compiled
+    chain rounds to 16 bit at its end only; the dense and the pruned model alike.
+
+    :param model: with its weights where it runs
+    :param steps: training steps that will be taken
+    """
+    if steps < STEPS or not _is_on_one_gpu(model) or not _can_compile(model):
+        yield
+        return
+    with ExitStack() as stack:
+        for module in {sys.modules[type(part).__module__] for part in model.modules()}:
+            stack.enter_context(_compiled_rotary(module))
+        stack.enter_context(forwards({**_norms(model), **_gated(model)}))
+        yield
+
+
+@contextmanager
+def _compiled_rotary(module: ModuleType) -> Iterator[None]:
+    """Let the layers of a module of transformers find a compiled rotary embedding."""
+    rotary = getattr(module, ROTARY, None)
+    if not callable(rotary):
+        yield
+        return
+    setattr(module, ROTARY, _compiled(rotary))
+    try:
+        yield
+    finally:
+        setattr(module, ROTARY, rotary)
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, backend=BACKEND)
+
+
+def _is_on_one_gpu(model: nn.Module) -> bool:
+    """Whether all weights are whole on one GPU, and no hook of a host moves them."""
+    parameters = list(model.parameters())
+    devices = {parameter.device for parameter in parameters}
+    return (
+        len(devices) == 1
+        and next(iter(devices)).type == "cuda"
+        and find_spec("triton") is not None
+        and not any(isinstance(parameter, DTensor) for parameter in parameters)
+        and not any(map(_is_hooked, model.modules()))
+    )
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether a host has given the module another forward, or offloaded its weights."""
+    return "forward" in module.__dict__ or type(module._parameters) is not dict
+
+
+def _can_compile(model: nn.Module) -> bool:
+    """Whether a compiled product can be run, forward and backward."""
+    parameter = next(model.parameters())
+    x = torch.ones(2, 64, dtype=parameter.dtype, device=parameter.device)
+    x.requires_grad_()
+    try:
+        with torch.enable_grad():
+            _compiled(_gate_of(nn.functional.silu))(x, x).sum().backward()
+    except Exception as error:  # a compiler, its headers, or a driver is missing
+        logger.info(f"Elementwise parts are not compiled: {str(error).splitlines()[0]}")
+        return False
+    return True
+
+
+def _norms(model: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
+    """The norms that are written in Python, compiled once a class."""
+    found = {
+        module: type(module)
+        for module in model.modules()
+        if type(module).__name__.endswith("RMSNorm") and not list(module.children())
+    }
+    made = {kind: _compiled(kind.forward) for kind in set(found.values())}
+    return {module: partial(made[kind], module) for module, kind in found.items()}
+
+
+def _gated(model: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
+    """The feed-forward layers that are a gated activation between linears."""
+    found: dict[nn.Module, Callable[..., Any]] = {}
+    are_known: dict[type, bool] = {}
+    made: dict[str, Callable[..., Any]] = {}
+    for module in model.modules():
+        parts = [name for name, _ in module.named_children()]
+        if sorted(parts) != sorted(GATED):
+            continue
+        kind = type(module)
+        if kind not in are_known:
+            are_known[kind] = _is_gated(module)
+        if are_known[kind]:
+            activation: Any = module.act_fn
+            key = repr(activation)
+            if key not in made:
+                made[key] = _compiled(_gate_of(activation))
+            found[module] = partial(_forward, module, made[key])
+    return found
+
+
+def _gate_of(activation: Callable[..., Any]) -> Callable[..., Any]:
+    def gated(gate: Tensor, up: Tensor) -> Tensor:
+        out: Tensor = activation(gate) * up
+        return out
+
+    return gated
+
+
+def _forward(module: Any, gated: Callable[..., Any], x: Tensor) -> Tensor:
+    out: Tensor = module.down_proj(gated(module.gate_proj(x), module.up_proj(x)))
+    return out
+
+
+def _is_gated(module: Any) -> bool:
+    """Whether the layer computes ``down(act(gate(x)) * up(x))``, seen on a sample."""
+    weight = module.gate_proj.weight
+    x = torch.linspace(-1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    with torch.no_grad():
+        ours = _forward(module, _gate_of(module.act_fn), x[None])
+        return torch.equal(ours, module(x[None]))

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiled parts compute what the model computes, and leave it as it was."""
+
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nm_permute_plugin.pruning.running import compiled as module
+from nm_permute_plugin.pruning.running.compiled import compiled_elementwise
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What is compiled; TorchDynamo traces it, and nothing is made of the graphs."""
+    seen: list[object] = []
+    whole = module._compiled
+
+    def follow(function):
+        seen.append(function)
+        return whole(function)
+
+    monkeypatch.setattr(module, "BACKEND", "eager")
+    monkeypatch.setattr(module, "_is_on_one_gpu", lambda model: True)
+    monkeypatch.setattr(module, "_compiled", follow)
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_a_model_gives_what_it_gave_with_its_gradients(
+    tiny_model, tokens: Tensor, compiled, kind: str
+) -> None:
+    model = tiny_model(kind)
+
+    def outcome() -> list[Tensor]:
+        model.zero_grad()
+        out = model(input_ids=tokens, use_cache=False).logits
+        out.square().sum().backward()
+        return [out.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    expected = outcome()
+    rotary = sys.modules[type(model).__module__].apply_rotary_pos_emb
+    with compiled_elementwise(model, 1000):
+        assert sys.modules[type(model).__module__].apply_rotary_pos_emb is not rotary
+        found = outcome()
+    assert sys.modules[type(model).__module__].apply_rotary_pos_emb is rotary
+    assert not any("forward" in part.__dict__ for part in model.modules())
+    # the trial, the rotary embedding, a norm, the activation
+    assert len(compiled) == 4
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_another_feed_forward_layer_is_left_alone(
+    tiny_model, tokens: Tensor, compiled
+) -> None:
+    model = tiny_model("llama")
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) + self.up_proj(x))
+
+    kind = type("OtherMLP", (type(model.model.layers[0].mlp),), {"forward": forward})
+    for layer in model.model.layers:
+        layer.mlp.__class__ = kind
+    expected = model(input_ids=tokens).logits
+    with compiled_elementwise(model, 1000):
+        assert "forward" not in model.model.layers[0].mlp.__dict__
+        torch.testing.assert_close(model(input_ids=tokens).logits, expected)
+
+
+@pytest.mark.parametrize("reason", ["a CPU", "few steps", "no compiler"])
+def test_nothing_is_compiled_where_nothing_would_be_gained(
+    tiny_model, tokens: Tensor, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    model = tiny_model("llama")
+    if reason != "a CPU":
+        monkeypatch.setattr(module, "_is_on_one_gpu", lambda model: True)
+    if reason == "no compiler":
+
+        def fail(function):
+            raise RuntimeError("no compiler\nat all")
+
+        monkeypatch.setattr(module, "_compiled", fail)
+    with compiled_elementwise(model, 99 if reason == "few steps" else 1000):
+        assert not any("forward" in part.__dict__ for part in model.modules())
+        assert isinstance(model(input_ids=tokens).logits, Tensor)
+
+
+def test_an_offloaded_model_is_not_on_one_gpu(tiny_model) -> None:
+    model: nn.Module = tiny_model("llama")
+    assert not module._is_hooked(model.model.norm)
+    model.model.norm.__dict__["forward"] = lambda x: x
+    assert module._is_hooked(model.model.norm)
