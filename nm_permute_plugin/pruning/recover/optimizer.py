@@ -64,7 +64,7 @@ class RelativeAdamW:
                 [values[i] for i in part]
                 for values in (self._masters, self._means, self._squares)
             )
-            grads = [m.grad for m in masters]
+            grads = [grad for m in masters if (grad := m.grad) is not None]
             torch._foreach_lerp_(means, grads, 1 - FIRST)
             torch._foreach_mul_(squares, SECOND)
             torch._foreach_addcmul_(squares, grads, grads, 1 - SECOND)

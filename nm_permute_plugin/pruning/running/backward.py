@@ -78,7 +78,9 @@ class Backward:
             prepare()
             # A tensor: every share would be a CUDA graph of its own.
             weight = torch.tensor(share, device=next(iter(part.values())).device)
-            known = dense and (dense.logits, dense.hidden, dense.are_values)
+            known = None
+            if dense is not None:
+                known = dense.logits, dense.hidden, dense.are_values
             value = self._run(part, known, weight)
             total += float(value)
         self._sums.finish()
