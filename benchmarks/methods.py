@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from host import sparsegpt
+from nm_permute_plugin.pruning.budget.record import BudgetRecord
 from nm_permute_plugin.pruning.data import Data
 from nm_permute_plugin.pruning.pipeline import permute_and_prune
 from nm_permute_plugin.pruning.settings import RecoverStage, Settings
@@ -280,6 +281,7 @@ class Outcome:
 
     :param batches: of text that were trained on
     :param settings: all that the run was given
+    :param budget: what stays dense, and the validation loss before and after learning
     """
 
     seconds: float
@@ -290,6 +292,7 @@ class Outcome:
     retained: tuple[float, float] | None = None
     recovered: list[dict[str, object]] = field(default_factory=list)
     history: list[dict[str, int | float]] = field(default_factory=list)
+    budget: dict[str, object] | None = None
 
 
 def prune(
@@ -317,13 +320,14 @@ def prune(
         sparsegpt(model, folder, data.train, settings.pattern)
     return Outcome(
         time.perf_counter() - started,
-        _batches(settings, data),
+        _batches(settings, data, record.budget),
         settings.model_dump(mode="json"),
         record.seconds,
         record.fold_error if folded else None,
         record.retained,
         [asdict(stage) for stage in record.recovered],
         record.history,
+        None if record.budget is None else _told(record.budget),
     )
 
 
@@ -336,11 +340,22 @@ def prunable(model: nn.Module) -> list[str]:
     ]
 
 
-def _batches(settings: Settings, data: Data) -> int:
+def _told(budget: BudgetRecord) -> dict[str, object]:
+    """The figures of a budget, without every group's."""
+    return {
+        "chosen": asdict(budget.chosen),
+        "all_sparse": budget.curve[0].validation,
+        "reached": budget.reached,
+        "learned": [asdict(point) for point in budget.learned],
+    }
+
+
+def _batches(settings: Settings, data: Data, budget: BudgetRecord | None) -> int:
     """The batches that a run trains on."""
     recover, count = settings.recover, 0
     if settings.method == "learned":
-        count += sum(steps for _, steps in settings.learn.schedule())
+        learnings = 1 if budget is None else len(budget.learned)
+        count += learnings * sum(steps for _, steps in settings.learn.schedule())
     if "blocks" in recover.stages:
         count += recover.blocks.epochs * len(data.train)
     if "end_to_end" in recover.stages:

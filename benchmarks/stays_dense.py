@@ -6,7 +6,9 @@ What stays dense under a budget: the order of ``budget`` beside other orders.
 
 Masks are found once. Each order leaves groups of linears dense up to some shares of the
 weights, and the loss (KL divergence from the dense model) is measured on windows of the
-test text, which chose nothing.
+test text, which chose nothing. With ``--then STEPS`` the masks of what stays sparse are
+learned before that, from the search's masks, as a budget does: it chooses under the
+search's masks, and ``--steps`` chooses under learned ones instead.
 """
 
 import argparse
@@ -33,7 +35,6 @@ from subject import Started, load
 from texts import text_rows, text_windows
 
 Masks = dict[str, Tensor]
-SHARES = (0.05, 0.1, 0.2, 0.35, 0.5)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -57,17 +58,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     found["device"] = (
         torch.cuda.get_device_name() if args.device == "cuda" else args.device
     )
-    print("| order | seconds | " + " | ".join(f"{s:.0%} dense" for s in SHARES) + " |")
-    print("|---" * (len(SHARES) + 2) + "|")
+    shares, then = args.shares, args.then
+
+    def loss_of(dense: set[int]) -> float:
+        """The loss on the test text with some groups dense, learned if that is asked."""
+        if not then:
+            return loss_without(subject, masks, groups, dense, test)
+        left = {n for i, g in enumerate(groups) if i not in dense for n in g.linears}
+        rest = subject.problem.only(left)
+        again = settings_of("learned", for_all({"learn.steps": then}))
+        learned, _ = learn(rest, subject.start, again)
+        return rest.teacher.validate(rest.masks(learned), test)
+
+    print("| order | seconds | " + " | ".join(f"{s:.0%} dense" for s in shares) + " |")
+    print("|---" * (len(shares) + 2) + "|")
     for name, order, seconds in orders(subject, solution, masks, groups, args):
-        losses = [
-            loss_without(subject, masks, groups, order.up_to_share(share), test)
-            for share in SHARES
-        ]
+        losses = [loss_of(order.up_to_share(share)) for share in shares]
         found["rows"].append({"order": name, "seconds": seconds, "losses": losses})
         cells = " | ".join(f"{loss:.4f}" for loss in losses)
         print(f"| {name} | {seconds:.1f} | {cells} |", flush=True)
-    all_sparse = loss_without(subject, masks, groups, set(), test)
+    all_sparse = loss_of(set())
     print(f"\nAll sparse: {all_sparse:.4f}")
     args.out.write_text(json.dumps(found | {"all_sparse": all_sparse}, default=str))
 
@@ -155,8 +165,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--steps",
         type=int,
         default=0,
-        help="of multipliers; 0 takes the search's masks",
+        help="of multipliers, before the choice; 0 chooses under the search's masks",
     )
+    add("--then", type=int, default=0, help="steps of multipliers after the choice")
+    add("--shares", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.35, 0.5])
     add("--alone", action="store_true", help="measure every group alone as well")
     add("--random", type=int, default=2, help="random orders")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"])

@@ -49,14 +49,14 @@ class Clock:
         self._watch.join()
 
     def lap(self, stage: str) -> None:
-        """The stage that began with the last lap ends."""
-        self.seconds[stage] = time.perf_counter() - self._started
+        """The stage that began with the last lap ends; of its laps the sum is kept."""
+        took = time.perf_counter() - self._started
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + took
         risen = self._counted()
         peak = max(self._most, self._held(), risen if risen > self._before else 0)
-        self.memory[stage] = peak
+        self.memory[stage] = max(peak, self.memory.get(stage, 0))
         logger.info(
-            f"The stage {stage} took {self.seconds[stage]:.1f} s and at most "
-            f"{memory_size(peak)}"
+            f"The stage {stage} took {took:.1f} s and at most {memory_size(peak)}"
         )
         self._begin()
 

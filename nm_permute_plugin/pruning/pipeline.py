@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The whole method: statistics, scores, search, learning, fold, masks, recovery.
+The whole method: statistics, scores, search, what stays dense, learning, fold, masks,
+recovery.
 
 ``permute_and_prune`` is these stages, one after the other.
 """
@@ -16,11 +17,8 @@ from torch import Tensor, nn
 
 from nm_permute_plugin.maths.permutation import Permutation
 from nm_permute_plugin.pruning import ranks
-from nm_permute_plugin.pruning.budget.choice import (
-    BudgetRecord,
-    choose_dense,
-    groups_of,
-)
+from nm_permute_plugin.pruning.budget.choice import choose_dense, groups_of
+from nm_permute_plugin.pruning.budget.record import BudgetRecord
 from nm_permute_plugin.pruning.clock import Clock, environment
 from nm_permute_plugin.pruning.data import Data, endless
 from nm_permute_plugin.pruning.figures import Figures, figures_of
@@ -51,7 +49,10 @@ from nm_permute_plugin.specs.moving import moved_along
 from nm_permute_plugin.specs.spec import ResolvedSpec
 
 NOT_LEARNED_FROM = {"format", "prune", "recover", "budget"}
-"""The settings that learning does not depend on."""
+"""
+The settings that learning does not depend on. What a budget left dense is no part of the
+problem that is learned.
+"""
 
 
 @dataclass
@@ -166,15 +167,12 @@ def _run(
     clock: Clock,
 ) -> Record:
     """The stages, one after the other."""
-    problem = Problem.prepare(model, resolved, prunable, data, settings)
-    clock.lap("statistics")
-    found, searched, history = _find(problem, settings, clock, hold)
-    masks = problem.masks(found)
-    budget = _budget(problem, masks, resolved, prunable, settings)
+    problem, found, searched, history, budget = _find_within_budget(
+        model, resolved, prunable, data, settings, hold, clock
+    )
     if budget is not None:
-        clock.lap("budget")
         prunable = [n for n in prunable if n not in budget.dense_linears]
-        masks = {name: masks[name] for name in prunable}
+    masks = problem.masks(found)
     figures = figures_of(problem, found, masks, prunable)
     teacher, known = problem.teacher, problem.known
     if goes_on() and settings.recover.stages:
@@ -223,7 +221,8 @@ def _run_sharded(
     problem = ShardedProblem.of_shards(model, resolved, prunable, data, settings)
     clock.lap("statistics")
     scored = problem.with_scores(model) if ranks.is_first() else problem
-    found, searched, history = _find(problem, settings, clock, spaces=scored.spaces)
+    start, searched = _searched(problem, settings, clock, scored.spaces)
+    found, history = _learned(problem, start, searched, settings, clock)
     del problem
     masks: Mapping[str, Tensor] = {}
 
@@ -282,58 +281,102 @@ def _pruned_in_shards(
     return []
 
 
-def _find(
+def _find_within_budget(
+    model: nn.Module,
+    resolved: ResolvedSpec,
+    prunable: Sequence[str],
+    data: Data,
+    settings: Settings,
+    hold: Hold,
+    clock: Clock,
+) -> tuple[Problem, Solution, History, History, BudgetRecord | None]:
+    """
+    Measure the model, search, choose what stays dense, and learn what stays sparse.
+
+    Learned masks make up for each other's errors, and gain little where some of them are
+    opened later: so the choice comes first, under the search's masks.
+
+    :return: the problem of what stays sparse, its solution, the validations of the search,
+        the last ones, and what stays dense; None of it without a budget
+    """
+    problem = Problem.prepare(model, resolved, prunable, data, settings)
+    clock.lap("statistics")
+    start, searched = _searched(problem, settings, clock)
+    groups, times = groups_of(model, resolved, prunable, settings)
+    if not groups:
+        found, history = _learned(problem, start, searched, settings, clock, hold)
+        return problem, found, searched, history, None
+    masks, teacher, known = problem.masks(start), problem.teacher, problem.known
+
+    def choose(before: BudgetRecord | None) -> BudgetRecord:
+        def chosen() -> dict[str, Any]:
+            given = teacher, masks, groups, times, data, settings, before
+            return asdict(choose_dense(*given))
+
+        turn = 0 if before is None else len(before.learned)
+        state = kept(chosen, "choice of what stays dense", known, turn)
+        return TypeAdapter(BudgetRecord).validate_python(ranks.of_first(lambda: state))
+
+    budget: BudgetRecord | None = None
+    while True:
+        budget = choose(budget)
+        clock.lap("budget")
+        # No name for the whole problem stays: its scores may fill a GPU.
+        problem = problem.only(set(prunable) - budget.dense_linears)
+        found, history = _learned(problem, start, searched, settings, clock, hold)
+        if settings.method == "learned":
+            budget = budget.after_learning(min(e["validation"] for e in history))
+        if settings.method != "learned" or not budget.is_exceeded:
+            return problem, found, searched, history, budget
+
+
+def _searched(
     problem: Problem,
     settings: Settings,
     clock: Clock,
-    hold: Hold = nullcontext,
     spaces: Mapping[str, SpaceScores] | None = None,
-) -> tuple[Solution, History, History]:
+) -> tuple[Solution, History]:
     """
-    The solution by the chosen method, the validations of the search and the last ones.
+    What the search finds, with its validations; nothing where nothing is searched.
 
     :param spaces: of the problem, with scores for the search, where it has none
     """
     if settings.method == "identity":
-        return Solution(), [], []
-    found, searched = search_problem(problem, settings, spaces)
-    history = searched
+        return Solution(), []
+    found = search_problem(problem, settings, spaces)
     clock.lap("search")
-    if settings.method == "learned":
-        start = found
-
-        def learned() -> tuple[dict[str, dict[str, Tensor]], History]:
-            if settings.layer_wise:
-                found, history = learn_layerwise(problem, start, settings, hold)
-            else:
-                found, history = learn(problem, start, settings)
-            return found.state_dict(), history
-
-        read = settings.model_dump(exclude=NOT_LEARNED_FROM)
-        state, history = once(learned, "learning", problem.known, read)
-        found = Solution(**state)
-        clock.lap("learn")
-    return found, searched, history
+    return found
 
 
-def _budget(
+def _learned(
     problem: Problem,
-    masks: Mapping[str, Tensor],
-    resolved: ResolvedSpec,
-    prunable: Sequence[str],
+    start: Solution,
+    searched: History,
     settings: Settings,
-) -> BudgetRecord | None:
-    """What stays dense by the settings' budget; None without one."""
-    groups, times = groups_of(problem.model, resolved, prunable, settings)
-    if not groups:
-        return None
-    teacher, data = problem.teacher, problem.data
+    clock: Clock,
+    hold: Hold = nullcontext,
+) -> tuple[Solution, History]:
+    """
+    What learning makes of the search's solution, with its validations.
 
-    def chosen() -> dict[str, Any]:
-        return asdict(choose_dense(teacher, masks, groups, times, data, settings))
+    :param searched: the validations of the search, the last ones where nothing is learned
+    """
+    if settings.method != "learned":
+        return start, searched
+    if not problem.spaces:
+        return start, [{"step": 0, "validation": problem.validate(start)}]
 
-    state = kept(chosen, "the budget", problem.known)
-    return TypeAdapter(BudgetRecord).validate_python(state)
+    def learned() -> tuple[dict[str, dict[str, Tensor]], History]:
+        if settings.layer_wise:
+            found, history = learn_layerwise(problem, start, settings, hold)
+        else:
+            found, history = learn(problem, start, settings)
+        return found.state_dict(), history
+
+    read = settings.model_dump(exclude=NOT_LEARNED_FROM)
+    state, history = once(learned, "learning", problem.known, read)
+    clock.lap("learn")
+    return Solution(**state), history
 
 
 def _see_again(problem: Problem, settings: Settings) -> None:

@@ -9,6 +9,8 @@ multipliers were found, and ``Problem.validate`` tells how good a solution is.
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from hashlib import blake2b
+from itertools import compress
 
 import torch
 from jaxtyping import Bool, Float
@@ -121,18 +123,21 @@ class SpaceScores:
         }
 
     def only(self, names: Collection[str]) -> "SpaceScores | None":
-        """
-        Those consumers alone, without sensitivity; None if the space has none of them.
-        """
-        parts = [(c, score) for c, score in self.parts() if c.name in names]
-        if len(parts) == len(self.rows):
+        """Those consumers alone; None if the space has none of them."""
+        kept = [consumer.name in names for consumer in self.space.consumers]
+        if all(kept):
             return self
-        if not parts:
+        if not any(kept):
             return None
-        consumers, scores = zip(*parts, strict=True)
-        rows = tuple(len(score) for score in scores)
+        sizes = list(self.rows)
+        of_rows = self.sensitivity
+        if of_rows is not None:
+            of_rows = torch.cat(list(compress(of_rows.split(sizes), kept)))
         return SpaceScores(
-            replace(self.space, consumers=consumers), torch.cat(scores), rows
+            replace(self.space, consumers=tuple(compress(self.space.consumers, kept))),
+            torch.cat(list(compress(self.score.split(sizes), kept))),
+            tuple(compress(sizes, kept)),
+            of_rows,
         )
 
 
@@ -203,6 +208,24 @@ class Problem:
         """The names of the pruned linears."""
         consumers = [c.name for of in self.spaces.values() for c in of.space.consumers]
         return [*self.fixed, *consumers]
+
+    def only(self, names: Collection[str]) -> "Problem":
+        """
+        Those linears alone: all others are left as they are, and nothing is found for them.
+
+        Spaces that none of them consumes are left out.
+        """
+        left_out = sorted(set(self.linears).difference(names))
+        if not left_out:
+            return self
+        parts = {name: of.only(names) for name, of in self.spaces.items()}
+        digest = blake2b(repr(left_out).encode(), digest_size=16).hexdigest()
+        return replace(
+            self,
+            spaces={name: of for name, of in parts.items() if of is not None},
+            fixed={name: score for name, score in self.fixed.items() if name in names},
+            known=f"{self.known} without {digest}",
+        )
 
     @property
     def dtype(self) -> torch.dtype:

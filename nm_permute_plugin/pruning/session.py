@@ -30,8 +30,8 @@ def session() -> Iterator[None]:
 
     A run whose model holds the same weights, on the same data, does not measure them
     again, does not search again with the same score, pattern, seed and loss, and does not
-    learn again where only the recovery, the budget or the format differ. What it finds is
-    the same as without a session, up to rounding.
+    learn again where only the recovery or the format differ, or a budget that leaves the
+    same linears dense. What it finds is the same as without a session, up to rounding.
 
     >>> import nm_permute_plugin as nmp
     >>> with nmp.session():  # doctest: +SKIP

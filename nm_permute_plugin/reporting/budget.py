@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a budget left dense: see ``pruning.budget.choice``."""
+"""What a budget left dense: see ``pruning.budget.record``."""
 
 from dataclasses import dataclass, field
 
@@ -26,12 +26,25 @@ class Point(Read):
 
 
 class Budget(Read):
-    """What stays dense, and what other choices would have been worth."""
+    """
+    What stays dense, and what other choices would have been worth.
+
+    :ivar learned: choices whose masks were learned, the last of them kept; ``chosen`` and
+        ``curve`` are under the search's masks where there are any
+    """
 
     dense_loss: float
     chosen: Point
     groups: tuple[Group, ...] = ()
     curve: tuple[Point, ...] = ()
+    learned: tuple[Point, ...] = ()
+    goal: str | None = None
+    asked: float | None = None
+
+    @property
+    def reached(self) -> float:
+        """The loss under the final masks, before any recovery."""
+        return (self.learned or (self.chosen,))[-1].validation
 
     @property
     def words(self) -> str:
@@ -41,10 +54,23 @@ class Budget(Read):
             f"{dense} of {len(self.groups)} groups of linears stay dense, "
             f"{self.chosen.dense_share:.1%} of the weights that could be pruned"
         )
+        if self.goal is not None and self.asked is not None:
+            said += f" (asked for: {self.goal} {self.asked:g})"
         if self.curve:
+            where = ". Before learning, by the search's masks," if self.learned else ":"
             said += (
-                f": the loss on validation rows is {self.chosen.validation:.4f} where it "
-                f"is {self.curve[0].validation:.4f} with all of them sparse"
+                f"{where} the loss on validation rows is {self.chosen.validation:.4f} "
+                f"where it is {self.curve[0].validation:.4f} with all of them sparse"
+            )
+        if self.learned:
+            said += (
+                f". After the masks of what stays sparse were learned it is "
+                f"{self.reached:.4f}"
+            )
+        if self.goal == "max_loss_increase":
+            said += (
+                f". Before any recovery the loss of this checkpoint is {self.reached:.4f}, "
+                f"{self.reached - self.dense_loss:.4f} above the dense model's"
             )
         if self.chosen.speedup is not None:
             said += (

@@ -160,13 +160,19 @@ def budget(run: Run) -> "Figure | None":
     figure = new_figure(2.6)
     axes = figure.subplots()
     points = [(100 * at.dense_share, at.validation) for at in known.curve]
-    axes.plot(*zip(*points, strict=True), color=BLUE, marker="o", label="validation")
-    chosen = 100 * known.chosen.dense_share, known.chosen.validation
-    axes.plot(*chosen, "*", color=GREEN, markersize=12, label="this checkpoint")
+    line = "before learning" if known.learned else "validation"
+    axes.plot(*zip(*points, strict=True), color=BLUE, marker="o", label=line)
+    *others, last = known.learned or (known.chosen,)
+    for index, other in enumerate(others):
+        at, label = (100 * other.dense_share, other.validation), "learned, not kept"
+        axes.plot(*at, "*", color=GREY, markersize=9, label=label if not index else "")
+    end = "this checkpoint, learned" if known.learned else "this checkpoint"
+    chosen = 100 * last.dense_share, last.validation
+    axes.plot(*chosen, "*", color=GREEN, markersize=12, label=end)
     axes.axhline(known.dense_loss, color=GREY, linestyle="--", label="dense")
     axes.set(xlabel="share of the weights that stay dense, %", ylabel="loss")
     from_zero(axes, [loss for _, loss in points])
-    axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axes.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure
 
 
@@ -183,7 +189,8 @@ PICTURES = (
         "budget",
         "Budget",
         "The loss on validation data, before any recovery, if more or fewer groups of "
-        "linears stay dense.",
+        "linears stay dense. Where masks are learned, the line is of the search's masks, "
+        "before learning, and stars are after it.",
         budget,
     ),
     Picture(

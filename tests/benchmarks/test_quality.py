@@ -163,3 +163,21 @@ def test_change_that_nothing_reads_is_refused(run) -> None:
 def test_text_that_fills_no_row_is_refused(run) -> None:
     with pytest.raises(ValueError, match="has 768 tokens, fewer than two rows of 4096"):
         run("none.json", "--methods", "wanda", "--sequence-length", "4096")
+
+
+def test_a_budget_is_told_before_and_after_its_own_learning(run) -> None:
+    vary = [
+        f"learned.budget.{goal}"
+        for goal in ("dense_share=[0.5]", "max_loss_increase=[1e-6]")
+    ]
+    methods = ["--methods", "learned", "--seeds", "0", "--vary", *vary]
+    record, _ = run("budget.json", *methods)
+    free, share, bounded = record["results"]
+    assert free["budget"] is None
+    assert 0 < share["budget"]["chosen"]["dense_share"] <= 0.5
+    assert share["budget"]["reached"] <= share["budget"]["chosen"]["validation"]
+    assert share["tokens"] == free["tokens"] == 2 * 4 * 32
+    learned = bounded["budget"]["learned"]
+    assert learned[0]["validation"] == min(e["validation"] for e in free["history"])
+    assert learned[-1]["dense_share"] > 0
+    assert bounded["tokens"] == len(learned) * free["tokens"]

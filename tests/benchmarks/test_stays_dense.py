@@ -35,3 +35,19 @@ def test_every_order_has_its_losses(
     printed = capsys.readouterr().out
     assert f"All sparse: {found['all_sparse']:.4f}" in printed
     assert printed.count("\n| ") == 1 + len(rows)
+
+
+def test_what_stays_sparse_is_learned_after_the_choice(
+    arguments: list[str], text_file, tmp_path: Path
+) -> None:
+    model, *rest = arguments
+    more = ["--test", text_file("test", 5), "--windows", "6", "--shares", "0.5"]
+    found = []
+    for then in "0", "6":
+        out = tmp_path / f"{then}.json"
+        options = [*rest, *more, "--random", "1", "--dtype", "float32", "--then", then]
+        stays_dense.main([model, str(out), *options])
+        found.append(json.loads(out.read_text()))
+    before, after = found
+    assert after["all_sparse"] < before["all_sparse"]
+    assert after["rows"][0]["losses"] < before["rows"][0]["losses"]

@@ -155,6 +155,29 @@ def prepare(tiny_model, resolve_model, chain_rows):
     return make
 
 
+def test_a_problem_of_some_linears_alone(prepare) -> None:
+    problem = prepare(spaces=("hidden", "residual"))
+    assert problem.only(problem.linears) is problem
+    names = {n for n in problem.linears if "layers.0.mlp" not in n}
+    names -= {"model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.o_proj"}
+    part, start = problem.only(names), problem.complete(Solution())
+    assert set(part.linears) == names
+    assert set(part.spaces) == {"hidden.1", "residual"}
+    assert part.known != problem.known
+    ours, all_masks = part.masks(start), problem.masks(start)
+    assert set(ours) == names
+    assert [n for n in names if not torch.equal(ours[n], all_masks[n])] == []
+
+    def sensitivities(of: SpaceScores) -> dict[str, torch.Tensor]:
+        assert of.sensitivity is not None
+        pieces = of.sensitivity.split(list(of.rows))
+        return {c.name: p for (c, _), p in zip(of.parts(), pieces, strict=True)}
+
+    whole = sensitivities(problem.spaces["residual"])
+    for name, piece in sensitivities(part.spaces["residual"]).items():
+        assert torch.equal(piece, whole[name])
+
+
 def test_spaces_that_stay_leave_their_consumers_fixed(prepare) -> None:
     problem = prepare(spaces="hidden")
     assert set(problem.spaces) == {"hidden.0", "hidden.1"}

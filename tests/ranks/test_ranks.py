@@ -35,6 +35,7 @@ BASE: dict[str, Any] = {
 SETTINGS = {
     "plain": BASE,
     "sharded": {**BASE, "memory": {"shard": True}},
+    "budget": {**BASE, "budget": {"dense_share": 0.3}},
     "layers": {
         **BASE,
         "objective": "layer_wise",
@@ -161,7 +162,12 @@ def weights(out: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("name", "like"),
-    [("plain", "plain"), ("sharded", "plain"), ("layers", "layers")],
+    [
+        ("plain", "plain"),
+        ("sharded", "plain"),
+        ("budget", "budget"),
+        ("layers", "layers"),
+    ],
 )
 def test_two_ranks_find_what_one_finds(
     by_two: Path, tmp_path: Path, name: str, like: str

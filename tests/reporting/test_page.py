@@ -234,3 +234,25 @@ def test_a_budget_is_told_with_its_choice_and_the_others(
         assert layers == (", ".join(sorted(there)) or "none")
     assert "if more or fewer groups of linears stay dense" in said
     assert f"{len(dense)} of the 14 linears" in (out / "README.md").read_text()
+    assert "(asked for: dense_share 0.3): the loss on validation rows is" in said
+    assert "learning" not in budget.words
+
+
+def test_a_budget_of_learned_masks_tells_before_and_after(
+    tiny_model, chain_rows, tmp_path: Path, pages: None
+) -> None:
+    model, out = tiny_model("llama"), tmp_path / "out"
+    data = nmp.read_samples(model, [{"input_ids": chain_rows(12, 24, seed=0)}], 4)
+    learn = {"learn": {"steps": 2}, "search": {"rounds": 2}}
+    settings = nmp.Settings(budget={"max_loss_increase": 1e-4}, **learn)
+    nmp.save(model, out, nmp.prune(model, data, settings))
+    run = subject_of(out).run
+    said, budget = words(out), run.budget
+    assert budget.words in said
+    assert "(asked for: max_loss_increase 0.0001). Before learning, by the" in said
+    assert len(budget.learned) > 1
+    last = budget.learned[-1].validation
+    assert f"After the masks of what stays sparse were learned it is {last:.4f}" in said
+    assert f"is {last:.4f}, {last - budget.dense_loss:.4f} above the dense" in said
+    assert last - budget.dense_loss <= 1e-4
+    assert "before learning, and stars are after it" in said

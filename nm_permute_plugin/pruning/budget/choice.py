@@ -2,7 +2,7 @@
 """Which groups of linears stay dense under a budget, and what each choice is worth."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from jaxtyping import Bool
@@ -10,6 +10,7 @@ from loguru import logger
 from torch import Tensor, nn
 
 from nm_permute_plugin.pruning.budget.fused import FusedLinears, fused_linears
+from nm_permute_plugin.pruning.budget.record import BudgetRecord, GroupFigures, Point
 from nm_permute_plugin.pruning.budget.shares import shares_of_loss
 from nm_permute_plugin.pruning.budget.times import measured_times
 from nm_permute_plugin.pruning.data import Data
@@ -20,63 +21,6 @@ from nm_permute_plugin.specs.spec import ResolvedSpec
 
 CURVE = (0.05, 0.1, 0.2, 0.35, 0.5)
 """The shares of weights that stay dense at which the loss is measured for the report."""
-
-
-@dataclass(frozen=True)
-class GroupFigures:
-    """
-    One group of linears that serving fuses.
-
-    :param linears: the names of their modules
-    :param weights: how many weights they have
-    :param share: the part of the loss that their masks are to blame for
-    :param stays_dense: whether they were left dense
-    :param dense: microseconds of one product, dense; None where no times were given
-    :param fastest: the same by the fastest kernel
-    """
-
-    linears: tuple[str, ...]
-    weights: int
-    share: float
-    stays_dense: bool
-    dense: float | None = None
-    fastest: float | None = None
-
-
-@dataclass(frozen=True)
-class Point:
-    """
-    A choice that was measured.
-
-    :param dense_share: share of the weights that stay dense
-    :param validation: the loss on the validation data, before any recovery
-    :param speedup: of all products; None where no times were given
-    """
-
-    dense_share: float
-    validation: float
-    speedup: float | None = None
-
-
-@dataclass(frozen=True)
-class BudgetRecord:
-    """
-    What a budget left dense.
-
-    :param dense_loss: the loss of the dense model on the validation data
-    :param chosen: the choice that was made
-    :param curve: this choice and others in the same order, from all sparse to half dense
-    """
-
-    dense_loss: float
-    chosen: Point
-    groups: list[GroupFigures] = field(default_factory=list)
-    curve: list[Point] = field(default_factory=list)
-
-    @property
-    def dense_linears(self) -> set[str]:
-        """The names of the linears that stay dense."""
-        return {n for g in self.groups if g.stays_dense for n in g.linears}
 
 
 Times = Sequence[tuple[float, float]]
@@ -153,6 +97,7 @@ def choose_dense(
     times: Times,
     data: Data,
     settings: Settings,
+    before: BudgetRecord | None = None,
 ) -> BudgetRecord:
     """
     Choose what stays dense, by what each group's masks cost on the validation data.
@@ -160,8 +105,13 @@ def choose_dense(
     Groups stay dense in the order of their share of the loss for each weight, or for each
     microsecond that sparse kernels save where ``min_speedup`` is asked for.
 
+    Masks that will be learned lose far less afterwards. So for ``max_loss_increase`` none
+    stays dense at first, and once that was learned and lost too much, as many more do as
+    are expected to bring the loss after learning below the limit, by ``before.expected``.
+
     :param masks: of all linears that may be pruned, channels in their old places
     :param times: of ``times_of``
+    :param before: the last choice, after whose learning too much was lost
     """
     batches, budget = data.validation, settings.budget
     shares = shares_of_loss(teacher, masks, groups, batches, settings.memory).tolist()
@@ -186,10 +136,20 @@ def choose_dense(
     else:
         assert budget.max_loss_increase is not None
         fewest, most = 0, len(groups)
+        if before is not None:
+            fewest = 1 + sum(group.stays_dense for group in before.groups)
+            logger.info(
+                f"After learning {before.reached - before.dense_loss:.4f} is lost, and "
+                f"`budget` allows {before.asked:g}: more linears stay dense, and the masks "
+                "of the others are learned again"
+            )
+        elif settings.method == "learned":
+            most = 0
         while fewest < most:
             middle = (fewest + most) // 2
             lost = measured(set(order.order[:middle])).validation - dense_loss
-            if lost <= budget.max_loss_increase:
+            expected = lost if before is None else before.expected(lost)
+            if expected <= budget.max_loss_increase:
                 most = middle
             else:
                 fewest = middle + 1
@@ -197,7 +157,10 @@ def choose_dense(
     chosen = measured(dense)
     others = [set[int](), *(order.up_to_share(share) for share in CURVE)]
     curve = [chosen, *(measured(other) for other in others if other != dense)]
+    goal = str(budget.goal)
     record = BudgetRecord(
+        goal,
+        getattr(budget, goal),
         dense_loss,
         chosen,
         [
@@ -211,28 +174,41 @@ def choose_dense(
             for i, group in enumerate(groups)
         ],
         sorted(curve, key=lambda point: point.dense_share),
+        [] if before is None else before.learned,
     )
     speed = (
         "" if chosen.speedup is None else f", {chosen.speedup:.2f} x as fast as dense"
     )
+    when = ", before learning" if settings.method == "learned" else ""
     logger.info(
         f"{len(dense)} of {len(groups)} groups of linears stay dense, "
         f"{chosen.dense_share:.1%} of the weights{speed}: validation loss "
-        f"{record.curve[0].validation:.4f} -> {chosen.validation:.4f}"
+        f"{record.curve[0].validation:.4f} -> {chosen.validation:.4f}{when}"
     )
     if len(dense) == len(groups):
         logger.warning(
             f"All linears stay dense and nothing is pruned: with any of them sparse, the "
-            f"loss is above what `budget` allows ({budget.goal}: "
-            f"{getattr(budget, str(budget.goal)):g}). Allow more"
+            f"loss is above what `budget` allows ({goal}: {record.asked:g}). Allow more"
         )
     return record
 
 
-def validations(groups: int, budget: BudgetSettings) -> int:
-    """How often a choice among so many groups is validated, at most."""
-    halvings = groups.bit_length() if budget.goal == "max_loss_increase" else 0
-    return halvings + 3 + len(CURVE)  # dense, all sparse, and what was chosen
+def turns(settings: Settings) -> int:
+    """
+    How often linears are chosen, and masks learned, in most runs.
+
+    With ``max_loss_increase`` what learning leaves of a loss is known only afterwards.
+    """
+    again = settings.method == "learned" and settings.budget.goal == "max_loss_increase"
+    return 2 if again else 1
+
+
+def validations(groups: int, settings: Settings) -> int:
+    """How often choices among so many groups are validated, in most runs."""
+    bounded = settings.budget.goal == "max_loss_increase"
+    halvings = groups.bit_length() if bounded else 0
+    # Dense, all sparse, what was chosen, and the curve.
+    return halvings + (3 + len(CURVE)) * turns(settings)
 
 
 def groups_of(

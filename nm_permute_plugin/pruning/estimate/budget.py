@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from nm_permute_plugin.pruning.budget.choice import validations
+from nm_permute_plugin.pruning.budget.choice import turns, validations
 from nm_permute_plugin.pruning.budget.fused import FusedLinears
 from nm_permute_plugin.pruning.budget.shares import shares_of_loss
 from nm_permute_plugin.pruning.estimate.amounts import Amounts
@@ -20,16 +20,17 @@ def choosing(
     groups: Sequence[FusedLinears],
     amounts: Amounts,
     meter: Meter,
+    copied: int,
 ) -> tuple[None, Took, int]:
-    """Measure the gradients and a validation of one batch, counted for all of them."""
+    """
+    Measure the gradients and a validation of one batch, counted for all of them.
+
+    :param copied: bytes of the scores, which are copied of what stays sparse
+    """
     _, validation = passes(teacher, dict(masks), amounts, meter)
-    batch, memory = amounts.validation, amounts.settings.memory
+    batch, settings = amounts.validation, amounts.settings
     _, gradients = meter.took(
-        lambda: shares_of_loss(teacher, masks, groups, [batch], memory)
+        lambda: shares_of_loss(teacher, masks, groups, [batch], settings.memory)
     )
-    took = gradients * amounts.validation_batches
-    return (
-        None,
-        took + validation * validations(len(groups), amounts.settings.budget),
-        0,
-    )
+    took = gradients * (amounts.validation_batches * turns(settings))
+    return None, took + validation * validations(len(groups), settings), copied

@@ -7,6 +7,7 @@ from itertools import count
 
 import torch
 
+from nm_permute_plugin.pruning.budget.choice import turns
 from nm_permute_plugin.pruning.data import micro_batches
 from nm_permute_plugin.pruning.estimate.amounts import Amounts
 from nm_permute_plugin.pruning.estimate.meter import Meter, Took
@@ -72,8 +73,9 @@ def learning(
             problem.masks(solution)
             _, masks = meter.took(partial(problem.masks, solution))
             validation = masks + whole_model.passing
-            took += made + begun + once + one * (steps * amounts.per_step)
-            took += validation * amounts.validations(steps)
+            stage_took = made + begun + once + one * (steps * amounts.per_step)
+            stage_took += validation * amounts.validations(steps)
+            took += stage_took * turns(settings)
             del learner, backward, step, make
     return None, took, problem.teacher.bytes_to_come([*data.train, *data.validation])
 

@@ -207,29 +207,31 @@ class _Probe:
         problem = self._stage("statistics", self._statistics)
         start = problem.complete(Solution())
         if settings.method == "identity":
+            self._budget(problem, start)
             masks, comparing = self._masks(problem, start)
-            self._budget(problem.teacher, masks)
             return masks, problem.teacher, comparing
         whole_model = Validation.measure(problem, start, amounts, self.meter)
         self._stage("search", lambda: self._search(problem, start, whole_model))
+        self._budget(problem, start)
         if settings.method == "learned":
             learn = learning_by_layers if settings.layer_wise else learning
             self._stage(
                 "learn", lambda: learn(problem, start, whole_model, amounts, self.meter)
             )
         masks, comparing = self._masks(problem, start)
-        self._budget(problem.teacher, masks)
         return masks, problem.teacher, comparing
 
-    def _budget(self, teacher: Teacher, masks: dict[str, Tensor]) -> None:
+    def _budget(self, problem: Problem, start: Solution) -> None:
         """Measure the choice of what stays dense, if there is one."""
         linears, amounts = self.plan.prunable, self.amounts
         resolved, settings = self.plan.resolved, self.settings
         groups, _ = groups_of(self.model, resolved, linears, settings)
-        if groups:
-            self._stage(
-                "budget", lambda: choosing(teacher, masks, groups, amounts, self.meter)
-            )
+        if not groups:
+            return
+        copied = sum(of.score.nbytes for of in problem.spaces.values())
+        masks, teacher = problem.masks(start), problem.teacher
+        given = teacher, masks, groups, amounts, self.meter, copied
+        self._stage("budget", lambda: choosing(*given))
 
     def _masks(
         self, problem: Problem, start: Solution

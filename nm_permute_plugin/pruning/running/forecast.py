@@ -44,6 +44,8 @@ class Forecast:
         """
         spans = [steps for _, steps in settings.learn.schedule()]
         what, recover = "learning", settings.recover
+        if settings.budget.goal == "max_loss_increase":
+            what += " (and again if that loses more than the budget allows)"
         if "end_to_end" in recover.stages:
             spans.append(recover.end_to_end.steps)
             what += " and the recovery end_to_end"

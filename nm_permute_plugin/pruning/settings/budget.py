@@ -13,11 +13,13 @@ class BudgetSettings(Frozen):
 
     Linears that serving fuses (queries, keys and values; gate and up) stay dense together,
     those first whose masks cost most on the validation data for what they save. They are
-    chosen once the masks are found, before the recovery.
+    chosen under the search's masks (plain ones with ``method: identity``), and then the
+    masks of what stays sparse are learned.
 
     :param max_loss_increase: by how much the loss on the validation data (in nats a token,
-        by default) may lie above the dense model's, before the recovery; as many linears
-        stay dense as that takes
+        by default) may lie above the dense model's, after learning and before the recovery;
+        as many linears stay dense as that takes. Where all sparse lose more, ``method:
+        learned`` learns again, once or twice
     :param dense_share: share of the weights of the linears to prune that stay dense
     :param min_speedup: how many times as fast as dense the products of all linears to prune
         must be together, by the times in ``kernels``

@@ -8,6 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from nm_permute_plugin._words import memory_size
+from nm_permute_plugin.pruning.budget.choice import turns, validations
+from nm_permute_plugin.pruning.budget.shares import POINTS
 from nm_permute_plugin.pruning.data import Data, split_text
 from nm_permute_plugin.pruning.estimate.amounts import Amounts
 from nm_permute_plugin.pruning.estimate.meter import Meter
@@ -56,6 +58,7 @@ def bits(model: PreTrainedModel) -> list[bytes]:
         ({"method": "identity"}, []),
         ({"method": "search"}, ["search"]),
         ({"method": "identity", "budget": {"max_loss_increase": 1}}, ["budget"]),
+        (SHORT | {"budget": {"dense_share": 0.3}}, ["search", "budget", "learn"]),
         (SHORT, ["search", "learn"]),
         (SHORT | {"memory": {"micro_batch_size": 1}}, ["search", "learn"]),
         (
@@ -68,8 +71,8 @@ def bits(model: PreTrainedModel) -> list[bytes]:
             ["recover"],
         ),
     ],
-    ids=["identity", "search", "budget", "learned", "micro-batches"]
-    + ["layer-wise", "recover"],
+    ids=["identity", "search", "budget", "learned in a budget", "learned"]
+    + ["micro-batches", "layer-wise", "recover"],
 )
 def test_every_stage_has_its_time_and_memory_and_the_model_stays(
     tiny_model, rows, fields, stages
@@ -100,11 +103,15 @@ def test_more_steps_take_longer(tiny_model, rows) -> None:
     assert learning(5000) > 10 * learning(5)
 
 
+@pytest.mark.parametrize(
+    "budget", [{}, {"dense_share": 0.3}, {"max_loss_increase": 0.2}]
+)
 def test_the_run_validates_and_steps_as_often_as_was_counted(
-    tiny_model, rows, monkeypatch
+    tiny_model, rows, monkeypatch, budget
 ) -> None:
     recover = {"stages": ["end_to_end"], "end_to_end": {"steps": 5}}
-    settings = Settings.model_validate(SHORT | {"recover": recover})
+    fields = SHORT | {"recover": recover, "budget": budget}
+    settings = Settings.model_validate(fields)
     data, model = data_of(rows, settings), tiny_model("llama")
     plan = PrunePlan.of(model, settings)
     amounts = Amounts(data, settings)
@@ -122,12 +129,18 @@ def test_the_run_validates_and_steps_as_often_as_was_counted(
 
     counting(Teacher, "validate")
     counting(Backward, "__call__")
-    permute_and_prune(model, plan.resolved, plan.prunable, data, settings)
+    record = permute_and_prune(model, plan.resolved, plan.prunable, data, settings)
     of_search = amounts.search_validations(spaces)
     of_learning = 1 + amounts.validations(amounts.steps)
     of_recovery = 2 + 1 + amounts.validations(5)  # the whole twice, and distill's own
-    assert counts["validate"] == of_search + of_learning + of_recovery
-    assert counts["__call__"] == amounts.steps + 5
+    learnings, most, gradients = turns(settings), 0, 0
+    if record.budget is not None:
+        assert len(record.budget.learned) == learnings
+        most = validations(len(record.budget.groups), settings)
+        gradients = POINTS * len(data.validation) * learnings
+    of_budget = counts["validate"] - of_search - learnings * of_learning - of_recovery
+    assert 0.6 * most <= of_budget <= most  # points of the curve may be the choice
+    assert counts["__call__"] == learnings * amounts.steps + 5 + gradients
 
 
 def test_rows_of_many_lengths_are_counted_by_their_tokens(chain_rows) -> None:
