@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-A step of learning against a plain forward and backward pass of the same model and batch.
+A step of learning, and of recovery, against a plain forward and backward pass of the same
+model and batch.
 
     python benchmarks/step.py --rows 8 --sequence-length 1024
 
 The model has SmolLM2-135M's shape, or the one given, and random weights: time and memory
 do not depend on their values. A step with a batch that was never seen runs the dense model
-too; one with a batch of an earlier epoch only its last layer. All five run in turn; medians
-are printed with the ratios.
+too; one with a batch of an earlier epoch only its last layer. ``--once`` keeps nothing of
+any batch, as where there is more text than memory. All run in turn; medians are printed
+with the ratios. On a GPU all run once more with compiled elementwise parts, as a run has
+them.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import count
 
@@ -25,7 +29,11 @@ from methods import prunable
 from nm_permute_plugin.pruning.data import Batch, Data
 from nm_permute_plugin.pruning.learn.loop import LEARNERS
 from nm_permute_plugin.pruning.problem import Problem, Solution
+from nm_permute_plugin.pruning.recover.optimizer import RelativeAdamW
+from nm_permute_plugin.pruning.recover.student import Student
 from nm_permute_plugin.pruning.running.backward import Backward
+from nm_permute_plugin.pruning.running.compiled import compiled_elementwise
+from nm_permute_plugin.pruning.running.teacher import Teacher
 from nm_permute_plugin.pruning.settings import LearnStage, Settings
 from nm_permute_plugin.specs.architectures import LLAMA
 from nm_permute_plugin.specs.spec import resolve
@@ -47,11 +55,31 @@ def main() -> None:
     ids = torch.randint(0, args.shape[5], shape, device=args.device)
     problem, settings = _problem(model, ids, args)
     model.requires_grad_(False)
+    print(f"{args.rows} x {args.sequence_length} tokens, shape {tuple(args.shape)}")
+    _compare(model, problem, settings, ids, args, "")
+    if args.device == "cuda":
+        with compiled_elementwise(model, STEPS):
+            _compare(model, problem, settings, ids, args, ", compiled")
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+
+
+def _compare(
+    model: LlamaForCausalLM,
+    problem: Problem,
+    settings: Settings,
+    ids: Tensor,
+    args: argparse.Namespace,
+    how: str,
+) -> None:
+    """Time all kinds of steps in turn, and print their medians."""
+    problem = replace(problem, teacher=Teacher(model, settings.loss, not args.once))
     runs: dict[str, Run] = {}
     for stage in settings.learn.stages:
         learning = _Learning(problem, settings, stage, ids)
         runs[f"{stage}, first epoch"] = partial(learning.step, True)
-        runs[f"{stage}, later epochs"] = partial(learning.step, False)
+        if not args.once:
+            runs[f"{stage}, later epochs"] = partial(learning.step, False)
+    runs["recovery, first epoch"] = _Recovery(problem, settings, ids).step
     runs["plain"] = partial(_plain, model, ids)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(args.repeats + WARM_UPS):
@@ -61,12 +89,9 @@ def main() -> None:
                 seconds[name].append(elapsed)
     middle = {name: statistics.median(values) for name, values in seconds.items()}
     once = middle.pop("plain")
-    print(f"{args.rows} x {args.sequence_length} tokens, shape {tuple(args.shape)}")
-    print(f"a plain forward and backward pass: {once:.3f} s")
+    print(f"a plain forward and backward pass{how}: {once:.4f} s")
     for name, value in middle.items():
-        print(f"a step of {name}: {value:.3f} s, {value / once:.2f} times plain")
-    if args.device == "cuda":
-        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        print(f"a step of {name}{how}: {value:.4f} s, {value / once:.2f} times plain")
 
 
 class _Learning:
@@ -97,6 +122,28 @@ class _Learning:
         batch = {"input_ids": self._ids.clone() if is_new else self._ids}
         self._backward(batch, partial(self._learner.prepare, next(self._numbers)))
         self._learner.update()
+
+
+class _Recovery:
+    """Steps of the recovery end to end, under the masks of the channels as they are."""
+
+    def __init__(self, problem: Problem, settings: Settings, ids: Tensor) -> None:
+        student = Student(problem.model, problem.masks(Solution()))
+        masters = student.masters(student.linears)
+        self._ids, self._optimizer = ids, RelativeAdamW(masters, 0.001, STEPS)
+        self._backward = Backward(
+            problem.teacher,
+            partial(student.masks, masters, student.served(masters)),
+            masters.values(),
+            problem.data.train,
+            settings.memory,
+            use_graph=True,
+        )
+
+    def step(self) -> None:
+        """Take one step with a batch that was never seen."""
+        self._backward({"input_ids": self._ids.clone()})
+        self._optimizer.step()
 
 
 def _plain(model: LlamaForCausalLM, ids: Tensor) -> None:
@@ -153,6 +200,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--sequence-length", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--once", action="store_true", help="batches come once")
     parser.add_argument("--row-limit", type=int, help="learn.swaps.row_limit")
     parser.add_argument(
         "--shape",

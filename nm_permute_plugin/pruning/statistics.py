@@ -39,7 +39,7 @@ MOST_SAMPLES = 32
 MOST_TOKENS = 1 << 13
 """Tokens that measure it at most: as many as a step of learning has."""
 
-ENOUGH_TOKENS = 1 << 22
+ENOUGH_TOKENS = 1 << 21
 """Tokens that measure the norms of inputs at most; more do not change their proportions."""
 
 FLOOR = 1e-6
