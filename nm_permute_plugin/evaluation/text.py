@@ -8,7 +8,7 @@ model was trained so. Conversations go through the tokenizer's chat template.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -190,6 +190,20 @@ class TextTokenizer:
         found = self.tokenizer(text, add_special_tokens=False, verbose=False)
         return list(found.input_ids)
 
+    def _ids_in_parts(self, text: str) -> list[int]:
+        """
+        The tokens of a text, of a long one in parts that begin at paragraphs.
+
+        All cores tokenize parts at once; at their borders a token may differ.
+        """
+        if len(text) <= WHOLE:
+            return self._ids(text)
+        starts = range(WHOLE, len(text) - WHOLE // 2, WHOLE)
+        borders = [0, *(_border(text, at, at + WHOLE // 4) for at in starts), len(text)]
+        parts = [text[first:last] for first, last in pairwise(borders)]
+        found = self.tokenizer(parts, add_special_tokens=False, verbose=False)
+        return list(chain.from_iterable(found.input_ids))
+
     def _body(self, length: int) -> int:
         """Tokens of text in a row of that length."""
         special = len(self.begin) + len(self.end)
@@ -207,7 +221,7 @@ class TextTokenizer:
         if wanted and len(text) > max(WHOLE, 2 * wanted * body * GENEROUS):
             cut, rest = self._spread_rows(text, body, wanted), 0
         else:
-            ids = self._ids(text)
+            ids = self._ids_in_parts(text)
             cut, rest = _cut(ids, body), len(ids) % body
         return [[*self.begin, *row, *self.end] for row in cut], rest
 
