@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The dense counterpart of our kernel of routed experts, of the same structure."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from nm_permute_plugin.serving.kernels.experts import align
 
 CANDIDATES = [
     # pairs of a block; rows and channels of a tile; warps; stages
@@ -66,6 +65,63 @@ def dense_kernel(
         total = total * tl.load(scale + pair, mask=used, other=0.0)[None, :]
     at = out + pair.to(tl.int64)[None, :] * rows + row[:, None]
     tl.store(at, total.to(out.dtype.element_ty), inside[:, None] & used[None, :])
+
+
+@triton.jit
+def align_kernel(
+    ids,  # int32 or int64 [pairs]: the expert of each pair; negative: not on this device
+    pair_of,  # int32 [blocks, TOKENS], filled with -1
+    expert_of,  # int32 [blocks], filled with -1
+    pairs,
+    blocks,
+    EXPERTS: tl.constexpr,  # a power of two, or more than there are
+    PAIRS: tl.constexpr,  # a power of two
+    BLOCKS: tl.constexpr,  # a power of two
+    TOKENS: tl.constexpr,
+):
+    """Sort pairs by expert, and give each expert whole blocks of ``TOKENS`` pairs."""
+    pair = tl.arange(0, PAIRS)
+    expert = tl.load(ids + pair, mask=pair < pairs, other=-1).to(tl.int32)
+    every = tl.arange(0, EXPERTS)
+    one_hot = (expert[:, None] == every[None, :]).to(tl.int32)
+    count = tl.sum(one_hot, 0)
+    needed = (count + TOKENS - 1) // TOKENS
+    last = tl.cumsum(needed, 0)
+    rank = tl.sum(tl.cumsum(one_hot, 0) * one_hot, 1) - 1
+    first = tl.sum(one_hot * (last - needed)[None, :], 1)
+    at = pair_of + first * TOKENS + rank
+    tl.store(at, pair, mask=(pair < pairs) & (expert >= 0))
+    block = tl.arange(0, BLOCKS)
+    owner = tl.sum((last[None, :] <= block[:, None]).to(tl.int32), 1)
+    tl.store(expert_of + block, owner, mask=(block < blocks) & (owner < EXPERTS))
+
+
+def align(ids: Tensor, experts: int, size: int) -> tuple[Tensor, Tensor]:
+    """
+    Sort pairs by expert into blocks of which each has one expert.
+
+    :param ids: [pairs], the expert of each pair, of which there are at most some hundreds
+    :param size: pairs of a block
+    :return: int32 [blocks, size], the pairs of each block, or -1; int32 [blocks], the
+        expert of each, or -1
+    """
+    pairs = len(ids)
+    blocks = min(pairs, min(pairs, experts) + pairs // size)
+    both = torch.full((blocks * (size + 1),), -1, dtype=torch.int32, device=ids.device)
+    pair_of, expert_of = both[: blocks * size].view(blocks, size), both[blocks * size :]
+    align_kernel[(1,)](
+        ids,
+        pair_of,
+        expert_of,
+        pairs,
+        blocks,
+        EXPERTS=triton.next_power_of_2(experts),
+        PAIRS=triton.next_power_of_2(pairs),
+        BLOCKS=triton.next_power_of_2(blocks),
+        TOKENS=size,
+        num_warps=8,
+    )
+    return pair_of, expert_of
 
 
 def run(

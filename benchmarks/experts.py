@@ -8,18 +8,20 @@ Usage::
     PYTHONPATH=. python benchmarks/experts.py --check
 
 Needs a CUDA device, torch and Triton. Random weights of Qwen3-30B-A3B's shape: 128 experts,
-8 of a token, 2048 channels, 768 inner ones. All in one run: ``sparse`` is our kernel on the
-weights as they are stored, ``dense`` a Triton kernel of the same structure on dense ones,
-``expand`` writes the dense weights of all experts and then runs that (for prompts), and
-``vllm`` is vLLM's ``fused_experts``, with --vllm. Each takes the fastest of its settings.
+8 of a token, 2048 channels, 768 inner ones. All in one run: ``packed`` is our CUDA kernel
+on packed weights, ``dense`` a Triton kernel on dense ones, ``expand`` writes the dense
+weights of all experts from packed ones and then runs that (for prompts), and ``vllm`` is
+vLLM's ``fused_experts``, with --vllm. Each takes the fastest of its settings.
 Sorting tokens by expert, SiLU and the sum over experts are in all of them; the router is in
 none. Times are medians of CUDA events around replays of a CUDA graph of eight routings,
-whose weights together do not fit the L2 cache. ``ratio`` is dense over sparse, or vLLM over
-sparse with --vllm; ``bound`` the share of the copy bandwidth measured in this run that the
-sparse product reaches. Errors are the largest as a share of the largest output, of float64.
+whose weights together do not fit the L2 cache. ``ratio`` is dense over packed, or vLLM over
+packed with --vllm; ``bound`` the share of the copy bandwidth measured in this run that the
+packed product reaches. Errors are the largest as a share of the largest output, of float64.
+All that was timed is in the JSON; a short table comes last.
 
---check compares sparse and dense with float64 on small shapes; without a GPU, in Triton's
-interpreter.
+--check compares every setting of the packed product with float64, several times over, and
+dense; without a GPU only the latter, in Triton's interpreter. It exits with 1 if one is
+wrong.
 """
 
 import argparse
@@ -41,13 +43,18 @@ import torch
 from torch import Tensor
 
 from benchmarks import dense_experts
-from nm_permute_plugin.serving.kernels import experts as sparse_experts
+from nm_permute_plugin.serving.kernels import experts as our_experts
 from nm_permute_plugin.serving.tune import microseconds
 
 EXPERTS, TOP_K, HIDDEN, INNER = 128, 8, 2048, 768
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
 ROUTINGS = 8
 """So many routings are timed in turn, of other tokens each."""
+
+SIDES = ("dense", "expand", "vllm", "packed")
+
+REPEATS = 30
+"""A setting that is checked runs so many times."""
 
 Call = Callable[["Routing"], Tensor]
 
@@ -67,12 +74,17 @@ class Routing(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A layer's weights, dense and as they are stored."""
+    """A layer's weights, dense and packed."""
 
     up: Tensor
     down: Tensor
-    stored_up: sparse_experts.StoredExperts
-    stored_down: sparse_experts.StoredExperts
+    packed_up: our_experts.PackedExperts
+    packed_down: our_experts.PackedExperts
+
+    @property
+    def packed(self) -> tuple[our_experts.PackedExperts, our_experts.PackedExperts]:
+        """Both packed weights."""
+        return self.packed_up, self.packed_down
 
 
 def main() -> None:
@@ -99,20 +111,23 @@ def main() -> None:
     print(record)
     layer = random_layer(EXPERTS, HIDDEN, INNER, torch.bfloat16, "cuda")
     theirs = vllm_call(layer) if arguments.vllm else None
-    print("tokens experts    dense   expand     vllm   sparse  ratio bound  errors")
+    sides = "".join(f"{side:>9}" for side in SIDES)
+    lines = [f"tokens experts{sides}  ratio bound"]
     for tokens in arguments.tokens:
         record["results"].append(row := measure(layer, tokens, theirs, record))
         if arguments.json:
             arguments.json.write_text(json.dumps(record, indent=1))
         cells = "".join(
-            f"{row[side]:9.1f}" if row.get(side) else "        -"
-            for side in ("dense", "expand", "vllm", "sparse")
+            f"{row[side]:9.1f}" if row.get(side) else "        -" for side in SIDES
         )
-        print(
+        lines.append(
             f"{tokens:6d} {row['experts']:7.1f}{cells}  {row['ratio']:5.2f} "
-            f"{row['bound']:5.2f}  {row['errors']}  {row['settings']}",
-            flush=True,
+            f"{row['bound']:5.2f}"
         )
+        print(f"{tokens} tokens: errors {row['errors']}, {row['settings']}")
+        for settings, taken in row["every"]["packed"]:
+            print(f"  {taken:8.2f}  {settings}", flush=True)
+    print("", *lines, sep="\n")
 
 
 def random_layer(
@@ -121,10 +136,8 @@ def random_layer(
     """Random 2:4 weights."""
     generator = torch.Generator(device).manual_seed(0)
 
-    def weight(rows: int, columns: int) -> tuple[Tensor, sparse_experts.StoredExperts]:
+    def weight(rows: int, columns: int) -> Tensor:
         dense = torch.zeros(experts, rows, columns, dtype=dtype, device=device)
-        values = dense.new_empty(experts, rows, columns // 2)
-        bits = values.new_empty(experts, rows, columns // 8, dtype=torch.uint8)
         for expert in range(experts):
             size = (rows, columns // 4, 4)
             order = torch.rand(size, generator=generator, device=device)
@@ -133,14 +146,10 @@ def random_layer(
             kept = torch.randn(size, generator=generator, device=device)
             kept = (kept * columns**-0.5).to(dtype)
             dense[expert].view(rows, -1, 4).scatter_(-1, places, kept)
-            values[expert] = kept.view(rows, -1)
-            nibbles = (1 << places).sum(-1).view(rows, -1, 2)
-            bits[expert] = nibbles[..., 0] | nibbles[..., 1] << 4
-        return dense, sparse_experts.StoredExperts(values, bits)
+        return dense
 
-    up, stored_up = weight(2 * inner, hidden)
-    down, stored_down = weight(hidden, inner)
-    return Layer(up, down, stored_up, stored_down)
+    up, down = weight(2 * inner, hidden), weight(hidden, inner)
+    return Layer(up, down, our_experts.pack_experts(up), our_experts.pack_experts(down))
 
 
 def random_routing(layer: Layer, tokens: int, top_k: int, seed: int) -> Routing:
@@ -169,22 +178,21 @@ def exact(layer: Layer, routing: Routing, most: int = 16) -> Tensor:
     return out
 
 
-def sparse_call(layer: Layer, settings: tuple[int, ...], at: Routing) -> Tensor:
-    """Run our kernel."""
-    stored = layer.stored_up, layer.stored_down
-    return sparse_experts.run(at.x, *stored, at.weights, at.ids, settings)
-
-
 def dense_call(layer: Layer, settings: tuple[int, ...], at: Routing) -> Tensor:
     """Run the dense kernel of the same structure."""
     both = layer.up, layer.down
     return dense_experts.run(at.x, *both, at.weights, at.ids, settings)
 
 
+def packed_call(layer: Layer, settings: tuple[int, ...], at: Routing) -> Tensor:
+    """Run our CUDA kernel."""
+    return our_experts.run(at.x, *layer.packed, at.weights, at.ids, settings)
+
+
 def expand_call(layer: Layer, settings: tuple[int, ...], at: Routing) -> Tensor:
     """Write the dense weights where they already are, and run the dense kernel."""
-    layer.stored_up.expand(layer.up)
-    layer.stored_down.expand(layer.down)
+    layer.packed_up.expand(layer.up)
+    layer.packed_down.expand(layer.down)
     return dense_call(layer, settings, at)
 
 
@@ -198,44 +206,55 @@ def vllm_call(layer: Layer) -> Call:
     return call
 
 
-def measure(layer: Layer, tokens: int, theirs: Call | None, record: dict) -> dict:
+def measure(
+    layer: Layer,
+    tokens: int,
+    theirs: Call | None,
+    record: dict,
+) -> dict:
     """All sides at one number of tokens."""
     routings = [random_routing(layer, tokens, TOP_K, seed) for seed in range(ROUTINGS)]
     expected = exact(layer, routings[0])
-    settings = sparse_experts.candidates(tokens, TOP_K, EXPERTS)
-    prompts = tokens * TOP_K > 2 * EXPERTS
+    ours = our_experts.candidates(*layer.packed, tokens, TOP_K)
     sides: dict[str, Sequence[tuple[object, Call]]] = {
         "dense": [(s, partial(dense_call, layer, s)) for s in dense_experts.CANDIDATES],
-        "sparse": [(s, partial(sparse_call, layer, s)) for s in settings],
+        "packed": [(s, partial(packed_call, layer, s)) for s in ours],
     }
-    if prompts:
+    if tokens * TOP_K > 2 * EXPERTS:
         last = dense_experts.CANDIDATES[-3:]
         sides["expand"] = [(s, partial(expand_call, layer, s)) for s in last]
     if theirs:
         sides["vllm"] = [("vLLM's", theirs)]
     distinct = sum(int(at.ids.unique().numel()) for at in routings) / ROUTINGS
     row: dict = {"tokens": tokens, "experts": distinct, "every": {}, "errors": {}}
-    chosen = {}
+
+    def timed(side: str, call: Call) -> float:
+        out = call(routings[0])
+        wrong = (out[: len(expected)].double() - expected).abs().max()
+        share = round(float(wrong / expected.abs().max()), 5)
+        row["errors"][side] = max(row["errors"].get(side, 0.0), share)
+        if not share <= 0.02:
+            raise RuntimeError(f"results are off by {share}")
+        return microseconds([partial(call, at) for at in routings])
+
+    found: dict[str, dict] = {}
     for side, calls in sides.items():
-        times = {}
+        found[side] = {}
         for setting, call in calls:
             try:
-                out = call(routings[0])
-                wrong = (out[: len(expected)].double() - expected).abs().max()
-                row["errors"].setdefault(side, 0.0)
-                share = float(wrong / expected.abs().max())
-                row["errors"][side] = max(row["errors"][side], round(share, 5))
-                times[setting] = microseconds([partial(call, at) for at in routings])
+                found[side][setting] = timed(side, call)
             except RuntimeError as error:  # of Triton: no room for the tile
                 print(f"{side} {setting}: {str(error).splitlines()[0]}")
-        row["every"][side] = [(str(name), round(t, 2)) for name, t in times.items()]
-        if times:
-            chosen[side] = min(times, key=lambda setting: times[setting])
+    chosen = {side: min(times, key=times.get) for side, times in found.items() if times}
+    for side, times in found.items():
+        ordered = sorted(times.items(), key=lambda item: item[1])
+        row["every"][side] = [(str(name), round(taken, 2)) for name, taken in ordered]
+        if side in chosen:
             row[side] = times[chosen[side]]
-    read = distinct * sum(w.values[0].nbytes + w.bits[0].nbytes for w in layer[2:])
+    read = distinct * sum(weight.packed[0].nbytes for weight in layer.packed)
     rate = record["copy_bytes_per_second"]
-    row["ratio"] = row.get("vllm", row["dense"]) / row["sparse"]
-    row["bound"] = read / rate / (row["sparse"] * 1e-6)
+    row["ratio"] = row.get("vllm", row["dense"]) / row["packed"]
+    row["bound"] = read / rate / (row["packed"] * 1e-6)
     row["settings"] = {side: str(setting) for side, setting in chosen.items()}
     return row
 
@@ -249,20 +268,50 @@ def bandwidth() -> float:
 
 
 def check() -> None:
-    """Compare both kernels with float64, at shapes that an interpreter can take."""
+    """Compare all kernels with float64; Triton's at shapes that an interpreter can take."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    layer = random_layer(6, 64, 32, torch.float16, device)
+    layer = random_layer(6, 128, 128, torch.float16, device)
     for tokens in (1, 20):
         routing = random_routing(layer, tokens, 2, tokens)
         expected = exact(layer, routing, tokens)
-        for name, out in {
-            "sparse": sparse_call(layer, (16, 16, 16, 32, 16, 0, 4, 2), routing),
-            "dense": dense_call(layer, (16, 16, 32, 4, 2), routing),
-            "expand": expand_call(layer, (16, 16, 32, 4, 2), routing),
-        }.items():
-            wrong = float((out - expected).abs().max() / expected.abs().max())
-            print(f"{name}, {tokens} tokens: off by {wrong:.5f} of the largest output")
-            assert wrong < 0.01, name
+        out = dense_call(layer, (16, 16, 32, 4, 2), routing)
+        wrong = float((out - expected).abs().max() / expected.abs().max())
+        print(f"dense, {tokens} tokens: off by {wrong:.5f} of the largest output")
+        assert wrong < 0.01
+    if device == "cuda" and (wrong := wrong_cases()):
+        sys.exit(f"{wrong} cases of the packed product are wrong")
+
+
+def wrong_cases() -> int:
+    """
+    Print each case in which the packed product is not float64's, and return their number.
+
+    Each setting runs often, before many more are queued, and must give the same bits: the
+    kernels of a run overlap, and a race would show as a difference.
+    """
+    cases, found = 0, 0
+    for dtype, count in ((torch.bfloat16, 12), (torch.float16, 40)):
+        layer = random_layer(count, HIDDEN, INNER, dtype, "cuda")
+        for weight, stored in zip(layer[:2], layer.packed, strict=True):
+            if not torch.equal(stored.expand(torch.ones_like(weight)), weight):
+                print(f"WRONG: weights of {dtype} came back with other bits")
+                found += 1
+        for tokens in (1, 5, 16, 64):
+            at = random_routing(layer, tokens, TOP_K, tokens)
+            expected = exact(layer, at, tokens)
+            largest = expected.abs().max()
+            for settings in our_experts.candidates(*layer.packed, tokens, TOP_K):
+                outs = [packed_call(layer, settings, at) for _ in range(REPEATS)]
+                share = float((outs[0] - expected).abs().max() / largest)
+                others = sum(not torch.equal(outs[0], out) for out in outs)
+                cases += 1
+                if not share <= 0.01 or others:
+                    case = f"{tokens} tokens, {count} experts of {dtype}, {settings}"
+                    told = f"off by {share:.5f}, {others} of {REPEATS} runs differ"
+                    print(f"WRONG: {case}: {told}", flush=True)
+                    found += 1
+    print(f"packed: {cases} cases, {found} wrong")
+    return found
 
 
 if __name__ == "__main__":

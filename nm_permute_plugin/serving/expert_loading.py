@@ -10,6 +10,7 @@ from torch.nn import Module, Parameter
 
 from nm_permute_plugin.checkpoint.codec import decompress
 from nm_permute_plugin.checkpoint.layout24 import FIRST_TWO
+from nm_permute_plugin.serving.kernels.experts import PackedExperts, pack_experts
 from nm_permute_plugin.serving.method import STORED_TENSORS
 
 Load = Callable[..., bool | None]
@@ -71,19 +72,25 @@ class Stack(NamedTuple):
         if self.columns % 8:
             bits[..., -1] &= 0x0F
 
-    def check(self, layer: Module, name: str) -> None:
+    def pack(self, layer: Module, name: str) -> PackedExperts:
         """
-        See that two of every four weights of every expert are stored.
+        Return the weights that a layer holds as stored, packed for our kernel.
 
         :param name: the layer's name
-        :raises ValueError: if not, naming expert and row
+        :raises ValueError: if an expert is damaged or missing
         """
-        halves = [half.bit_count() == 2 for half in range(16)]
-        valid = [halves[byte & 15] and halves[byte >> 4] for byte in range(256)]
-        bits = self.stored(layer)[1]
-        table = torch.tensor(valid, device=bits.device)
-        if not all(bool(table[of_expert.int()].all()) for of_expert in bits):
-            self.expand(layer, name)
+        count = self.shape[0]
+        return pack_experts(self._expert(layer, name, i) for i in range(count))
+
+    def packed(self, layer: Module, dtype: torch.dtype) -> PackedExperts:
+        """Return the packed weights that a layer holds since ``keep``."""
+        return PackedExperts(getattr(layer, f"{self.name}_packed").data, dtype)
+
+    def keep(self, layer: Module, weights: PackedExperts) -> None:
+        """Replace a layer's stored tensors by packed weights."""
+        parameter = Parameter(weights.packed, requires_grad=False)
+        layer.register_parameter(f"{self.name}_packed", parameter)
+        self._drop(layer)
 
     def expand(self, layer: Module, name: str) -> Tensor:
         """
@@ -92,18 +99,14 @@ class Stack(NamedTuple):
         :param name: the layer's name
         :raises ValueError: if an expert is damaged or missing
         """
-        values, bits = self.stored(layer)
+        values, _ = self.stored(layer)
         weight: Tensor = values.new_zeros(self.shape)
         padded = weight.view(self.shape[0], len(self.parts), -1, self.shape[2])
         for expert in range(len(values)):
-            for part, projection in enumerate(self.parts):
-                rows = slice(part * self.rows, (part + 1) * self.rows)
-                padded[expert, part, : self.rows, : self.columns] = decompress(
-                    values[expert, rows],
-                    bits[expert, rows],
-                    (self.rows, self.columns),
-                    f"{name}: {projection} of expert {expert}",
-                )
+            dense = self._expert(layer, name, expert)
+            padded[expert, :, : self.rows, : self.columns] = dense.view(
+                len(self.parts), self.rows, self.columns
+            )
         return weight
 
     def replace(self, layer: Module, name: str) -> None:
@@ -115,6 +118,21 @@ class Stack(NamedTuple):
         """
         weight = Parameter(self.expand(layer, name), requires_grad=False)
         layer.register_parameter(f"{self.name}_weight", weight)
+        self._drop(layer)
+
+    def _expert(self, layer: Module, name: str, expert: int) -> Tensor:
+        """Return the dense weight of an expert [out, in] without padding."""
+        values, bits = self.stored(layer)
+        parts = []
+        for part, projection in enumerate(self.parts):
+            rows = slice(part * self.rows, (part + 1) * self.rows)
+            what = f"{name}: {projection} of expert {expert}"
+            stored = values[expert, rows], bits[expert, rows]
+            parts.append(decompress(*stored, (self.rows, self.columns), what))
+        return torch.cat(parts)
+
+    def _drop(self, layer: Module) -> None:
+        """Free the stored tensors."""
         for part in STORED_TENSORS:
             delattr(layer, f"{self.name}_{part}")
 

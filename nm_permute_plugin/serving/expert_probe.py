@@ -7,14 +7,14 @@ import sys
 
 import torch
 
-from nm_permute_plugin.checkpoint.layout24 import FIRST_TWO
 from nm_permute_plugin.serving.expert_table import dense_weights, routing_of
 from nm_permute_plugin.serving.kernel_table import BUCKETS
 from nm_permute_plugin.serving.kernels import experts
-from nm_permute_plugin.serving.kernels.experts import StoredExperts
+from nm_permute_plugin.serving.kernels.experts import PackedExperts, pack_experts
+from nm_permute_plugin.serving.tune import random_weight
 
 
-def try_settings(up: StoredExperts, down: StoredExperts, top_k: int) -> None:
+def try_settings(up: PackedExperts, down: PackedExperts, top_k: int) -> None:
     """
     Run every setting at every number of tokens; those that are refused are no crash.
 
@@ -25,19 +25,19 @@ def try_settings(up: StoredExperts, down: StoredExperts, top_k: int) -> None:
     :param down: [experts, hidden, inner]
     :param top_k: experts of a token
     """
-    count = len(up.values)
-    places = torch.arange(count, dtype=torch.int32, device=up.values.device)
+    count = len(up.packed)
+    places = torch.arange(count, dtype=torch.int32, device=up.packed.device)
     places[-1] = -1
     dense_weights(up, down)
     for tokens in BUCKETS:
         x, weights, ids = routing_of(up, tokens, top_k, 0)
-        for settings in experts.candidates(tokens, top_k, count):
+        for settings in experts.candidates(up, down, tokens, top_k):
             try:
                 for here in (None, places):
                     experts.run(x, up, down, weights, ids, settings, here)
             except RuntimeError as error:
                 print(f"{settings}, {tokens} tokens: {error}")
-            if up.values.is_cuda:
+            if up.packed.is_cuda:
                 torch.cuda.synchronize()  # raises if the context is lost
 
 
@@ -47,22 +47,8 @@ def main(
     """Make experts of a shape, and try the kernel on them."""
     torch.cuda.set_device(device)
     shapes = (2 * int(inner), int(hidden)), (int(hidden), int(inner))
-    up, down = (
-        StoredExperts(
-            torch.ones(
-                (int(count), rows, columns // 2),
-                dtype=getattr(torch, dtype),
-                device=device,
-            ),
-            torch.full(
-                (int(count), rows, columns // 8),
-                FIRST_TWO,
-                dtype=torch.uint8,
-                device=device,
-            ),
-        )
-        for rows, columns in shapes
-    )
+    one = (random_weight(shape, getattr(torch, dtype), device) for shape in shapes)
+    up, down = (pack_experts([weight] * int(count)) for weight in one)
     try_settings(up, down, int(top_k))
 
 

@@ -11,14 +11,14 @@ from torch import Tensor
 from nm_permute_plugin.serving import kernel_table
 from nm_permute_plugin.serving.kernel_table import BUCKETS, Bucket, Choice, KernelTable
 from nm_permute_plugin.serving.kernels import experts
-from nm_permute_plugin.serving.kernels.experts import StoredExperts
+from nm_permute_plugin.serving.kernels.experts import PackedExperts
 from nm_permute_plugin.serving.probe import crash_of
 from nm_permute_plugin.serving.tune import TOLERANCE, choose, error_of, microseconds
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows what is under its name
 
 SPARSE, DENSE = "experts", "dense"
-"""The kernels' names in tables: ours on stored weights; vLLM's on expanded ones."""
+"""The kernels' names in tables: ours on packed weights; vLLM's on expanded ones."""
 
 DenseProduct = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """Maps x, both dense weights, routing weights and ids [tokens, k] to [tokens, hidden]."""
@@ -39,13 +39,13 @@ _SCRATCH: dict[tuple[object, ...], Tensor] = {}
 """Room for the dense weights of one layer, which all layers of a shape share."""
 
 
-def dense_weights(up: StoredExperts, down: StoredExperts) -> tuple[Tensor, Tensor]:
+def dense_weights(up: PackedExperts, down: PackedExperts) -> tuple[Tensor, Tensor]:
     """Expand both weights of a layer into room that all such layers share."""
     return up.expand(_room(up, "up")), down.expand(_room(down, "down"))
 
 
 def table_of(
-    up: StoredExperts, down: StoredExperts, top_k: int, dense: DenseProduct
+    up: PackedExperts, down: PackedExperts, top_k: int, dense: DenseProduct
 ) -> KernelTable:
     """
     Return the kernel table for experts of a shape, measured once and kept on disk.
@@ -57,7 +57,7 @@ def table_of(
     :raises RuntimeError: if no kernel is left for some bucket
     """
     sizes = f"{up.dense_shape} {down.dense_shape} top {top_k}"
-    name = f"{sizes} {up.values.dtype}"
+    name = f"{sizes} {up.dtype}"
     if name in _FAULTS:
         raise RuntimeError(_FAULTS[name])
     if name not in _TABLES:
@@ -78,7 +78,7 @@ def table_of(
 
 
 def _table(
-    up: StoredExperts, down: StoredExperts, top_k: int, dense: DenseProduct, sizes: str
+    up: PackedExperts, down: PackedExperts, top_k: int, dense: DenseProduct, sizes: str
 ) -> KernelTable:
     """
     Read the kernel table from disk, or measure it now and keep it there.
@@ -87,15 +87,15 @@ def _table(
     :raises RuntimeError: if our kernel crashes, or none is left for some bucket
     """
     rows, allowed = up.dense_shape[1], [SPARSE, DENSE]
-    path = kernel_table.path_of(up.values, [sizes, *allowed])
+    path = kernel_table.path_of(up.packed, [sizes, str(up.dtype), *allowed])
     table = kernel_table.load(path, rows, allowed)
-    if table is not None and (fault := _fault_of(table, up, down, top_k)):
+    if table is not None and (fault := _fault_of(table, top_k, len(up.packed))):
         logger.warning("ignored the kernel table in %s: %s", path, fault)
         table = None
     if table is None:
         count, hidden, inner = down.dense_shape
-        dtype = str(up.values.dtype).removeprefix("torch.")
-        words = (count, inner, hidden, top_k, dtype, up.values.device)
+        dtype = str(up.dtype).removeprefix("torch.")
+        words = (count, inner, hidden, top_k, dtype, up.packed.device)
         if reason := crash_of("nm_permute_plugin.serving.expert_probe", *words):
             raise RuntimeError(reason)
         buckets = [_bucket(up, down, tokens, top_k, dense) for tokens in BUCKETS]
@@ -104,23 +104,21 @@ def _table(
     return table
 
 
-def _fault_of(
-    table: KernelTable, up: StoredExperts, down: StoredExperts, top_k: int
-) -> str | None:
+def _fault_of(table: KernelTable, top_k: int, count: int) -> str | None:
     """Return why a table that was kept is for other kernels or tokens, or None."""
     sizes = tuple(bucket.tokens for bucket in table.buckets)
     if sizes != BUCKETS:
         return f"it is for {sizes} tokens"
     for tokens, (kernel, settings, _), _ in table.buckets:
-        known = experts.candidates(tokens, top_k, len(up.values))
-        if kernel == SPARSE and settings not in known:
+        known = experts.settings_for(tokens, top_k, count)
+        if kernel == SPARSE and settings not in [each.flat() for each in known]:
             return f"{kernel} with {settings} for {tokens} tokens does not exist"
     return None
 
 
 def _bucket(
-    up: StoredExperts,
-    down: StoredExperts,
+    up: PackedExperts,
+    down: PackedExperts,
     tokens: int,
     top_k: int,
     dense: DenseProduct,
@@ -133,14 +131,14 @@ def _bucket(
     def expanded(x: Tensor, scales: Tensor, ids: Tensor) -> Tensor:
         return dense(x, *dense_weights(up, down), scales, ids)
 
-    def stored(
+    def packed(
         settings: tuple[int, ...], x: Tensor, scales: Tensor, ids: Tensor
     ) -> Tensor:
         return experts.run(x, up, down, scales, ids, settings)
 
     ways: list[tuple[str, tuple[int, ...], Callable[..., Tensor]]] = [
-        (SPARSE, settings, partial(stored, settings))
-        for settings in experts.candidates(tokens, top_k, len(up.values))
+        (SPARSE, settings, partial(packed, settings))
+        for settings in experts.candidates(up, down, tokens, top_k)
     ]
     best: dict[str, Choice] = {}
     for kernel, settings, call in [*ways, (DENSE, (), expanded)]:
@@ -162,16 +160,16 @@ def _bucket(
 
 
 def routing_of(
-    up: StoredExperts, tokens: int, top_k: int, seed: int
+    up: PackedExperts, tokens: int, top_k: int, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw tokens [tokens, hidden], and for each so many experts with their weights."""
-    device, (count, _, hidden) = up.values.device, up.dense_shape
+    device, (count, _, hidden) = up.packed.device, up.dense_shape
     generator = torch.Generator(device).manual_seed(seed)
     # float32 by name: while vLLM loads a model, the default dtype is another.
     both = torch.empty(tokens, hidden + count, dtype=torch.float32, device=device)
     x, scores = both.normal_(generator=generator).split((hidden, count), -1)
     weights, ids = scores.softmax(-1).topk(min(top_k, count))
-    return x.to(up.values.dtype), weights, ids.to(torch.int32)
+    return x.to(up.dtype), weights, ids.to(torch.int32)
 
 
 def _reference(
@@ -187,9 +185,9 @@ def _reference(
     return out
 
 
-def _room(weight: StoredExperts, part: str) -> Tensor:
+def _room(weight: PackedExperts, part: str) -> Tensor:
     """Return room for a dense weight, made once for each shape, dtype and device."""
-    key = (part, weight.dense_shape, weight.values.dtype, weight.values.device)
+    key = (part, weight.dense_shape, weight.dtype, weight.packed.device)
     if key not in _SCRATCH:
-        _SCRATCH[key] = weight.values.new_empty(weight.dense_shape)
+        _SCRATCH[key] = weight.packed.new_empty(weight.dense_shape, dtype=weight.dtype)
     return _SCRATCH[key]

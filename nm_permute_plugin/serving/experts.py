@@ -9,7 +9,7 @@ from nm_permute_plugin.serving.detect import MODE_VARIABLE, Mode
 from nm_permute_plugin.serving.expert_loading import REMEDY, Stack, must_be_cuttable
 from nm_permute_plugin.serving.expert_table import SPARSE, dense_weights, table_of
 from nm_permute_plugin.serving.kernel_table import KernelTable
-from nm_permute_plugin.serving.kernels.experts import StoredExperts, run, unsupported
+from nm_permute_plugin.serving.kernels.experts import PackedExperts, run, unsupported
 from nm_permute_plugin.serving.layer_report import LayerReport
 from nm_permute_plugin.serving.vllm_names import (
     DRAFT,
@@ -27,8 +27,8 @@ class Sparse24ExpertsMethod(UnquantizedFusedMoEMethod):
     """
     Loads the 2:4 weights of a layer's experts, and serves them.
 
-    Where our kernel runs and is faster for some number of tokens, the experts stay as they
-    are stored. Elsewhere they are expanded, and vLLM's own method serves them.
+    Where our kernel runs and is faster for some number of tokens, the experts are packed
+    for it. Elsewhere they are expanded, and vLLM's own method serves them.
 
     :param layer: the experts of one layer
     :param name: the layer's name
@@ -93,24 +93,25 @@ class Sparse24ExpertsMethod(UnquantizedFusedMoEMethod):
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """
-        Choose a kernel for the loaded experts; expand them where it is vLLM's.
+        Choose a kernel for the loaded experts; pack them for ours, expand them for vLLM's.
 
         :raises ValueError: if an expert is damaged or missing
         """
         if self.is_dummy and not self.is_loaded:
             for stack in self.stacks:
                 stack.make_two_of_four(layer)
+        packed = None
         if not self.is_loaded:
-            self.table, reason = self._choose(layer)
+            packed, reason = self._choose(layer)
             self.report.note(self.name, reason)
             self.is_loaded = True
         elif self.table is not None:
-            self._check(layer)
-        for stack in self.stacks:
-            if self.table is None:
+            packed = self._pack(layer)
+        for number, stack in enumerate(self.stacks):
+            if packed is None:
                 stack.replace(layer, self.name)
             else:
-                delattr(layer, f"{stack.name}_shape")
+                stack.keep(layer, packed[number])
         if self.table is None:
             if current_platform.is_cpu():
                 # else vLLM leaves weights that are loaded later in the layout of the
@@ -132,7 +133,8 @@ class Sparse24ExpertsMethod(UnquantizedFusedMoEMethod):
             shared = (shared_experts, shared_experts_input)
             out: Tensor = super().apply(layer, x, topk_weights, topk_ids, *shared)
             return out
-        up, down = self._stored(layer)
+        # where CUDA graphs read them, also after others are loaded
+        up, down = (stack.packed(layer, x.dtype) for stack in self.stacks)
         choice = self.table.choice(len(x))
         routing = (topk_weights, topk_ids)
         if choice.kernel == SPARSE:
@@ -143,19 +145,26 @@ class Sparse24ExpertsMethod(UnquantizedFusedMoEMethod):
         }
         return _fused_experts(x, *dense_weights(up, down), *routing, **where)
 
-    def _choose(self, layer: RoutedExperts) -> tuple[KernelTable | None, str | None]:
-        """Return the kernels by number of tokens, or None and why experts are dense."""
+    def _choose(
+        self, layer: RoutedExperts
+    ) -> tuple[tuple[PackedExperts, PackedExperts] | None, str | None]:
+        """Return packed weights, and set the table; or None and why experts are dense."""
         if reason := self._unsupported(layer):
             return None, reason
-        self._check(layer)
-        up, down = self._stored(layer)
+        up, down = self._pack(layer)
         try:
             table = table_of(up, down, self.moe.experts_per_token, _fused_experts)
         except RuntimeError as error:
             return None, f"no kernel for sparse experts runs: {error}"
         if SPARSE not in table.kernels:
             return None, "no sparse kernel is faster for its experts"
-        return table, None
+        self.table = table
+        return (up, down), None
+
+    def _pack(self, layer: RoutedExperts) -> tuple[PackedExperts, PackedExperts]:
+        """Pack both weights that a layer holds as stored."""
+        up, down = (stack.pack(layer, self.name) for stack in self.stacks)
+        return up, down
 
     def _unsupported(self, layer: RoutedExperts) -> str | None:
         """Return why our kernel cannot serve the experts; None if it can."""
@@ -182,16 +191,10 @@ class Sparse24ExpertsMethod(UnquantizedFusedMoEMethod):
             ),
         }
         found = next((reason for reason, holds in reasons.items() if holds), None)
-        return found or unsupported(*self._stored(layer))
-
-    def _stored(self, layer: RoutedExperts) -> tuple[StoredExperts, StoredExperts]:
-        """Return both weights as the layer holds them, where CUDA graphs read them."""
-        up, down = (StoredExperts(*stack.stored(layer)) for stack in self.stacks)
-        return up, down
-
-    def _check(self, layer: RoutedExperts) -> None:
         for stack in self.stacks:
-            stack.check(layer, self.name)
+            shape = (stack.shape[0], stack.rows * len(stack.parts), stack.columns)
+            found = found or unsupported(shape, stack.stored(layer)[0])
+        return found
 
 
 def experts_method(

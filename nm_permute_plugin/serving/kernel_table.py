@@ -149,7 +149,7 @@ def source_digest(folder: Traversable) -> str:
     """Hash the source in a folder and its subfolders: a change invalidates what is kept."""
     found = sha256()
     for file in sorted(folder.iterdir(), key=lambda file: file.name):
-        if file.name.endswith((".py", ".cu")):
+        if file.name.endswith((".py", ".cu", ".cuh")):
             content = file.read_bytes()
             found.update(f"{file.name} {len(content)}\n".encode() + content)
         elif file.is_dir() and file.name != "__pycache__":

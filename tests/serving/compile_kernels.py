@@ -29,7 +29,14 @@ from nm_permute_plugin.checkpoint import codec_triton
 from nm_permute_plugin.maths import kl_triton, mask_gradients_triton
 from nm_permute_plugin.maths.pattern import NMPattern
 from nm_permute_plugin.serving import cache
-from nm_permute_plugin.serving.kernels import mma_sp, scaling, triton_fallback
+from nm_permute_plugin.serving.kernels import (
+    expert_product,
+    experts,
+    mma_sp,
+    scaling,
+    triton_fallback,
+)
+from nm_permute_plugin.serving.kernels.expert_product import KINDS
 from nm_permute_plugin.serving.kernels.triton_scaling import scale_kernel
 
 
@@ -92,6 +99,29 @@ def of_cuda(everything: bool) -> list[Compiled]:
             of_shape = " ".join(map(str, shape))
             row = (name, f"mma_sp {of_shape}", dtype, shape.shared_bytes(kind), fault)
             found.append(Compiled(*row))
+    return found
+
+
+def of_experts(everything: bool) -> list[Compiled]:
+    """The CUDA kernels of experts by NVRTC: all block shapes of serving, or some."""
+    found = []
+    settings = experts.settings_for(64, 8, 64)
+    shapes = dict.fromkeys(shape for each in settings for shape in each.shapes())
+    if not everything:
+        kinds = {(shape.gated, shape.tiles): shape for shape in shapes}
+        shapes = dict.fromkeys(kinds.values())
+    for name, dtype, shape in product(CARDS, ("bf16", "fp16"), (None, *shapes)):
+        if dtype == "fp16" and name != "sm_90" and not everything:
+            continue
+        fault = ""
+        try:
+            code = expert_product.code_of(name, KINDS[DTYPES[dtype]], shape)
+            assert code.startswith(b"\x7fELF")
+        except RuntimeError as error:
+            fault = str(error)
+        words = " ".join(map(str, shape or ("around",)))
+        shared = shape.shared_bytes if shape else 0
+        found.append(Compiled(name, f"experts {words}", dtype, shared, fault))
     return found
 
 
@@ -210,5 +240,5 @@ if __name__ == "__main__":
         # compiled anew
         os.environ["TRITON_CACHE_DIR"] = os.environ[cache.FOLDER] = folder
         everything = "--all" in sys.argv
-        rows = of_triton(everything) + of_cuda(everything)
+        rows = of_triton(everything) + of_cuda(everything) + of_experts(everything)
     print(json.dumps([row._asdict() for row in rows]))

@@ -22,7 +22,9 @@ from multiprocessing.connection import wait
 from gpu_accelerated import accelerated_8_bits, accelerated_model
 from gpu_kernels import (
     Skip,
+    experts_are_exact,
     kernel_is_exact_for_all_shapes,
+    kernel_is_steady,
     plans_multiply_as_torch_does,
     weights_come_back,
 )
@@ -62,6 +64,14 @@ CHECKS: dict[str, Callable[[], None]] = (
     | {
         f"{name} {kind}": partial(kernel_is_exact_for_all_shapes, name, dtype)
         for name in ("dense", "triton", "mma_sp", "cusparselt")
+        for kind, dtype in DTYPES.items()
+    }
+    | {
+        f"experts {kind}": partial(experts_are_exact, DTYPES[kind])
+        for kind in ("bf16", "fp16")
+    }
+    | {
+        f"steady mma_sp {kind}": partial(kernel_is_steady, dtype)
         for kind, dtype in DTYPES.items()
     }
     | {

@@ -4,11 +4,19 @@
 from unittest.mock import patch
 
 import torch
-from weights import BOUND, error, exact, sparse_weight
+from weights import (
+    BOUND,
+    error,
+    exact,
+    exact_experts,
+    expert_weights,
+    sparse_weight,
+)
 
 from nm_permute_plugin.checkpoint.codec import clear_negative_zeros
 from nm_permute_plugin.checkpoint.layout24 import WORDS
-from nm_permute_plugin.serving.kernels import cusparselt
+from nm_permute_plugin.serving.expert_table import routing_of
+from nm_permute_plugin.serving.kernels import cusparselt, experts
 from nm_permute_plugin.serving.kernels.cusparselt_plan import plan_of
 from nm_permute_plugin.serving.ops import KERNELS
 from nm_permute_plugin.serving.tune import random_tokens
@@ -54,6 +62,26 @@ def kernel_is_exact_for_all_shapes(name: str, dtype: torch.dtype) -> None:
         kernel_is_exact(name, dtype, shape)
 
 
+def experts_are_exact(dtype: torch.dtype) -> None:
+    """Every setting of the kernel of experts agrees with float64; weights come back."""
+    weights = expert_weights(8, 1024, 768, dtype, "cuda")
+    up, down = (experts.pack_experts(weight) for weight in weights)
+    for weight, packed in zip(weights, (up, down), strict=True):
+        if not torch.equal(packed.expand(torch.ones_like(weight)), weight):
+            raise AssertionError("a weight came back with other bits")
+    places = torch.tensor([3, -1, 0, 1, 7, 5, 4, -1], dtype=torch.int32, device="cuda")
+    for tokens, here in ((1, None), (9, places), (16, None), (64, places), (200, None)):
+        x, scales, ids = routing_of(up, tokens, 3, tokens)
+        known = ids if here is None else here[ids.long()]
+        expected = exact_experts(*weights, x, scales, known)
+        for settings in experts.candidates(up, down, tokens, 3):
+            out = experts.run(x, up, down, scales, ids, settings, here)
+            wrong = error(out, expected)
+            message = f"{settings} off by {wrong:.3g} for {tokens} tokens"
+            if not wrong <= BOUND:
+                raise AssertionError(message)
+
+
 def plans_multiply_as_torch_does(dtype: torch.dtype) -> None:
     """A product by a plan that is kept has the bits of the one that torch makes."""
     weight = sparse_weight(4096, 1408, dtype, device="cuda")
@@ -71,6 +99,23 @@ def plans_multiply_as_torch_does(dtype: torch.dtype) -> None:
             if not torch.equal(kept, torchs):
                 raise AssertionError(f"{chosen} differs for {tokens} tokens")
     plan_of.cache_clear()  # which frees what the library holds
+
+
+def kernel_is_steady(dtype: torch.dtype, runs: int = 100) -> None:
+    """Our CUDA kernel gives the same bits every time: warps and the copy engine race."""
+    kernel = KERNELS["mma_sp"]
+    weight = sparse_weight(4096, 4096, dtype, device="cuda")
+    if (reason := kernel.unsupported(weight)) is not None:
+        raise Skip(reason)
+    packed = kernel.prepare(weight)
+    for tokens in (1, 8, 64):
+        x = random_tokens(weight, tokens)
+        for chosen in kernel.candidates(packed, x, len(weight)):
+            outs = [kernel.run(packed, x, len(weight), chosen) for _ in range(runs)]
+            others = sum(not torch.equal(outs[0], out) for out in outs)
+            if others:
+                message = f"{chosen} differs in {others} of {runs} runs"
+                raise AssertionError(f"{message} for {tokens} tokens")
 
 
 def weights_come_back(name: str, dtype: torch.dtype) -> None:

@@ -39,7 +39,7 @@ def test_every_kernel_compiles_for_every_card_that_it_is_not_refused_on(
         else:
             assert not row["fault"], on_card
     kernels = {(row["card"], row["kernel"].split()[0]) for row in compiled}
-    serving = set(product(CARDS, ("mma_sp", "triton", "scaling")))
+    serving = set(product(CARDS, ("mma_sp", "experts", "triton", "scaling")))
     assert kernels == serving | set(product(FEW_CARDS, ("codec", "kl", "masks")))
 
 

@@ -1,189 +1,172 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels of routed experts, in Triton's interpreter where there is no GPU."""
+"""The CUDA kernels of routed experts, run on the CPU, and the choice between kernels."""
 
-import logging
 from pathlib import Path
-from typing import Any
 
+import cuda_on_cpu
 import pytest
 import torch
-from weights import BOUND
+from cards import CARDS, weight_on
+from weights import BOUND, DTYPES, error, exact_experts, expert_weights, sparse_weight
 
-from nm_permute_plugin.serving import expert_table, kernel_table
-from nm_permute_plugin.serving.expert_table import DENSE, SPARSE, table_of
-from nm_permute_plugin.serving.kernel_table import BUCKETS, Bucket, Choice, KernelTable
+from nm_permute_plugin.checkpoint.codec import clear_negative_zeros
 from nm_permute_plugin.serving.kernels import experts
-from nm_permute_plugin.serving.kernels.experts import StoredExperts, run, unsupported
+from nm_permute_plugin.serving.kernels.expert_product import ExpertSettings
+from nm_permute_plugin.serving.kernels.experts import (
+    align,
+    pack_experts,
+    run,
+    settings_for,
+    unsupported,
+)
 
-HERE = Path(__file__).parent
-
-
-@pytest.fixture(scope="module")
-def found(run_triton) -> dict[str, Any]:
-    """What ``interpret_experts.py`` found."""
-    return run_triton(HERE / "interpret_experts.py")
-
-
-def test_products_agree_with_float64(found: dict[str, Any]) -> None:
-    # random shapes, empty experts, several blocks of one expert, experts of other devices
-    assert len(found["products"]) == 16
-    assert max(found["products"]) < BOUND
+HALVES = ("bf16", "fp16")
 
 
-def test_pairs_are_sorted_into_blocks_of_one_expert(found: dict[str, Any]) -> None:
-    assert found["alignments"] == [True] * 12
-
-
-def test_dense_weights_are_written_bit_by_bit(found: dict[str, Any]) -> None:
-    assert found["expansions"] == [True] * 2
-
-
-def test_the_fastest_kernel_is_chosen_and_wrong_results_are_left_out(
-    found: dict[str, Any],
-) -> None:
-    # vLLM's takes longer, as long, and less; the one that is wrong is never timed
-    expected = [["experts", 2, False], ["experts", 2, False], ["dense", 2, False]]
-    assert found["choices"] == expected
-
-
-def test_every_setting_is_tried_with_and_without_all_experts(
-    found: dict[str, Any],
-) -> None:
-    # with the last expert elsewhere, its pairs have no block
-    tried = found["tried"]
-    assert {tokens for tokens, *_ in tried} == {1, 4}
-    assert {here for *_, here in tried} == {True, False}
-    assert len(tried) == 8
-    assert found["refused"] == "(16, 16, 16, 16, 16, 0, 4, 1), 4 tokens: refused"
-
-
-def test_the_kernel_compiles_for_every_card_without_spilling_much(run_triton) -> None:
-    found = run_triton(HERE / "compile_experts.py")
-    assert {row["card"] for row in found} == {80, 90, 100}
-    assert len(found) == 12
-    for row in found:
-        assert row["mma"], row  # tensor cores, and not loops
-        assert row["shared"] <= 96 << 10, row
-        assert row["spilled"] <= 64, row
-
-
-def stored(channels: int, dtype: torch.dtype) -> StoredExperts:
-    values = torch.zeros(2, 16, channels // 2, dtype=torch.float32).to(dtype)
-    return StoredExperts(values, torch.zeros(2, 16, channels // 8, dtype=torch.uint8))
-
-
-def test_what_the_kernel_does_not_multiply_is_told() -> None:
-    bf16 = stored(64, torch.bfloat16)
-    assert unsupported(bf16, bf16) == "no CUDA device"
-    fp8 = stored(64, torch.float8_e4m3fn)
-    assert "float8_e4m3fn has no kernel" in str(unsupported(fp8, fp8))
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """Where kernels that were compiled for the CPU are kept."""
+    return tmp_path_factory.mktemp("kernels")
 
 
 @pytest.fixture
-def weights(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> tuple[StoredExperts, StoredExperts]:
-    """Experts whose tables are kept in a folder of the test's, of no card."""
-    monkeypatch.setattr(kernel_table, "path_of", lambda *of: tmp_path / "table.json")
-    for name in ("_TABLES", "_FAULTS", "_SCRATCH"):
-        monkeypatch.setattr(expert_table, name, {})
-    return stored(64, torch.bfloat16), stored(8, torch.bfloat16)
+def on_cpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels run on the CPU."""
+    if not cuda_on_cpu.is_available():
+        pytest.skip("g++ is not installed")
+    function = cuda_on_cpu.function_on_cpu
+    monkeypatch.setattr(experts, "function", lambda *of: function(folder, *of))
 
 
-def of(kernel: str, settings: tuple[int, ...], buckets: tuple[int, ...]) -> KernelTable:
-    """A table that chooses one kernel for all tokens."""
-    choice = Choice(kernel, settings, 1.0)
-    return KernelTable(16, [Bucket(tokens, choice, [choice]) for tokens in buckets])
+# tokens, experts, experts of a token, hidden, inner; in the third all go to one expert
+FEW, SOME = (3, 8, 2, 384, 128), (21, 5, 3, 256, 256)
+ONE, EVERY = (40, 3, 1, 128, 128), (2, 6, 6, 128, 128)
+CASES = [
+    (FEW, ExpertSettings(1, 1, (2, 2, 0), (1, 1, 0)), "bf16"),
+    (FEW, ExpertSettings(1, 0, (2, 4, 1), (4, 1, 1)), "fp16"),
+    (SOME, ExpertSettings(1, 0, (4, 2, 1), (3, 2, 1)), "bf16"),
+    (SOME, ExpertSettings(2, 1, (2, 1, 1), (2, 3, 0)), "fp16"),
+    (ONE, ExpertSettings(1, 1, (6, 1, 0), (1, 1, 1)), "fp16"),
+    (ONE, ExpertSettings(2, 0, (2, 2, 1), (3, 1, 0)), "bf16"),
+    (EVERY, ExpertSettings(1, 0, (4, 1, 0), (2, 2, 1)), "bf16"),
+]
+"""Row blocks that do not divide the rows, and more warps than chunks, are among them."""
 
 
-def no_bucket(*words: object) -> Bucket:
-    raise AssertionError("a kernel that crashes must not run in this process")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the point is a missing GPU")
-def test_a_crash_in_a_process_of_its_own_leaves_experts_to_vllm(
-    weights: tuple[StoredExperts, StoredExperts], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("apart", [False, True], ids=["all here", "some elsewhere"])
+@pytest.mark.parametrize(("case", "settings", "kind"), CASES)
+@pytest.mark.usefixtures("on_cpu")
+def test_products_agree_with_float64(
+    case: tuple[int, ...], settings: ExpertSettings, kind: str, apart: bool
 ) -> None:
-    # a real process, which ends as it finds no card
-    monkeypatch.setattr(expert_table, "_bucket", no_bucket)
-    with pytest.raises(RuntimeError, match="a process that tried it ended with exit"):
-        table_of(*weights, 2, print)
-
-
-def test_experts_of_a_size_are_tried_once(
-    weights: tuple[StoredExperts, StoredExperts],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
-    """The crash is a stand-in: no CPU can have it."""
-    tried = []
-
-    def crash_of(module: str, *words: object) -> str:
-        tried.append([module, *map(str, words)])
-        return "an illegal memory access"
-
-    monkeypatch.setattr(expert_table, "crash_of", crash_of)
-    monkeypatch.setattr(expert_table, "_bucket", no_bucket)
-    for _ in range(3):  # layers
-        with pytest.raises(RuntimeError, match="^an illegal memory access$"):
-            table_of(*weights, 2, print)
-    module = "nm_permute_plugin.serving.expert_probe"
-    assert tried == [[module, "2", "8", "16", "2", "bfloat16", "cpu"]]
-    assert not list(tmp_path.iterdir())
-
-
-GOOD = experts.candidates(8192, 2, 2)[-1]
+    dtype = DTYPES[kind]
+    tokens, count, top_k, hidden, inner = case
+    weights = expert_weights(count, hidden, inner, dtype)
+    up, down = (pack_experts(weight) for weight in weights)
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, hidden, generator=generator).to(dtype)
+    ids = torch.rand(tokens, count, generator=generator).argsort(-1)[:, :top_k].int()
+    if case is ONE:
+        ids[:] = 1
+    scales = torch.rand(tokens, top_k, generator=generator)
+    places = None
+    if apart:  # as with expert parallelism; the experts that are here change places
+        places = torch.arange(count, dtype=torch.int32).roll(1)
+        places[::3] = -1
+    out = run(x, up, down, scales, ids, settings.flat(), places)
+    known = ids if places is None else places[ids.long()]
+    expected = exact_experts(*weights, x, scales, known)
+    assert out.dtype == dtype
+    if expected.any():
+        assert error(out, expected) < BOUND
+    else:
+        assert not out.any()
+    none = run(x[:0], up, down, scales[:0], ids[:0], settings.flat(), places)
+    assert none.shape == (0, hidden)
 
 
 @pytest.mark.parametrize(
-    ("table", "fault"),
-    [
-        (of(SPARSE, GOOD, BUCKETS), "experts with "),
-        (
-            of(SPARSE, (1, 2), BUCKETS),
-            "experts with (1, 2) for 1 tokens does not exist",
-        ),
-        (of(DENSE, (), (1, 4)), "it is for (1, 4) tokens"),
-        (of(DENSE, (), BUCKETS), None),
-    ],
-    ids=["settings of prompts", "foreign settings", "foreign buckets", "good"],
+    ("count", "pairs", "size"), [(5, 37, 8), (128, 64, 8), (3, 200, 16), (700, 90, 8)]
 )
-def test_a_kept_table_of_other_kernels_is_measured_again(
-    weights: tuple[StoredExperts, StoredExperts],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    tmp_path: Path,
-    table: KernelTable,
-    fault: str | None,
+@pytest.mark.usefixtures("on_cpu")
+def test_pairs_are_sorted_into_slots_of_one_expert(
+    count: int, pairs: int, size: int
 ) -> None:
-    kernel_table.save(table, tmp_path / "table.json")
-    monkeypatch.setattr(expert_table, "crash_of", lambda *words: None)
-    choice = Choice(DENSE, (), 2.0)
-    monkeypatch.setattr(
-        expert_table, "_bucket", lambda up, down, n, *_: Bucket(n, choice, [choice])
+    generator = torch.Generator().manual_seed(pairs)
+    ids = torch.randint(-1, count, (pairs,), generator=generator).int()
+    pair_of, expert_of = align(torch.zeros(1).half(), ids, count, size)
+    pair_of = pair_of.view(-1, size)
+    known = expert_of[expert_of >= 0]
+    assert len(known) == sum(
+        -(-int((ids == expert).sum()) // size) for expert in range(count)
     )
-    with caplog.at_level(logging.WARNING):
-        taken = table_of(*weights, 2, print)
-    if fault is None:
-        assert taken == table
-        assert not caplog.messages
-    else:
-        assert taken.choice(1) == choice
-        (message,) = caplog.messages
-        assert fault in message
+    assert torch.equal(known, known.sort().values)
+    assert (expert_of[len(known) :] == -1).all()
+    held = pair_of[pair_of >= 0].sort().values.tolist()
+    assert held == (ids >= 0).nonzero().flatten().tolist()
+    for pairs_of_slot, expert in zip(pair_of, expert_of, strict=True):
+        used = pairs_of_slot >= 0
+        assert (ids[pairs_of_slot[used].long()] == expert).all()
+        assert used[0] == (expert >= 0)  # the kernel repeats the first one
 
 
-def test_what_triton_raises_leaves_the_kernel_out(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("kind", HALVES)
+@pytest.mark.usefixtures("on_cpu")
+def test_dense_weights_are_written_bit_by_bit(kind: str) -> None:
+    dtype = DTYPES[kind]
+    weights = [
+        clear_negative_zeros(sparse_weight(96, 384, dtype, seed)) for seed in range(3)
+    ]
+    at = weights[1][-1].nonzero()
+    weights[1][-1, at[0]], weights[1][-1, at[1]] = torch.inf, torch.nan
+    packed = pack_experts(weights)
+    assert packed.dense_shape == (3, 96, 384)
+    assert packed.packed.nbytes == sum(weight.nbytes for weight in weights) * 9 // 16
+    out = packed.expand(torch.full((3, 96, 384), 7.0, dtype=dtype))
+    assert torch.equal(out.view(torch.int16), torch.stack(weights).view(torch.int16))
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 9, 16, 17, 64, experts.MOST_TOKENS])
+def test_settings_come_back_from_a_table_and_fit_every_card(tokens: int) -> None:
+    found = settings_for(tokens, 8, 64)
+    assert len(found) == len(set(found))
+    smallest = min(card.shared_bytes for card in CARDS.values())
+    for each in found:
+        assert ExpertSettings.of(each.flat()) == each
+        assert not each.direct or tokens <= 16  # one launch fewer, for few pairs
+        for shape in each.shapes():
+            assert shape.shared_bytes <= min(smallest, 48 << 10)
+            assert shape.threads <= 512
+    assert {each.tiles for each in found} == ({1} if tokens <= 32 else {1, 2})
+
+
+def test_prompts_are_left_to_the_dense_kernel() -> None:
+    assert not settings_for(experts.MOST_TOKENS + 1, 8, 128)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "reason"),
+    [
+        ((2, 64, 128), torch.bfloat16, "no CUDA device"),
+        ((2, 64, 128), torch.float8_e4m3fn, "float8_e4m3fn has no kernel"),
+    ],
+)
+def test_what_the_kernel_does_not_multiply_is_told(
+    shape: tuple[int, int, int], dtype: torch.dtype, reason: str
 ) -> None:
-    """The error is a stand-in for those of Triton's compiler."""
+    assert reason in str(unsupported(shape, torch.empty(0, dtype=dtype)))
 
-    def fails(*words: object) -> None:
-        raise KeyError("a damaged cache")
 
-    monkeypatch.setattr(experts, "align", fails)
-    up, down = stored(64, torch.bfloat16), stored(8, torch.bfloat16)
-    ids = torch.zeros(3, 2, dtype=torch.int32)
-    x = torch.zeros(3, 64, dtype=torch.bfloat16)
-    with pytest.raises(RuntimeError, match="Triton: KeyError: 'a damaged cache'"):
-        run(x, up, down, ids.float(), ids, GOOD)
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        ((2, 64, 128), None),
+        ((2, 64, 96), "64 x 96 is no multiple of 32 x 128"),
+        ((2000, 64, 128), "there are 2000 experts, and the kernel sorts 1024"),
+    ],
+)
+def test_shapes_that_the_kernel_does_not_have_are_told(
+    shape: tuple[int, int, int], reason: str | None
+) -> None:
+    with weight_on(CARDS["sm_90"], torch.bfloat16) as like:
+        assert unsupported(shape, like) == reason

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random 2:4 weights and tokens, and the float64 product of them."""
+"""Random 2:4 weights and tokens, and the float64 products of them."""
 
 from typing import NamedTuple
 
@@ -85,3 +85,31 @@ def error(out: Tensor, expected: Tensor) -> float:
     """The largest error as a share of the largest output."""
     difference = (out.double() - expected).abs().max()
     return float(difference / expected.abs().max())
+
+
+def expert_weights(
+    experts: int, hidden: int, inner: int, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """2:4 weights of experts: [experts, 2 * inner, hidden], [experts, hidden, inner]."""
+    up, down = (
+        torch.stack(
+            [sparse_weight(*shape, dtype, seed, device) for seed in range(experts)]
+        )
+        for shape in ((2 * inner, hidden), (hidden, inner))
+    )
+    return up * hidden**-0.5, down * inner**-0.5
+
+
+def exact_experts(
+    up: Tensor, down: Tensor, x: Tensor, weights: Tensor, ids: Tensor
+) -> Tensor:
+    """The weighted sum of each token's experts in float64; ids below zero are none."""
+    out = torch.zeros_like(x, dtype=torch.float64)
+    for token in range(len(x)):
+        for weight, expert in zip(weights[token], ids[token].tolist(), strict=True):
+            if expert < 0:
+                continue
+            gate, value = (up[expert].double() @ x[token].double()).chunk(2)
+            inner = torch.nn.functional.silu(gate) * value
+            out[token] += weight.double() * (down[expert].double() @ inner)
+    return out

@@ -1,107 +1,173 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Multiplies tokens by the 2:4 weights of their routed experts, read as they are stored.
+Multiplies tokens by the packed 2:4 weights of their routed experts, by ``experts24.cu``.
 
 Decoding reads the weights of a few experts once for few tokens: its time is the bytes.
-Values and bitmask are 0.5625 of a dense weight's, and are expanded in registers.
+Packed weights are 0.5625 of dense ones, and the sparse tensor cores take them as they are.
 """
 
-import importlib.util
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from nm_permute_plugin.serving.kernels import nvidia
+from nm_permute_plugin.serving.kernels.expert_product import (
+    KINDS,
+    ExpertSettings,
+    ProductShape,
+    code_of,
+    function,
+)
 from nm_permute_plugin.serving.kernels.kernel import (
-    DTYPES_16,
     Settings,
-    runs_triton,
+    unsupported_card,
     unsupported_dtype,
 )
+from nm_permute_plugin.serving.kernels.packing import CHANNELS, ROWS, pack
 
-_MOST_PAIRS = 512
-"""So many pairs of a token and an expert one program of ours sorts; torch sorts more."""
+MOST_EXPERTS = 1024
+"""``experts.cu`` sorts pairs by at most so many experts."""
 
-_FEW, _MANY = 16, 64
-"""Pairs of a block: the least that tensor cores multiply, and for prompts."""
+MOST_TOKENS = 256
+"""For more tokens a dense product of expanded weights is faster."""
+
+_MOST_DIRECT = 128
+"""Blocks find their pairs themselves among at most so many; sorting takes a launch more."""
+
+_FEW_DIRECT = 64
+"""Up to so many pairs that is always faster."""
+
+# Of both products: warps side by side in rows, warps along the channels, chunks ahead.
+_BOTH: list[tuple[Settings, Settings]] = [
+    ((2, 4, 1), (2, 3, 1)),
+    ((2, 4, 1), (1, 3, 1)),
+    ((2, 4, 1), (1, 3, 0)),
+    ((2, 4, 0), (1, 3, 0)),
+    ((2, 2, 0), (1, 3, 0)),
+    ((2, 4, 0), (2, 2, 1)),
+    ((2, 4, 1), (2, 4, 1)),
+    ((2, 4, 0), (1, 4, 0)),
+]
 
 
 @dataclass(frozen=True)
-class StoredExperts:
+class PackedExperts:
     """
-    A weight of all experts, as a checkpoint stores it, stacked.
+    A 2:4 weight of all experts, packed in the tensor cores' order.
 
-    :param values: [experts, out, in / 2], the two kept weights of every four
-    :param bits: uint8 [experts, out, in / 8], a bit for every weight, the lowest first
+    :param packed: uint8 [experts, out / 32, in / 128, bytes], each as ``pack`` does it
+    :param dtype: the weight's
     """
 
-    values: Tensor
-    bits: Tensor
+    packed: Tensor
+    dtype: torch.dtype
 
     @property
     def dense_shape(self) -> tuple[int, int, int]:
         """The shape of the dense weight: [experts, out, in]."""
-        experts, rows, half = self.values.shape
-        return experts, rows, 2 * half
+        experts, tiles, chunks, _ = self.packed.shape
+        return experts, ROWS * tiles, CHANNELS * chunks
 
-    @runs_triton
     def expand(self, out: Tensor) -> Tensor:
         """
         Write the dense weight into ``out``, on a GPU, and return it.
 
-        :param out: [experts, out, in], of the values' dtype
-        :raises RuntimeError: if Triton or the card refuses
+        :param out: contiguous [experts, out, in], of the weight's dtype
+        :raises RuntimeError: if the card refuses
         """
-        from nm_permute_plugin.serving.kernels.triton_experts import expand
-
-        expand(self, out)
+        experts, tiles, chunks, _ = self.packed.shape
+        total, warps = experts * tiles * chunks, 8
+        with torch.cuda.device_of(out):
+            function("expand", out, None)(
+                (-(-total // warps), 1), 32 * warps, [self.packed, out, total, chunks]
+            )
         return out
 
 
-def unsupported(up: StoredExperts, down: StoredExperts) -> str | None:
-    """Return why the kernel cannot multiply by these weights; None if it can."""
-    if reason := unsupported_dtype(up.values.dtype, DTYPES_16):
+def pack_experts(weights: Iterable[Tensor]) -> PackedExperts:
+    """
+    Pack the 2:4 weights of all experts [out, in], one after the other.
+
+    :raises ValueError: if one is not 2:4, or of another shape or dtype
+    """
+    packed, dtype = [], torch.bfloat16
+    for weight in weights:
+        packed.append(pack(weight))
+        dtype = weight.dtype
+    return PackedExperts(torch.stack(packed), dtype)
+
+
+def unsupported(shape: tuple[int, int, int], like: Tensor) -> str | None:
+    """
+    Return why the kernel cannot multiply by a weight of experts; None if it can.
+
+    :param shape: [experts, out, in] of the weight
+    :param like: has the weight's dtype and device
+    """
+    experts, rows, channels = shape
+    if reason := unsupported_dtype(like.dtype, KINDS):
         return reason
-    if not up.values.is_cuda:
-        return "no CUDA device"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    for weight in (up, down):
-        channels = weight.dense_shape[2]
-        if channels % 8:
-            return f"{channels} channels are no multiple of 8"
+    if reason := unsupported_card(like):
+        return reason
+    if rows % ROWS or channels % CHANNELS:
+        return f"{rows} x {channels} is no multiple of {ROWS} x {CHANNELS}"
+    if experts > MOST_EXPERTS:
+        return f"there are {experts} experts, and the kernel sorts {MOST_EXPERTS}"
     return None
 
 
-def candidates(tokens: int, top_k: int, experts: int) -> list[Settings]:
+def candidates(
+    up: PackedExperts, down: PackedExperts, tokens: int, top_k: int
+) -> list[Settings]:
+    """
+    List the settings worth measuring for so many tokens, and compile their kernels.
+
+    :param up: [experts, 2 * inner, hidden], on a CUDA device
+    :param down: [experts, hidden, inner]
+    :param top_k: experts of a token
+    :raises RuntimeError: if a kernel does not compile
+    """
+    found = settings_for(tokens, top_k, len(up.packed))
+    shapes = dict.fromkeys(shape for each in found for shape in each.shapes())
+    capability = nvidia.card_of(up.packed.device).capability
+    architecture, kind = "sm_{}{}".format(*capability), KINDS[up.dtype]
+    with ThreadPoolExecutor() as pool:  # the compiler releases the GIL
+        list(pool.map(lambda shape: code_of(architecture, kind, shape), shapes))
+    return [each.flat() for each in found]
+
+
+def settings_for(tokens: int, top_k: int, experts: int) -> list[ExpertSettings]:
     """
     List the settings worth measuring for so many tokens.
 
-    Each has the pairs of a block; then rows and groups of a tile of the first product, and
-    of the second; whether weights are interleaved; warps; and pipeline stages.
+    :param top_k: experts of a token
+    :param experts: how many there are on this device
     """
-    decode: list[Settings] = [
-        (_FEW, 16, 64, 32, 64, 0, 4, 3),
-        (_FEW, 32, 32, 32, 32, 0, 4, 4),
-        (_FEW, 32, 64, 64, 32, 0, 4, 3),
-        (_FEW, 32, 32, 64, 32, 1, 4, 4),
-        (_FEW, 64, 16, 64, 16, 1, 4, 4),
+    if tokens > MOST_TOKENS:
+        return []
+    pairs = tokens * top_k
+    tiles = (1,) if pairs <= 4 * experts else (1, 2)
+    ways = [
+        way
+        for way, fits in ((1, pairs <= _MOST_DIRECT), (0, pairs > _FEW_DIRECT))
+        if fits
     ]
-    prompts: list[Settings] = [
-        (_MANY, 64, 16, 64, 16, 1, 4, 3),
-        (_MANY, 64, 16, 128, 16, 1, 8, 3),
-        (2 * _MANY, 64, 16, 128, 16, 1, 8, 3),
+    return [
+        ExpertSettings(size, direct, *both)
+        for size in tiles
+        for direct in ways
+        for both in _BOTH
     ]
-    if tokens * top_k <= 2 * experts:  # so few that most blocks hold one pair or two
-        return decode
-    return decode[2:] + prompts
 
 
-@runs_triton
 def run(
     x: Tensor,
-    up: StoredExperts,
-    down: StoredExperts,
+    up: PackedExperts,
+    down: PackedExperts,
     topk_weights: Tensor,
     topk_ids: Tensor,
     settings: Settings,
@@ -119,72 +185,103 @@ def run(
     :param expert_map: [all experts], the places of those on this device in the weights, -1
         for others, whose outputs count as zero; None if all are here
     :return: [tokens, hidden]
-    :raises RuntimeError: if Triton or the card refuses
+    :raises RuntimeError: if the card or its driver refuses
     """
-    from nm_permute_plugin.serving.kernels.triton_experts import product
-
+    chosen = ExpertSettings.of(settings)
     tokens, top_k = topk_ids.shape
+    hidden, inner = down.dense_shape[1:]
+    out = x.new_empty(tokens, hidden)
     if not tokens:
-        return torch.empty_like(x)
-    block, up_rows, up_groups, down_rows, down_groups, *more = settings
-    interleave, warps, stages = more
+        return out
     ids = topk_ids if expert_map is None else expert_map[topk_ids.long()]
-    experts, stored_rows, hidden = up.dense_shape
-    blocks = align(ids.flatten(), experts, block)
-    inner = x.new_empty(tokens * top_k, stored_rows // 2)
-    out = (x.new_empty if expert_map is None else x.new_zeros)(tokens * top_k, hidden)
-    scale = topk_weights.float().flatten()
-    tile = (up_rows, up_groups, interleave, warps, stages)
-    product(x.contiguous(), up, blocks, inner, None, top_k, tile)
-    tile = (down_rows, down_groups, interleave, warps, stages)
-    product(inner, down, blocks, out, scale, 1, tile)
-    return out.view(tokens, top_k, hidden).sum(1)
+    ids = ids.to(torch.int32).contiguous()
+    scale = topk_weights.float().contiguous()
+    x = x.contiguous()
+    pairs, size = tokens * top_k, 8 * chosen.tiles
+    of_pairs = x.new_empty(pairs, inner + hidden)
+    between, products = of_pairs.view(-1).split((pairs * inner, pairs * hidden))
+    first, second = chosen.shapes()
+    with torch.cuda.device_of(x):
+        overlaps = _kernels_overlap(x.device)
+        slots = Slots(ids, ids.flatten(), 1, pairs)
+        if not chosen.direct:
+            slots = Slots(*align(x, ids, len(up.packed), size), 0, pairs)
+        follows = overlaps and not chosen.direct
+        _product(first, x, up, between, slots, top_k, follows)
+        _product(second, between, down, products, slots, 1, overlaps)
+        halves = hidden // 2
+        function("combine", x, None)(
+            (-(-halves // 128), tokens),
+            128,
+            [products, scale, ids, out, top_k, halves],
+            overlaps,
+        )
+    return out
 
 
-def align(ids: Tensor, experts: int, size: int) -> tuple[Tensor, Tensor]:
+class Slots(NamedTuple):
     """
-    Sort pairs by expert into blocks of which each has one expert.
+    Pairs that share an expert, at most a slot's size each.
+
+    :param pair_of: int32 [slots, size], or -1; not read where ``direct``
+    :param expert_of: int32 [slots], or -1; with ``direct`` of each pair
+    :param direct: whether there is a slot for each pair, of which the kernel finds out
+        which have pairs
+    :param pairs: how many there are
+    """
+
+    pair_of: Tensor
+    expert_of: Tensor
+    direct: int
+    pairs: int
+
+
+def _kernels_overlap(device: torch.device) -> bool:
+    """Whether a kernel may start on a card before the one before it has ended."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _product(
+    shape: ProductShape,
+    x: Tensor,
+    weight: PackedExperts,
+    out: Tensor,
+    slots: Slots,
+    top_k: int,
+    overlaps: bool,
+) -> None:
+    """
+    Multiply every pair by its expert's weight, into ``out``.
+
+    :param top_k: so many pairs share a row of x
+    :param overlaps: see ``nvidia.Function``
+    """
+    rows, chunks = weight.dense_shape[1] // (1 + shape.gated), weight.packed.shape[2]
+    tensors = [weight.packed, x, out, slots.pair_of, slots.expert_of]
+    function("experts24", out, shape)(
+        (shape.row_blocks(rows), len(slots.expert_of)),
+        shape.threads,
+        [*tensors, slots.direct, slots.pairs, top_k, rows, chunks],
+        overlaps,
+    )
+
+
+def align(x: Tensor, ids: Tensor, experts: int, size: int) -> tuple[Tensor, Tensor]:
+    """
+    Sort pairs by expert into slots of which each has one expert.
 
     Shapes depend on the number of pairs only, as a CUDA graph needs it.
 
-    :param ids: [pairs], the expert of each pair; negative: none of this device
-    :param size: pairs of a block
-    :return: int32 [blocks, size], the pairs of each block, or -1; int32 [blocks], the
-        expert of each, or -1
+    :param x: has the device, and the dtype that kernels are compiled for
+    :param ids: int32 [...], the expert of each pair; negative: none of this device
+    :param size: pairs of a slot
+    :return: int32 [slots * size], the pairs of each slot, or -1; int32 [slots], the expert
+        of each, or -1
     """
-    pairs = len(ids)
-    blocks = min(pairs, min(pairs, experts) + pairs // size)
-    both = torch.full((blocks * (size + 1),), -1, dtype=torch.int32, device=ids.device)
-    pair_of, expert_of = both[: blocks * size].view(blocks, size), both[blocks * size :]
-    if pairs <= _MOST_PAIRS:
-        from nm_permute_plugin.serving.kernels import triton_experts
-
-        triton_experts.align(ids, experts, pair_of, expert_of)
-        return pair_of, expert_of
-    _align_in_torch(ids.long(), experts, pair_of, expert_of)
+    pairs = ids.numel()
+    slots = min(pairs, min(pairs, experts) + pairs // size)
+    both = ids.new_empty(slots * (size + 1))
+    pair_of, expert_of = both.split((slots * size, slots))
+    arguments = [ids, pair_of, expert_of, pairs, slots, size, experts]
+    function("align", x, None)((1, 1), 1024, arguments)
     return pair_of, expert_of
-
-
-def _align_in_torch(
-    ids: Tensor, experts: int, pair_of: Tensor, expert_of: Tensor
-) -> None:
-    """Do what ``triton_experts.align`` does, for any number of pairs."""
-    blocks, size = pair_of.shape
-    ids = torch.where(ids < 0, experts, ids)  # those of other devices go last
-    ordered, pair = ids.sort(stable=True)
-    count = torch.zeros(experts + 1, dtype=torch.int64, device=ids.device)
-    count.scatter_add_(0, ids, torch.ones_like(ids))
-    needed = (count + size - 1) // size
-    last, before = needed.cumsum(0), count.cumsum(0) - count
-    rank = torch.arange(len(ids), device=ids.device) - before[ordered]
-    place = (last - needed)[ordered] * size + rank
-    # room for the pairs of other devices, which no block takes
-    room = torch.full(
-        (blocks * size + len(ids) + size,), -1, dtype=torch.int32, device=ids.device
-    )
-    room.scatter_(0, place, pair.to(torch.int32))
-    number = torch.arange(blocks, device=ids.device)
-    owner = torch.searchsorted(last[:-1].contiguous(), number, right=True)
-    expert_of.copy_(torch.where(owner < experts, owner, -1))
-    mine = (owner < experts)[:, None]
-    pair_of.copy_(torch.where(mine, room[: blocks * size].view(blocks, size), -1))

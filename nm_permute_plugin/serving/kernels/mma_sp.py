@@ -147,14 +147,33 @@ def _key(x: Tensor, shape: BlockShape) -> tuple[str, int, BlockShape]:
     return shape.architecture(capability), _KINDS[x.dtype], shape
 
 
-@lru_cache(maxsize=256)
 def _machine_code(architecture: str, kind: int, shape: BlockShape) -> bytes:
     macros = {name.upper(): value for name, value in shape._asdict().items()}
     macros |= {"KIND": kind, "PITCH": _PITCH}
-    key = (source(), architecture, sorted(macros.items()), nvidia.compiler_version())
-    name = f"{architecture}-{sha256(repr(key).encode()).hexdigest()[:32]}.cubin"
+    return compiled("sparse24.cu", architecture, macros)
+
+
+def compiled(name: str, architecture: str, macros: dict[str, int]) -> bytes:
+    """
+    Compile a kernel's source, or read what was compiled before.
+
+    :param name: a file beside this one
+    :param architecture: such as ``sm_90``
+    :param macros: preprocessor definitions by name
+    :raises RuntimeError: if it does not compile
+    """
+    return _compiled(name, architecture, tuple(sorted(macros.items())))
+
+
+@lru_cache(maxsize=512)
+def _compiled(
+    name: str, architecture: str, macros: tuple[tuple[str, int], ...]
+) -> bytes:
+    source = source_of(name)
+    key = (source, architecture, macros, nvidia.compiler_version())
+    file = f"{architecture}-{sha256(repr(key).encode()).hexdigest()[:32]}.cubin"
     return cache.machine_code(
-        name, lambda: nvidia.compile_source(source(), architecture, macros)
+        file, lambda: nvidia.compile_source(source, architecture, dict(macros))
     )
 
 
@@ -167,7 +186,8 @@ def _function(
         return nvidia.Function(code, "sparse24", shape.shared_bytes(kind))
 
 
-@lru_cache(maxsize=1)
-def source() -> str:
-    """Read the kernel's source, in CUDA C++."""
-    return (files(__package__) / "sparse24.cu").read_text()
+@lru_cache(maxsize=8)
+def source_of(name: str) -> str:
+    """Read a kernel's source, in CUDA C++, with what such kernels share before it."""
+    folder = files(__package__)
+    return (folder / "mma_sp.cuh").read_text() + (folder / name).read_text()

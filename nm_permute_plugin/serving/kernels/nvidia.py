@@ -123,6 +123,34 @@ def _read(library: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
     return buffer.raw
 
 
+_OVERLAPS = 6
+"""CUDA's number for CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION."""
+
+
+class _LaunchAttribute(ctypes.Structure):
+    """CUDA's ``CUlaunchAttribute``, whose value is a union of 64 bytes."""
+
+    _fields_ = (
+        ("id", ctypes.c_uint),
+        ("padding", ctypes.c_uint),
+        ("value", ctypes.c_int),
+        ("rest", ctypes.c_char * 60),
+    )
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUDA's ``CUlaunchConfig``."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z")),
+        *((name, ctypes.c_uint) for name in ("block_x", "block_y", "block_z")),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("attribute_count", ctypes.c_uint),
+    )
+
+
 class Function:
     """
     A kernel loaded from machine code, on the device that is current at that time.
@@ -144,13 +172,19 @@ class Function:
         _call("cuFuncSetAttribute", self._function, max_dynamic_shared, shared_bytes)
 
     def __call__(
-        self, grid: tuple[int, int], threads: int, arguments: Sequence[Tensor | int]
+        self,
+        grid: tuple[int, int],
+        threads: int,
+        arguments: Sequence[Tensor | int],
+        overlaps: bool = False,
     ) -> None:
         """
         Launch on the current stream; tensors pass as pointers, numbers as C ``int``.
 
         :param grid: blocks in x and y
         :param threads: threads of each block
+        :param overlaps: its blocks may start before the kernel before has ended, as soon
+            as that one says so; the kernel itself waits for what it reads of it
 
         :raises RuntimeError: if the driver refuses the launch
         """
@@ -165,7 +199,13 @@ class Function:
         )
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         sizes = (*grid, 1, threads, 1, 1, self._shared_bytes)
-        _call("cuLaunchKernel", self._function, *sizes, stream, pointers, None)
+        if not overlaps:
+            _call("cuLaunchKernel", self._function, *sizes, stream, pointers, None)
+            return
+        attribute = _LaunchAttribute(id=_OVERLAPS, value=1)
+        config = _LaunchConfig(*sizes, stream, ctypes.pointer(attribute), 1)
+        launched = (ctypes.byref(config), self._function, pointers, None)
+        _call("cuLaunchKernelEx", *launched)
 
 
 def _call(function: str, *arguments: object) -> None:

@@ -66,11 +66,19 @@ def guesses(llm):
 
 def crashed(directory):
     """What is said where the kernel of experts crashed when it was tried: a stand-in."""
-    from nm_permute_plugin.serving import expert_table, experts, kernel_table
+    from stand_in import pack_experts
+
+    from nm_permute_plugin.serving import (
+        expert_loading,
+        expert_table,
+        experts,
+        kernel_table,
+    )
 
     card = SimpleNamespace(is_cuda=lambda: True, is_cpu=lambda: True)
     experts.current_platform = card
-    experts.unsupported = lambda up, down: None
+    experts.unsupported = lambda shape, like: None
+    expert_loading.pack_experts = pack_experts
     kernel_table.path_of = lambda weight, kernels: kernel_table.Path("no/table.json")
     expert_table.crash_of = lambda *words: "an illegal memory access"
     return generate.generate(directory, generate.PROMPTS)

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import torch
 from vllm import _custom_ops as ops
 
-from nm_permute_plugin.checkpoint.codec import decompress
 from nm_permute_plugin.serving.kernel_table import Bucket, Choice, KernelTable
+from nm_permute_plugin.serving.kernels.experts import PackedExperts
 from nm_permute_plugin.serving.kernels.scaling import scaled
 
 
@@ -50,16 +50,16 @@ class DenseProduct:
         return scaled(self(x_q), scale_x, scale_w, bias, out_dtype)
 
 
-def dense_experts(*weights):
+def pack_experts(weights):
+    """Take the weights of all experts as they are: they are too small to be packed."""
+    dense = torch.stack(list(weights))
+    assert int((dense.view(-1, 4) != 0).sum(-1).max()) == 2, "an expert is not 2:4"
+    return PackedExperts(dense, dense.dtype)
+
+
+def dense_experts(up, down):
     """Expand the weights of all experts, as a GPU does for many tokens."""
-    both = []
-    for weight in weights:
-        experts, rows, columns = weight.dense_shape
-        flat = (experts * rows, columns)
-        values, bits = weight.values.flatten(0, 1), weight.bits.flatten(0, 1)
-        dense = decompress(values, bits, flat, "an expert")
-        both.append(dense.view(experts, rows, columns))
-    return both
+    return up.packed, down.packed
 
 
 def fused_experts(x, up, down, weights, ids, **where):
@@ -77,7 +77,7 @@ def fused_experts(x, up, down, weights, ids, **where):
 
 
 def run_experts(x, up, down, weights, ids, settings, expert_map):
-    """What our kernel computes of stored experts."""
+    """What our kernel computes of packed experts."""
     assert settings == (1,)
     both = dense_experts(up, down)
     return fused_experts(x, *both, weights, ids, expert_map=expert_map)
@@ -86,20 +86,21 @@ def run_experts(x, up, down, weights, ids, settings, expert_map):
 def table_of(up, down, top_k, dense):
     """A table in which our kernel decodes, and vLLM's multiplies prompts."""
     ours, theirs = Choice("experts", (1,), 1.0), Choice("dense", (), 1.0)
-    return KernelTable(len(up.values), [Bucket(1, ours, []), Bucket(8192, theirs, [])])
+    return KernelTable(len(up.packed), [Bucket(1, ours, []), Bucket(8192, theirs, [])])
 
 
 def stand_in():
     """Have our methods take the stand-ins for the kernels, as on a GPU."""
     from portable import keep_static_scales
 
-    from nm_permute_plugin.serving import experts, method
+    from nm_permute_plugin.serving import expert_loading, experts, method
 
     method.SparseLinear = DenseProduct
     card = SimpleNamespace(is_cuda=lambda: True, is_cpu=lambda: False)
     method.current_platform = card
     experts.current_platform = card
-    experts.unsupported = lambda up, down: None
+    experts.unsupported = lambda shape, like: None
+    expert_loading.pack_experts = pack_experts
     experts.table_of = table_of
     experts.run = run_experts
     experts.dense_weights = dense_experts
