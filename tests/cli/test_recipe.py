@@ -8,7 +8,7 @@ import yaml
 from commands import assert_one_error, nm_permute
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
-LONGER = "--set learn.steps=1000 --set learn.multipliers.rows=1"
+LONGER = "--set learn.steps=2000 --set learn.multipliers.rows=1"
 WORDS = {
     "2of4_learned": "",
     "2of4_learned_qwen25vl": "--ignore lm_head --ignore re:.*visual.*",
@@ -17,7 +17,7 @@ WORDS = {
     "2of4_learned_budget": "--set budget.dense_share=0.2",
     "2of4_learned_longer": LONGER,
     "2of4_learned_longer_then_recover": f"{LONGER} --recover end_to_end "
-    "--set recover.end_to_end.steps=1500 --set recover.end_to_end.rate=0.002",
+    "--set recover.end_to_end.steps=4500 --set recover.end_to_end.rate=0.002",
     "2of4_learned_sharded": "--set memory.shard=true --set memory.micro_batch_size=1",
     "2of4_learned_then_recover": "--recover blocks --recover end_to_end",
     "2of4_learned_then_recover_then_w4a16": "--recover end_to_end --then w4a16",
