@@ -20,6 +20,7 @@ from loguru import logger
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from nm_permute_plugin.pruning.running.fast_dtype import hands_out_copies
 from nm_permute_plugin.pruning.running.masked import forwards
 
 STEPS = 100
@@ -29,6 +30,9 @@ BACKEND = "inductor"
 
 ROTARY = "apply_rotary_pos_emb"
 """What transformers calls rotary embeddings, in the module of every model that has them."""
+
+HELD = "_original_forward_func"
+"""Where compressed-tensors keeps the forward of a module whose weights it holds."""
 
 GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
 """The parts of a feed-forward layer with a gate."""
@@ -88,8 +92,14 @@ def _is_on_one_gpu(model: nn.Module) -> bool:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    """Whether a host has given the module another forward, or offloaded its weights."""
-    return "forward" in module.__dict__ or type(module._parameters) is not dict
+    """
+    Whether a host moves the weights of a module, or runs it in a way of its own.
+
+    llm-compressor holds those of a model that fits on a GPU there, behind a forward that
+    moves inputs only.
+    """
+    wrapped = "forward" in module.__dict__ and not hasattr(module, HELD)
+    return wrapped or hands_out_copies(module)
 
 
 def _can_compile(model: nn.Module) -> bool:
@@ -114,7 +124,28 @@ def _norms(model: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
         if type(module).__name__.endswith("RMSNorm") and not list(module.children())
     }
     made = {kind: _compiled(kind.forward) for kind in set(found.values())}
-    return {module: partial(made[kind], module) for module, kind in found.items()}
+    return {
+        module: partial(_norm_of, module, made[kind]) for module, kind in found.items()
+    }
+
+
+def _norm_of(
+    module: nn.Module, norm: Callable[[nn.Module, Tensor], Tensor], x: Tensor
+) -> Tensor:
+    return norm(_as_loaded(module), x)
+
+
+def _as_loaded(module: nn.Module) -> nn.Module:
+    """A module with the same weights in a plain dictionary, which PyTorch can trace."""
+    if type(module._parameters) is dict:
+        return module
+    plain = type(module).__new__(type(module))
+    plain.__dict__.update(module.__dict__)
+    for name in ("forward", HELD):
+        plain.__dict__.pop(name, None)
+    for name in ("_parameters", "_buffers"):
+        plain.__dict__[name] = dict(module.__dict__[name].items())
+    return plain
 
 
 def _gated(model: nn.Module) -> dict[nn.Module, Callable[..., Any]]:

@@ -47,7 +47,7 @@ def to_fast_dtype(model: nn.Module) -> dict[str, torch.dtype]:
 
     :return: the dtypes that they had, by name
     """
-    if any(map(_hands_out_copies, model.modules())):
+    if any(map(hands_out_copies, model.modules())):
         return {}  # offloaded: to look at its weights would fetch them
     slow = {name: t for name, t in _tensors(model) if _is_slow(t)}
     size = sum(4 * tensor.numel() for tensor in slow.values())
@@ -62,7 +62,7 @@ def to_fast_dtype(model: nn.Module) -> dict[str, torch.dtype]:
     return dtypes
 
 
-def _hands_out_copies(module: nn.Module) -> bool:
+def hands_out_copies(module: nn.Module) -> bool:
     """Whether a module is offloaded, so that each look at its weights is a copy."""
     stored = module._parameters
     name = None if type(stored) is dict else next(iter(stored), None)

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from compressed_tensors import offload
 from torch import Tensor, nn
 
 from nm_permute_plugin.pruning.running import compiled as module
@@ -87,8 +88,33 @@ def test_nothing_is_compiled_where_nothing_would_be_gained(
         assert isinstance(model(input_ids=tokens).logits, Tensor)
 
 
-def test_an_offloaded_model_is_not_on_one_gpu(tiny_model) -> None:
+def test_weights_that_the_host_holds_are_followed(
+    tiny_model, tokens: Tensor, compiled
+) -> None:
+    """As those of a model that llm-compressor has placed on one GPU, after a fold too."""
+    model = tiny_model("llama")
+    for part in list(model.modules()):
+        offload.offload_module(part, "cpu", "cpu")
+    forward = model.model.norm.__dict__["forward"]
+    assert not any(map(module._is_hooked, model.modules()))
+    with torch.no_grad(), compiled_elementwise(model, 1000):
+        before = model(input_ids=tokens, use_cache=False).logits
+        offload.update_offload_parameter(
+            model.model.norm, "weight", 2 * model.model.norm.weight
+        )
+        after = model(input_ids=tokens, use_cache=False).logits
+    assert model.model.norm.__dict__["forward"] is forward
+    torch.testing.assert_close(after, 2 * before)
+    torch.testing.assert_close(model(input_ids=tokens).logits, after)
+
+
+def test_a_model_that_is_moved_or_run_in_another_way_is_left_alone(
+    tiny_model, offload_to, tmp_path
+) -> None:
     model: nn.Module = tiny_model("llama")
     assert not module._is_hooked(model.model.norm)
     model.model.norm.__dict__["forward"] = lambda x: x
     assert module._is_hooked(model.model.norm)
+    other = tiny_model("llama")
+    offload_to(other, "disk", tmp_path)
+    assert module._is_hooked(other.model.norm)
