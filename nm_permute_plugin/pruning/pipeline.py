@@ -396,7 +396,7 @@ def _see_again(problem: Problem, settings: Settings) -> None:
         size = settings.memory.micro_batch_size
         for turn, index in enumerate(order):
             for part, _ in own_micro_batches(data.train[index], turn, size):
-                teacher(part)
+                teacher.known(part)
 
 
 def _environment(model: nn.Module) -> dict[str, str | int]:

@@ -23,7 +23,7 @@ from nm_permute_plugin.maths.scores import score_weight
 from nm_permute_plugin.pruning import ranks
 from nm_permute_plugin.pruning.data import Data
 from nm_permute_plugin.pruning.running.masked import linear
-from nm_permute_plugin.pruning.running.teacher import Teacher
+from nm_permute_plugin.pruning.running.teacher import Teacher, pays_to_keep
 from nm_permute_plugin.pruning.session import known_run, once
 from nm_permute_plugin.pruning.settings import Settings
 from nm_permute_plugin.pruning.statistics import input_norms, output_sensitivity
@@ -186,7 +186,9 @@ class Problem:
             ).to("cpu" if settings.layer_wise else device)
             for name in prunable
         }
-        teacher = Teacher(model, settings.loss)
+        steps = settings.training_steps
+        keep_training = pays_to_keep(model, steps, len(data.train))
+        teacher = Teacher(model, settings.loss, keep_training=keep_training)
         spaces: dict[str, SpaceScores] = {}
         if settings.method != "identity":
             sensitivity = None

@@ -88,6 +88,8 @@ def dense_passes(
 
     :param before: steps that were taken with the same batches, in the same order
     """
+    if not teacher.keep_training:
+        return Took()  # it is a part of every step
     batch = {name: tensor.clone() for name, tensor in amounts.batch.items()}
     size = amounts.settings.memory.micro_batch_size
     parts = [part for part, _ in micro_batches(batch, size)]

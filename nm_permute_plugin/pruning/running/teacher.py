@@ -18,6 +18,20 @@ MOST_BYTES = 1 << 31
 """Bytes of the device's memory that hold what is kept; batches beyond run every time."""
 
 
+VISITS = 5
+"""Visits of a training batch from which on it pays on a GPU to keep its dense outputs: the
+dense model then runs outside of the step's CUDA graph, where it waits for its launches."""
+
+
+def pays_to_keep(model: nn.Module, steps: int, batches: int) -> bool:
+    """
+    Whether dense outputs of training batches are worth being kept.
+
+    :param steps: training steps that will be taken, a batch each
+    """
+    return next(model.parameters()).device.type != "cuda" or steps >= VISITS * batches
+
+
 class Teacher:
     """
     The dense model, with which the pruned one is compared again and again.
@@ -28,10 +42,17 @@ class Teacher:
 
     :param loss: the loss that compares
     :param keep: false runs the model every time, for batches that come once
+    :param keep_training: false does so for training batches alone, see ``known``
     """
 
-    def __init__(self, model: nn.Module, loss: LossSettings, keep: bool = True) -> None:
-        self.model, self.loss = model, loss
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: LossSettings,
+        keep: bool = True,
+        keep_training: bool = True,
+    ) -> None:
+        self.model, self.loss, self.keep_training = model, loss, keep_training
         find: Callable[[], object] = getattr(
             model, "get_output_embeddings", lambda: None
         )
@@ -48,24 +69,15 @@ class Teacher:
         :param batch: recognised by the memory of its tokens, wherever it was sliced; the
             mask that belongs to tokens never changes
         """
-        known = self.known(batch)
+        known = self._known(batch, keep=True)
         return self.anew(on_device(batch, self.model)) if known is None else known
 
     def known(self, batch: Batch) -> Outputs | None:
         """
-        As a call, but None where the model would run and nothing would be kept of it.
+        The dense outputs for a training batch, as a call gives them, but None where the
+        model would run and nothing would be kept of it.
         """
-        ids = batch.get("input_ids")
-        if ids is None or self._head is None:
-            return None
-        key = ids.data_ptr(), ids.shape
-        with torch.no_grad():
-            if key in self._kept:
-                logits = self._head(self._kept[key][1])
-                return Outputs(logits, are_values=logits.shape[-1] == 1)
-            if self._is_full:
-                return None
-            return self._run(key, ids, batch, self._head)
+        return self._known(batch, self.keep_training)
 
     def anew(self, batch: Batch) -> Outputs:
         """The dense outputs for a batch that is on the model's device; nothing is kept."""
@@ -130,6 +142,19 @@ class Teacher:
                 key: (ids, entering[..., perm.to(entering.device)])
                 for key, (ids, entering) in self._kept.items()
             }
+
+    def _known(self, batch: Batch, keep: bool) -> Outputs | None:
+        ids = batch.get("input_ids")
+        if ids is None or self._head is None:
+            return None
+        key = ids.data_ptr(), ids.shape
+        with torch.no_grad():
+            if key in self._kept:
+                logits = self._head(self._kept[key][1])
+                return Outputs(logits, are_values=logits.shape[-1] == 1)
+            if self._is_full or not keep:
+                return None
+            return self._run(key, ids, batch, self._head)
 
     def _run(
         self,

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The dense model's outputs are those of a run, and it runs once where it can."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -79,6 +81,39 @@ def test_what_is_no_more_than_the_memory_allows_is_kept(
         for batch in batches:
             teacher(batch)
     assert len(runs) == 3
+
+
+def test_nothing_is_known_of_what_would_not_be_kept(
+    model, batches, runs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = batches
+    teacher = Teacher(model, LOGITS, keep_training=False)
+    assert teacher.known(first) is None
+    assert runs == []
+    logits = teacher(first).logits  # as a validation batch
+    assert torch.equal(teacher.known(first).logits, logits)
+    assert len(runs) == 1
+    monkeypatch.setattr(module, "MOST_BYTES", 3 * 12 * 32 * 4)
+    teacher = Teacher(model, LOGITS)
+    for batch in batches:
+        assert teacher.known(batch) is not None  # the second is run, and does not fit
+    assert teacher.known(first) is not None
+    assert teacher.known(second) is None
+    assert len(runs) == 3
+
+
+@pytest.mark.parametrize(
+    ("device", "steps", "pays"),
+    [("cpu", 1, True), ("cuda", 49, False), ("cuda", 50, True)],
+)
+def test_on_a_gpu_only_what_is_seen_often_is_kept(
+    device: str, steps: int, pays: bool
+) -> None:
+    class Placed(nn.Module):
+        def parameters(self, recurse: bool = True):
+            return iter([SimpleNamespace(device=torch.device(device))])
+
+    assert module.pays_to_keep(Placed(), steps, 10) is pays
 
 
 def test_a_model_that_changes_its_logits_afterwards_runs_every_time(
