@@ -19,6 +19,10 @@ CANDIDATES = [
 """Settings that are timed; those for prompts also serve few tokens, slowly."""
 
 
+_ONE_HOT = 1 << 15
+"""A sort looks at so many pairs times experts at once: more do not fit shared memory."""
+
+
 @triton.jit
 def dense_kernel(
     weights,  # [experts, rows (gate, then up), channels]
@@ -73,27 +77,29 @@ def align_kernel(
     pair_of,  # int32 [blocks, TOKENS], filled with -1
     expert_of,  # int32 [blocks], filled with -1
     pairs,
-    blocks,
-    EXPERTS: tl.constexpr,  # a power of two, or more than there are
+    EXPERTS: tl.constexpr,  # a power of two
+    PART: tl.constexpr,  # experts at a time, a power of two
     PAIRS: tl.constexpr,  # a power of two
     BLOCKS: tl.constexpr,  # a power of two
     TOKENS: tl.constexpr,
 ):
     """Sort pairs by expert, and give each expert whole blocks of ``TOKENS`` pairs."""
-    pair = tl.arange(0, PAIRS)
+    pair, block = tl.arange(0, PAIRS), tl.arange(0, BLOCKS)
     expert = tl.load(ids + pair, mask=pair < pairs, other=-1).to(tl.int32)
-    every = tl.arange(0, EXPERTS)
-    one_hot = (expert[:, None] == every[None, :]).to(tl.int32)
-    count = tl.sum(one_hot, 0)
-    needed = (count + TOKENS - 1) // TOKENS
-    last = tl.cumsum(needed, 0)
-    rank = tl.sum(tl.cumsum(one_hot, 0) * one_hot, 1) - 1
-    first = tl.sum(one_hot * (last - needed)[None, :], 1)
-    at = pair_of + first * TOKENS + rank
-    tl.store(at, pair, mask=(pair < pairs) & (expert >= 0))
-    block = tl.arange(0, BLOCKS)
-    owner = tl.sum((last[None, :] <= block[:, None]).to(tl.int32), 1)
-    tl.store(expert_of + block, owner, mask=(block < blocks) & (owner < EXPERTS))
+    given = 0  # blocks of the experts before
+    for start in range(0, EXPERTS, PART):
+        every = start + tl.arange(0, PART)
+        one_hot = (expert[:, None] == every[None, :]).to(tl.int32)
+        needed = (tl.sum(one_hot, 0) + TOKENS - 1) // TOKENS
+        last = given + tl.cumsum(needed, 0)
+        rank = tl.sum(tl.cumsum(one_hot, 0) * one_hot, 1) - 1
+        first = tl.sum(one_hot * (last - needed)[None, :], 1)
+        at = pair_of + first * TOKENS + rank
+        tl.store(at, pair, mask=tl.sum(one_hot, 1) > 0)
+        owner = start + tl.sum((last[None, :] <= block[:, None]).to(tl.int32), 1)
+        end = given + tl.sum(needed, 0)
+        tl.store(expert_of + block, owner, mask=(block >= given) & (block < end))
+        given = end
 
 
 def align(ids: Tensor, experts: int, size: int) -> tuple[Tensor, Tensor]:
@@ -109,14 +115,15 @@ def align(ids: Tensor, experts: int, size: int) -> tuple[Tensor, Tensor]:
     blocks = min(pairs, min(pairs, experts) + pairs // size)
     both = torch.full((blocks * (size + 1),), -1, dtype=torch.int32, device=ids.device)
     pair_of, expert_of = both[: blocks * size].view(blocks, size), both[blocks * size :]
+    every, room = triton.next_power_of_2(experts), triton.next_power_of_2(pairs)
     align_kernel[(1,)](
         ids,
         pair_of,
         expert_of,
         pairs,
-        blocks,
-        EXPERTS=triton.next_power_of_2(experts),
-        PAIRS=triton.next_power_of_2(pairs),
+        EXPERTS=every,
+        PART=min(every, _ONE_HOT // room),
+        PAIRS=room,
         BLOCKS=triton.next_power_of_2(blocks),
         TOKENS=size,
         num_warps=8,

@@ -12,7 +12,7 @@ from nm_permute_plugin.checkpoint.config import AskedFormat, Format
 from nm_permute_plugin.checkpoint.directory import Checkpoint, open_checkpoint
 from nm_permute_plugin.checkpoint.model_card import Card, write_card
 from nm_permute_plugin.checkpoint.pattern import check_pattern
-from nm_permute_plugin.checkpoint.plan import choose_format, make_plan, to_store_sparse
+from nm_permute_plugin.checkpoint.plan import choose_format, make_plan
 from nm_permute_plugin.checkpoint.record import (
     Promise,
     composed,
@@ -90,9 +90,8 @@ def store(
     logger.info(f"The checkpoint is stored as {format}: {reason}")
     if format != "dense":
         # pruning modifiers of llm-compressor leave -0.0 behind
-        sparse = to_store_sparse(asked, pruned)
         plan = make_plan(
-            checkpoint, format, sparse, pattern, clear=True, counted=counted
+            checkpoint, format, pruned, pattern, clear=True, counted=counted
         )
         rewrite(checkpoint, plan, folder, checksums=False)
         checkpoint = open_checkpoint(folder)

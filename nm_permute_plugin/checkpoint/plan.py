@@ -90,22 +90,9 @@ def choose_format(
         return "dense", _AROUND
     if asked != "auto":
         return asked, "asked for"
-    if pattern == TWO_FOUR and to_store_sparse(asked, pruned):
-        experts = "; experts are stored dense, as vLLM serves them"
-        said = "the default for 2:4" + experts * bool(experts_of(pruned))
-        return "sparse-24-bitmask", said
+    if pattern == TWO_FOUR:
+        return "sparse-24-bitmask", "the default for 2:4"
     return "dense", f"the default for {pattern}"
-
-
-def to_store_sparse(asked: AskedFormat, pruned: Collection[str]) -> list[str]:
-    """
-    Lists the pruned modules that a sparse format stores sparse; experts only if asked.
-
-    >>> to_store_sparse("auto", ["mlp.experts.0.up_proj", "self_attn.q_proj"])
-    ['self_attn.q_proj']
-    """
-    experts = set(experts_of(pruned)) if asked == "auto" else ()
-    return [name for name in pruned if name not in experts]
 
 
 def make_plan(

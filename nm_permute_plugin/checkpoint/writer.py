@@ -99,7 +99,7 @@ def convert(
     :param pattern: 2:4, or another for the format ``sparse-bitmask``
     :param clear_zeros: store -0.0 as +0.0, which a product with a mask leaves behind;
         for sparse formats
-    :param dense_experts: leave routed experts dense, as vLLM serves them
+    :param dense_experts: leave routed experts dense
     :param legacy: write config and tokenizer for transformers 4 and vLLM up to 0.18.1
     :param overwrite: replace a target that is not the source and not empty
     :raises ValueError: if the source is damaged, a module of ``modules`` is missing or

@@ -44,13 +44,13 @@ EXPERT = "model.layers.0.mlp.experts.0.up_proj"
 @pytest.mark.parametrize(
     ("asked", "kind", "pruned", "expected"),
     [
-        ("auto", "bf16", [DOWN, EXPERT], ("sparse-24-bitmask", "experts are stored")),
-        ("auto", "bf16", [EXPERT], ("dense", "the default for")),
+        ("auto", "bf16", [DOWN, EXPERT], ("sparse-24-bitmask", "the default for")),
+        ("auto", "bf16", [EXPERT], ("sparse-24-bitmask", "the default for")),
         ("sparse-24-bitmask", "bf16", [EXPERT], ("sparse-24-bitmask", "asked for")),
         ("auto", "fp8", [DOWN, EXPERT], ("dense", "quantized and sparse")),
     ],
 )
-def test_experts_are_sparse_where_asked_for(
+def test_experts_are_sparse_unless_they_are_quantized(
     make_dense: MakeDense, asked: str, kind: str, pruned: list[str], expected: tuple
 ) -> None:
     checkpoint = open_checkpoint(make_dense(kind))

@@ -214,7 +214,7 @@ def test_conv1d_is_pruned_along_its_inputs_and_stored_dense(
 def test_a_pattern_that_is_stored_dense_and_lost_is_found(
     run: Run, tmp_path: Path, case: str, module: str, place: tuple
 ) -> None:
-    run(case, Modifier(method="identity"))
+    run(case, Modifier(method="identity", format="dense"))
     file = tmp_path / "out" / "model.safetensors"
     tensors = load_file(file)
     tensors[f"{module}.weight"][place] = 1.0
@@ -228,7 +228,7 @@ def test_a_pattern_that_is_stored_dense_and_lost_is_found(
 def test_experts_are_saved_under_the_names_of_their_checkpoints(
     run: Run, tmp_path: Path
 ) -> None:
-    run("mixtral-gqa", Modifier(method="identity"))
+    run("mixtral-gqa", Modifier(method="identity", format="dense"))
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         names = {name for name in file.keys() if ".experts.0.w" in name}  # noqa: SIM118
     expert = "model.layers.{}.block_sparse_moe.experts.0.w{}.weight"
@@ -245,7 +245,7 @@ def test_experts_that_would_not_come_back_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", ["sparse-24-bitmask", "sparse-bitmask", "auto"])
 @pytest.mark.parametrize("case", ["qwen2moe-gqa", "qwen3moe-gqa", "mixtral-gqa"])
-def test_experts_are_stored_sparse_where_asked_for(
+def test_experts_are_stored_sparse(
     run: Run, tmp_path: Path, case: str, format: str
 ) -> None:
     ignore = ["lm_head"] + ["re:.*shared_expert_gate"] * case.startswith("qwen2")
@@ -255,13 +255,11 @@ def test_experts_are_stored_sparse_where_asked_for(
     promised = [row for row in report.rows if row.promised]
     experts = [row for row in promised if ".experts." in row.module]
     assert len(experts) == 2 * 4 * 3
-    expected = "dense" if format == "auto" else format
-    assert {row.format for row in experts} == {expected}
-    others = {row.format for row in promised if row not in experts}
-    assert others == {"sparse-24-bitmask" if format == "auto" else format}
+    expected = "sparse-24-bitmask" if format == "auto" else format
+    assert {row.format for row in promised} == {expected}
     card = (tmp_path / "out" / "README.md").read_text()
     assert ("vllm serve" in card) == (format != "sparse-bitmask")
-    assert ("experts are served sparse" in card) == (format == "sparse-24-bitmask")
+    assert ("experts are served sparse" in card) == (format != "sparse-bitmask")
     assert_reloads(pruned, tmp_path / "out")
 
 

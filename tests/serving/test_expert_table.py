@@ -20,7 +20,7 @@ from nm_permute_plugin.serving.kernels.packing import unpack
 
 Weights = tuple[PackedExperts, PackedExperts]
 
-RIGHT, WRONG = (1, 1, 2, 4, 1, 2, 3, 1), (1, 1, 2, 4, 0, 1, 3, 0)
+RIGHT, WRONG = (1, 1, 2, 4, 1, 1, 3, 1), (1, 1, 2, 4, 0, 1, 3, 0)
 """Settings of the stand-in for the kernel; with the latter it gives wrong results."""
 
 

@@ -49,8 +49,8 @@ class Settings(Frozen):
     :param format: how the checkpoint is stored: ``dense`` (zeros are stored, loads
         everywhere), ``sparse-24-bitmask`` (2:4 only, smaller; this plugin reads it),
         ``sparse-bitmask`` (any pattern, likewise), or ``auto``: sparse-24-bitmask for
-        2:4, dense for other patterns, experts, and what no sparse format holds (4-bit
-        quantization, Conv1D)
+        2:4, dense for other patterns and what no sparse format holds (4-bit
+        quantization, quantized experts, Conv1D)
     :param spec: a permutation spec for an architecture that has no known one, as a
         mapping or as the path of a YAML file that holds it
     :param objective: what learning makes small: ``end_to_end`` the loss of the whole

@@ -33,23 +33,18 @@ MOST_EXPERTS = 1024
 """``experts.cu`` sorts pairs by at most so many experts."""
 
 MOST_TOKENS = 256
-"""For more tokens a dense product of expanded weights is faster."""
+"""More tokens are left to a dense product of expanded weights."""
 
 _MOST_DIRECT = 128
-"""Blocks find their pairs themselves among at most so many; sorting takes a launch more."""
-
-_FEW_DIRECT = 64
-"""Up to so many pairs that is always faster."""
+"""Blocks find their pairs themselves among at most so many, which takes a launch less."""
 
 # Of both products: warps side by side in rows, warps along the channels, chunks ahead.
+# Each was the fastest on an H100 for some number of tokens, or is for another shape.
 _BOTH: list[tuple[Settings, Settings]] = [
-    ((2, 4, 1), (2, 3, 1)),
-    ((2, 4, 1), (1, 3, 1)),
-    ((2, 4, 1), (1, 3, 0)),
-    ((2, 4, 0), (1, 3, 0)),
-    ((2, 2, 0), (1, 3, 0)),
-    ((2, 4, 0), (2, 2, 1)),
     ((2, 4, 1), (2, 4, 1)),
+    ((2, 4, 1), (1, 3, 1)),
+    ((2, 4, 0), (2, 2, 1)),
+    ((2, 4, 0), (1, 3, 0)),
     ((2, 4, 0), (1, 4, 0)),
 ]
 
@@ -94,11 +89,9 @@ def pack_experts(weights: Iterable[Tensor]) -> PackedExperts:
 
     :raises ValueError: if one is not 2:4, or of another shape or dtype
     """
-    packed, dtype = [], torch.bfloat16
-    for weight in weights:
-        packed.append(pack(weight))
-        dtype = weight.dtype
-    return PackedExperts(torch.stack(packed), dtype)
+    first, *others = ((pack(weight), weight.dtype) for weight in weights)
+    packed = torch.stack([each for each, _ in (first, *others)])
+    return PackedExperts(packed, first[1])
 
 
 def unsupported(shape: tuple[int, int, int], like: Tensor) -> str | None:
@@ -150,18 +143,25 @@ def settings_for(tokens: int, top_k: int, experts: int) -> list[ExpertSettings]:
     if tokens > MOST_TOKENS:
         return []
     pairs = tokens * top_k
-    tiles = (1,) if pairs <= 4 * experts else (1, 2)
-    ways = [
-        way
-        for way, fits in ((1, pairs <= _MOST_DIRECT), (0, pairs > _FEW_DIRECT))
-        if fits
-    ]
-    return [
-        ExpertSettings(size, direct, *both)
-        for size in tiles
-        for direct in ways
-        for both in _BOTH
-    ]
+    tiles, direct = (1,) if pairs <= 4 * experts else (1, 2), int(pairs <= _MOST_DIRECT)
+    return [ExpertSettings(size, direct, *both) for size in tiles for both in _BOTH]
+
+
+class Slots(NamedTuple):
+    """
+    Pairs that share an expert, at most a slot's size each.
+
+    :param pair_of: int32 [slots, size], or -1; not read where ``direct``
+    :param expert_of: int32 [slots], or -1; with ``direct`` of each pair
+    :param direct: whether there is a slot for each pair, of which the kernel finds out
+        which have pairs
+    :param pairs: how many there are
+    """
+
+    pair_of: Tensor
+    expert_of: Tensor
+    direct: int
+    pairs: int
 
 
 def run(
@@ -217,23 +217,6 @@ def run(
             overlaps,
         )
     return out
-
-
-class Slots(NamedTuple):
-    """
-    Pairs that share an expert, at most a slot's size each.
-
-    :param pair_of: int32 [slots, size], or -1; not read where ``direct``
-    :param expert_of: int32 [slots], or -1; with ``direct`` of each pair
-    :param direct: whether there is a slot for each pair, of which the kernel finds out
-        which have pairs
-    :param pairs: how many there are
-    """
-
-    pair_of: Tensor
-    expert_of: Tensor
-    direct: int
-    pairs: int
 
 
 def _kernels_overlap(device: torch.device) -> bool:

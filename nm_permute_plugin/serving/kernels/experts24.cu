@@ -98,7 +98,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   if (GATED) let_next_kernel_start();
   const Slot slot = {pair_of, expert_of, direct, (int)blockIdx.y, pairs};
   const int expert = slot.expert();
-  if (expert < 0) return;
+  if (expert < 0) {  // one block waits: the second product must not end before the first
+    if (!GATED && blockIdx.x + blockIdx.y == 0) wait_for_kernel_before();
+    return;
+  }
 
   // Past the last row tile it is that again, whose sums nobody reads.
   const int row_tiles = rows / 32, column = GATED ? warp_n / 2 : warp_n;

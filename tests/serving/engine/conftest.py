@@ -86,17 +86,15 @@ RANDOM = {
     "olmo2": (Olmo2Config, Olmo2ForCausalLM, {}),
 }
 """
-Random models: one whose q, k and v have biases, one of experts, one of sparse experts, one
-whose checkpoint has q, k and v in one, one with a tied head, and one that vLLM runs by
-transformers' own code.
+Random models: one whose q, k and v have biases, one of experts, one that has a shared one
+as well, one whose checkpoint has q, k and v in one, one with a tied head, and one that vLLM
+runs by transformers' own code.
 """
 MIXTRAL = {"mixtral": (MixtralConfig, MixtralForCausalLM, FEW)}
-SPARSE_EXPERTS = {"format": "sparse-24-bitmask", "ignore": ["lm_head"]}
 GATE = "re:.*shared_expert_gate"
 MORE = {
     "budget": {"budget": {"dense_share": 0.3}},
-    "qwen2-moe": SPARSE_EXPERTS | {"ignore": ["lm_head", GATE]},
-    "mixtral": SPARSE_EXPERTS,
+    "qwen2-moe": {"ignore": ["lm_head", GATE]},
 }
 """Fields of the recipe that some kinds have beside those of all."""
 ENCODERS = {

@@ -50,13 +50,12 @@ def test_without_a_gpu_one_warning_names_layers_and_reason(said, pruned) -> None
     warnings = [line for line in said["log"]["lines"] if "served dense" in line]
     assert len(warnings) == 12  # one for each checkpoint that is claimed
     counts = re.findall(r"(\d+ of \d+) 2:4 layers", "\n".join(warnings))
-    # in each of four layers, where experts are dense: two linears of attention; where they
-    # are sparse: these, the experts, and two linears of the shared one; a budget left
-    # groups of linears dense
+    # in each of four layers of mixtures: two linears of attention and the experts, and two
+    # linears of the shared one; a budget left groups of linears dense
     record = json.loads((pruned("budget", "sparse-24-bitmask") / RECORD).read_text())
     left = sum(not group["stays_dense"] for group in record["budget"]["groups"])
     assert 8 < left < 16
-    expected = ["16 of 16"] * 9 + ["8 of 8", "20 of 20", f"{left} of {left}"]
+    expected = ["16 of 16"] * 9 + ["12 of 12", "20 of 20", f"{left} of {left}"]
     assert sorted(counts) == sorted(expected)
     for warning in warnings:
         assert re.search(r"from model\.layers\.0\.(self_attn|attention)\.", warning)
