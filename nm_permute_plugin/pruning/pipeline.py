@@ -306,10 +306,15 @@ def _find_within_budget(
     if not groups:
         found, history = _learned(problem, start, searched, settings, clock, hold)
         return problem, found, searched, history, None
-    masks, teacher, known = problem.masks(start), problem.teacher, problem.known
+    teacher, known = problem.teacher, problem.known
+    # On the CPU, because they stay while the rest is learned.
+    held = {
+        name: (mask.cpu(), mask.device) for name, mask in problem.masks(start).items()
+    }
 
     def choose(before: BudgetRecord | None) -> BudgetRecord:
         def chosen() -> dict[str, Any]:
+            masks = {name: mask.to(device) for name, (mask, device) in held.items()}
             given = teacher, masks, groups, times, data, settings, before
             return asdict(choose_dense(*given))
 

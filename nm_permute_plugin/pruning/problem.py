@@ -30,6 +30,9 @@ from nm_permute_plugin.pruning.statistics import input_norms, output_sensitivity
 from nm_permute_plugin.specs.conv1d import weight_of
 from nm_permute_plugin.specs.spec import Consumer, ResolvedSpec, Space
 
+ONLY = " of only "
+"""In what a session knows a problem by, before the digest of what it was reduced to."""
+
 Scores = Mapping[str, Float[Tensor, "_out _in"]]
 """Scores of the weights of linears, by linear."""
 
@@ -221,12 +224,14 @@ class Problem:
         if not left_out:
             return self
         parts = {name: of.only(names) for name, of in self.spaces.items()}
-        digest = blake2b(repr(left_out).encode(), digest_size=16).hexdigest()
+        kept = sorted(set(self.linears).intersection(names))
+        digest = blake2b(repr(kept).encode(), digest_size=16).hexdigest()
+        whole, _, _ = self.known.partition(ONLY)
         return replace(
             self,
             spaces={name: of for name, of in parts.items() if of is not None},
             fixed={name: score for name, score in self.fixed.items() if name in names},
-            known=f"{self.known} without {digest}",
+            known=f"{whole}{ONLY}{digest}",
         )
 
     @property

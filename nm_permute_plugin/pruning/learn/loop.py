@@ -176,7 +176,7 @@ def train(
     :param begin: the solution that the learner began with
     :param numbers: of the steps
     :param step: ``step(prepare)`` runs a batch forward and backward and returns its loss;
-        it calls ``prepare`` before the masks are made, while the dense model runs
+        it calls ``prepare`` before the masks are made
     :param what: is learned, for the progress bar
     :param progress: steps that are behind it are not taken again
     :param after_step: is called after every step

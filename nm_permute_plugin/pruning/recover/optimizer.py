@@ -40,6 +40,7 @@ class RelativeAdamW:
         self._means = [torch.zeros_like(m.detach()) for m in self._masters]
         self._squares = [torch.zeros_like(m.detach()) for m in self._masters]
         self._in_shards = any(isinstance(m, DTensor) for m in self._masters)
+        self._counts = [0] * len(self._masters)
         self._rate, self._steps, self._done = rate, steps, 0
 
     @property
@@ -56,9 +57,7 @@ class RelativeAdamW:
     @torch.no_grad()
     def step(self) -> None:
         """Take one step along the gradients, and zero them in place."""
-        rate, number = self.rate, self._done + 1
-        length = -rate * math.sqrt(1 - SECOND**number) / (1 - FIRST**number)
-        small = SMALL * math.sqrt(1 - SECOND**number)
+        rate = self.rate
         for part in self._parts():
             masters, means, squares = (
                 [values[i] for i in part]
@@ -68,16 +67,30 @@ class RelativeAdamW:
             torch._foreach_lerp_(means, grads, 1 - FIRST)
             torch._foreach_mul_(squares, SECOND)
             torch._foreach_addcmul_(squares, grads, grads, 1 - SECOND)
+            # Corrections of the bias, as the averages begin at 0.
+            of_means, of_squares = self._corrections(part)
             divisors = torch._foreach_sqrt(squares)
-            torch._foreach_add_(divisors, small)
-            lengths = [length * self._sizes[i] for i in part]
+            torch._foreach_add_(divisors, [SMALL * root for root in of_squares])
+            lengths = [
+                -rate * self._sizes[i] * root / mean
+                for i, mean, root in zip(part, of_means, of_squares, strict=True)
+            ]
             torch._foreach_addcdiv_(masters, means, divisors, lengths)
             if self._in_shards:
                 for master in masters:
                     master.grad = None
             else:
                 torch._foreach_zero_(grads)
-        self._done = number
+        self._done += 1
+
+    def _corrections(self, part: list[int]) -> tuple[list[float], list[float]]:
+        """Of the means and of the roots of the squares, for one more step of each."""
+        for i in part:
+            self._counts[i] += 1
+        return (
+            [1 - FIRST ** self._counts[i] for i in part],
+            [math.sqrt(1 - SECOND ** self._counts[i]) for i in part],
+        )
 
     def _parts(self) -> Iterator[list[int]]:
         """The numbers of the parameters with gradients, a limited size at a time."""
@@ -96,12 +109,17 @@ class RelativeAdamW:
 
     def state_dict(self) -> dict[str, Any]:
         """What ``load_state_dict`` goes on from."""
-        return {"done": self._done, "means": self._means, "squares": self._squares}
+        return {
+            "done": self._done,
+            "counts": list(self._counts),
+            "means": self._means,
+            "squares": self._squares,
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from the state of an optimizer of the same parameters and steps."""
-        self._done = int(state["done"])
+        self._done, self._counts = int(state["done"]), list(state["counts"])
         for own, kept in ((self._means, "means"), (self._squares, "squares")):
             for tensor, value in zip(own, state[kept], strict=True):
                 tensor.copy_(value)

@@ -62,8 +62,7 @@ class Backward:
         A micro-batch weighs as many tokens as count in it, so that rows of one length give
         the gradient of the whole batch.
 
-        :param prepare: called once the dense model has been set to work, before the masks
-            are made
+        :param prepare: called before the masks are made
         :raises ValueError: if the loss is not finite
         """
         total = 0.0

@@ -28,8 +28,18 @@ STEPS = 100
 
 BACKEND = "inductor"
 
+VARIANTS = 64
+"""Of one function, by axes, lengths and what needs gradients; TorchDynamo's own limit of 8
+leaves the norms of Qwen3 (of hidden states, of queries, of keys) to Python."""
+
+SCALES = (1.0, 1e2, 1e4)
+"""Of the samples that tell a gated feed-forward layer from one that clamps, for example."""
+
 ROTARY = "apply_rotary_pos_emb"
 """What transformers calls rotary embeddings, in the module of every model that has them."""
+
+ORIGINAL = "_before_nm_permute"
+"""Where a compiled rotary embedding has the one that it was made from."""
 
 HELD = "_original_forward_func"
 """Where compressed-tensors keeps the forward of a module whose weights it holds."""
@@ -53,8 +63,10 @@ def compiled_elementwise(model: nn.Module, steps: int) -> Iterator[None]:
     if steps < STEPS or not _is_on_one_gpu(model) or not _can_compile(model):
         yield
         return
+    names = {type(part).__module__ for part in model.modules()}
     with ExitStack() as stack:
-        for module in {sys.modules[type(part).__module__] for part in model.modules()}:
+        stack.enter_context(torch._dynamo.config.patch(recompile_limit=VARIANTS))
+        for module in filter(None, map(sys.modules.get, sorted(names))):
             stack.enter_context(_compiled_rotary(module))
         stack.enter_context(forwards({**_norms(model), **_gated(model)}))
         yield
@@ -63,15 +75,19 @@ def compiled_elementwise(model: nn.Module, steps: int) -> Iterator[None]:
 @contextmanager
 def _compiled_rotary(module: ModuleType) -> Iterator[None]:
     """Let the layers of a module of transformers find a compiled rotary embedding."""
-    rotary = getattr(module, ROTARY, None)
-    if not callable(rotary):
+    found = getattr(module, ROTARY, None)
+    if not callable(found):
         yield
         return
-    setattr(module, ROTARY, _compiled(rotary))
+    rotary = getattr(found, ORIGINAL, found)  # of a run beside this one
+    ours = _compiled(rotary)
+    setattr(ours, ORIGINAL, rotary)
+    setattr(module, ROTARY, ours)
     try:
         yield
     finally:
-        setattr(module, ROTARY, rotary)
+        if getattr(module, ROTARY) is ours:
+            setattr(module, ROTARY, rotary)
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,15 +96,12 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _is_on_one_gpu(model: nn.Module) -> bool:
     """Whether all weights are whole on one GPU, and no hook of a host moves them."""
-    parameters = list(model.parameters())
-    devices = {parameter.device for parameter in parameters}
-    return (
-        len(devices) == 1
-        and next(iter(devices)).type == "cuda"
-        and find_spec("triton") is not None
-        and not any(isinstance(parameter, DTensor) for parameter in parameters)
-        and not any(map(_is_hooked, model.modules()))
-    )
+    if any(map(_is_hooked, model.modules())) or find_spec("triton") is None:
+        return False
+    places = {
+        (isinstance(p, DTensor), p.device.type, p.device) for p in model.parameters()
+    }
+    return len(places) == 1 and next(iter(places))[:2] == (False, "cuda")
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -111,7 +124,8 @@ def _can_compile(model: nn.Module) -> bool:
         with torch.enable_grad():
             _compiled(_gate_of(nn.functional.silu))(x, x).sum().backward()
     except Exception as error:  # a compiler, its headers, or a driver is missing
-        logger.info(f"Elementwise parts are not compiled: {str(error).splitlines()[0]}")
+        reason = (str(error) or repr(error)).splitlines()[0]
+        logger.info(f"Elementwise parts are not compiled: {reason}")
         return False
     return True
 
@@ -151,21 +165,19 @@ def _as_loaded(module: nn.Module) -> nn.Module:
 def _gated(model: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
     """The feed-forward layers that are a gated activation between linears."""
     found: dict[nn.Module, Callable[..., Any]] = {}
-    are_known: dict[type, bool] = {}
-    made: dict[str, Callable[..., Any]] = {}
+    made: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
     for module in model.modules():
-        parts = [name for name, _ in module.named_children()]
-        if sorted(parts) != sorted(GATED):
+        if sorted(name for name, _ in module.named_children()) != sorted(GATED):
             continue
-        kind = type(module)
-        if kind not in are_known:
-            are_known[kind] = _is_gated(module)
-        if are_known[kind]:
-            activation: Any = module.act_fn
-            key = repr(activation)
-            if key not in made:
-                made[key] = _compiled(_gate_of(activation))
-            found[module] = partial(_forward, module, made[key])
+        known: Any = module
+        name = repr(known.act_fn)
+        if name not in made:
+            plain = _gate_of(known.act_fn)
+            made[name] = plain, _compiled(plain)
+        # What is compiled is shared by layers that give the same with it.
+        shared, compiled = made[name]
+        if _is_gated(known, shared):
+            found[module] = partial(_forward, module, compiled)
     return found
 
 
@@ -182,10 +194,14 @@ def _forward(module: Any, gated: Callable[..., Any], x: Tensor) -> Tensor:
     return out
 
 
-def _is_gated(module: Any) -> bool:
-    """Whether the layer computes ``down(act(gate(x)) * up(x))``, seen on a sample."""
+def _is_gated(module: Any, gate: Callable[..., Any]) -> bool:
+    """Whether the layer computes ``down(act(gate(x)) * up(x))``, seen on samples."""
     weight = module.gate_proj.weight
     x = torch.linspace(-1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device)
-    with torch.no_grad():
-        ours = _forward(module, _gate_of(module.act_fn), x[None])
-        return torch.equal(ours, module(x[None]))
+    samples = torch.stack([scale * x for scale in SCALES])
+    try:
+        with torch.no_grad():
+            ours, theirs = _forward(module, gate, samples), module(samples)
+    except Exception:  # it is called in another way
+        return False
+    return torch.equal(ours, theirs)  # not where one is no number

@@ -176,8 +176,9 @@ class Teacher:
             self._bytes += seen[0].nbytes
             # The tokens are kept too, so that no other batch takes their place in memory.
             self._kept[key] = ids, seen[0]
-        else:
-            self._is_full = True
+        elif self._kept:
+            least = min(entering.nbytes for _, entering in self._kept.values())
+            self._is_full = seen[0].nbytes <= least
         return out
 
 

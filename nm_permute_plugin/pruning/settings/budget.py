@@ -19,7 +19,7 @@ class BudgetSettings(Frozen):
     :param max_loss_increase: by how much the loss on the validation data (in nats a token,
         by default) may lie above the dense model's, after learning and before the recovery;
         as many linears stay dense as that takes. Where all sparse lose more, ``method:
-        learned`` learns again, once or twice
+        learned`` learns again, mostly once
     :param dense_share: share of the weights of the linears to prune that stay dense
     :param min_speedup: how many times as fast as dense the products of all linears to prune
         must be together, by the times in ``kernels``

@@ -65,6 +65,8 @@ def test_steps_are_those_of_adamw_with_a_rate_for_each_parameter(
         for group, size in zip(adamw.param_groups, sizes, strict=True):
             group["lr"] = ours.rate * size
         for mine, other in zip(masters.values(), theirs, strict=True):
+            if number < 3 and other is theirs[1]:
+                continue  # as experts that no token has reached yet
             grad = torch.randn(mine.shape, generator=generator)
             mine.grad, other.grad = grad.clone(), grad
         if number == 6:  # as a run that goes on

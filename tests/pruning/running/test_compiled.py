@@ -53,13 +53,26 @@ def test_a_model_gives_what_it_gave_with_its_gradients(
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+def plus(self, x):
+    return self.down_proj(self.act_fn(self.gate_proj(x)) + self.up_proj(x))
+
+
+def clamped(self, x):
+    gate = self.act_fn(self.gate_proj(x)).clamp(max=50)
+    return self.down_proj(gate * self.up_proj(x))
+
+
+def called_otherwise(self, x, *, scale=None):
+    if scale is None and x.dim() == 2:
+        raise TypeError("scale is missing")
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+@pytest.mark.parametrize("forward", [plus, clamped, called_otherwise])
 def test_another_feed_forward_layer_is_left_alone(
-    tiny_model, tokens: Tensor, compiled
+    tiny_model, tokens: Tensor, compiled, forward
 ) -> None:
     model = tiny_model("llama")
-
-    def forward(self, x):
-        return self.down_proj(self.act_fn(self.gate_proj(x)) + self.up_proj(x))
 
     kind = type("OtherMLP", (type(model.model.layers[0].mlp),), {"forward": forward})
     for layer in model.model.layers:
@@ -70,9 +83,75 @@ def test_another_feed_forward_layer_is_left_alone(
         torch.testing.assert_close(model(input_ids=tokens).logits, expected)
 
 
+def test_a_layer_with_an_activation_of_its_own_keeps_it(
+    tiny_model, tokens: Tensor, compiled
+) -> None:
+    model = tiny_model("llama", hidden_act="prelu")
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.act_fn.weight.data.fill_(0.25 + number)
+    expected = model(input_ids=tokens).logits
+    with compiled_elementwise(model, 1000):
+        torch.testing.assert_close(model(input_ids=tokens).logits, expected)
+
+
+def test_no_norm_of_a_step_is_left_to_python(
+    tiny_model, tokens: Tensor, compiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of Qwen3 have more variants than TorchDynamo compiles of one function."""
+    model, traced = tiny_model("qwen3"), []
+    kind = type(model.model.norm)
+    whole = kind.forward
+
+    def counted(self, x):
+        if not torch.compiler.is_compiling():
+            traced.append(x.shape)
+        return whole(self, x)
+
+    monkeypatch.setattr(kind, "forward", counted)
+    with compiled_elementwise(model, 1000):
+        for frozen in (False, True):
+            model.requires_grad_(not frozen)
+            for rows in (tokens[:1], tokens, tokens[:, :7], tokens[:2, :5]):
+                with torch.no_grad():
+                    model(input_ids=rows, use_cache=False)
+                embedded = model.model.embed_tokens(rows).detach().requires_grad_()
+                model(inputs_embeds=embedded, use_cache=False).logits.sum().backward()
+    assert traced == []
+
+
+def test_runs_beside_each_other_leave_the_rotary_embedding_as_it_was(
+    tiny_model, compiled
+) -> None:
+    model = tiny_model("llama")
+    place = sys.modules[type(model).__module__]
+    rotary = place.apply_rotary_pos_emb
+    first, second = (compiled_elementwise(tiny_model("llama"), 1000) for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert place.apply_rotary_pos_emb is rotary
+
+
+def test_a_class_of_no_known_module_is_passed_over(
+    tiny_model, tokens: Tensor, compiled
+) -> None:
+    model = tiny_model("llama")
+    kind = type(model.model.norm)
+    model.model.norm.__class__ = type("Other", (kind,), {"__module__": "gone"})
+    expected = model(input_ids=tokens).logits
+    with compiled_elementwise(model, 1000):
+        torch.testing.assert_close(model(input_ids=tokens).logits, expected)
+
+
+@pytest.mark.parametrize("reason_given", ["no compiler\nat all", ""])
 @pytest.mark.parametrize("reason", ["a CPU", "few steps", "no compiler"])
 def test_nothing_is_compiled_where_nothing_would_be_gained(
-    tiny_model, tokens: Tensor, monkeypatch: pytest.MonkeyPatch, reason: str
+    tiny_model,
+    tokens: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    reason: str,
+    reason_given: str,
 ) -> None:
     model = tiny_model("llama")
     if reason != "a CPU":
@@ -80,7 +159,7 @@ def test_nothing_is_compiled_where_nothing_would_be_gained(
     if reason == "no compiler":
 
         def fail(function):
-            raise RuntimeError("no compiler\nat all")
+            raise RuntimeError(reason_given)
 
         monkeypatch.setattr(module, "_compiled", fail)
     with compiled_elementwise(model, 99 if reason == "few steps" else 1000):
