@@ -8,51 +8,45 @@ recovery.
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
 
-from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from nm_permute_plugin.maths.permutation import Permutation
 from nm_permute_plugin.pruning import ranks
-from nm_permute_plugin.pruning.budget.choice import choose_dense, groups_of
 from nm_permute_plugin.pruning.budget.record import BudgetRecord
 from nm_permute_plugin.pruning.clock import Clock, environment
 from nm_permute_plugin.pruning.data import Data, endless
 from nm_permute_plugin.pruning.figures import Figures, figures_of
 from nm_permute_plugin.pruning.folding import fold_model
-from nm_permute_plugin.pruning.learn.layerwise import Hold, learn_layerwise
-from nm_permute_plugin.pruning.learn.loop import learn
+from nm_permute_plugin.pruning.learn.layerwise import Hold
 from nm_permute_plugin.pruning.learn.sharded import (
     ShardedProblem,
     refuse_alone,
 )
-from nm_permute_plugin.pruning.problem import Problem, Solution, SpaceScores
+from nm_permute_plugin.pruning.problem import Problem, Solution
 from nm_permute_plugin.pruning.recover.rounding import Rounding
 from nm_permute_plugin.pruning.recover.sharded import distill_in_shards
 from nm_permute_plugin.pruning.recover.stages import StageRecord, recover
 from nm_permute_plugin.pruning.recover.student import Student
-from nm_permute_plugin.pruning.resuming import goes_on, kept
+from nm_permute_plugin.pruning.resuming import goes_on
 from nm_permute_plugin.pruning.running.backward import own_micro_batches
 from nm_permute_plugin.pruning.running.compiled import compiled_elementwise
 from nm_permute_plugin.pruning.running.decoder_layers import decoder_layers
 from nm_permute_plugin.pruning.running.fast_dtype import computing_fast
 from nm_permute_plugin.pruning.running.masked import evaluating
-from nm_permute_plugin.pruning.search import History, search_problem
-from nm_permute_plugin.pruning.session import once
+from nm_permute_plugin.pruning.search import History
 from nm_permute_plugin.pruning.settings import Settings
+from nm_permute_plugin.pruning.solving import (
+    find_within_budget,
+    learned_from,
+    searched_start,
+)
 from nm_permute_plugin.pruning.targets import refuse_sparse
 from nm_permute_plugin.specs.fold import Write, write_in_place
 from nm_permute_plugin.specs.moving import moved_along
 from nm_permute_plugin.specs.spec import ResolvedSpec
-
-NOT_LEARNED_FROM = {"format", "prune", "recover", "budget"}
-"""
-The settings that learning does not depend on. What a budget left dense is no part of the
-problem that is learned.
-"""
 
 
 @dataclass
@@ -167,7 +161,7 @@ def _run(
     clock: Clock,
 ) -> Record:
     """The stages, one after the other."""
-    problem, found, searched, history, budget = _find_within_budget(
+    problem, found, searched, history, budget = find_within_budget(
         model, resolved, prunable, data, settings, hold, clock
     )
     if budget is not None:
@@ -221,8 +215,8 @@ def _run_sharded(
     problem = ShardedProblem.of_shards(model, resolved, prunable, data, settings)
     clock.lap("statistics")
     scored = problem.with_scores(model) if ranks.is_first() else problem
-    start, searched = _searched(problem, settings, clock, scored.spaces)
-    found, history = _learned(problem, start, searched, settings, clock)
+    start, searched = searched_start(problem, settings, clock, scored.spaces)
+    found, history = learned_from(problem, start, searched, settings, clock)
     del problem
     masks: Mapping[str, Tensor] = {}
 
@@ -279,109 +273,6 @@ def _pruned_in_shards(
             student(name).write(write)
     ranks.wait()
     return []
-
-
-def _find_within_budget(
-    model: nn.Module,
-    resolved: ResolvedSpec,
-    prunable: Sequence[str],
-    data: Data,
-    settings: Settings,
-    hold: Hold,
-    clock: Clock,
-) -> tuple[Problem, Solution, History, History, BudgetRecord | None]:
-    """
-    Measure the model, search, choose what stays dense, and learn what stays sparse.
-
-    Learned masks make up for each other's errors, and gain little where some of them are
-    opened later: so the choice comes first, under the search's masks.
-
-    :return: the problem of what stays sparse, its solution, the validations of the search,
-        the last ones, and what stays dense; None of it without a budget
-    """
-    problem = Problem.prepare(model, resolved, prunable, data, settings)
-    clock.lap("statistics")
-    start, searched = _searched(problem, settings, clock)
-    groups, times = groups_of(model, resolved, prunable, settings)
-    if not groups:
-        found, history = _learned(problem, start, searched, settings, clock, hold)
-        return problem, found, searched, history, None
-    teacher, known = problem.teacher, problem.known
-    # On the CPU, because they stay while the rest is learned.
-    held = {
-        name: (mask.cpu(), mask.device) for name, mask in problem.masks(start).items()
-    }
-
-    def choose(before: BudgetRecord | None) -> BudgetRecord:
-        def chosen() -> dict[str, Any]:
-            masks = {name: mask.to(device) for name, (mask, device) in held.items()}
-            given = teacher, masks, groups, times, data, settings, before
-            return asdict(choose_dense(*given))
-
-        turn = 0 if before is None else len(before.learned)
-        state = kept(chosen, "choice of what stays dense", known, turn)
-        return TypeAdapter(BudgetRecord).validate_python(ranks.of_first(lambda: state))
-
-    budget: BudgetRecord | None = None
-    while True:
-        budget = choose(budget)
-        clock.lap("budget")
-        # No name for the whole problem stays: its scores may fill a GPU.
-        problem = problem.only(set(prunable) - budget.dense_linears)
-        found, history = _learned(problem, start, searched, settings, clock, hold)
-        if settings.method == "learned":
-            budget = budget.after_learning(min(e["validation"] for e in history))
-        if settings.method != "learned" or not budget.is_exceeded:
-            return problem, found, searched, history, budget
-
-
-def _searched(
-    problem: Problem,
-    settings: Settings,
-    clock: Clock,
-    spaces: Mapping[str, SpaceScores] | None = None,
-) -> tuple[Solution, History]:
-    """
-    What the search finds, with its validations; nothing where nothing is searched.
-
-    :param spaces: of the problem, with scores for the search, where it has none
-    """
-    if settings.method == "identity":
-        return Solution(), []
-    found = search_problem(problem, settings, spaces)
-    clock.lap("search")
-    return found
-
-
-def _learned(
-    problem: Problem,
-    start: Solution,
-    searched: History,
-    settings: Settings,
-    clock: Clock,
-    hold: Hold = nullcontext,
-) -> tuple[Solution, History]:
-    """
-    What learning makes of the search's solution, with its validations.
-
-    :param searched: the validations of the search, the last ones where nothing is learned
-    """
-    if settings.method != "learned":
-        return start, searched
-    if not problem.spaces:
-        return start, [{"step": 0, "validation": problem.validate(start)}]
-
-    def learned() -> tuple[dict[str, dict[str, Tensor]], History]:
-        if settings.layer_wise:
-            found, history = learn_layerwise(problem, start, settings, hold)
-        else:
-            found, history = learn(problem, start, settings)
-        return found.state_dict(), history
-
-    read = settings.model_dump(exclude=NOT_LEARNED_FROM)
-    state, history = once(learned, "learning", problem.known, read)
-    clock.lap("learn")
-    return Solution(**state), history
 
 
 def _see_again(problem: Problem, settings: Settings) -> None:
