@@ -44,7 +44,7 @@ from nm_permute_plugin.cli.app import app  # noqa: E402
 from nm_permute_plugin.pruning import state_folder  # noqa: E402
 
 PHASES = {
-    "learning": ("nm_permute_plugin.pruning.pipeline", "learn"),
+    "learning": ("nm_permute_plugin.pruning.solving", "learn"),
     "recovery": ("nm_permute_plugin.pruning.pipeline", "recover"),
     "saving": ("nm_permute_plugin.modifiers.save", "save_checkpoint"),
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import quality
-from nm_permute_plugin.pruning import pipeline
+from nm_permute_plugin.pruning import solving
 
 
 @pytest.fixture
@@ -63,9 +63,9 @@ def test_runs_are_judged_by_fidelity_and_by_a_task(run, tmp_path: Path) -> None:
 
 def test_a_setting_is_varied_after_one_learning(run, monkeypatch) -> None:
     learned = []
-    learn = pipeline.learn
+    learn = solving.learn
     monkeypatch.setattr(
-        pipeline, "learn", lambda *args: (learned.append(args), learn(*args))[1]
+        solving, "learn", lambda *args: (learned.append(args), learn(*args))[1]
     )
     methods = ["--methods", "learned", "learned+end_to_end", "--seeds", "0"]
     steps = "learned+end_to_end.recover.end_to_end.steps"

@@ -124,7 +124,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch, what: str, error: Exception) -> No
     monkeypatch.setattr(what, fail)
 
 
-LEARN = "nm_permute_plugin.pruning.pipeline.learn"
+LEARN = "nm_permute_plugin.pruning.solving.learn"
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from torch import nn
 from whole_runs import assert_same, weights_of
 
 import nm_permute_plugin as nmp
-from nm_permute_plugin.pruning import pipeline, state_files, state_folder
+from nm_permute_plugin.pruning import solving, state_files, state_folder
 from nm_permute_plugin.pruning.running import backward
 
 LEARN = {"stages": ["soft", "multipliers"], "steps": 3, "published": {"block_size": 16}}
@@ -77,7 +77,7 @@ def test_what_was_found_is_kept_where_the_disk_has_room(
 ) -> None:
     monkeypatch.setattr(state_folder.shutil, "disk_usage", lambda _: _Full())
     model, folder = tiny_model("llama"), tmp_path / "state"
-    monkeypatch.setattr(pipeline, "learn", _interrupt)
+    monkeypatch.setattr(solving, "learn", _interrupt)
     with pytest.raises(KeyboardInterrupt), nmp.resuming(folder):
         learned(go, model)
     warnings = [line for line in said if "is not kept any more" in line]
@@ -90,7 +90,7 @@ def test_what_cannot_be_read_or_is_in_use_is_refused_and_stays(
     tiny_model, go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, folder = tiny_model("llama"), tmp_path / "state"
-    monkeypatch.setattr(pipeline, "learn", _interrupt)
+    monkeypatch.setattr(solving, "learn", _interrupt)
     with pytest.raises(KeyboardInterrupt), nmp.resuming(folder):
         learned(go, model)
     held = sorted(folder.rglob("*"))

@@ -8,7 +8,7 @@ from kernel_tables import keep
 from loguru import logger
 
 import nm_permute_plugin as nmp
-from nm_permute_plugin.pruning import pipeline
+from nm_permute_plugin.pruning import pipeline, solving
 from nm_permute_plugin.pruning.budget.choice import CURVE
 from nm_permute_plugin.pruning.run import PrunePlan
 
@@ -165,7 +165,7 @@ def test_a_run_that_died_after_the_choice_takes_it_again(
         patch.setattr(pipeline, "recover", _interrupt)
         with pytest.raises(KeyboardInterrupt), nmp.resuming(folder):
             run(tiny_model("llama"))
-    monkeypatch.setattr(pipeline, "choose_dense", _interrupt)
+    monkeypatch.setattr(solving, "choose_dense", _interrupt)
     model = tiny_model("llama")
     with nmp.resuming(folder):
         assert run(model).budget == record.budget

@@ -10,7 +10,7 @@ import whole_runs
 from torch.nn import functional
 
 import nm_permute_plugin as nmp
-from nm_permute_plugin.pruning import pipeline
+from nm_permute_plugin.pruning import solving
 from nm_permute_plugin.pruning.budget.record import BudgetRecord, Point
 from nm_permute_plugin.pruning.learn.loop import learn
 from nm_permute_plugin.pruning.problem import Problem
@@ -154,7 +154,7 @@ def test_a_session_learns_once_for_the_same_linears(model, learned, monkeypatch)
         sizes.append(len(problem.linears))
         return learn(problem, *given)
 
-    monkeypatch.setattr(pipeline, "learn", counted)
+    monkeypatch.setattr(solving, "learn", counted)
     with nmp.session():
         learned(model)
         learned(model, budget={"max_loss_increase": 1e3})
@@ -193,7 +193,7 @@ def test_a_run_that_died_goes_on_with_the_same_weights(
 
     folder = tmp_path / "state"
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "learn", interrupted)
+        patch.setattr(solving, "learn", interrupted)
         with pytest.raises(KeyboardInterrupt), nmp.resuming(folder):
             learned(model, **given)
     with nmp.resuming(folder):

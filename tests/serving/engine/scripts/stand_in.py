@@ -50,11 +50,19 @@ class DenseProduct:
         return scaled(self(x_q), scale_x, scale_w, bias, out_dtype)
 
 
+class DenseExperts(PackedExperts):
+    """Experts too small to be packed."""
+
+    @property
+    def dense_shape(self):
+        return tuple(self.packed.shape)
+
+
 def pack_experts(weights):
-    """Take the weights of all experts as they are: they are too small to be packed."""
+    """Take the weights of all experts as they are."""
     dense = torch.stack(list(weights))
     assert int((dense.view(-1, 4) != 0).sum(-1).max()) == 2, "an expert is not 2:4"
-    return PackedExperts(dense, dense.dtype)
+    return DenseExperts(dense, dense.dtype)
 
 
 def dense_experts(up, down):
