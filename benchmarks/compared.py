@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from methods import DEFAULT as METHODS
 from methods import changes_of, is_random, settings_of
 from nm_permute_plugin.evaluation.pretrained import model_class
 from nm_permute_plugin.pruning.data import Data
@@ -20,6 +19,7 @@ from nm_permute_plugin.pruning.pipeline import Record, permute_and_prune
 from nm_permute_plugin.pruning.settings import Settings
 from nm_permute_plugin.specs.architectures import head_dim_of, spec_of
 from nm_permute_plugin.specs.spec import resolve
+from ways import DEFAULT as METHODS
 
 HEADS = ("pooler", "classifier")
 """In the names of linears that stay dense."""

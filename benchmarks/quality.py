@@ -26,8 +26,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from judged import Judge, judged_table
 from methods import (
-    DEFAULT,
-    METHODS,
     Change,
     Variant,
     changes_of,
@@ -42,6 +40,7 @@ from nm_permute_plugin.pruning.settings import Settings
 from report import Record, check_protocol, merged, plot, read, table, write
 from tasks.hellaswag_file import read_items
 from texts import text_rows, text_windows
+from ways import DEFAULT, METHODS
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,8 +10,6 @@ from transformers import AutoModelForCausalLM
 
 import quality
 from methods import (
-    METHODS,
-    WAYS,
     Change,
     changes_of,
     for_all,
@@ -23,6 +21,7 @@ from methods import (
 from nm_permute_plugin.modifiers.fields import PermutationFields
 from nm_permute_plugin.pruning.data import split_text
 from nm_permute_plugin.pruning.settings import Settings
+from ways import METHODS, WAYS
 
 SMALL = for_all(
     {
